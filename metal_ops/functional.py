@@ -1,0 +1,301 @@
+"""The public ops: check the arguments, choose the backend, call it."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metal_ops import _ops
+from metal_ops.spec import DivergenceSpec
+
+
+class DivergenceStats(NamedTuple):
+    """Per token, without gradient: what the passes over the vocabulary also know.
+
+    Each field is [...] float32 (float64 for float64 input). Entropies are in nats, of the softmax
+    at the spec's temperature; top1_agreement is 1 where both sides have the same largest logit;
+    clipped is 1 where the spec's clip changed the token.
+    """
+
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    top1_agreement: Tensor
+    clipped: Tensor
+
+
+class LinearTerms(NamedTuple):
+    """What `linear_divergence_with_stats` returns.
+
+    loss is the scalar with a gradient. soft [N] and hard [N] are the divergence (with the spec's
+    temperature scaling) and the cross-entropy per token, unweighted and without gradient; hard is
+    zero without labels.
+    """
+
+    loss: Tensor
+    soft: Tensor
+    hard: Tensor
+    stats: DivergenceStats
+
+
+def _spec_fields(spec: DivergenceSpec) -> tuple[str, float, float, str, float | None, str]:
+    s = spec.resolved()
+    return s.kind, s.beta, s.temperature, s.temperature_scaling, s.clip, s.clip_level
+
+
+def _divergence(
+    student: Tensor,
+    teacher: Tensor,
+    spec: DivergenceSpec,
+    mask: Tensor | None,
+    backend: str,
+    want_stats: bool,
+) -> tuple[Tensor, Tensor]:
+    if student.shape != teacher.shape or student.ndim < 1 or student.shape[-1] == 0:
+        raise ValueError(
+            "student_logits and teacher_logits must both be [..., vocab] with vocab > 0, got "
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    if student.device != teacher.device:
+        raise ValueError(
+            "student_logits and teacher_logits must be on one device, got "
+            f"{student.device} and {teacher.device}"
+        )
+    shape = student.shape[:-1]
+    if mask is not None:
+        if mask.shape != shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask must be bool of shape {tuple(shape)}, got {mask.dtype} {tuple(mask.shape)}"
+            )
+        mask = mask.reshape(-1)
+    per_token, stats = _ops.divergence(
+        student.reshape(-1, student.shape[-1]),
+        teacher.detach().reshape(-1, teacher.shape[-1]),
+        mask,
+        *_spec_fields(spec),
+        want_stats,
+        backend,
+    )
+    return per_token.view(shape), stats.view(-1, *shape) if want_stats else stats
+
+
+def divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    spec: DivergenceSpec,
+    *,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Divergence between two softmax distributions, per token.
+
+    Args:
+        student_logits: [..., vocab]; float32, bfloat16, float16 or float64.
+        teacher_logits: [..., vocab]; may differ in dtype. Receives no gradient.
+        spec: which divergence, at which temperature.
+        mask: [...] bool or None; where False the result and its gradient are zero and nothing is
+            computed.
+        backend: "auto" or "chunked". "auto" takes the first that supports the tensors; a named
+            backend is used or the call raises.
+
+    Returns:
+        [...] float32 (float64 for float64 student logits), in nats.
+
+    Raises:
+        ValueError: shapes, devices or the mask disagree; the backend's name is unknown.
+        NotImplementedError: no allowed backend supports the tensors; the message gives each reason.
+
+    Numerics:
+        float32 inside for every input dtype but float64. The backward recomputes both softmaxes
+        from the saved logits. An entry that is -inf on both sides contributes nothing; where the
+        teacher alone is -inf, the reverse KL is infinite. A NaN stays in its row.
+
+    Source:
+        forward and reverse KL; the generalized JSD is Eq. (1) of Agarwal et al. 2024,
+        arXiv:2306.13649.
+    """
+    return _divergence(student_logits, teacher_logits, spec, mask, backend, False)[0]
+
+
+def divergence_with_stats(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    spec: DivergenceSpec,
+    *,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, DivergenceStats]:
+    """`divergence`, and both entropies, top-1 agreement and clipping from the same passes.
+
+    Arguments, errors and first result are those of `divergence`; the second holds [...] tensors.
+    """
+    per_token, stats = _divergence(student_logits, teacher_logits, spec, mask, backend, True)
+    return per_token, DivergenceStats(*stats.unbind(0))
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in the dtype autocast asks for, if it is on: what F.linear would do."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [None if t is None else t.to(dtype) for t in tensors]
+
+
+def _check_linear(
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, weights: Tensor
+) -> None:
+    for name, h, w in (
+        ("student", hidden, weight),
+        ("teacher", teacher_hidden, teacher_weight),
+    ):
+        if h.ndim != 2 or w.ndim != 2 or h.shape[1] != w.shape[1]:
+            raise ValueError(
+                f"{name}_hidden must be [tokens, hidden] and {name}_weight [vocab, hidden], got "
+                f"{tuple(h.shape)} and {tuple(w.shape)}"
+            )
+    if hidden.shape[0] != teacher_hidden.shape[0]:
+        raise ValueError(
+            "student_hidden and teacher_hidden must have the same number of tokens, got "
+            f"{hidden.shape[0]} and {teacher_hidden.shape[0]}"
+        )
+    if weight.shape[0] != teacher_weight.shape[0]:
+        raise ValueError(
+            "student and teacher must have one vocabulary, got heads of "
+            f"{weight.shape[0]} and {teacher_weight.shape[0]} entries"
+        )
+    if weights.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"weights must be [tokens] = [{hidden.shape[0]}], got {tuple(weights.shape)}"
+        )
+
+
+def linear_divergence_with_stats(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    spec: DivergenceSpec,
+    *,
+    weights: Tensor,
+    labels: Tensor | None = None,
+    alpha: float = 1.0,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    backend: str = "auto",
+) -> LinearTerms:
+    """`linear_divergence`, and what its passes know of every token.
+
+    Arguments and errors are those of `linear_divergence`; `LinearTerms` documents the result.
+    """
+    _check_linear(student_hidden, student_weight, teacher_hidden, teacher_weight, weights)
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+    if labels is None and alpha < 1.0:
+        raise ValueError(f"alpha {alpha} < 1 needs labels [tokens]; got None")
+    shared = teacher_weight is student_weight and teacher_bias is student_bias
+    hidden, weight, bias = _autocast(student_hidden, student_weight, student_bias)
+    assert hidden is not None
+    assert weight is not None
+    with torch.no_grad():
+        teacher = _autocast(
+            teacher_hidden, None if shared else teacher_weight, None if shared else teacher_bias
+        )
+    grad = torch.is_grad_enabled()
+    needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    loss, per_token, stats, *_ = _ops.linear_divergence(
+        hidden,
+        weight,
+        bias,
+        *[None if x is None else x.detach() for x in teacher],
+        weights.to(torch.float64 if weight.dtype == torch.float64 else torch.float32),
+        labels,
+        student_logit_scale,
+        student_softcap,
+        teacher_logit_scale,
+        teacher_softcap,
+        alpha,
+        *_spec_fields(spec),
+        *needs,
+        backend,
+    )
+    return LinearTerms(loss, per_token[0], per_token[1], DivergenceStats(*stats.unbind(0)))
+
+
+def linear_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    spec: DivergenceSpec,
+    *,
+    weights: Tensor,
+    labels: Tensor | None = None,
+    alpha: float = 1.0,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Weighted sum of divergences from hidden states, without [tokens, vocab] logits in memory.
+
+    With soft the divergence of `spec` and hard the cross-entropy of the labels at temperature 1:
+
+        loss = sum_n weights_n (alpha soft_n + (1 - alpha) hard_n)
+
+    Args:
+        student_hidden: [tokens, hidden], the input of the student's output head.
+        student_weight: [vocab, hidden].
+        teacher_hidden: [tokens, hidden of the teacher]. No gradient.
+        teacher_weight: [vocab, hidden of the teacher]. No gradient. If it is the very tensor
+            `student_weight` (and the biases are too), both sides are projected in one product.
+        spec: which divergence, at which temperature.
+        weights: [tokens]; mask / num_items_in_batch in a trainer. No gradient.
+        labels: [tokens] int64, needed when alpha < 1.
+        alpha: share of the divergence, in [0, 1].
+        student_bias: [vocab] or None.
+        teacher_bias: [vocab] or None.
+        student_logit_scale: multiplies the student's logits (Cohere, Granite).
+        teacher_logit_scale: the same for the teacher.
+        student_softcap: if set, logits become softcap * tanh(logits / softcap), after the scale
+            (Gemma).
+        teacher_softcap: the same for the teacher.
+        backend: as in `divergence`.
+
+    Returns:
+        [] float32 (float64 for float64 weights), in nats.
+
+    Raises:
+        ValueError: shapes disagree, the vocabularies differ, alpha is outside [0, 1], or labels are
+            missing.
+        NotImplementedError: no allowed backend supports the tensors.
+
+    Numerics:
+        Logits of a chunk of tokens are projected once, in the dtype of the head (of autocast, if it
+        is on), and reduced in float32; the gradients of hidden states, head and bias are formed
+        while they exist, so the backward is one multiplication. The head's gradient accumulates in
+        float32. No gradient is computed for a tensor that does not require one.
+    """
+    return linear_divergence_with_stats(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        spec,
+        weights=weights,
+        labels=labels,
+        alpha=alpha,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        student_logit_scale=student_logit_scale,
+        teacher_logit_scale=teacher_logit_scale,
+        student_softcap=student_softcap,
+        teacher_softcap=teacher_softcap,
+        backend=backend,
+    ).loss
