@@ -243,7 +243,7 @@ def linear(
         loss []; soft and hard [2, N]; stats [NUM_STATS, N]; gradients of hidden states, weight and
         bias, or None. The gradient of the weight accumulates in float32.
     """
-    hidden, weight, bias = student
+    hidden, weight = student[:2]
     num_tokens, vocab = hidden.shape[0], weight.shape[0]
     accumulator = _out_dtype(weight)
     values = weight.new_zeros(2 + NUM_STATS, num_tokens, dtype=accumulator)

@@ -1,0 +1,41 @@
+"""Metrics of scored tokens, summed on the device and read once per log."""
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from metal_ops.functional import LinearTerms
+
+MEANS = ("soft", "hard", "student_entropy", "teacher_entropy", "top1_agreement", "clipped")
+
+
+class TokenMeter:
+    """Means over all tokens since the last reading, over all processes.
+
+    `soft` and `hard` are nats per token as they enter the loss (soft with its temperature scaling),
+    the entropies are nats at the loss's temperature, `top1_agreement` and `clipped` are shares of
+    the tokens, `tokens` is their number.
+    """
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+
+    def add(self, terms: LinearTerms) -> None:
+        """Count one micro-batch; no synchronisation with the device."""
+        rows = torch.stack([terms.soft, terms.hard, *terms.stats]).detach()
+        # MPS has no float64; float32 counts tokens exactly up to 2^24 between two readings
+        dtype = torch.float32 if rows.device.type == "mps" else torch.float64
+        count = torch.full((1,), rows.shape[1], dtype=dtype, device=rows.device)
+        sums = torch.cat([rows.sum(1, dtype=dtype), count])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def read(self, accelerator: Accelerator, unused: tuple[str, ...] = ()) -> dict[str, float]:
+        """The metrics, without those named `unused`; starts anew. Every process must call it."""
+        empty = self._sums is None
+        sums = torch.zeros(len(MEANS) + 1, device=accelerator.device) if empty else self._sums
+        self._sums = None
+        *sums, tokens = accelerator.reduce(sums, reduction="sum").tolist()
+        if not tokens:
+            return {}
+        means = {k: v / tokens for k, v in zip(MEANS, sums, strict=True) if k not in unused}
+        return {**means, "tokens": tokens}

@@ -1,0 +1,294 @@
+"""DistillTrainer: a Trainer whose loss compares the student with a teacher."""
+
+import logging
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_distill import alignment, losses
+from hf_distill.heads import Head, Reader, causal_lm
+from hf_distill.monitors import TokenMeter
+from hf_distill.teachers import Teacher, as_teacher
+from metal_ops import DivergenceSpec
+from metal_ops.functional import LinearTerms
+
+logger = logging.getLogger(__name__)
+
+TEACHER_FILE = "teacher.safetensors"
+
+
+@dataclass
+class DistillConfig(TrainingArguments):
+    """TrainingArguments and what defines the objective, alpha * soft + (1 - alpha) * hard."""
+
+    temperature: float = field(
+        default=2.0, metadata={"help": "Softmax temperature of both sides in the soft loss, > 0."}
+    )
+    alpha: float = field(
+        default=0.5,
+        metadata={"help": "Share of the soft loss in [0, 1]; the rest is cross-entropy."},
+    )
+    divergence: str = field(
+        default="forward_kl",
+        metadata={"help": "forward_kl = KL(teacher||student), reverse_kl, or jsd (with beta)."},
+    )
+    beta: float = field(
+        default=0.5,
+        metadata={
+            "help": "Weight of the teacher in the JSD's mixture, in [0, 1]; 0 and 1 mean forward "
+            "and reverse KL, as in GKD."
+        },
+    )
+    temperature_scaling: str = field(
+        default="t2",
+        metadata={
+            "help": "'t2' multiplies the soft loss by temperature², so that its gradients keep "
+            "their size beside the hard loss; 'none' does not."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values where they are given."""
+        super().__post_init__()
+        if not 0.0 <= self.alpha <= 1.0:
+            raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
+        self.divergence_spec()
+
+    def divergence_spec(self) -> DivergenceSpec:
+        """The divergence of the soft loss."""
+        return DivergenceSpec(
+            self.divergence, self.beta, self.temperature, self.temperature_scaling
+        )
+
+
+class _UpdateTeacher(TrainerCallback):
+    """Tells the teacher that an optimizer step has been taken."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher = teacher
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Called by the Trainer."""
+        self.teacher.update(model)
+
+
+class DistillTrainer(Trainer):
+    """A `Trainer` for causal LMs whose loss is alpha * soft + (1 - alpha) * hard.
+
+    soft is the divergence of the args between teacher and student at every labelled token, hard the
+    cross-entropy of the labels (with `label_smoothing_factor` or `compute_loss_func`, that one).
+    Both are summed and divided by the number of labelled tokens of the whole optimizer step. Where
+    the models allow it, [rows, positions, vocab] logits are never built.
+
+    Args:
+        model: the student; every argument but `teacher` is that of `Trainer`.
+        args: a `DistillConfig`.
+        data_collator: as in `Trainer`.
+        train_dataset: as in `Trainer`.
+        eval_dataset: as in `Trainer`.
+        processing_class: as in `Trainer`.
+        teacher: a model, a name for `from_pretrained`, or a teacher of `hf_distill.teachers`. May
+            be None if alpha is 0: this is then a plain `Trainer`.
+        **kwargs: the other arguments of `Trainer`.
+
+    Raises:
+        ValueError: the teacher is missing, or its vocabulary is not the student's, or the set-up is
+            one that the loss cannot be right in; the message says which.
+        TypeError: args is not a `DistillConfig`.
+    """
+
+    args: DistillConfig
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: DistillConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        teacher: Teacher | nn.Module | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = DistillConfig(output_dir="tmp_trainer") if args is None else args
+        if not isinstance(args, DistillConfig):
+            raise TypeError(f"args must be a DistillConfig, got {type(args).__name__}")
+        if teacher is None and args.alpha > 0:
+            raise ValueError(f"alpha {args.alpha} > 0 needs a teacher; pass teacher= or alpha=0")
+        super().__init__(
+            model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
+        )
+        self.teacher = None if teacher is None else as_teacher(teacher)
+        self.objective = losses.Objective(args.divergence_spec(), args.alpha)
+        if self.teacher is None:
+            return
+        self._check_setup()
+        # this class divides by num_items_in_batch itself, whatever the model's forward accepts
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self._loss_shifts_labels = True
+        self.label_names = ["labels"]  # PEFT's forward hides them from the Trainer
+        refusal = self._hidden_states_refusal()
+        self._reader = Reader("student", refusal)
+        self._meters = {True: TokenMeter(), False: TokenMeter()}
+        self.teacher.prepare(self.accelerator, self.model, refusal)
+        self.add_callback(_UpdateTeacher(self.teacher))
+
+    def _check_setup(self) -> None:
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process per device is needed, got {self.args.n_gpu} GPUs in one process: "
+                "start the script with `accelerate launch`"
+            )
+        config = getattr(causal_lm(self.model), "config", None)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError("the student must be a decoder-only causal LM, got an encoder-decoder")
+        if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                "prompt-learning adapters put virtual tokens before the text, so labels and "
+                f"logits do not line up; got {self.model.active_peft_config.peft_type}"
+            )
+
+    def _hidden_states_refusal(self) -> str | None:
+        """Why this run must read logits, or None."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return "sharded parameters"
+        if self.args.torch_compile:
+            return "torch_compile"
+        if self._has_own_hard_loss():
+            return "label smoothing and compute_loss_func take logits"
+        return None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Teacher's signal, student's terms, normalised over the whole optimizer step."""
+        if self.teacher is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        side = alignment.student_side(inputs)
+        signal = self.teacher.signal(model, alignment.teacher_side(inputs, side))
+        targets = alignment.targets(inputs["labels"], side.predicts)
+        weights = self._token_weights(targets, num_items_in_batch)
+        outputs = None
+        if return_outputs or self._has_own_hard_loss():
+            outputs = model(**self._reader.forward_inputs(model, side.inputs))
+            hard_loss = self._own_hard_loss(outputs, inputs["labels"], num_items_in_batch)
+            logits = outputs.logits[side.predicts]
+            terms = self.objective.from_logits(logits, signal, targets, weights, hard_loss)
+        elif signal.hidden is not None and self._reader.reads_hidden(model, side.inputs):
+
+            def read(hidden: Tensor, head: Head) -> LinearTerms:
+                return self.objective.from_hidden(hidden, head, signal, targets, weights)
+
+            terms = self._reader.at_head(model, side, read)
+        else:
+            logits = self._reader.logits(model, side)
+            terms = self.objective.from_logits(logits, signal, targets, weights)
+        losses.assert_finite(terms, self.args.alpha)
+        self._meters[model.training].add(terms)
+        return (terms.loss, outputs) if return_outputs else terms.loss
+
+    def _num_averaged(self, num_items_in_batch: Tensor | int | None) -> int:
+        """Processes whose gradients will be averaged though the count is of all of them."""
+        if num_items_in_batch is None or not self.args.average_tokens_across_devices:
+            return 1
+        return self.accelerator.num_processes // self.get_tp_size()
+
+    def _token_weights(self, targets: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        count = len(targets) if num_items_in_batch is None else num_items_in_batch
+        if count == 0:
+            raise ValueError(
+                "a step needs a token to score, got none: all labels are -100 "
+                "(the first token of a row is never scored)"
+            )
+        num_averaged = self._num_averaged(num_items_in_batch)
+        return losses.token_weights(len(targets), count, num_averaged, targets.device)
+
+    def _has_own_hard_loss(self) -> bool:
+        return self.label_smoother is not None or self.compute_loss_func is not None
+
+    def _own_hard_loss(
+        self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None
+    ) -> Tensor | None:
+        """The hard loss of `compute_loss_func` or label smoothing, as the Trainer scales it."""
+        if self.compute_loss_func is not None:
+            loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
+        elif self.label_smoother is not None:
+            kwargs = {"shift_labels": True, "num_items_in_batch": num_items_in_batch}
+            loss = self.label_smoother(outputs, labels, **kwargs)
+        else:
+            return None
+        return loss * self._num_averaged(num_items_in_batch)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The loss; logits and labels only for who computes metrics from them."""
+        if self.teacher is None or not prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        count = self._get_num_items_in_batch([inputs], self.args.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs, num_items_in_batch=count)
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """As in `Trainer`, with the metrics of the scored tokens added."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        for name, value in self._read_metrics(training=False).items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
+
+    def _read_metrics(self, training: bool) -> dict[str, float]:
+        if self.teacher is None:
+            return {}
+        unused = ("hard",) if self.args.alpha == 1.0 else ()
+        if self.objective.spec.clip is None:
+            unused += ("clipped",)
+        return self._meters[training].read(self.accelerator, unused)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in `Trainer`; training logs also hold the metrics of the scored tokens."""
+        if "loss" in logs:
+            logs.update(self._read_metrics(training=True))
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.save_only_model:
+            return
+        folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._save_extra(os.path.join(self._get_output_dir(trial), folder))
+
+    def _save_extra(self, folder: str) -> None:
+        """Write what resuming needs besides the Trainer's own files."""
+        state = {} if self.teacher is None else self.teacher.state_dict()
+        if state and self.args.should_save:
+            save_file(state, os.path.join(folder, TEACHER_FILE))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.teacher is None or not self.teacher.state_dict():
+            return
+        path = os.path.join(resume_from_checkpoint, TEACHER_FILE)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"the teacher's state must be in the checkpoint: no {path}")
+        self.teacher.load_state_dict(load_file(path))

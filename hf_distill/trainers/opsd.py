@@ -1,0 +1,311 @@
+"""OPSDTrainer: a model that learns from itself with a hint in its context."""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers.trainer_utils import has_length
+
+from hf_distill import alignment, rollouts
+from hf_distill.collators import HintCollator
+from hf_distill.heads import causal_lm
+from hf_distill.teachers import SelfTeacher, Teacher
+from hf_distill.trainers.distill import DistillConfig, DistillTrainer
+from metal_ops import DivergenceSpec
+
+logger = logging.getLogger(__name__)
+
+ROLLOUT_FILE = "rollout-{rank}.json"
+EVAL_STEP = 10**9  # eval rollouts draw from seeds that no training step uses
+
+
+@dataclass
+class OPSDConfig(DistillConfig):
+    """DistillConfig with the defaults of on-policy self-distillation, and its own settings."""
+
+    temperature: float = field(
+        default=1.0, metadata={"help": "Softmax temperature of both sides in the loss, > 0."}
+    )
+    alpha: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the soft loss in [0, 1]; the rest is the completions' cross-entropy."
+        },
+    )
+    divergence: str = field(
+        default="jsd", metadata={"help": "forward_kl = KL(teacher||student), reverse_kl, or jsd."}
+    )
+    temperature_scaling: str = field(
+        default="none", metadata={"help": "'none' is the convention of OPSD and TRL; or 't2'."}
+    )
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "False: the collator reads hints from any column."}
+    )
+    teacher: str = field(
+        default="base",
+        metadata={
+            "help": "base: the model before training (adapters off, or a frozen copy); ema: a "
+            "moving average; live: the model as it is, which tends to collapse."
+        },
+    )
+    ema_decay: float = field(
+        default=0.995, metadata={"help": "Decay per optimizer step of teacher ema, in [0, 1)."}
+    )
+    on_policy: bool = field(
+        default=True,
+        metadata={"help": "Sample completions from the student; False takes them from the data."},
+    )
+    max_completion_length: int = field(
+        default=256, metadata={"help": "Tokens of a sampled completion, >= 1."}
+    )
+    rollout_temperature: float = field(
+        default=0.7, metadata={"help": "Sampling temperature of completions, >= 0; 0 is greedy."}
+    )
+    steps_per_rollout: int = field(
+        default=1, metadata={"help": "Optimizer steps taken on each batch of completions, >= 1."}
+    )
+    generation_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "More fields of GenerationConfig, e.g. '{\"top_p\": 0.95}'."},
+    )
+    token_clip: float | None = field(
+        default=None, metadata={"help": "Upper bound in nats, > 0, at clip_level; None is no clip."}
+    )
+    clip_level: str = field(
+        default="vocab_entry",
+        metadata={
+            "help": "What token_clip bounds: vocab_entry as in the OPSD release (can reverse "
+            "gradients), token, or token_rescale (keeps their direction)."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values where they are given."""
+        super().__post_init__()
+        SelfTeacher(self.teacher, self.ema_decay)
+        for name in ("max_completion_length", "steps_per_rollout"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.rollout_temperature < 0:
+            raise ValueError(
+                f"rollout_temperature must not be negative, got {self.rollout_temperature}"
+            )
+        if isinstance(self.generation_kwargs, str):
+            self.generation_kwargs = json.loads(self.generation_kwargs)
+
+    def divergence_spec(self) -> DivergenceSpec:
+        """The divergence of the soft loss, with the clip."""
+        return replace(super().divergence_spec(), clip=self.token_clip, clip_level=self.clip_level)
+
+
+class RepeatSampler(Sampler[int]):
+    """Every window of indices `repeats` times in a row, in an order shuffled anew each epoch.
+
+    A window is what one optimizer step takes on all processes; an incomplete last one is left out.
+    """
+
+    def __init__(self, num_rows: int, window: int, repeats: int, seed: int, shuffle: bool) -> None:
+        if num_rows < window:
+            raise ValueError(
+                f"steps_per_rollout {repeats} > 1 needs at least one optimizer step of rows "
+                f"({window}), got {num_rows}"
+            )
+        self.num_rows, self.window, self.repeats = num_rows, window, repeats
+        self.seed, self.shuffle, self.epoch = seed, shuffle, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_rows // self.window * self.window * self.repeats
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.arange(self.num_rows)
+        if self.shuffle:
+            order = torch.randperm(self.num_rows, generator=generator)
+        for start in range(0, self.num_rows - self.window + 1, self.window):
+            for _ in range(self.repeats):
+                yield from order[start : start + self.window].tolist()
+
+
+class OPSDTrainer(DistillTrainer):
+    """On-policy self-distillation: student = the model on the prompt, teacher = it with a hint.
+
+    Completions are sampled from the student once per optimizer step (or per `steps_per_rollout`
+    steps), or taken from the data (`on_policy=False`); both sides score the same tokens.
+
+    Args:
+        model: the student, with or without PEFT adapters.
+        args: an `OPSDConfig`.
+        data_collator: a `HintCollator`; by default one for the columns prompt, hint, completion.
+        train_dataset: rows for the collator.
+        eval_dataset: the same; completions are sampled for it too, with fixed seeds.
+        processing_class: the tokenizer.
+        teacher: a teacher to use instead of the one that `args.teacher` names.
+        **kwargs: the other arguments of `Trainer`.
+
+    Raises:
+        TypeError: args or data_collator have another type.
+        ValueError: as `DistillTrainer`; or `steps_per_rollout` > 1 with a dataset without a length.
+    """
+
+    args: OPSDConfig
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: OPSDConfig | None = None,
+        data_collator: HintCollator | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        teacher: Teacher | nn.Module | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = OPSDConfig(output_dir="tmp_trainer") if args is None else args
+        if not isinstance(args, OPSDConfig):
+            raise TypeError(f"args must be an OPSDConfig, got {type(args).__name__}")
+        if data_collator is None:
+            data_collator = HintCollator(processing_class)
+        if not isinstance(data_collator, HintCollator):
+            raise TypeError(
+                f"data_collator must be a HintCollator, got {type(data_collator).__name__}"
+            )
+        self.hint_collator = data_collator
+        self._completions: list[list[list[int]]] | None = None
+        super().__init__(
+            model,
+            args,
+            data_collator.contexts if args.on_policy else data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            teacher=SelfTeacher(args.teacher, args.ema_decay) if teacher is None else teacher,
+            **kwargs,
+        )
+        if args.token_clip is not None and args.clip_level == "vocab_entry":
+            logger.warning(
+                "token_clip %g at vocab_entry can lower tokens that the teacher wants raised; "
+                "clip_level='token_rescale' keeps the gradient's direction",
+                args.token_clip,
+            )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of an optimizer step, with completions, and their number of tokens."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not self.args.on_policy or not batches:
+            return batches, count
+        step = self.state.global_step
+        if self._completions is None or step % self.args.steps_per_rollout == 0:
+            self._completions = self._rollout(batches, step)
+        batches = [self._rows(b, c) for b, c in zip(batches, self._completions, strict=True)]
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _rollout(self, batches: list[dict[str, Tensor]], step: int) -> list[list[list[int]]]:
+        """One list of completions per micro-batch, all generated in one call."""
+        prompts = [alignment.unpad(b["prompt_ids"], b["prompt_mask"]) for b in batches]
+        completions = iter(
+            rollouts.generate(
+                self.model_wrapped,
+                [prompt for batch in prompts for prompt in batch],
+                pad_token_id=self.hint_collator.pad_token_id,
+                eos_token_id=self.hint_collator.tokenizer.eos_token_id,
+                max_completion_length=self.args.max_completion_length,
+                temperature=self.args.rollout_temperature,
+                # a large odd multiplier keeps steps and processes of neighbouring seeds apart
+                seed=(self.args.seed * 1_000_003 + step) * 65_537 + self.args.process_index,
+                generation_kwargs=self.args.generation_kwargs,
+            )
+        )
+        return [[next(completions) for _ in batch] for batch in prompts]
+
+    def _rows(self, batch: dict[str, Tensor], completions: list[list[int]]) -> dict[str, Tensor]:
+        """The student's and the teacher's rows of one micro-batch of contexts."""
+        prompts = alignment.unpad(batch["prompt_ids"], batch["prompt_mask"])
+        teacher_prompts = alignment.unpad(batch["teacher_prompt_ids"], batch["teacher_prompt_mask"])
+        self._check_context(teacher_prompts, completions)
+        return alignment.build_batch(
+            prompts, teacher_prompts, completions, self.hint_collator.pad_token_id
+        )
+
+    def _check_context(self, contexts: list[list[int]], completions: list[list[int]]) -> None:
+        config = getattr(causal_lm(self.model), "config", None)
+        limit = getattr(config, "max_position_embeddings", None)
+        for i, (context, completion) in enumerate(zip(contexts, completions, strict=True)):
+            length = len(context) + len(completion)
+            if limit is not None and length > limit:
+                raise ValueError(
+                    f"row {i} of the batch: the teacher's row has {length} tokens (context "
+                    f"{len(context)}, completion {len(completion)}), the model takes {limit}"
+                )
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """As in `DistillTrainer`, with completions sampled from the student if on-policy."""
+        if self.args.on_policy:
+            (completions,) = self._rollout([inputs], EVAL_STEP + self._eval_batches)
+            self._eval_batches += 1
+            inputs = self._rows(inputs, completions)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `DistillTrainer`; every evaluation samples with the same seeds."""
+        self._eval_batches = 0
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        repeats, strategy = self.args.steps_per_rollout, self.args.train_sampling_strategy
+        if repeats == 1 or not self.args.on_policy:
+            return super()._get_train_sampler(train_dataset)
+        if not has_length(dataset) or strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"steps_per_rollout {repeats} > 1 needs a dataset with a length and "
+                f"train_sampling_strategy 'random' or 'sequential', got {type(dataset).__name__} "
+                f"and {strategy!r}"
+            )
+        window = (
+            self._train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.accelerator.num_processes
+        )
+        return RepeatSampler(
+            len(dataset), window, repeats, self.args.seed, shuffle=strategy == "random"
+        )
+
+    def _save_extra(self, folder: str) -> None:
+        super()._save_extra(folder)
+        if self._completions is None or self.state.global_step % self.args.steps_per_rollout == 0:
+            return  # the next step samples anew
+        name = ROLLOUT_FILE.format(rank=self.args.process_index)
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+            json.dump(self._completions, file)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        name = ROLLOUT_FILE.format(rank=self.args.process_index)
+        path = os.path.join(resume_from_checkpoint, name)
+        self._completions = None
+        if os.path.isfile(path):
+            with open(path, encoding="utf-8") as file:
+                self._completions = json.load(file)
+        elif self.args.on_policy and self.args.steps_per_rollout > 1:
+            logger.info("no %s in the checkpoint: completions are sampled anew", name)
