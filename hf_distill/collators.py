@@ -1,13 +1,13 @@
 """HintCollator: one model's two views of a problem, with and without a hint."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_distill import alignment
-from hf_distill.hints import Hint, Prompt, Row
+from hf_distill.hints import Hint, Messages, Prompt, Row
 
 SHOWN_CHARACTERS = 60
 
@@ -82,25 +82,31 @@ class HintCollator:
     @property
     def pad_token_id(self) -> int:
         """The tokenizer's padding id, or its end id where it has none; masks tell it apart."""
-        for token_id in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+        for token_id in (self.tokenizer.pad_token_id, self.eos_token_id):
             if token_id is not None:
-                return token_id
+                return cast(int, token_id)
         raise ValueError("the tokenizer must have a pad or eos token, got neither")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The tokenizer's end id, or None."""
+        return cast("int | None", self.tokenizer.eos_token_id)
 
     def context_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, ready to be completed."""
         if isinstance(prompt, str):
-            return self.tokenizer(prompt)["input_ids"]
+            return cast(list[int], self.tokenizer(prompt)["input_ids"])
         return self._template(prompt, add_generation_prompt=True)
 
-    def _template(self, messages: Prompt, add_generation_prompt: bool) -> list[int]:
-        return self.tokenizer.apply_chat_template(
+    def _template(self, messages: Messages, add_generation_prompt: bool) -> list[int]:
+        encoded: Any = self.tokenizer.apply_chat_template(
             messages,
             add_generation_prompt=add_generation_prompt,
             tokenize=True,
             return_dict=True,
             **self.chat_template_kwargs,
-        )["input_ids"]
+        )
+        return encoded["input_ids"]
 
     def _column(self, i: int, row: Row, column: str) -> Any:
         if row.get(column) is None:
@@ -130,9 +136,10 @@ class HintCollator:
         return ids
 
     def _completion_ids(self, i: int, prompt: Prompt, completion: Prompt) -> list[int]:
-        eos = self.tokenizer.eos_token_id
+        eos = self.eos_token_id
         if isinstance(completion, str):
-            ids = self.tokenizer(completion, add_special_tokens=False)["input_ids"]
+            encoded = self.tokenizer(completion, add_special_tokens=False)
+            ids = cast(list[int], encoded["input_ids"])
             return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
         if isinstance(prompt, str):
             raise ValueError(f"row {i} of the batch: a text prompt needs a text completion")

@@ -70,8 +70,8 @@ def causal_lm(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def output_head(lm: nn.Module) -> nn.Module | None:
-    """The model's output embeddings, or None."""
+def output_head(lm: nn.Module) -> Any:
+    """The model's output embeddings, a module, or None."""
     getter = getattr(lm, "get_output_embeddings", None)
     return None if getter is None else getter()
 
@@ -110,10 +110,9 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
 
 
 @contextmanager
-def _tapped(lm: nn.Module, read: Callable[[Tensor, nn.Module], Any]) -> Iterator[None]:
+def _tapped(lm: nn.Module, read: Callable[[Tensor, Any], Any]) -> Iterator[None]:
     """Inside the block, the model's forward returns read(input of the head, head)."""
     head = output_head(lm)
-    assert head is not None
     results: list[Any] = []
     forward = lm.forward
 
@@ -168,8 +167,7 @@ def probe(lm: nn.Module, input_ids: Tensor) -> tuple[float, float | None] | str:
     if refusal is not None:
         return refusal
     head = output_head(lm)
-    assert head is not None
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: list[tuple[Any, Any]] = []
     hook = head.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
     try:
         with evaluating(lm):
@@ -247,7 +245,7 @@ class Reader:
         assert self._post is not None
         scale, cap = self._post
 
-        def read_scored(hidden: Tensor, head: nn.Module) -> Any:
+        def read_scored(hidden: Tensor, head: Any) -> Any:
             return read(hidden[side.predicts], Head(head.weight, head.bias, scale, cap))
 
         kwargs = self.forward_inputs(model, side.inputs)

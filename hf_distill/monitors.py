@@ -1,5 +1,7 @@
 """Metrics of scored tokens, summed on the device and read once per log."""
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -34,7 +36,8 @@ class TokenMeter:
         empty = self._sums is None
         sums = torch.zeros(len(MEANS) + 1, device=accelerator.device) if empty else self._sums
         self._sums = None
-        *sums, tokens = accelerator.reduce(sums, reduction="sum").tolist()
+        total: Any = accelerator.reduce(sums, reduction="sum")
+        *sums, tokens = total.tolist()
         if not tokens:
             return {}
         means = {k: v / tokens for k, v in zip(MEANS, sums, strict=True) if k not in unused}

@@ -56,9 +56,9 @@ def generate(
     Returns:
         One list of ids per prompt, with its end token if it has ended, without padding.
     """
-    model = unwrap(model)
-    device = next(model.parameters()).device
-    end_ids = end_token_ids(model, eos_token_id)
+    lm: Any = unwrap(model)
+    device = next(lm.parameters()).device
+    end_ids = end_token_ids(lm, eos_token_id)
     sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     config = GenerationConfig(
         max_new_tokens=max_completion_length,
@@ -71,7 +71,7 @@ def generate(
     ids = pad(prompts, pad_token_id, side="left").to(device)
     mask = pad([[1] * len(prompt) for prompt in prompts], 0, side="left").to(device)
     cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), evaluating(model):
+    with torch.random.fork_rng(devices=cuda), evaluating(lm):
         torch.manual_seed(seed)
-        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        output = lm.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     return [cut(row, end_ids) for row in output[:, ids.shape[1] :].tolist()]

@@ -3,7 +3,7 @@
 import logging
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -139,7 +139,7 @@ class DistillTrainer(Trainer):
         refusal = self._hidden_states_refusal()
         self._reader = Reader("student", refusal)
         self._meters = {True: TokenMeter(), False: TokenMeter()}
-        self.teacher.prepare(self.accelerator, self.model, refusal)
+        self.teacher.prepare(self.accelerator, cast(nn.Module, self.model), refusal)
         self.add_callback(_UpdateTeacher(self.teacher))
 
     def _check_setup(self) -> None:
@@ -148,7 +148,7 @@ class DistillTrainer(Trainer):
                 f"one process per device is needed, got {self.args.n_gpu} GPUs in one process: "
                 "start the script with `accelerate launch`"
             )
-        config = getattr(causal_lm(self.model), "config", None)
+        config = getattr(causal_lm(cast(nn.Module, self.model)), "config", None)
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError("the student must be a decoder-only causal LM, got an encoder-decoder")
         if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
@@ -252,7 +252,7 @@ class DistillTrainer(Trainer):
         """As in `Trainer`, with the metrics of the scored tokens added."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         for name, value in self._read_metrics(training=False).items():
-            output.metrics[f"{metric_key_prefix}_{name}"] = value
+            cast(dict, output.metrics)[f"{metric_key_prefix}_{name}"] = value
         return output
 
     def _read_metrics(self, training: bool) -> dict[str, float]:

@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class OPSDConfig(DistillConfig):
     temperature_scaling: str = field(
         default="none", metadata={"help": "'none' is the convention of OPSD and TRL; or 't2'."}
     )
-    remove_unused_columns: bool | None = field(
+    remove_unused_columns: bool = field(
         default=False, metadata={"help": "False: the collator reads hints from any column."}
     )
     teacher: str = field(
@@ -157,7 +157,7 @@ class OPSDTrainer(DistillTrainer):
         ValueError: as `DistillTrainer`; or `steps_per_rollout` > 1 with a dataset without a length.
     """
 
-    args: OPSDConfig
+    args: OPSDConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
         self,
@@ -217,15 +217,15 @@ class OPSDTrainer(DistillTrainer):
         prompts = [alignment.unpad(b["prompt_ids"], b["prompt_mask"]) for b in batches]
         completions = iter(
             rollouts.generate(
-                self.model_wrapped,
+                cast(nn.Module, self.model_wrapped),
                 [prompt for batch in prompts for prompt in batch],
                 pad_token_id=self.hint_collator.pad_token_id,
-                eos_token_id=self.hint_collator.tokenizer.eos_token_id,
+                eos_token_id=self.hint_collator.eos_token_id,
                 max_completion_length=self.args.max_completion_length,
                 temperature=self.args.rollout_temperature,
                 # a large odd multiplier keeps steps and processes of neighbouring seeds apart
                 seed=(self.args.seed * 1_000_003 + step) * 65_537 + self.args.process_index,
-                generation_kwargs=self.args.generation_kwargs,
+                generation_kwargs=cast("dict[str, Any] | None", self.args.generation_kwargs),
             )
         )
         return [[next(completions) for _ in batch] for batch in prompts]
@@ -240,7 +240,7 @@ class OPSDTrainer(DistillTrainer):
         )
 
     def _check_context(self, contexts: list[list[int]], completions: list[list[int]]) -> None:
-        config = getattr(causal_lm(self.model), "config", None)
+        config = getattr(causal_lm(cast(nn.Module, self.model)), "config", None)
         limit = getattr(config, "max_position_embeddings", None)
         for i, (context, completion) in enumerate(zip(contexts, completions, strict=True)):
             length = len(context) + len(completion)

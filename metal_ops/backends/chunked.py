@@ -64,18 +64,18 @@ def _terms(
 
 
 def _clip(
-    f: Tensor, h: Tensor, q: Tensor, spec: DivergenceSpec
+    f: Tensor, h: Tensor, q: Tensor, clip: float, spec: DivergenceSpec
 ) -> tuple[Tensor, Tensor, Tensor | float, Tensor]:
     """(loss per token, h, factor of the token's gradient, whether the token was clipped)."""
     if spec.clip_level == "vocab_entry":
         # the clamp breaks the sum apart, so h must be the whole derivative of each entry
         whole = h + q if spec.kind == "reverse_kl" else h
-        over = f > spec.clip
-        return f.clamp(max=spec.clip).sum(-1), whole.masked_fill(over, 0.0), 1.0, over.any(-1)
+        over = f > clip
+        return f.clamp(max=clip).sum(-1), whole.masked_fill(over, 0.0), 1.0, over.any(-1)
     loss = f.sum(-1)
-    over = loss > spec.clip
-    factor = torch.zeros_like(loss) if spec.clip_level == "token" else spec.clip / loss
-    return loss.clamp(max=spec.clip), h, torch.where(over, factor, 1.0), over
+    over = loss > clip
+    factor = torch.zeros_like(loss) if spec.clip_level == "token" else clip / loss
+    return loss.clamp(max=clip), h, torch.where(over, factor, 1.0), over
 
 
 def _stats(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, clipped: Tensor | None) -> Tensor:
@@ -97,7 +97,7 @@ def _rows(
     f, h = _terms(log_p, log_q, p, q, spec)
     factor, clipped = 1.0, None
     if spec.clip is not None:
-        loss, h, factor, clipped = _clip(f, h, q, spec)
+        loss, h, factor, clipped = _clip(f, h, q, spec.clip, spec)
     else:
         loss = f.sum(-1)
         if spec.kind != "jsd":
