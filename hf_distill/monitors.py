@@ -1,5 +1,6 @@
-"""Metrics of scored tokens, summed on the device and read once per log."""
+"""Metrics, summed where they arise and read once per log."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,33 @@ from torch import Tensor
 from metal_ops.functional import LinearTerms
 
 MEANS = ("soft", "hard", "student_entropy", "teacher_entropy", "top1_agreement", "clipped")
+
+
+class CompletionMeter:
+    """Lengths of sampled completions since the last reading, over all processes.
+
+    `completion_length` is the mean in tokens, `completion_ended` the share that stopped at an end
+    token; a falling share is how a collapsing self-teacher shows first.
+    """
+
+    def __init__(self) -> None:
+        self._sums = [0, 0, 0]
+
+    def add(self, completions: Sequence[Sequence[int]], end_ids: Sequence[int]) -> None:
+        """Count completions."""
+        ended = sum(completion[-1] in end_ids for completion in completions)
+        counts = (len(completions), sum(map(len, completions)), ended)
+        self._sums = [a + b for a, b in zip(self._sums, counts, strict=True)]
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """The metrics; starts anew. Every process must call it."""
+        sums = torch.tensor(self._sums, device=accelerator.device)
+        self._sums = [0, 0, 0]
+        total: Any = accelerator.reduce(sums, reduction="sum")
+        count, length, ended = total.tolist()
+        if not count:
+            return {}
+        return {"completion_length": length / count, "completion_ended": ended / count}
 
 
 class TokenMeter:

@@ -148,6 +148,14 @@ class DistillTrainer(Trainer):
                 f"one process per device is needed, got {self.args.n_gpu} GPUs in one process: "
                 "start the script with `accelerate launch`"
             )
+        # accelerate sets MASTER_ADDR if several processes were asked for; without MPI it starts one
+        on_cpu = os.environ.get("ACCELERATE_USE_CPU") == "True"
+        if on_cpu and "MASTER_ADDR" in os.environ and self.accelerator.num_processes == 1:
+            logger.warning(
+                "`accelerate launch --cpu --num_processes N` starts one process unless MPI is "
+                "set up; `accelerate launch --multi_gpu --num_processes N` with --use_cpu in "
+                "the training arguments starts N processes on the CPU"
+            )
         config = getattr(causal_lm(cast(nn.Module, self.model)), "config", None)
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError("the student must be a decoder-only causal LM, got an encoder-decoder")

@@ -14,7 +14,8 @@ from transformers.trainer_utils import has_length
 
 from hf_distill import alignment, rollouts
 from hf_distill.collators import HintCollator
-from hf_distill.heads import causal_lm
+from hf_distill.heads import causal_lm, unwrap
+from hf_distill.monitors import CompletionMeter
 from hf_distill.teachers import SelfTeacher, Teacher
 from hf_distill.trainers.distill import DistillConfig, DistillTrainer
 from metal_ops import DivergenceSpec
@@ -182,6 +183,7 @@ class OPSDTrainer(DistillTrainer):
             )
         self.hint_collator = data_collator
         self._completions: list[list[list[int]]] | None = None
+        self._completion_meters = {True: CompletionMeter(), False: CompletionMeter()}
         super().__init__(
             model,
             args,
@@ -208,27 +210,35 @@ class OPSDTrainer(DistillTrainer):
             return batches, count
         step = self.state.global_step
         if self._completions is None or step % self.args.steps_per_rollout == 0:
-            self._completions = self._rollout(batches, step)
+            self._completions = self._rollout(batches, step, training=True)
         batches = [self._rows(b, c) for b, c in zip(batches, self._completions, strict=True)]
         return batches, self._get_num_items_in_batch(batches, device)
 
-    def _rollout(self, batches: list[dict[str, Tensor]], step: int) -> list[list[list[int]]]:
+    def _rollout(
+        self, batches: list[dict[str, Tensor]], step: int, training: bool
+    ) -> list[list[list[int]]]:
         """One list of completions per micro-batch, all generated in one call."""
+        model, eos_token_id = cast(nn.Module, self.model_wrapped), self.hint_collator.eos_token_id
         prompts = [alignment.unpad(b["prompt_ids"], b["prompt_mask"]) for b in batches]
-        completions = iter(
-            rollouts.generate(
-                cast(nn.Module, self.model_wrapped),
-                [prompt for batch in prompts for prompt in batch],
-                pad_token_id=self.hint_collator.pad_token_id,
-                eos_token_id=self.hint_collator.eos_token_id,
-                max_completion_length=self.args.max_completion_length,
-                temperature=self.args.rollout_temperature,
-                # a large odd multiplier keeps steps and processes of neighbouring seeds apart
-                seed=(self.args.seed * 1_000_003 + step) * 65_537 + self.args.process_index,
-                generation_kwargs=cast("dict[str, Any] | None", self.args.generation_kwargs),
-            )
+        completions = rollouts.generate(
+            model,
+            [prompt for batch in prompts for prompt in batch],
+            pad_token_id=self.hint_collator.pad_token_id,
+            eos_token_id=eos_token_id,
+            max_completion_length=self.args.max_completion_length,
+            temperature=self.args.rollout_temperature,
+            # a large odd multiplier keeps steps and processes of neighbouring seeds apart
+            seed=(self.args.seed * 1_000_003 + step) * 65_537 + self.args.process_index,
+            generation_kwargs=cast("dict[str, Any] | None", self.args.generation_kwargs),
         )
-        return [[next(completions) for _ in batch] for batch in prompts]
+        end_ids = rollouts.end_token_ids(unwrap(model), eos_token_id)
+        self._completion_meters[training].add(completions, end_ids)
+        rest = iter(completions)
+        return [[next(rest) for _ in batch] for batch in prompts]
+
+    def _read_metrics(self, training: bool) -> dict[str, float]:
+        metrics = super()._read_metrics(training)
+        return {**metrics, **self._completion_meters[training].read(self.accelerator)}
 
     def _rows(self, batch: dict[str, Tensor], completions: list[list[int]]) -> dict[str, Tensor]:
         """The student's and the teacher's rows of one micro-batch of contexts."""
@@ -259,7 +269,7 @@ class OPSDTrainer(DistillTrainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """As in `DistillTrainer`, with completions sampled from the student if on-policy."""
         if self.args.on_policy:
-            (completions,) = self._rollout([inputs], EVAL_STEP + self._eval_batches)
+            (completions,) = self._rollout([inputs], EVAL_STEP + self._eval_batches, training=False)
             self._eval_batches += 1
             inputs = self._rows(inputs, completions)
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
