@@ -92,7 +92,7 @@ class Objective:
         return LinearTerms(loss, soft.detach(), hard.detach(), stats)
 
 
-def assert_finite(terms: LinearTerms, alpha: float) -> None:
+def assert_finite(terms: LinearTerms) -> None:
     """Stop at a loss that is not a number, saying which side it comes from.
 
     Raises:
@@ -107,9 +107,12 @@ def assert_finite(terms: LinearTerms, alpha: float) -> None:
     bad = {name: int((~torch.isfinite(entropy)).sum()) for name, entropy in sides.items()}
     named = [f"{name} are NaN at {n} of {len(terms.soft)} tokens" for name, n in bad.items() if n]
     infinite = int((~torch.isfinite(terms.soft)).sum())
-    cause = " and ".join(named) or (
-        f"the divergence is infinite at {infinite} tokens (the teacher gives a token probability 0)"
-    )
+    if infinite and not named:
+        named = [
+            f"the divergence is infinite at {infinite} of {len(terms.soft)} tokens "
+            "(the teacher gives a token probability 0)"
+        ]
+    cause = " and ".join(named) or "the hard loss is not finite"
     raise FloatingPointError(f"the loss must be finite, got {terms.loss.item()}: {cause}")
 
 

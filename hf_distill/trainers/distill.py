@@ -204,7 +204,7 @@ class DistillTrainer(Trainer):
         else:
             logits = self._reader.logits(model, side)
             terms = self.objective.from_logits(logits, signal, targets, weights)
-        losses.assert_finite(terms, self.args.alpha)
+        losses.assert_finite(terms)
         self._meters[model.training].add(terms)
         return (terms.loss, outputs) if return_outputs else terms.loss
 
