@@ -1,0 +1,49 @@
+"""`accelerate launch --cpu --num_processes 2` starts two processes of a recipe."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import launch
+import pytest
+
+RECIPES = Path(launch.__file__).parent
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {recipes!r})
+from launch import start_missing_processes
+start_missing_processes()
+import os
+print("process", os.environ.get("RANK", "alone"), sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("accelerate launch --cpu --num_processes 3 x.py", 3),
+        ("accelerate launch --num-processes=2 x.py", 2),
+        ("accelerate launch --cpu x.py", 1),
+    ],
+)
+def test_asked_processes(command: str, expected: int):
+    assert launch.asked_processes(command.split()) == expected
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_process_starts(tmp_path: Path, processes: int):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(recipes=str(RECIPES)))
+    command = [Path(sys.executable).parent / "accelerate", "launch", "--cpu", "--num_processes"]
+    done = subprocess.run(
+        [*command, str(processes), "--main_process_port", "29517", script, "--steps", "4"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("process"))
+    ranks = range(2) if processes == 2 else ["alone"]
+    assert lines == [f"process {rank} ['--steps', '4']" for rank in ranks]
