@@ -184,7 +184,7 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _linear_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     grads = [
-        (upstream * grad).to(dtype) if need else None
+        (upstream * grad.to(upstream.dtype)).to(dtype) if need else None
         for grad, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
     ]
     return (*grads, *[None] * 20)

@@ -106,8 +106,9 @@ def divergence(
 
     Numerics:
         float32 inside for every input dtype but float64. The backward recomputes both softmaxes
-        from the saved logits. An entry that is -inf on both sides contributes nothing; where the
-        teacher alone is -inf, the reverse KL is infinite. A NaN stays in its row.
+        from the saved logits. An entry that is -inf on both sides contributes nothing. Where the
+        teacher alone is -inf, the reverse KL is infinite, where the student alone is, the forward
+        KL; the JSD is finite in both cases. A NaN stays in its row.
 
     Source:
         forward and reverse KL; the generalized JSD is Eq. (1) of Agarwal et al. 2024,
@@ -138,11 +139,16 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     if not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
-    return [None if t is None else t.to(dtype) for t in tensors]
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
 
 def _check_linear(
-    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, weights: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    weights: Tensor,
+    labels: Tensor | None,
 ) -> None:
     for name, h, w in (
         ("student", hidden, weight),
@@ -166,6 +172,11 @@ def _check_linear(
     if weights.shape != hidden.shape[:1]:
         raise ValueError(
             f"weights must be [tokens] = [{hidden.shape[0]}], got {tuple(weights.shape)}"
+        )
+    if labels is not None and (labels.shape != weights.shape or labels.dtype != torch.int64):
+        raise ValueError(
+            f"labels must be int64 [tokens] = [{hidden.shape[0]}], got {labels.dtype} "
+            f"{tuple(labels.shape)}"
         )
 
 
@@ -191,7 +202,7 @@ def linear_divergence_with_stats(
 
     Arguments and errors are those of `linear_divergence`; `LinearTerms` documents the result.
     """
-    _check_linear(student_hidden, student_weight, teacher_hidden, teacher_weight, weights)
+    _check_linear(student_hidden, student_weight, teacher_hidden, teacher_weight, weights, labels)
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
     if labels is None and alpha < 1.0:
@@ -206,12 +217,16 @@ def linear_divergence_with_stats(
         )
     grad = torch.is_grad_enabled()
     needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    weights = weights.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    # the gradients are formed with weights up to one, so that float16 holds them
+    unit = weights.abs().max() if len(weights) else weights.new_ones(())
+    unit = torch.where(unit > 0, unit, 1.0)
     loss, per_token, stats, *_ = _ops.linear_divergence(
         hidden,
         weight,
         bias,
         *[None if x is None else x.detach() for x in teacher],
-        weights.to(torch.float64 if weight.dtype == torch.float64 else torch.float32),
+        weights / unit,
         labels,
         student_logit_scale,
         student_softcap,
@@ -222,7 +237,7 @@ def linear_divergence_with_stats(
         *needs,
         backend,
     )
-    return LinearTerms(loss, per_token[0], per_token[1], DivergenceStats(*stats.unbind(0)))
+    return LinearTerms(loss * unit, per_token[0], per_token[1], DivergenceStats(*stats.unbind(0)))
 
 
 def linear_divergence(
@@ -257,7 +272,7 @@ def linear_divergence(
             `student_weight` (and the biases are too), both sides are projected in one product.
         spec: which divergence, at which temperature.
         weights: [tokens]; mask / num_items_in_batch in a trainer. No gradient.
-        labels: [tokens] int64, needed when alpha < 1.
+        labels: [tokens] int64 in [0, vocab), needed when alpha < 1.
         alpha: share of the divergence, in [0, 1].
         student_bias: [vocab] or None.
         teacher_bias: [vocab] or None.

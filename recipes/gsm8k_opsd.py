@@ -74,6 +74,19 @@ DEMO: dict[str, Any] = {
     "accuracy_steps": 50,
     "disable_tqdm": False,
 }
+SHARED_WITH_CONTROL = (
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "adam_beta2",
+    "seed",
+    "disable_tqdm",
+    "use_cpu",
+    "dataloader_pin_memory",
+)
 
 
 @dataclass
@@ -88,6 +101,10 @@ class RecipeArguments:
         },
     )
     demo: bool = field(default=False, metadata={"help": "Word problems and a tiny model, on CPU."})
+    warm_up_steps: int = field(
+        default=500,
+        metadata={"help": "Supervised steps that teach the demo's model to read hints."},
+    )
     num_eval: int = field(default=256, metadata={"help": "Held-out problems to grade, >= 1."})
     eval_batch_size: int = field(default=64, metadata={"help": "Rows per generation, >= 1."})
     accuracy_steps: int = field(
@@ -180,22 +197,9 @@ class Run:
             batch = self.collator(rows)
             return {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
 
-        fields = {f.name for f in DistillConfig.__dataclass_fields__.values() if f.init}
-        shared = {k: v for k, v in vars(self.config).items() if k in fields}
-        kept = (
-            "max_steps",
-            "per_device_train_batch_size",
-            "learning_rate",
-            "warmup_steps",
-            "adam_beta2",
-            "seed",
-            "disable_tqdm",
-            "use_cpu",
-            "lr_scheduler_type",
-        )
         config = DistillConfig(
+            **{name: getattr(self.config, name) for name in SHARED_WITH_CONTROL},
             output_dir=str(Path(str(self.config.output_dir)) / "control"),
-            **{key: shared[key] for key in kept},
             alpha=0.0,
             report_to="none",
             save_strategy="no",
@@ -223,7 +227,7 @@ def load_model(
     if recipe.demo:
         tokenizer = word_problems.build_tokenizer()
         model = word_problems.build_model(tokenizer, config.seed)
-        word_problems.warm_up(model, tokenizer, seed=config.seed)
+        word_problems.warm_up(model, tokenizer, steps=recipe.warm_up_steps, seed=config.seed)
         return model, tokenizer
     assert model_args.model_name_or_path is not None
     with PartialState().main_process_first():  # one process converts, the others find the result
@@ -261,10 +265,16 @@ def draw_curves(path: Path, history: list[dict[str, Any]], points: list[tuple[in
     plt.close(figure)
 
 
+def make_parser(demo: bool = False) -> TrlParser:
+    """The command line, with the recipe's defaults or the demo's."""
+    parser = TrlParser(cast(Any, (RecipeArguments, OPSDConfig, ModelConfig)))
+    parser.set_defaults_with_config(**{**DEFAULTS, **(DEMO if demo else {})})
+    return parser
+
+
 def main() -> None:
     """Parse, measure, distil, measure, save."""
-    parser = TrlParser(cast(Any, (RecipeArguments, OPSDConfig, ModelConfig)))
-    parser.set_defaults_with_config(**{**DEFAULTS, **(DEMO if "--demo" in sys.argv else {})})
+    parser = make_parser(demo="--demo" in sys.argv)
     recipe, config, model_args = parser.parse_args_and_config()
     _ = config.device  # sets the processes up as the arguments say, before anyone else asks
     logging.basicConfig(level=logging.INFO if PartialState().is_main_process else logging.ERROR)

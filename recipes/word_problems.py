@@ -66,7 +66,7 @@ def make_problem(rng: random.Random) -> dict:
         strings of words separated by single spaces.
     """
     name, item = rng.choice(_NAMES), rng.choice(_ITEMS)
-    steps = None
+    steps, start = None, 0
     while steps is None:
         start = rng.randint(2, 30)
         steps = _draw_steps(rng, start, rng.randint(2, 3))
@@ -176,13 +176,17 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
         intermediate_size=288,
         max_position_embeddings=512,
         tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=_token_id(tokenizer, PAD),
+        eos_token_id=_token_id(tokenizer, END),
         bos_token_id=None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
+
+
+def _token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    return tokenizer.get_vocab()[token]
 
 
 class WordEncoder:
@@ -241,7 +245,7 @@ def warm_up(
     for name, value in (("steps", steps), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    examples = _warm_up_examples(WordEncoder(tokenizer), tokenizer.eos_token_id, seed)
+    examples = _warm_up_examples(WordEncoder(tokenizer), _token_id(tokenizer, END), seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 50) * max(0.1, 1 - step / steps)
@@ -251,7 +255,7 @@ def warm_up(
     bar = tqdm(range(steps), desc="warm-up", disable=not progress)
     for step in bar:
         batch = [next(examples) for _ in range(batch_size)]
-        input_ids, labels = _right_pad(batch, tokenizer.pad_token_id)
+        input_ids, labels = _right_pad(batch, _token_id(tokenizer, PAD))
         # Padding lies on the right, so causal attention needs no mask to keep real tokens from it.
         loss = model(
             input_ids=input_ids.to(model.device), labels=labels.to(model.device), use_cache=False

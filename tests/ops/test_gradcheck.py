@@ -1,0 +1,56 @@
+"""Gradients against finite differences, in float64."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from metal_ops import DivergenceSpec, divergence, linear_divergence
+from tests.inputs import randn
+
+KINDS = [("forward_kl", 0.5), ("reverse_kl", 0.5)] + [("jsd", b) for b in (0.0, 0.1, 0.5, 0.9, 1.0)]
+
+
+@pytest.mark.parametrize("scaling", ["none", "t2"])
+@pytest.mark.parametrize(("kind", "beta"), KINDS)
+def test_divergence(kind, beta, scaling):
+    student, teacher = (x.double() for x in randn(4, 7))
+    spec = DivergenceSpec(kind, beta, 2.0, scaling)
+    mask = torch.tensor([True, False, True, True])
+    assert gradcheck(lambda x: divergence(x, teacher, spec, mask=mask), (student.requires_grad_(),))
+
+
+@pytest.mark.parametrize("level", ["vocab_entry", "token"])  # token_rescale is not a derivative
+@pytest.mark.parametrize(("kind", "beta"), KINDS)
+def test_clipped_divergence(kind, beta, level):
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = torch.randn(2, 6, 7, dtype=torch.float64, generator=generator)
+    clip = 0.02 if level == "vocab_entry" else 0.1
+    spec = DivergenceSpec(kind, beta, 2.0, "t2", clip, level)
+    assert gradcheck(lambda x: divergence(x, teacher, spec), (student.requires_grad_(),))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("kind", "beta"), [*KINDS[:2], ("jsd", 0.3)])
+def test_linear_divergence(kind, beta, alpha):
+    hidden, teacher_hidden = torch.randn(2, 5, 3, dtype=torch.float64)
+    weight, teacher_weight = torch.randn(2, 7, 3, dtype=torch.float64)
+    bias, labels = torch.randn(7, dtype=torch.float64), torch.randint(7, (5,))
+
+    def loss(h, w, b):
+        return linear_divergence(
+            h,
+            w,
+            teacher_hidden,
+            teacher_weight,
+            DivergenceSpec(kind, beta, 2.0, "t2"),
+            weights=torch.tensor([0.5, 0.0, 1.0, 2.0, 0.1], dtype=torch.float64),
+            labels=labels,
+            alpha=alpha,
+            student_bias=b,
+            student_logit_scale=0.7,
+            teacher_logit_scale=1.3,
+            student_softcap=2.0,
+            teacher_softcap=3.0,
+        )
+
+    assert gradcheck(loss, tuple(x.requires_grad_() for x in (hidden, weight, bias)))

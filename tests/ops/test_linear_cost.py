@@ -1,0 +1,157 @@
+"""What `linear_divergence` allocates, multiplies and does under autocast and float16."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from metal_ops import linear_divergence
+from metal_ops.backends import chunked
+from tests.numerics import assert_matches_reference
+from tests.ops.test_linear import SPECS, check, compose, make
+
+
+class Watch(TorchDispatchMode):
+    """The largest tensor any operator returned, and the number of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+        self.products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        self.products += name in ("mm", "addmm", "bmm", "matmul", "linear")
+        for x in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.largest = max(self.largest, x.numel())
+        return out
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """Watches inside the op, where an outer mode cannot look."""
+    mode, original = Watch(), chunked.linear
+
+    def watched(*args):
+        with mode:
+            return original(*args)
+
+    monkeypatch.setattr(chunked, "linear", watched)
+    monkeypatch.setattr(chunked, "MIN_LINEAR_TOKENS", 16)
+    monkeypatch.setitem(chunked.LINEAR_BYTES, "cpu", 1)
+    return mode
+
+
+@pytest.mark.parametrize(("head", "sides"), [("all", 1), ("shared", 2)])
+def test_no_logits_of_all_tokens_in_memory(head, sides, watch):
+    case = make(head, torch.float32, tokens=400, vocab=600)
+    case.call(SPECS[2], 0.5).backward()
+    assert watch.largest == 16 * 600 * sides  # one chunk's logits, of 400 x 600
+
+
+@pytest.mark.parametrize(
+    ("head", "frozen", "a_chunk"),
+    [
+        ("all", (), 4),  # two heads; gradients of hidden states and weight
+        ("all", (1, 2), 3),
+        ("all", (0, 1, 2), 2),
+        ("shared", (), 3),  # one product for both sides
+        ("shared", (0, 1), 1),
+    ],
+)
+def test_every_logit_is_projected_once(head, frozen, a_chunk, watch):
+    case = make(head, torch.float32, tokens=40)  # chunks of 16, 16, 8
+    for index in frozen:
+        case.student[index].requires_grad_(False)
+    loss = case.call(SPECS[2], 0.5)
+    if loss.requires_grad:
+        loss.backward()
+    assert watch.products == 3 * a_chunk
+
+
+@pytest.mark.parametrize("head", ["all", "shared"])
+def test_autocast_does_what_linear_does(head, monkeypatch):
+    given, original = [], chunked.linear
+    monkeypatch.setattr(chunked, "linear", lambda *a: given.append(a[:2]) or original(*a))
+    case = make(head, torch.float32)
+    with torch.no_grad():
+        for x in (*case.student[:2], case.teacher[0]):
+            x.add_(0.01 * torch.randn_like(x))  # not exact in bfloat16
+    low = make(head, torch.bfloat16)
+    student = [None if x is None else x.detach().bfloat16().requires_grad_() for x in case.student]
+    teacher = [None if x is None else x.detach().bfloat16() for x in case.teacher]
+    if head == "shared":
+        teacher[1] = student[1]
+    low = type(low)(
+        tuple(student), tuple(teacher), case.weights, case.labels, case.scale, case.softcap
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.linear(*case.student).dtype == torch.bfloat16
+        loss = case.call(SPECS[0], 0.5)
+    (sides,) = given
+    assert {x.dtype for side in sides for x in side if x is not None} == {torch.bfloat16}
+    want = low.call(SPECS[0], 0.5)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, want)
+    grads = torch.autograd.grad(loss, case.leaves())
+    wants = torch.autograd.grad(want, low.leaves())
+    for got, expected in zip(grads, wants, strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, expected.float(), rtol=2**-7, atol=0)
+
+
+def test_autocast_leaves_float64_alone():
+    case = make("all", torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.linear(*case.student).dtype == torch.float64
+        loss = case.call(SPECS[0], 0.5)
+    torch.testing.assert_close(loss, compose(case, SPECS[0], 0.5).loss, rtol=1e-12, atol=0)
+
+
+def test_autocast_turned_off_inside():
+    case = make("all", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+        check(case, SPECS[0], 0.5)
+
+
+@pytest.mark.parametrize("upstream", [1.0, 0.3, 1e-3, 2.0**16])
+def test_upstream_is_applied_in_float32(upstream):
+    """0.3 is not a bfloat16, and a gradient scaler starts at 2**16, which is not a float16."""
+    for dtype in (torch.bfloat16, torch.float16):
+        case = make("plain", dtype)
+        case = type(case)(case.student, case.teacher, case.weights * 2.0**-6, case.labels)
+        check(case, SPECS[0], 0.5, upstream)
+
+
+def test_an_upstream_beyond_float16_keeps_zeros():
+    case = make("plain", torch.float16)
+    same = tuple(None if x is None else x.detach().clone() for x in case.student)
+    case = type(case)(case.student, same, torch.ones(9), case.labels)
+    loss = case.call(SPECS[1], 1.0)
+    grads = torch.autograd.grad(loss, case.leaves(), torch.tensor(2.0**17))
+    assert all(x.isfinite().all() for x in grads)
+
+
+@pytest.mark.parametrize("head", ["plain", "shared"])
+def test_float16_gradients_survive_small_weights(head):
+    """1 / num_items of a large batch times q is below float16; a gradient scaler lifts it."""
+    case = make(head, torch.float16)
+    weights = torch.full_like(case.weights, 2.0**-17)
+    case = type(case)(case.student, case.teacher, weights, case.labels)
+    check(case, SPECS[0], 0.5, 2.0**16)
+
+
+def test_mixed_dtypes_of_hidden_and_head():
+    """Hidden states in float32 and a bfloat16 head, as under mixed precision."""
+    case = make("plain", torch.bfloat16)
+    hidden = case.student[0].detach().float().requires_grad_()
+    loss = linear_divergence(
+        hidden, *case.student[1:2], *case.teacher[:2], SPECS[0], weights=case.weights
+    )
+    (grad,) = torch.autograd.grad(loss, hidden)
+    want = compose(case, SPECS[0], 1.0)
+    size = want.magnitude + want.grad_logits.abs() * 2.0**15  # a bfloat16 product
+    size = size @ case.student[1].detach().double().abs()
+    assert_matches_reference(grad, want.grads[0], size, torch.tensor(1.0), torch.float32)
