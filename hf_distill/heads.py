@@ -12,7 +12,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -153,9 +153,9 @@ def _head_refusal(lm: nn.Module) -> str | None:
     return None
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal up to a few roundings in the coarser of the two dtypes."""
-    eps = max(torch.finfo(a.dtype).eps, torch.finfo(b.dtype).eps)
+def _close(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Equal up to a few roundings in the coarsest dtype on the way."""
+    eps = max(torch.finfo(d).eps for d in (a.dtype, b.dtype, dtype))
     a, b = a.float(), b.float()
     return bool((a - b).abs().max() <= 8 * eps * b.abs().max().clamp_min(1e-6))
 
@@ -177,11 +177,12 @@ def probe(lm: nn.Module, input_ids: Tensor) -> tuple[float, float | None] | str:
     if len(seen) != 1 or seen[0][0].ndim != 3:
         return f"the forward calls its head {len(seen)} times"
     hidden, raw = seen[0]
-    if not _close(nn.functional.linear(hidden, head.weight, head.bias), raw):
+    if not _close(nn.functional.linear(hidden, head.weight, head.bias), raw, raw.dtype):
         return "the head does more than a linear map (an adapter or a hook)"
     for scale, cap in _post_candidates(lm.config):
         scaled = raw.float() * scale
-        if _close(scaled if cap is None else cap * torch.tanh(scaled / cap), logits):
+        expected = scaled if cap is None else cap * torch.tanh(scaled / cap)
+        if _close(expected, logits, raw.dtype):
             return scale, cap
     return "the logits are not a known scale or softcap of the head's output"
 
@@ -275,7 +276,8 @@ class Reader:
 
         def read(hidden: Tensor, head: Head) -> Signal:
             if frozen_head:
-                head = Head(head.weight.detach(), head.bias, head.logit_scale, head.softcap)
+                bias = None if head.bias is None else head.bias.detach()
+                head = replace(head, weight=head.weight.detach(), bias=bias)
             return Signal(hidden=hidden, head=head)
 
         return self.at_head(model, side, read)

@@ -1,6 +1,7 @@
 """Completions sampled from the student."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from hf_distill.alignment import pad
-from hf_distill.heads import evaluating, unwrap
+from hf_distill.heads import causal_lm, evaluating, unwrap
 
 
 def end_token_ids(model: nn.Module, eos_token_id: int | None) -> list[int]:
@@ -24,6 +25,25 @@ def cut(completion: Sequence[int], end_ids: Sequence[int]) -> list[int]:
         if token in end_ids:
             return list(completion[: position + 1])
     return list(completion)
+
+
+@contextmanager
+def _no_generation_defaults(lm: Any) -> Iterator[None]:
+    """The model's own generation config is empty inside the block.
+
+    `generate` takes every field that its argument leaves open from the model's config: sampling
+    tricks such as min_p or no_repeat_ngram_size would change the policy silently. An adapter
+    wrapper and the model in it can each have a config.
+    """
+    owners: list[Any] = [m for m in (lm, causal_lm(lm)) if "generation_config" in m.__dict__]
+    kept = [owner.generation_config for owner in owners]
+    for owner in owners:
+        owner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for owner, config in zip(owners, kept, strict=True):
+            owner.generation_config = config
 
 
 @torch.no_grad()
@@ -71,7 +91,7 @@ def generate(
     ids = pad(prompts, pad_token_id, side="left").to(device)
     mask = pad([[1] * len(prompt) for prompt in prompts], 0, side="left").to(device)
     cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), evaluating(lm):
+    with torch.random.fork_rng(devices=cuda), evaluating(lm), _no_generation_defaults(lm):
         torch.manual_seed(seed)
         output = lm.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     return [cut(row, end_ids) for row in output[:, ids.shape[1] :].tolist()]

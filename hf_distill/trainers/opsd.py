@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_utils import has_length
 
 from hf_distill import alignment, rollouts
@@ -279,17 +279,23 @@ class OPSDTrainer(DistillTrainer):
         self._eval_batches = 0
         return super().evaluation_loop(*args, **kwargs)
 
+    def get_train_dataloader(self) -> DataLoader:
+        """As in `Trainer`; rows are repeated if `steps_per_rollout` asks for it."""
+        repeats, strategy = self.args.steps_per_rollout, self.args.train_sampling_strategy
+        repeatable = has_length(self.train_dataset) and strategy in ("random", "sequential")
+        if repeats > 1 and self.args.on_policy and not repeatable:
+            raise ValueError(
+                f"steps_per_rollout {repeats} > 1 needs a dataset with a length and "
+                "train_sampling_strategy 'random' or 'sequential', got "
+                f"{type(self.train_dataset).__name__} and {strategy!r}"
+            )
+        return super().get_train_dataloader()
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         repeats, strategy = self.args.steps_per_rollout, self.args.train_sampling_strategy
         if repeats == 1 or not self.args.on_policy:
             return super()._get_train_sampler(train_dataset)
-        if not has_length(dataset) or strategy not in ("random", "sequential"):
-            raise ValueError(
-                f"steps_per_rollout {repeats} > 1 needs a dataset with a length and "
-                f"train_sampling_strategy 'random' or 'sequential', got {type(dataset).__name__} "
-                f"and {strategy!r}"
-            )
         window = (
             self._train_batch_size
             * self.args.gradient_accumulation_steps

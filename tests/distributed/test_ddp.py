@@ -1,0 +1,56 @@
+"""Two processes give the weights of one process with twice the rows."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed import setups
+from tests.trainers import models
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.filterwarnings(models.PEFT_WARNING),
+]
+
+TOLERANCE = 2e-6  # measured: at most 1.2e-7; the mean over each process gives 3.6e-3
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the results of every set-up, run by two processes."""
+    folder = tmp_path_factory.mktemp("ddp")
+    # with --cpu it would start one process; the set-ups ask for the CPU themselves
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    port = ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [sys.executable, *launch, *port, "-m", "tests.distributed.setups", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    return folder
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [s for s in setups.SETUPS if s is not setups.distill_local_mean],
+    ids=lambda s: s.__name__,
+)
+def test_two_processes_are_one(two_processes: Path, tmp_path: Path, setup) -> None:
+    weights, logs = torch.load(two_processes / f"{setup.__name__}.pt")
+    expected, expected_logs = setups.train(setup, tmp_path, 1)
+    assert [step["tokens"] for step in logs] == [step["tokens"] for step in expected_logs]
+    for step, want in zip(logs, expected_logs, strict=True):
+        assert step["soft"] == pytest.approx(want["soft"], rel=1e-4)  # weights differ after step 1
+    assert models.difference(weights, expected) <= TOLERANCE
+
+
+def test_a_mean_over_each_process_would_show(two_processes: Path) -> None:
+    right, _ = torch.load(two_processes / "distill.pt")
+    wrong, _ = torch.load(two_processes / "distill_local_mean.pt")
+    assert models.difference(right, wrong) > 100 * TOLERANCE

@@ -1,0 +1,237 @@
+"""What each teacher says, what it keeps, and that the student is left as it was."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from hf_distill import ModelTeacher, SelfTeacher
+from hf_distill.alignment import Side
+from hf_distill.heads import Signal
+from hf_distill.teachers import adapters_off
+from tests.trainers import models
+
+pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
+
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
+PREDICTS = torch.tensor([[0, 1, 1, 0, 1, 0], [1, 0, 1, 0, 0, 0]]).bool()
+SIDE = Side({"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}, PREDICTS)
+# one path through the model against another: a few roundings of logits of order 1
+ROUNDING = {"rtol": 0, "atol": 2e-6}
+FAR = 1e-2  # what another teacher's logits differ by, at least
+
+
+def prepared(teacher: Any, student: nn.Module, refusal: str | None = None) -> Any:
+    teacher.prepare(Accelerator(cpu=True), student, refusal)
+    return teacher
+
+
+@torch.no_grad()
+def scored_logits(model: nn.Module) -> Tensor:
+    was_training = model.training
+    logits = model.eval()(input_ids=IDS).logits[PREDICTS]
+    model.train(was_training)
+    return logits
+
+
+def step(model: nn.Module, seed: int = 0) -> None:
+    """Stands for an optimizer step: every trainable weight moves."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape, generator=generator))
+
+
+REFUSALS = pytest.mark.parametrize("refusal", [None, "the test asks for logits"])
+
+
+@REFUSALS
+def test_base_of_an_adapted_model_is_the_model_without_adapters(refusal: str | None) -> None:
+    student = models.lora(models.llama())
+    teacher = prepared(SelfTeacher("base"), student, refusal)
+    want = scored_logits(models.llama())
+    for seed in range(2):
+        torch.testing.assert_close(teacher.signal(student, SIDE).dense(), want, **ROUNDING)
+        step(student, seed)
+        teacher.update(student)
+    assert (scored_logits(student) - want).abs().max() > FAR
+    assert teacher.state_dict() == {}
+
+
+def test_adapters_come_back_with_the_flags_they_had() -> None:
+    student = models.lora(models.llama()).train()
+    frozen = [p for n, p in student.named_parameters() if "lora_A" in n and ".0." in n]
+    assert frozen
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    flags = {n: p.requires_grad for n, p in student.named_parameters()}
+    before = scored_logits(student)
+    teacher = prepared(SelfTeacher("base"), student)
+    teacher.signal(student, SIDE)
+    assert {n: p.requires_grad for n, p in student.named_parameters()} == flags
+    assert torch.equal(scored_logits(student), before)
+    with pytest.raises(RuntimeError, match="inside"), adapters_off(student):
+        raise RuntimeError("inside")
+    assert {n: p.requires_grad for n, p in student.named_parameters()} == flags
+    assert torch.equal(scored_logits(student), before)
+
+
+@REFUSALS
+def test_base_of_a_full_model_is_a_frozen_copy(
+    refusal: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "hf_distill")
+    student = models.llama(attention_dropout=0.5).train()
+    want = scored_logits(student)
+    teacher = prepared(SelfTeacher("base"), student, refusal)
+    assert "teacher base: a frozen copy, 0 MiB" in caplog.text
+    for seed in range(2):
+        torch.testing.assert_close(teacher.signal(student, SIDE).dense(), want, **ROUNDING)
+        step(student, seed)
+        teacher.update(student)
+    assert (scored_logits(student) - want).abs().max() > FAR
+    assert student.training
+    assert all(p.requires_grad for p in student.parameters())
+
+
+@REFUSALS
+@pytest.mark.parametrize("family", ["llama", "tied", "phi", "adapted"])
+def test_ema_is_the_average_by_hand(family: str, refusal: str | None) -> None:
+    adapted = family == "adapted"
+    student = models.lora(models.llama()) if adapted else models.FAMILIES[family]()
+    average = models.copied(student)
+    teacher = prepared(SelfTeacher("ema", ema_decay=0.75), student, refusal)
+    for seed in range(3):
+        step(student, seed)
+        teacher.update(student)
+        with torch.no_grad():
+            for mine, now in zip(average.parameters(), student.parameters(), strict=True):
+                if now.requires_grad:
+                    mine.copy_(0.75 * mine + 0.25 * now)
+    trainable = {n: p.detach() for n, p in average.named_parameters() if p.requires_grad}
+    assert teacher.state_dict().keys() == trainable.keys()
+    for name, mine in trainable.items():
+        # three products and sums of numbers of order 1
+        torch.testing.assert_close(teacher.state_dict()[name], mine, rtol=0, atol=1e-6)
+    signal = teacher.signal(student, SIDE)
+    assert (signal.hidden is None) == (refusal is not None)
+    want = scored_logits(average)
+    # the averages differ by roundings, and logits are sums over 32 of them
+    torch.testing.assert_close(signal.dense(), want, rtol=0, atol=2e-5)
+    assert (scored_logits(student) - want).abs().max() > FAR
+
+
+def test_live_follows_the_student(caplog: pytest.LogCaptureFixture) -> None:
+    student = models.llama(attention_dropout=0.5).train()
+    teacher = prepared(SelfTeacher("live"), student)
+    assert "teacher live: a self-teacher that follows the student collapsed" in caplog.text
+    for seed in range(2):
+        signal = teacher.signal(student, SIDE)
+        torch.testing.assert_close(signal.dense(), scored_logits(student), **ROUNDING)
+        assert not signal.hidden.requires_grad
+        step(student, seed)
+    assert student.training
+
+
+@pytest.mark.parametrize("kind", ["base", "ema", "live"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_student_is_left_as_it_was(kind: str, fails: bool) -> None:
+    student = models.lora(models.llama(attention_dropout=0.5)).train()
+    teacher = prepared(SelfTeacher(kind, 0.5), student)
+    step(student)
+    before = models.weights(student)
+    storage = {n: p.data_ptr() for n, p in student.named_parameters()}
+    flags = {n: p.requires_grad for n, p in student.named_parameters()}
+    adapted = scored_logits(student)
+    if fails:
+        wrong = Side({"input_ids": IDS + models.VOCAB}, PREDICTS)
+        with pytest.raises(IndexError):
+            teacher.signal(student, wrong)
+    else:
+        teacher.signal(student, SIDE)
+    after = dict(student.named_parameters())
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert {n: p.data_ptr() for n, p in after.items()} == storage
+    assert {n: p.requires_grad for n, p in after.items()} == flags
+    assert student.training
+    assert torch.equal(scored_logits(student), adapted)
+
+
+def test_ema_signal_survives_the_swap_back() -> None:
+    student = models.phi()
+    teacher = prepared(SelfTeacher("ema", 0.5), student)
+    step(student)
+    signal = teacher.signal(student, SIDE)
+    state = teacher.state_dict()
+    assert torch.equal(signal.head.weight, state["lm_head.weight"])
+    assert torch.equal(signal.head.bias, state["lm_head.bias"])
+
+
+def shared(signal: Signal, student: nn.Module) -> bool:
+    return signal.head.weight is student.get_output_embeddings().weight
+
+
+def test_only_a_head_that_is_the_students_is_shared() -> None:
+    adapted = models.lora(models.llama())
+    assert shared(prepared(SelfTeacher("base"), adapted).signal(adapted, SIDE), adapted)
+    full = models.llama()
+    assert not shared(prepared(SelfTeacher("base"), full).signal(full, SIDE), full)
+    assert not shared(prepared(SelfTeacher("ema"), full).signal(full, SIDE), full)
+    separate = prepared(ModelTeacher(models.llama()), full)
+    assert not shared(separate.signal(full, SIDE), full)
+
+
+def test_state_is_restored_and_another_is_refused() -> None:
+    student = models.llama()
+    teacher = prepared(SelfTeacher("ema", 0.5), student)
+    step(student)
+    teacher.update(student)
+    saved = {name: value.clone() for name, value in teacher.state_dict().items()}
+    fresh = prepared(SelfTeacher("ema", 0.5), models.llama())
+    fresh.load_state_dict(saved)
+    restored = fresh.state_dict()
+    assert all(torch.equal(restored[name], saved[name]) for name in saved)
+    step(student, 1)
+    fresh.update(student)
+    teacher.update(student)
+    moved = teacher.state_dict()
+    assert all(torch.equal(fresh.state_dict()[name], moved[name]) for name in saved)
+    lacking = dict(saved)
+    lacking.pop("lm_head.weight")
+    with pytest.raises(ValueError, match=r"1 differ, the first is 'lm_head\.weight'"):
+        fresh.load_state_dict(lacking)
+
+
+def test_a_model_teacher_is_frozen_and_has_no_dropout() -> None:
+    teacher_model = models.llama(1, attention_dropout=0.9).train()
+    student = models.llama()
+    teacher = prepared(ModelTeacher(teacher_model), student)
+    first, second = (teacher.signal(student, SIDE).dense() for _ in range(2))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, scored_logits(models.llama(1)), **ROUNDING)
+    assert not any(p.requires_grad for p in teacher_model.parameters())
+    assert teacher.state_dict() == {}
+
+
+def test_a_model_teacher_from_a_folder(tmp_path) -> None:
+    models.llama(1).save_pretrained(tmp_path)
+    teacher = prepared(ModelTeacher(str(tmp_path)), models.llama())
+    signal = teacher.signal(models.llama(), SIDE)
+    torch.testing.assert_close(signal.dense(), scored_logits(models.llama(1)), **ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("frozen",), r"teacher must be one of \('base', 'live', 'ema'\), got 'frozen'"),
+        (("ema", 1.0), r"ema_decay must be in \[0, 1\), got 1.0"),
+        (("ema", -0.1), r"ema_decay must be in \[0, 1\), got -0.1"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SelfTeacher(*arguments)
