@@ -66,7 +66,7 @@ DEFAULTS: dict[str, Any] = {
 }
 DEMO: dict[str, Any] = {
     "output_dir": "out/demo",
-    "max_steps": 200,
+    "max_steps": 250,
     "per_device_train_batch_size": 64,
     "learning_rate": 1e-3,
     "max_completion_length": 48,
@@ -102,7 +102,7 @@ class RecipeArguments:
     )
     demo: bool = field(default=False, metadata={"help": "Word problems and a tiny model, on CPU."})
     warm_up_steps: int = field(
-        default=500,
+        default=400,
         metadata={"help": "Supervised steps that teach the demo's model to read hints."},
     )
     num_eval: int = field(default=256, metadata={"help": "Held-out problems to grade, >= 1."})

@@ -48,7 +48,7 @@ _TEST_SEED = "held-out"
 _HELD_OUT_ONE_IN = 8
 _IGNORED_LABEL = -100
 
-_UNAIDED_SHARE = 0.4
+_UNAIDED_SHARE = 0.3
 _PLANTED_ERROR_SHARE = 0.3
 
 Message = Mapping[str, str]
@@ -219,14 +219,14 @@ def warm_up(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     *,
-    steps: int = 500,
-    batch_size: int = 32,
+    steps: int = 400,
+    batch_size: int = 64,
     seed: int = 0,
     progress: bool = True,
 ) -> None:
     """Trains a fresh model, in place, to solve problems whose reference it sees as a hint.
 
-    Most examples carry the reference in a system message. 40 % carry none: enough for the model to
+    Most examples carry the reference in a system message. 30 % carry none: enough for the model to
     be fluent but weak without a hint. In 30 % of the others a wrong step is planted after the
     prompt and only what follows is trained on: the model learns to go on from its own slips,
     which a teacher that scores a student's completions has to do. No held-out problem is used.

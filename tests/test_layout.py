@@ -1,0 +1,86 @@
+"""Properties of the tree itself: sizes, who imports whom, what the README says."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import hf_distill
+import metal_ops
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted(
+    p for d in ("metal_ops", "hf_distill", "recipes") for p in (ROOT / d).rglob("*.py")
+)
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+README = (ROOT / "README.md").read_text()
+
+
+def tracked() -> set[str]:
+    """Files that git knows or would know, without ignored ones."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return {name for name in listed.splitlines() if (ROOT / name).exists()}
+
+
+@pytest.mark.parametrize("path", SOURCES + TESTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_file_is_short(path: Path):
+    assert len(path.read_text().splitlines()) < 400
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.py")), ids=lambda p: p.name)
+def test_recipes_use_the_public_package(path: Path):
+    tree = ast.parse(path.read_text())
+    names = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+    names |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    assert not [n for n in names if n.split(".")[0] in ("metal_ops", "recipes")]
+
+
+@pytest.mark.parametrize("package", [hf_distill, metal_ops], ids=lambda p: p.__name__)
+def test_public_names_are_documented(package):
+    for name in package.__all__:
+        assert getattr(package, name).__doc__, name
+
+
+def test_the_readme_tree_is_the_disk():
+    block = re.search(r"```text\n(hf-distill/\n.*?)```", README, re.DOTALL)
+    assert block is not None
+    stack, named = [], set()
+    for line in block.group(1).splitlines()[1:]:
+        entry = line.split("  #")[0].rstrip()
+        depth = (len(entry) - len(entry.lstrip())) // 4
+        stack[depth - 1 :] = [entry.strip()]
+        if not entry.endswith("/"):
+            named.add("".join(stack))
+    shown = {n for n in tracked() if not n.startswith("tests/")}
+    folders = {
+        "tests/" + n.split("/")[1] + "/"
+        for n in tracked()
+        if n.count("/") > 1 and n.startswith("tests/")
+    }
+    files = {
+        n for n in tracked() if n.startswith("tests/") and n.count("/") == 1 and n.endswith(".py")
+    }
+    assert named == shown | files
+    for folder in folders:
+        assert f"    {folder.removeprefix('tests/')}" in block.group(1), folder
+
+
+def test_the_top_level_is_the_agreed_one():
+    top = {name.split("/")[0] for name in tracked()}
+    assert top == {
+        ".ci",
+        ".gitignore",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "LICENSE",
+        "Makefile",
+        "README.md",
+        "hf_distill",
+        "metal_ops",
+        "pyproject.toml",
+        "recipes",
+        "tests",
+    }
