@@ -7,8 +7,10 @@ from pathlib import Path
 
 import gsm8k_opsd
 import pytest
+import torch
 import word_problems
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.trainers.models import PEFT_WARNING
@@ -96,26 +98,51 @@ def test_the_control_is_supervised_training_from_the_same_start(
     assert all(opsd[name].equal(control[name]) for name in opsd)
 
 
+def launch(cwd: Path, processes: int, *arguments: object) -> str:
+    """Standard error of the recipe under `accelerate launch --num_processes N --cpu`."""
+    accelerate = Path(sys.executable).parent / "accelerate"
+    command = [accelerate, "launch", "--num_processes", processes, "--cpu"]
+    command += ["--main_process_port", 29531, ROOT / "recipes" / "gsm8k_opsd.py", *FEW, *arguments]
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
+
+
+@pytest.mark.distributed
+def test_two_processes_end_in_the_weights_of_one(tmp_path: Path, checkpoint: Path, gsm8k: Path):
+    def weights(processes: int, rows: int) -> dict[str, torch.Tensor]:
+        out = tmp_path / str(rows * processes) / str(processes)
+        source = ["--model_name_or_path", checkpoint, "--dataset", gsm8k, "--output_dir", out]
+        steps = ["--max_steps", 2, "--per_device_train_batch_size", rows, "--warmup_steps", 0]
+        greedy = ["--rollout_temperature", 0, "--adam_epsilon", 1e-4]
+        launch(tmp_path, processes, *source, *steps, *greedy)
+        return load_file(out / "model.safetensors")
+
+    start = load_file(checkpoint / "model.safetensors")
+    one, two, other = weights(1, 4), weights(2, 2), weights(1, 2)
+
+    def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+        return max(float((a[name] - b[name]).abs().max()) for name in start)
+
+    assert difference(one, two) < 1e-6
+    assert difference(one, start) > 1e-5
+    assert difference(one, other) > 1e-5
+
+
 def test_gsm8k_with_lora_under_accelerate_launch(tmp_path: Path, checkpoint: Path, gsm8k: Path):
     config = tmp_path / "settings.yaml"
     config.write_text("max_steps: 2\nper_device_train_batch_size: 2\nlora_r: 4\nuse_peft: true\n")
-    command = [
-        Path(sys.executable).parent / "accelerate", "launch", "--cpu", "--num_processes", "1",
-        ROOT / "recipes" / "gsm8k_opsd.py", *FEW, "--config", config,
-        "--model_name_or_path", checkpoint, "--dataset", gsm8k, "--output_dir", tmp_path / "out",
-    ]  # fmt: skip
-    done = subprocess.run(
-        list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=300,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    source = ["--model_name_or_path", checkpoint, "--dataset", gsm8k]
+    errors = launch(tmp_path, 1, "--config", config, *source, "--output_dir", tmp_path / "out")
     found = results(tmp_path / "out")
     losses = [entry["loss"] for entry in found["log_history"] if "loss" in entry]
     assert len(losses) == 2
     assert all(0 < loss < 100 for loss in losses)
     assert found["config"]["max_steps"] == 2
     assert found["task"] == "gsm8k"
-    assert "teacher base: the student with its adapters off" in done.stderr
+    assert "teacher base: the student with its adapters off" in errors
     base = AutoModelForCausalLM.from_pretrained(checkpoint)
     adapted = PeftModel.from_pretrained(base, tmp_path / "out")
     trained = [p for n, p in adapted.named_parameters() if "lora_B" in n]

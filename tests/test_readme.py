@@ -1,0 +1,89 @@
+"""What the README shows is run, in miniature."""
+
+import re
+from pathlib import Path
+
+import pytest
+import word_problems
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import hf_distill
+from hf_distill import DistillConfig, OPSDConfig
+from metal_ops import DivergenceSpec, available_backends
+from metal_ops.spec import KINDS
+from tests.trainers.models import PEFT_WARNING
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def replace(text: str, old: str, new: str) -> str:
+    assert old in text
+    return text.replace(old, new)
+
+
+@pytest.mark.filterwarnings(PEFT_WARNING)
+def test_self_distillation_example(tmp_path: Path):
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    tokenizer = word_problems.build_tokenizer()
+    word_problems.build_model(tokenizer, seed=0).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    code = replace(code, '"Qwen/Qwen2.5-0.5B-Instruct"', repr(str(tmp_path / "model")))
+    code = replace(code, 'output_dir="out"', f"output_dir={str(tmp_path / 'out')!r}, use_cpu=True")
+    code = replace(code, "max_steps=100", "max_steps=2, per_device_train_batch_size=1")
+    code = replace(code, "max_completion_length=256", "max_completion_length=4, report_to='none'")
+    code = replace(code, "rows = [", "rows = 4 * [")
+    names: dict = {}
+    exec(code, names)
+    assert names["trainer"].state.global_step == 2
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    PeftModel.from_pretrained(base, tmp_path / "out")
+
+
+def test_changed_lines_of_a_trainer_script():
+    diff = re.search(r"```diff\n(.*?)```", README, re.DOTALL).group(1).splitlines()
+    removed = [line for line in diff if line.startswith("-")]
+    added = [line for line in diff if line.startswith("+")]
+    assert len(removed) == len(added) <= 5
+    assert issubclass(
+        DistillConfig, type(DistillConfig(output_dir="out", report_to="none")).mro()[1]
+    )
+    assert all(hasattr(hf_distill, name) for name in re.findall(r"Distill\w+", " ".join(added)))
+
+
+@pytest.mark.parametrize("config", [DistillConfig, OPSDConfig])
+def test_documented_fields_and_defaults(config: type):
+    """Every field of its own is in a table, and each table row's default is the config's."""
+    start = README.index("| field of `DistillConfig`" if config is DistillConfig else "| field |")
+    table = README[start:].split("\n\n")[0].splitlines()[2:]
+    documented = {}
+    for line in table:
+        names, default, _ = (cell.strip() for cell in line.strip("|").split("|"))
+        for name in re.findall(r"`(\w+)`", names):
+            documented[name] = default.strip("`").strip('"')
+    own = set(config.__annotations__) - {"remove_unused_columns"}
+    if config is OPSDConfig:
+        own -= set(DistillConfig.__annotations__)
+    assert set(documented) == own
+    words = {"none": None, "true": True, "false": False}
+    made = config(output_dir="out", report_to="none")
+    for name, default in documented.items():
+        if name != "clip_level":
+            assert str(getattr(made, name)) == str(words.get(default, default)), name
+
+
+def test_table_of_losses_and_backends():
+    rows = re.findall(
+        r"^\| `(\w+)` \| .* \| (\S.*?) \| (\S.*?) \| (\S.*?) \|$", README, re.MULTILINE
+    )
+    assert {kind: cells for kind, *cells in rows} == {
+        k: ["yes", "not yet", "not yet"] for k in KINDS
+    }
+    assert available_backends() == {"chunked": None}
+    assert [DivergenceSpec(kind).kind for kind, *_ in rows] == list(KINDS)
+
+
+def test_make_targets_that_are_named_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"make ([\w-]+)  ", README)) <= targets
