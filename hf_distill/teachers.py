@@ -159,8 +159,8 @@ class SelfTeacher:
             )
         else:
             logger.warning(
-                "teacher live: a self-teacher that follows the student collapsed to endless "
-                "completions in every setting we measured; 'base' is the default"
+                "teacher live: a self-teacher that follows the student tends to collapse into "
+                "endless completions; watch completion_ended, or use 'base'"
             )
 
     def signal(self, student: nn.Module, side: Side) -> Signal:
