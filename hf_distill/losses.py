@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from hf_distill.alignment import IGNORE_INDEX
 from hf_distill.heads import Head, Signal
-from metal_ops import DivergenceSpec, divergence, divergence_with_stats, reference
+from metal_ops import DivergenceSpec, reference, weighted_divergence
 from metal_ops.functional import LinearTerms, linear_divergence_with_stats
 
 
@@ -81,15 +81,15 @@ class Objective:
         hard_loss, a scalar already normalised over the optimizer step, replaces the cross-entropy
         (label smoothing, the user's compute_loss_func).
         """
-        soft, stats = divergence_with_stats(logits, teacher.dense(), self.spec)
-        loss = self.alpha * (weights * soft).sum()
-        hard = torch.zeros_like(soft)
+        soft = weighted_divergence(logits, teacher.dense(), self.spec, weights=weights)
+        loss = self.alpha * soft.loss
+        hard = torch.zeros_like(soft.per_token)
         if self.alpha < 1.0:
             hard = F.cross_entropy(logits.float(), targets, reduction="none")
             if hard_loss is None:
                 hard_loss = (weights * hard).sum()
             loss = loss + (1 - self.alpha) * hard_loss
-        return LinearTerms(loss, soft.detach(), hard.detach(), stats)
+        return LinearTerms(loss, soft.per_token, hard.detach(), soft.stats)
 
 
 def assert_finite(terms: LinearTerms) -> None:
@@ -187,13 +187,21 @@ def generalized_jsd_loss(
         )
     mask = None if labels is None else labels != IGNORE_INDEX
     rows, entries_per_token = student_logits.shape[0], student_logits.shape[-1]
-    fused = not (reduction == "none" or logits_are_probs or teacher_logits.requires_grad)
-    if fused:
-        per_token = divergence(student_logits, teacher_logits, spec, mask=mask)
+    if not (reduction == "none" or logits_are_probs or teacher_logits.requires_grad):
+        wide = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
+        counted = torch.ones_like(student_logits[..., 0]) if mask is None else mask
+        counted = counted.to(wide)
+        total = counted.sum()
+        weights = counted / total.clamp_min(1) if reduction != "sum" else counted
         if reduction == "mean":
-            kept_tokens = per_token.numel() if mask is None else mask.sum()
-            return per_token.sum() / (kept_tokens * entries_per_token)
-        return _reduce(per_token, mask, rows, reduction)
+            weights = weights / entries_per_token
+        elif reduction == "batchmean" and mask is None:
+            weights = counted / rows
+        loss = weighted_divergence(
+            student_logits, teacher_logits, spec, weights=weights, want_stats=False
+        ).loss
+        empty = reduction != "sum" and mask is not None
+        return torch.where(total == 0, torch.nan, loss) if empty else loss
     if logits_are_probs:
         log_q, log_p = (x.clamp_min(1e-8).log() for x in (student_logits, teacher_logits))
     else:

@@ -6,19 +6,25 @@ The package is named after its Metal kernels; the same ops run on every device t
 from metal_ops._dispatch import available_backends
 from metal_ops.functional import (
     DivergenceStats,
+    SparseTeacher,
     divergence,
     divergence_with_stats,
     linear_divergence,
     linear_divergence_with_stats,
+    sparse_divergence,
+    weighted_divergence,
 )
 from metal_ops.spec import DivergenceSpec
 
 __all__ = [
     "DivergenceSpec",
     "DivergenceStats",
+    "SparseTeacher",
     "available_backends",
     "divergence",
     "divergence_with_stats",
     "linear_divergence",
     "linear_divergence_with_stats",
+    "sparse_divergence",
+    "weighted_divergence",
 ]

@@ -1,6 +1,7 @@
 """Registration with torch: schema, fake tensors, autograd. The arithmetic is in the backends.
 
-A DivergenceSpec travels as its six fields, because an op's schema knows numbers and strings only.
+A DivergenceSpec travels as text, because an op's schema knows numbers and strings only. Ops form
+the gradient with the loss and keep it for the backward, which scales it.
 """
 
 from typing import Any
@@ -9,12 +10,24 @@ import torch
 from torch import Tensor
 
 from metal_ops._dispatch import select
-from metal_ops.backends.chunked import NUM_STATS
+from metal_ops.backends.chunked import NUM_STATS, Hard, Head, accumulator
 from metal_ops.spec import DivergenceSpec
 
 
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
+    """Grad * upstream, in the memory of grad where nobody will ask for it again."""
+    # a tensor of one element with dimensions takes part in type promotion, one without does not
+    upstream = upstream.reshape([1] * grad.ndim) if upstream.ndim == 0 else upstream
+    plain = type(grad) is Tensor and not torch.compiler.is_compiling()
+    autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+    if not plain or autograd._get_current_graph_task_keep_graph():  # retain_graph=True
+        return (grad * upstream).to(grad.dtype)
+    if grad.device.type == "cpu" and bool((upstream == 1).all()):
+        return grad
+    return grad.mul_(upstream)
+
+
+# --- logits, one loss a token
 
 
 @torch.library.custom_op("metal_ops::divergence", mutates_args=())
@@ -22,18 +35,16 @@ def divergence(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None,
-    kind: str,
-    beta: float,
-    temperature: float,
-    temperature_scaling: str,
-    clip: float | None,
-    clip_level: str,
+    spec: str,
+    want_grad: bool,
     want_stats: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(loss [N], stats [NUM_STATS, N or 0])."""
-    spec = DivergenceSpec(kind, beta, temperature, temperature_scaling, clip, clip_level)
-    return select(backend, student, teacher).forward(student, teacher, mask, spec, want_stats)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss [N], stats [NUM_STATS, N or 0], gradient of each row's loss [N, V] or [0])."""
+    loss, stats, grad = select(backend, student, teacher).forward(
+        student, teacher, mask, DivergenceSpec.from_text(spec), want_grad, want_stats
+    )
+    return loss, stats, student.new_empty(0) if grad is None else grad
 
 
 @divergence.register_fake
@@ -41,36 +52,24 @@ def _(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None,
-    kind: str,
-    beta: float,
-    temperature: float,
-    temperature_scaling: str,
-    clip: float | None,
-    clip_level: str,
+    spec: str,
+    want_grad: bool,
     want_stats: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    loss = student.new_empty(student.shape[0], dtype=_accumulator(student))
-    return loss, loss.new_empty(NUM_STATS, student.shape[0] if want_stats else 0)
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = student.new_empty(student.shape[0], dtype=accumulator(student))
+    stats = loss.new_empty(NUM_STATS, student.shape[0] if want_stats else 0)
+    return loss, stats, torch.empty_like(student) if want_grad else student.new_empty(0)
 
 
 @torch.library.custom_op("metal_ops::divergence_backward", mutates_args=())
 def divergence_backward(
-    upstream: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor | None,
-    kind: str,
-    beta: float,
-    temperature: float,
-    temperature_scaling: str,
-    clip: float | None,
-    clip_level: str,
-    backend: str,
+    upstream: Tensor, student: Tensor, teacher: Tensor, spec: str, backend: str
 ) -> Tensor:
-    """Gradient for the student logits [N, V]."""
-    spec = DivergenceSpec(kind, beta, temperature, temperature_scaling, clip, clip_level)
-    return select(backend, student, teacher).backward(upstream, student, teacher, mask, spec)
+    """Gradient for the student logits [N, V]; rows whose upstream is 0 are skipped."""
+    return select(backend, student, teacher).backward(
+        upstream, student, teacher, DivergenceSpec.from_text(spec)
+    )
 
 
 @divergence_backward.register_fake
@@ -78,20 +77,118 @@ def _(upstream: Tensor, student: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(student)
 
 
-def _save_divergence(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    student, teacher, mask, *spec, _, backend = inputs
-    ctx.save_for_backward(student, teacher, mask)
-    ctx.options = (*spec, backend)
+def _save_divergence(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    student, teacher, mask, ctx.spec, ctx.formed, _, ctx.backend = inputs
+    ctx.save_for_backward(*((output[2],) if ctx.formed else (student, teacher, mask)))
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(True)
+
+
+def _divergence_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    if ctx.formed:
+        grad = _scaled(ctx.saved_tensors[0], upstream[:, None])
+    else:
+        student, teacher, mask = ctx.saved_tensors
+        upstream = upstream.contiguous() if mask is None else upstream * mask
+        grad = divergence_backward(upstream, student, teacher, ctx.spec, ctx.backend)
+    return (grad, *[None] * 6)
+
+
+divergence.register_autograd(_divergence_backward, setup_context=_save_divergence)
+
+# --- logits, one loss in all
+
+
+@torch.library.custom_op("metal_ops::weighted_divergence", mutates_args=())
+def weighted_divergence(
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor,
+    spec: str,
+    want_grad: bool,
+    want_stats: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss [], per token [N], stats [NUM_STATS, N or 0], gradient of loss [N, V] or [0])."""
+    per_token, stats, grad = select(backend, student, teacher).forward(
+        student, teacher, weights, DivergenceSpec.from_text(spec), want_grad, want_stats
+    )
+    loss = (weights * per_token).sum()
+    return loss, per_token, stats, student.new_empty(0) if grad is None else grad
+
+
+@weighted_divergence.register_fake
+def _(
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor,
+    spec: str,
+    want_grad: bool,
+    want_stats: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    per_token = student.new_empty(student.shape[0], dtype=accumulator(student))
+    stats = per_token.new_empty(NUM_STATS, student.shape[0] if want_stats else 0)
+    grad = torch.empty_like(student) if want_grad else student.new_empty(0)
+    return per_token.new_empty(()), per_token, stats, grad
+
+
+# --- a teacher known at a few entries
+
+
+@torch.library.custom_op("metal_ops::sparse_divergence", mutates_args=())
+def sparse_divergence(
+    student: Tensor,
+    ids: Tensor,
+    log_probs: Tensor,
+    log_tail: Tensor,
+    weights: Tensor,
+    spec: str,
+    want_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(loss [N], gradient of the weighted losses [N, V] or [0])."""
+    loss, grad = select(backend, student, log_probs).sparse(
+        student, (ids, log_probs, log_tail), weights, DivergenceSpec.from_text(spec), want_grad
+    )
+    return loss, student.new_empty(0) if grad is None else grad
+
+
+@sparse_divergence.register_fake
+def _(
+    student: Tensor,
+    ids: Tensor,
+    log_probs: Tensor,
+    log_tail: Tensor,
+    weights: Tensor,
+    spec: str,
+    want_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    loss = student.new_empty(student.shape[0], dtype=accumulator(student))
+    return loss, torch.empty_like(student) if want_grad else student.new_empty(0)
+
+
+def _save_sparse(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    student, ids, log_probs, log_tail, mask, ctx.spec, ctx.formed, ctx.backend = inputs
+    recompute = (student, ids, log_probs, log_tail, mask)
+    ctx.save_for_backward(*((output[1],) if ctx.formed else recompute))
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(True)
 
 
-def _divergence_backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    grad = divergence_backward(upstream.contiguous(), *ctx.saved_tensors, *ctx.options)
-    return (grad, *[None] * 10)
+def _sparse_backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    if ctx.formed:
+        grad = _scaled(ctx.saved_tensors[0], upstream[:, None])
+    else:
+        *inputs, mask = ctx.saved_tensors
+        grad = sparse_divergence(*inputs, upstream * mask, ctx.spec, True, ctx.backend)[1]
+    return (grad, *[None] * 7)
 
 
-divergence.register_autograd(_divergence_backward, setup_context=_save_divergence)
+sparse_divergence.register_autograd(_sparse_backward, setup_context=_save_sparse)
+
+# --- hidden states
 
 
 @torch.library.custom_op("metal_ops::linear_divergence", mutates_args=())
@@ -109,27 +206,22 @@ def linear_divergence(
     teacher_scale: float,
     teacher_softcap: float | None,
     alpha: float,
-    kind: str,
-    beta: float,
-    temperature: float,
-    temperature_scaling: str,
-    clip: float | None,
-    clip_level: str,
+    spec: str,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, soft and hard [2, N], stats, gradients of hidden, weight, bias; empty if unwanted)."""
-    spec = DivergenceSpec(kind, beta, temperature, temperature_scaling, clip, clip_level)
+    teacher = teacher_hidden
+    if teacher_weight is not None:
+        teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
     loss, per_token, stats, *grads = select(backend, student_hidden, teacher_hidden).linear(
-        (student_hidden, student_weight, student_bias),
-        (teacher_hidden, teacher_weight, teacher_bias),
-        (student_scale, student_softcap, teacher_scale, teacher_softcap),
+        Head(student_hidden, student_weight, student_bias, student_scale, student_softcap),
+        teacher,
         weights,
-        labels,
-        spec,
-        alpha,
+        Hard(labels, alpha),
+        DivergenceSpec.from_text(spec),
         (need_hidden, need_weight, need_bias),
     )
     hidden, weight, bias = (loss.new_empty(0) if g is None else g for g in grads)
@@ -151,19 +243,14 @@ def _(
     teacher_scale: float,
     teacher_softcap: float | None,
     alpha: float,
-    kind: str,
-    beta: float,
-    temperature: float,
-    temperature_scaling: str,
-    clip: float | None,
-    clip_level: str,
+    spec: str,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_tokens, vocab = student_hidden.shape[0], student_weight.shape[0]
-    loss = student_weight.new_empty((), dtype=_accumulator(student_weight))
+    loss = student_weight.new_empty((), dtype=accumulator(student_weight))
     empty = loss.new_empty(0)
     return (
         loss,
@@ -175,19 +262,23 @@ def _(
     )
 
 
-def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_scalar(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """For the ops whose first output is the loss and whose last are gradients of first inputs."""
+    linear = len(output) == 6
+    ctx.num_inputs = len(inputs)
+    ctx.needs = inputs[-4:-1] if linear else (inputs[4],)
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[: len(ctx.needs)]]
     ctx.save_for_backward(*output[3:])
-    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
-    ctx.needs = inputs[-4:-1]
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _linear_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _scalar_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     grads = [
-        (upstream * grad.to(upstream.dtype)).to(dtype) if need else None
+        _scaled(grad, upstream).to(dtype) if need else None
         for grad, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
     ]
-    return (*grads, *[None] * 20)
+    return (*grads, *[None] * (ctx.num_inputs - len(grads)))
 
 
-linear_divergence.register_autograd(_linear_backward, setup_context=_save_linear)
+linear_divergence.register_autograd(_scalar_backward, setup_context=_save_scalar)
+weighted_divergence.register_autograd(_scalar_backward, setup_context=_save_scalar)

@@ -13,23 +13,69 @@ def _expect(weight: Tensor, value: Tensor) -> Tensor:
     return weight * value.masked_fill(weight == 0, 0.0)
 
 
+def _mix(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """log(beta p + (1 - beta) q)."""
+    return torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+
+
 def entries(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
     """The terms whose sum over the vocabulary is the divergence; p teacher, q student."""
+    absent = (log_p == -math.inf) & (log_q == -math.inf)
+    log_p, log_q = log_p.masked_fill(absent, 0.0), log_q.masked_fill(absent, 0.0)
+    return _entries(log_p, log_q, kind, beta).masked_fill(absent, 0.0)
+
+
+def _entries(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
     p, q = log_p.exp(), log_q.exp()
     if kind == "forward_kl":
         return _expect(p, log_p - log_q)
     if kind == "reverse_kl":
         return _expect(q, log_q - log_p)
-    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    return beta * _expect(p, log_p - log_m) + (1 - beta) * _expect(q, log_q - log_m)
+    if kind == "jsd":
+        log_m = _mix(log_p, log_q, beta)
+        return beta * _expect(p, log_p - log_m) + (1 - beta) * _expect(q, log_q - log_m)
+    if kind == "soft_ce":
+        return _expect(p, -log_q)
+    if kind == "tvd":
+        return 0.5 * (p - q).abs()
+    if kind == "skew_kl":
+        return _expect(p, log_p - _mix(log_p, log_q, beta))
+    if kind == "skew_reverse_kl":
+        return _expect(q, log_q - _mix(log_q, log_p, beta))
+    if kind == "mixed_kl":
+        return beta * _expect(p, log_p - log_q) + (1 - beta) * _expect(q, log_q - log_p)
+    # alpha: each term is >= 0 (weighted arithmetic and geometric mean)
+    between = (beta * log_p + (1 - beta) * log_q).exp()
+    return (beta * p + (1 - beta) * q - between) / (beta * (1 - beta))
 
 
-def divergence(student_logits: Tensor, teacher_logits: Tensor, spec: DivergenceSpec) -> Tensor:
-    """Divergence per token: [..., vocab] logits on both sides to [...] nats."""
-    spec = spec.resolved()
-    log_q = torch.log_softmax(student_logits / spec.temperature, dim=-1)
-    log_p = torch.log_softmax(teacher_logits / spec.temperature, dim=-1)
-    terms = entries(log_p, log_q, spec.kind, spec.beta)
+def support(student_logits: Tensor, teacher_logits: Tensor, spec: DivergenceSpec) -> Tensor:
+    """[..., vocab] bool: the entries that count."""
+    kept = torch.zeros_like(student_logits, dtype=torch.bool)
+    k = min(spec.top_k or 0, student_logits.shape[-1])
+    if spec.support in ("teacher_topk", "union"):
+        kept = kept.scatter(-1, teacher_logits.topk(k, dim=-1).indices, True)
+    if spec.support in ("student_topk", "union"):
+        kept = kept.scatter(-1, student_logits.topk(k, dim=-1).indices, True)
+    return kept
+
+
+def restrict(log_p: Tensor, kept: Tensor, missing: str) -> Tensor:
+    """Log-probabilities of the categories that are left of [..., vocab].
+
+    Entries that are not kept are -inf; "tail" appends the log of their mass as one category.
+    """
+    inside = log_p.masked_fill(~kept, -math.inf)
+    if missing == "renormalise":
+        return inside.log_softmax(-1)
+    if missing == "zero":
+        return inside
+    tail = log_p.masked_fill(kept, -math.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([inside, tail], dim=-1)
+
+
+def total(terms: Tensor, spec: DivergenceSpec) -> Tensor:
+    """The sum over the last dimension, clipped and scaled as the spec says."""
     if spec.clip is None:
         return spec.scale * terms.sum(-1)
     if spec.clip_level == "vocab_entry":
@@ -37,8 +83,45 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, spec: DivergenceS
     per_token = terms.sum(-1)
     if spec.clip_level == "token":
         return spec.scale * per_token.clamp(max=spec.clip)
-    factor = (spec.clip / per_token.detach()).clamp(max=1.0)
-    return spec.scale * per_token * factor
+    value = per_token.detach()
+    return spec.scale * per_token * torch.where(value > spec.clip, spec.clip / value, 1.0)
+
+
+def divergence(student_logits: Tensor, teacher_logits: Tensor, spec: DivergenceSpec) -> Tensor:
+    """Divergence per token: [..., vocab] logits on both sides to [...] nats."""
+    spec = spec.resolved()
+    log_q = torch.log_softmax(student_logits / spec.temperature, dim=-1)
+    log_p = torch.log_softmax(teacher_logits / spec.temperature, dim=-1)
+    if spec.support != "full":
+        kept = support(student_logits, teacher_logits, spec)
+        log_p, log_q = (restrict(x, kept, spec.missing) for x in (log_p, log_q))
+    return total(entries(log_p, log_q, spec.kind, spec.beta), spec)
+
+
+def sparse_divergence(
+    student_logits: Tensor, ids: Tensor, log_probs: Tensor, log_tail: Tensor, spec: DivergenceSpec
+) -> Tensor:
+    """Divergence per token to a teacher known at `ids` [..., K] only; ids < 0 are padding.
+
+    log_probs [..., K] are the teacher's at the spec's temperature, log_tail [...] the log of the
+    mass it gives to all other entries.
+    """
+    spec = spec.resolved()
+    log_q = torch.log_softmax(student_logits / spec.temperature, dim=-1)
+    held = torch.full((*log_q.shape[:-1], log_q.shape[-1] + 1), -math.inf, dtype=log_q.dtype)
+    # the column behind the vocabulary takes the padding
+    held = held.to(log_q.device).scatter(
+        -1, torch.where(ids < 0, log_q.shape[-1], ids), log_probs.to(log_q.dtype)
+    )
+    log_p = held[..., :-1]
+    kept = torch.zeros_like(held, dtype=torch.bool)
+    kept = kept.scatter(-1, torch.where(ids < 0, log_q.shape[-1], ids), True)[..., :-1]
+    log_q = restrict(log_q, kept, spec.missing)
+    if spec.missing == "renormalise":
+        log_p = log_p.log_softmax(-1)
+    elif spec.missing == "tail":
+        log_p = torch.cat([log_p, log_tail.to(log_q.dtype)[..., None]], dim=-1)
+    return total(entries(log_p, log_q, spec.kind, spec.beta), spec)
 
 
 def entropy(logits: Tensor, temperature: float) -> Tensor:

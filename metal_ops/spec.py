@@ -1,11 +1,37 @@
 """DivergenceSpec: one frozen value that names a loss completely."""
 
+import ast
+import functools
 import math
 from dataclasses import dataclass, replace
 
-KINDS = ("forward_kl", "reverse_kl", "jsd")
+KINDS = (
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "soft_ce",
+    "tvd",
+    "skew_kl",
+    "skew_reverse_kl",
+    "mixed_kl",
+    "alpha",
+)
 TEMPERATURE_SCALINGS = ("none", "t2")
+SUPPORTS = ("full", "teacher_topk", "student_topk", "union")
+MISSING = ("tail", "renormalise", "zero")
 CLIP_LEVELS = ("vocab_entry", "token", "token_rescale")
+
+# a kind at an end of beta's range that is (jsd: by convention stands for) one of the KLs
+ENDS = {
+    ("jsd", 0.0): "forward_kl",
+    ("jsd", 1.0): "reverse_kl",
+    ("skew_kl", 0.0): "forward_kl",
+    ("skew_reverse_kl", 0.0): "reverse_kl",
+    ("mixed_kl", 0.0): "reverse_kl",
+    ("mixed_kl", 1.0): "forward_kl",
+    ("alpha", 0.0): "reverse_kl",
+    ("alpha", 1.0): "forward_kl",
+}
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -18,23 +44,39 @@ class DivergenceSpec:
     """A divergence between teacher p and student q, both softmax(logits / temperature).
 
     Args:
-        kind: "forward_kl" is KL(teacher || student), "reverse_kl" is KL(student || teacher), "jsd"
-            is beta KL(teacher || m) + (1 - beta) KL(student || m) with m = beta p + (1 - beta) q.
-        beta: weight of the teacher in the JSD's mixture, in [0, 1]; other kinds ignore it. At the
-            ends the mixture is one of the sides and the JSD is zero; as in GKD, "jsd" then means
-            forward KL (beta 0) or reverse KL (beta 1).
+        kind: with a = beta,
+            "forward_kl": KL(p || q), teacher first.
+            "reverse_kl": KL(q || p), student first.
+            "jsd": a KL(p || m) + (1 - a) KL(q || m), m = a p + (1 - a) q.
+            "soft_ce": -sum p log q, the forward KL plus the teacher's entropy.
+            "tvd": sum |p - q| / 2.
+            "skew_kl": KL(p || a p + (1 - a) q).
+            "skew_reverse_kl": KL(q || (1 - a) p + a q).
+            "mixed_kl": a KL(p || q) + (1 - a) KL(q || p).
+            "alpha": Amari's alpha divergence, (1 - sum p^a q^(1-a)) / (a (1 - a)).
+        beta: the a above, in [0, 1]; the kinds without an a ignore it. At 0 and 1 the JSD itself is
+            zero; as in GKD, "jsd" then means forward KL (0) or reverse KL (1). "alpha" tends to the
+            reverse KL at 0 and to the forward KL at 1. The skewed kinds need beta < 1.
         temperature: > 0, applied to both sides.
         temperature_scaling: "t2" multiplies the divergence by temperature², which keeps the size
             of the gradients (Hinton et al. 2015, section 2); "none" leaves it.
+        support: the vocabulary entries that count: "full", or the top_k of the teacher
+            ("teacher_topk"), of the student ("student_topk") or of either ("union"). The choice
+            of the entries has no gradient.
+        top_k: how many, >= 1; None for "full".
+        missing: what becomes of the entries outside the support. "tail" keeps their mass as one
+            more category, whose optimum is p = q; "renormalise" divides both sides by their mass
+            on the support; "zero" drops the terms. A sparse teacher uses it whatever the support.
         clip: None, or a bound > 0 in nats, applied before the temperature scaling.
-        clip_level: what `clip` bounds. "vocab_entry" cuts every vocabulary entry of the sum, as
-            the OPSD release does; a clipped token's gradient can then point away from the teacher.
-            "token" cuts the token's sum, whose gradient is then zero. "token_rescale" also bounds
-            the token's value, by scaling the token by min(1, clip / value) with the factor held
+        clip_level: what `clip` bounds. "vocab_entry" cuts every entry of the sum, as the OPSD
+            release does; a clipped token's gradient can then point away from the teacher. "token"
+            cuts the token's sum, whose gradient is then zero. "token_rescale" also bounds the
+            token's value, by scaling the token by min(1, clip / value) with the factor held
             constant in the gradient, which keeps its direction.
 
     Raises:
-        ValueError: a field is outside its range; the message gives the rule and the value.
+        ValueError: a field is outside its range, or two exclude each other; the message gives the
+            rule and the value.
     """
 
     kind: str = "forward_kl"
@@ -43,18 +85,61 @@ class DivergenceSpec:
     temperature_scaling: str = "none"
     clip: float | None = None
     clip_level: str = "vocab_entry"
+    support: str = "full"
+    top_k: int | None = None
+    missing: str = "tail"
 
     def __post_init__(self) -> None:
         """Check every field, so that a spec that exists is a valid one."""
         _check_choice("kind", self.kind, KINDS)
         _check_choice("temperature_scaling", self.temperature_scaling, TEMPERATURE_SCALINGS)
         _check_choice("clip_level", self.clip_level, CLIP_LEVELS)
+        _check_choice("support", self.support, SUPPORTS)
+        _check_choice("missing", self.missing, MISSING)
         if not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"beta must be in [0, 1], got {self.beta}")
+        if self.kind.startswith("skew") and self.beta == 1.0:
+            raise ValueError(
+                f"beta of {self.kind} must be below 1, where it is zero for every student, "
+                f"got {self.beta}"
+            )
         if not (self.temperature > 0.0 and math.isfinite(self.temperature)):
             raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
-        if self.clip is not None and not self.clip > 0.0:
-            raise ValueError(f"clip must be positive or None, got {self.clip}")
+        if self.clip is not None and not (self.clip > 0.0 and math.isfinite(self.clip)):
+            raise ValueError(f"clip must be positive and finite, or None, got {self.clip}")
+        self._check_support()
+
+    def _check_support(self) -> None:
+        if self.support == "full":
+            if self.top_k is not None:
+                raise ValueError(f"top_k must be None with support 'full', got {self.top_k}")
+        elif self.top_k is None or self.top_k < 1:
+            raise ValueError(f"support {self.support!r} needs top_k >= 1, got {self.top_k}")
+        kind = self.resolved().kind
+        if self.missing == "zero" and kind in ("reverse_kl", "skew_reverse_kl", "mixed_kl"):
+            raise ValueError(
+                f"missing 'zero' must not be used with {kind}: without the rest of the vocabulary "
+                "a reverse KL is smallest not at q = p but at q = p / e, so the student learns "
+                "to move mass off the support; use missing 'tail' or 'renormalise'"
+            )
+
+    @classmethod
+    def preset(cls, name: str, **arguments: float | int | str | None) -> "DivergenceSpec":
+        """The spec of another library's loss, e.g. `preset("liger_jsd", beta=0.1)`.
+
+        Args:
+            name: a function of `metal_ops.presets`, whose docstring names the source.
+            **arguments: that function's, in the convention of the source.
+
+        Raises:
+            ValueError: the name is unknown.
+            TypeError: the preset has no such argument.
+        """
+        from metal_ops import presets  # noqa: PLC0415 - the presets build specs
+
+        if name not in presets.NAMES:
+            raise ValueError(f"preset must be one of {presets.NAMES}, got {name!r}")
+        return getattr(presets, name)(**arguments)
 
     @property
     def scale(self) -> float:
@@ -62,7 +147,20 @@ class DivergenceSpec:
         return self.temperature**2 if self.temperature_scaling == "t2" else 1.0
 
     def resolved(self) -> "DivergenceSpec":
-        """The same loss with a JSD at an end of beta's range named as the KL it stands for."""
-        if self.kind != "jsd" or self.beta not in (0.0, 1.0):
-            return self
-        return replace(self, kind="forward_kl" if self.beta == 0.0 else "reverse_kl")
+        """The same loss with a kind at an end of beta's range named as the KL it stands for."""
+        kind = ENDS.get((self.kind, self.beta))
+        return self if kind is None else replace(self, kind=kind)
+
+    def to_text(self) -> str:
+        """The spec as a Python tuple in text: an op's schema knows numbers and strings only."""
+        return (
+            f"({self.kind!r}, {self.beta!r}, {self.temperature!r}, {self.temperature_scaling!r}, "
+            f"{self.clip!r}, {self.clip_level!r}, {self.support!r}, {self.top_k!r}, "
+            f"{self.missing!r})"
+        )
+
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def from_text(text: str) -> "DivergenceSpec":
+        """Inverse of `to_text`."""
+        return DivergenceSpec(*ast.literal_eval(text))

@@ -147,7 +147,7 @@ def test_labels_that_are_all_ignored_give_nan() -> None:
         ),
         ({"beta": 1.5}, r"beta must be in \[0, 1\], got 1.5"),
         ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
-        ({"token_clip": -1.0}, "clip must be positive or None, got -1.0"),
+        ({"token_clip": -1.0}, "clip must be positive and finite, or None, got -1.0"),
     ],
 )
 def test_bad_arguments_are_named(settings: dict, message: str) -> None:

@@ -22,7 +22,6 @@ from tests.inputs import randn
 from tests.ops.test_linear import make
 
 SPEC = DivergenceSpec("jsd", beta=0.3, temperature=2.0)
-FIELDS = ("jsd", 0.3, 2.0, "none", None, "vocab_entry")
 
 
 def raises(error: type[Exception], text: str):
@@ -31,19 +30,20 @@ def raises(error: type[Exception], text: str):
 
 @pytest.mark.parametrize("want_stats", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("want_grad", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_opcheck_divergence(dtype, masked, want_stats):
+def test_opcheck_divergence(dtype, want_grad, masked, want_stats):
     student, teacher = (x.to(dtype) for x in randn(4, 9))
     mask = torch.tensor([True, False, True, True]) if masked else None
     op = torch.ops.metal_ops.divergence
-    args = (student.requires_grad_(), teacher, mask, *FIELDS, want_stats, "auto")
+    args = (student.requires_grad_(), teacher, mask, SPEC.to_text(), want_grad, want_stats, "auto")
     torch.library.opcheck(op, args)
 
 
 def test_opcheck_divergence_backward():
     student, teacher = randn(4, 9)
     op = torch.ops.metal_ops.divergence_backward
-    torch.library.opcheck(op, (torch.randn(4), student, teacher, None, *FIELDS, "auto"))
+    torch.library.opcheck(op, (torch.randn(4), student, teacher, SPEC.to_text(), "auto"))
 
 
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False)])
@@ -58,7 +58,17 @@ def test_opcheck_linear_divergence(dtype, head, needs):
         if need:
             x.requires_grad_()
     post = (0.5, 3.0, 1.5, None)
-    args = (*student, *teacher, case.weights, case.labels, *post, 0.5, *FIELDS, *needs, "auto")
+    args = (
+        *student,
+        *teacher,
+        case.weights,
+        case.labels,
+        *post,
+        0.5,
+        SPEC.to_text(),
+        *needs,
+        "auto",
+    )
     torch.library.opcheck(torch.ops.metal_ops.linear_divergence, args)
 
 
@@ -114,7 +124,7 @@ def test_a_backend_gets_a_contiguous_upstream(monkeypatch):
     monkeypatch.setattr(
         chunked, "backward", lambda *a: strides.append(a[0].stride()) or original(*a)
     )
-    student, teacher = randn(4, 9)
+    student, teacher = (x.bfloat16() for x in randn(4, 9))
     divergence(student.requires_grad_(), teacher, SPEC).sum().backward()  # one number, expanded
     assert strides == [(1,)]
 
@@ -151,7 +161,8 @@ def test_a_spec_resolves_the_ends_of_beta_only():
     [
         (
             {"kind": "kl"},
-            "kind must be one of ('forward_kl', 'reverse_kl', 'jsd'), got 'kl'",
+            "kind must be one of ('forward_kl', 'reverse_kl', 'jsd', 'soft_ce', 'tvd', 'skew_kl', "
+            "'skew_reverse_kl', 'mixed_kl', 'alpha'), got 'kl'",
         ),
         (
             {"temperature_scaling": "t"},
@@ -168,9 +179,9 @@ def test_a_spec_resolves_the_ends_of_beta_only():
         ({"temperature": -1.0}, "temperature must be positive and finite, got -1.0"),
         ({"temperature": math.inf}, "temperature must be positive and finite, got inf"),
         ({"temperature": math.nan}, "temperature must be positive and finite, got nan"),
-        ({"clip": 0.0}, "clip must be positive or None, got 0.0"),
-        ({"clip": -1.0}, "clip must be positive or None, got -1.0"),
-        ({"clip": math.nan}, "clip must be positive or None, got nan"),
+        ({"clip": 0.0}, "clip must be positive and finite, or None, got 0.0"),
+        ({"clip": -1.0}, "clip must be positive and finite, or None, got -1.0"),
+        ({"clip": math.nan}, "clip must be positive and finite, or None, got nan"),
     ],
 )
 def test_spec_errors(fields, text):
@@ -314,10 +325,13 @@ def test_public_names():
     assert sorted(metal_ops.__all__) == [
         "DivergenceSpec",
         "DivergenceStats",
+        "SparseTeacher",
         "available_backends",
         "divergence",
         "divergence_with_stats",
         "linear_divergence",
         "linear_divergence_with_stats",
+        "sparse_divergence",
+        "weighted_divergence",
     ]
     assert all(hasattr(metal_ops, name) for name in metal_ops.__all__)

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metal_ops import linear_divergence
-from metal_ops.backends import chunked
+from metal_ops.backends import _chunks, chunked
 from tests.numerics import assert_matches_reference
 from tests.ops.test_linear import SPECS, check, compose, make
 
@@ -22,7 +22,7 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        self.products += name in ("mm", "addmm", "bmm", "matmul", "linear")
+        self.products += name in ("mm", "addmm", "addmm_", "bmm", "matmul", "linear")
         for x in out if isinstance(out, (list, tuple)) else [out]:
             if isinstance(x, torch.Tensor):
                 self.largest = max(self.largest, x.numel())
@@ -39,8 +39,9 @@ def watch(monkeypatch):
             return original(*args)
 
     monkeypatch.setattr(chunked, "linear", watched)
-    monkeypatch.setattr(chunked, "MIN_LINEAR_TOKENS", 16)
-    monkeypatch.setitem(chunked.LINEAR_BYTES, "cpu", 1)
+    monkeypatch.setattr(_chunks, "MIN_TOKENS", 16)
+    monkeypatch.setattr(_chunks, "buffer_bytes", lambda _: 1)  # a row at a time
+    monkeypatch.setitem(_chunks.CHUNK_BYTES, "cpu", 1)
     return mode
 
 
@@ -62,7 +63,7 @@ def test_no_logits_of_all_tokens_in_memory(head, sides, watch):
     ],
 )
 def test_every_logit_is_projected_once(head, frozen, a_chunk, watch):
-    case = make(head, torch.float32, tokens=40)  # chunks of 16, 16, 8
+    case = make(head, torch.float32, tokens=60)  # 40 have a weight: chunks of 16, 16, 8
     for index in frozen:
         case.student[index].requires_grad_(False)
     loss = case.call(SPECS[2], 0.5)
@@ -91,7 +92,8 @@ def test_autocast_does_what_linear_does(head, monkeypatch):
         assert F.linear(*case.student).dtype == torch.bfloat16
         loss = case.call(SPECS[0], 0.5)
     (sides,) = given
-    assert {x.dtype for side in sides for x in side if x is not None} == {torch.bfloat16}
+    tensors = [x for side in sides for x in (*side, side) if isinstance(x, torch.Tensor)]
+    assert {x.dtype for x in tensors} == {torch.bfloat16}
     want = low.call(SPECS[0], 0.5)
     assert loss.dtype == torch.float32
     assert torch.equal(loss, want)

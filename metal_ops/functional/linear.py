@@ -1,4 +1,4 @@
-"""The public ops: check the arguments, choose the backend, call it."""
+"""Divergences from hidden states and heads: no logits of all tokens in memory."""
 
 from typing import NamedTuple
 
@@ -6,21 +6,8 @@ import torch
 from torch import Tensor
 
 from metal_ops import _ops
+from metal_ops.functional._arguments import DivergenceStats, needs_grad, once, unit
 from metal_ops.spec import DivergenceSpec
-
-
-class DivergenceStats(NamedTuple):
-    """Per token, without gradient: what the passes over the vocabulary also know.
-
-    Each field is [...] float32 (float64 for float64 input). Entropies are in nats, of the softmax
-    at the spec's temperature; top1_agreement is 1 where both sides have the same largest logit;
-    clipped is 1 where the spec's clip changed the token.
-    """
-
-    student_entropy: Tensor
-    teacher_entropy: Tensor
-    top1_agreement: Tensor
-    clipped: Tensor
 
 
 class LinearTerms(NamedTuple):
@@ -37,100 +24,23 @@ class LinearTerms(NamedTuple):
     stats: DivergenceStats
 
 
-def _spec_fields(spec: DivergenceSpec) -> tuple[str, float, float, str, float | None, str]:
-    s = spec.resolved()
-    return s.kind, s.beta, s.temperature, s.temperature_scaling, s.clip, s.clip_level
+def _local(x: Tensor) -> Tensor:
+    """A DTensor gathered, its gradient averaged over the mesh; any other tensor as it is.
 
-
-def _divergence(
-    student: Tensor,
-    teacher: Tensor,
-    spec: DivergenceSpec,
-    mask: Tensor | None,
-    backend: str,
-    want_stats: bool,
-) -> tuple[Tensor, Tensor]:
-    if student.shape != teacher.shape or student.ndim < 1 or student.shape[-1] == 0:
-        raise ValueError(
-            "student_logits and teacher_logits must both be [..., vocab] with vocab > 0, got "
-            f"{tuple(student.shape)} and {tuple(teacher.shape)}"
-        )
-    if student.device != teacher.device:
-        raise ValueError(
-            "student_logits and teacher_logits must be on one device, got "
-            f"{student.device} and {teacher.device}"
-        )
-    shape = student.shape[:-1]
-    if mask is not None:
-        if mask.shape != shape or mask.dtype != torch.bool:
-            raise ValueError(
-                f"mask must be bool of shape {tuple(shape)}, got {mask.dtype} {tuple(mask.shape)}"
-            )
-        mask = mask.reshape(-1)
-    per_token, stats = _ops.divergence(
-        student.reshape(-1, student.shape[-1]),
-        teacher.detach().reshape(-1, teacher.shape[-1]),
-        mask,
-        *_spec_fields(spec),
-        want_stats,
-        backend,
-    )
-    return per_token.view(shape), stats.view(-1, *shape) if want_stats else stats
-
-
-def divergence(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    spec: DivergenceSpec,
-    *,
-    mask: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """Divergence between two softmax distributions, per token.
-
-    Args:
-        student_logits: [..., vocab]; float32, bfloat16, float16 or float64.
-        teacher_logits: [..., vocab]; may differ in dtype. Receives no gradient.
-        spec: which divergence, at which temperature.
-        mask: [...] bool or None; where False the result and its gradient are zero and nothing is
-            computed.
-        backend: "auto" or "chunked". "auto" takes the first that supports the tensors; a named
-            backend is used or the call raises.
-
-    Returns:
-        [...] float32 (float64 for float64 student logits), in nats.
-
-    Raises:
-        ValueError: shapes, devices or the mask disagree; the backend's name is unknown.
-        NotImplementedError: no allowed backend supports the tensors; the message gives each reason.
-
-    Numerics:
-        float32 inside for every input dtype but float64. The backward recomputes both softmaxes
-        from the saved logits. An entry that is -inf on both sides contributes nothing. Where the
-        teacher alone is -inf, the reverse KL is infinite, where the student alone is, the forward
-        KL; the JSD is finite in both cases. A NaN stays in its row.
-
-    Source:
-        forward and reverse KL; the generalized JSD is Eq. (1) of Agarwal et al. 2024,
-        arXiv:2306.13649.
+    Under data parallelism (FSDP) every rank has tokens of its own and the average is the
+    convention; where all ranks hold the same tokens (tensor parallelism) their gradients agree.
     """
-    return _divergence(student_logits, teacher_logits, spec, mask, backend, False)[0]
+    if not torch.distributed.is_available():
+        return x
+    from torch.distributed.tensor import DTensor, Partial  # noqa: PLC0415 - slow, and seldom used
 
-
-def divergence_with_stats(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    spec: DivergenceSpec,
-    *,
-    mask: Tensor | None = None,
-    backend: str = "auto",
-) -> tuple[Tensor, DivergenceStats]:
-    """`divergence`, and both entropies, top-1 agreement and clipping from the same passes.
-
-    Arguments, errors and first result are those of `divergence`; the second holds [...] tensors.
-    """
-    per_token, stats = _divergence(student_logits, teacher_logits, spec, mask, backend, True)
-    return per_token, DivergenceStats(*stats.unbind(0))
+    if not isinstance(x, DTensor):
+        return x
+    mesh = x.device_mesh
+    full = x.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if full.requires_grad:
+        full.register_hook(lambda grad: grad / mesh.size())  # gloo has no average of its own
+    return full
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -208,6 +118,11 @@ def linear_divergence_with_stats(
     if labels is None and alpha < 1.0:
         raise ValueError(f"alpha {alpha} < 1 needs labels [tokens]; got None")
     shared = teacher_weight is student_weight and teacher_bias is student_bias
+    student_weight = _local(student_weight)
+    student_bias = None if student_bias is None else _local(student_bias)
+    if not shared:
+        teacher_weight = _local(teacher_weight)
+        teacher_bias = None if teacher_bias is None else _local(teacher_bias)
     hidden, weight, bias = _autocast(student_hidden, student_weight, student_bias)
     assert hidden is not None
     assert weight is not None
@@ -215,29 +130,24 @@ def linear_divergence_with_stats(
         teacher = _autocast(
             teacher_hidden, None if shared else teacher_weight, None if shared else teacher_bias
         )
-    grad = torch.is_grad_enabled()
-    needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    needs = [x is not None and needs_grad(x) for x in (hidden, weight, bias)]
     weights = weights.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-    # the gradients are formed with weights up to one, so that float16 holds them
-    unit = weights.abs().max() if len(weights) else weights.new_ones(())
-    unit = torch.where(unit > 0, unit, 1.0)
+    weights, size = unit(weights)
     loss, per_token, stats, *_ = _ops.linear_divergence(
-        hidden,
-        weight,
-        bias,
+        *[None if x is None else once(x) for x in (hidden, weight, bias)],
         *[None if x is None else x.detach() for x in teacher],
-        weights / unit,
+        weights,
         labels,
         student_logit_scale,
         student_softcap,
         teacher_logit_scale,
         teacher_softcap,
         alpha,
-        *_spec_fields(spec),
+        spec.resolved().to_text(),
         *needs,
         backend,
     )
-    return LinearTerms(loss * unit, per_token[0], per_token[1], DivergenceStats(*stats.unbind(0)))
+    return LinearTerms(loss * size, per_token[0], per_token[1], DivergenceStats(*stats.unbind(0)))
 
 
 def linear_divergence(

@@ -1,0 +1,107 @@
+"""A block of rows of which only some entries count, K of them, and perhaps the mass of the rest.
+
+The kept entries and the tail are categories [rows, K + 1] of which `_terms` gives loss and
+gradient g. A kept logit's gradient is its category's; a tail logit has its share of the tail's.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from metal_ops.backends._rows import Loaded, clip_tokens, exact
+from metal_ops.backends._terms import Row
+from metal_ops.spec import DivergenceSpec
+
+
+class Kept:
+    """The entries that count: ids [rows, K], of which those below 0 are padding."""
+
+    def __init__(self, ids: Tensor, vocab: int) -> None:
+        self.valid = ids >= 0
+        self.ids = ids.clamp_min(0)
+        starts = torch.arange(len(ids), device=ids.device)[:, None] * vocab
+        self.flat = (self.ids + starts)[self.valid]
+
+    def log_mass(self, log_e: Tensor, total: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the kept entries [rows, K] and of all others together [rows, 1]."""
+        inside = log_e.gather(-1, self.ids).masked_fill_(~self.valid, -math.inf)
+        spare.copy_(log_e).view(-1).index_fill_(0, self.flat, -math.inf)
+        # by a sum over the others, never 1 - sum(inside), and relative to their own largest
+        largest = spare.amax(-1, keepdim=True)
+        largest.masked_fill_(largest == -math.inf, 0.0)
+        tail = spare.sub_(largest).exp_().sum(-1, keepdim=True).log_().add_(largest)
+        log_total = total.log()
+        return inside.sub_(log_total), tail.sub_(log_total)
+
+
+def _choose(student: Tensor, teacher: Tensor, spec: DivergenceSpec, spare: Tensor) -> Tensor:
+    """Ids [rows, K] of the spec's support, -1 where both sides name an entry."""
+    k = min(spec.top_k or 0, student.shape[-1])
+    if spec.support == "teacher_topk":
+        return teacher.topk(k, dim=-1).indices
+    ids = student.topk(k, dim=-1).indices
+    if spec.support == "student_topk":
+        return ids
+    other = teacher.topk(k, dim=-1).indices
+    twice = spare.zero_().scatter_(-1, other, 1.0).gather(-1, ids) > 0
+    return torch.cat([other, ids.masked_fill_(twice, -1)], dim=-1)
+
+
+def divergence(
+    student: Tensor,
+    teacher: Tensor,
+    loaded: Loaded,
+    spec: DivergenceSpec,
+    factor: Tensor | None,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """(loss, clipped) [rows] over the spec's support; the gradient times factor goes to out."""
+    buffers = loaded.buffers
+    kept = Kept(_choose(student, teacher, spec, buffers.spare), student.shape[-1])
+    log_p = kept.log_mass(buffers.log_p, loaded.p_sum, buffers.spare)
+    return categories(log_p, kept, loaded, spec, factor, out)
+
+
+def categories(
+    log_p: tuple[Tensor, Tensor],
+    kept: Kept,
+    loaded: Loaded,
+    spec: DivergenceSpec,
+    factor: Tensor | None,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """`divergence` from the teacher's log-probabilities, [rows, K] and the tail's [rows, 1]."""
+    buffers, q_sum = loaded.buffers, loaded.q_sum
+    inside, tail = kept.log_mass(buffers.log_q, q_sum, buffers.spare)
+    log_p_inside, log_p_tail = log_p
+    if spec.missing == "tail":
+        log_q_all, log_p_all = (
+            torch.cat([inside, tail], dim=-1),
+            torch.cat([log_p_inside, log_p_tail], -1),
+        )
+    else:
+        log_q_all, log_p_all = inside, log_p_inside
+    if spec.missing == "renormalise":
+        log_q_all, log_p_all = (x - x.logsumexp(-1, keepdim=True) for x in (log_q_all, log_p_all))
+    p, q = log_p_all.exp(), log_q_all.exp()
+    ratio = (log_p_all - log_q_all).masked_fill_((p == 0) & (q == 0), 0.0)
+    whole = spec.missing == "zero"
+    result = exact(Row(p, q, log_q_all, ratio), spec, whole)
+    loss, shrink, clipped = clip_tokens(result.loss, spec)
+    if out is not None and factor is not None:
+        gradient = result.gradient * (factor * shrink)[:, None]
+        spare = buffers.spare
+        if spec.missing == "renormalise":
+            spare.zero_()
+        else:
+            # what a logit outside gets is its share of one number a row
+            if spec.missing == "tail":
+                share = torch.where(q[:, -1:] > 0, gradient[:, -1:] / q[:, -1:], 0.0)
+            else:
+                h_sum = result.h_sum * (factor * shrink)[:, None]
+                share = -h_sum
+            torch.mul(buffers.q, share / q_sum, out=spare)
+        spare.view(-1).index_copy_(0, kept.flat, gradient[:, : inside.shape[1]][kept.valid])
+        out.copy_(spare)
+    return loss, result.clipped if clipped is None else clipped

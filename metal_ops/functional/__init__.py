@@ -1,0 +1,28 @@
+"""The public ops: check the arguments, choose the backend, call it."""
+
+from metal_ops.functional._arguments import DivergenceStats
+from metal_ops.functional.linear import (
+    LinearTerms,
+    linear_divergence,
+    linear_divergence_with_stats,
+)
+from metal_ops.functional.logits import (
+    WeightedTerms,
+    divergence,
+    divergence_with_stats,
+    weighted_divergence,
+)
+from metal_ops.functional.sparse import SparseTeacher, sparse_divergence
+
+__all__ = [
+    "DivergenceStats",
+    "LinearTerms",
+    "SparseTeacher",
+    "WeightedTerms",
+    "divergence",
+    "divergence_with_stats",
+    "linear_divergence",
+    "linear_divergence_with_stats",
+    "sparse_divergence",
+    "weighted_divergence",
+]

@@ -1,0 +1,102 @@
+"""What the public ops share: statistics, checks, and how gradients are asked for."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class DivergenceStats(NamedTuple):
+    """Per token, without gradient: what the passes over the vocabulary also know.
+
+    Each field is [...] float32 (float64 for float64 input). Entropies are in nats, of the softmax
+    at the spec's temperature; top1_agreement is 1 where both sides have the same largest logit;
+    clipped is 1 where the spec's clip changed the token.
+    """
+
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    top1_agreement: Tensor
+    clipped: Tensor
+
+
+def check_logits(student: Tensor, teacher: Tensor) -> None:
+    if student.shape != teacher.shape or student.ndim < 1 or student.shape[-1] == 0:
+        raise ValueError(
+            "student_logits and teacher_logits must both be [..., vocab] with vocab > 0, got "
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    if student.device != teacher.device:
+        raise ValueError(
+            "student_logits and teacher_logits must be on one device, got "
+            f"{student.device} and {teacher.device}"
+        )
+
+
+def flat_mask(mask: Tensor | None, shape: torch.Size) -> Tensor | None:
+    if mask is None:
+        return None
+    if mask.shape != shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"mask must be bool of shape {tuple(shape)}, got {mask.dtype} {tuple(mask.shape)}"
+        )
+    return mask.reshape(-1)
+
+
+def needs_grad(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def form_gradient(student: Tensor) -> bool:
+    """Whether to form the gradient with the loss, for an upstream gradient not known yet.
+
+    A float16 or bfloat16 gradient would be rounded before and after the upstream is applied (and
+    a float16 one may underflow before): it is computed in the backward instead.
+    """
+    return needs_grad(student) and student.dtype in (torch.float32, torch.float64)
+
+
+def unit(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights up to one and their unit: gradients formed with them fit into float16."""
+    unit = weights.abs().max() if len(weights) else weights.new_ones(())
+    unit = torch.where(unit > 0, unit, 1.0)
+    return weights / unit, unit
+
+
+class _NoDerivative(torch.autograd.Function):
+    """The identity of a gradient, and an error in place of its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, anchor: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Tensor:
+        raise RuntimeError(
+            "metal_ops has no second derivatives (create_graph=True and a second backward); "
+            "metal_ops.reference can be differentiated twice"
+        )
+
+
+class _Once(torch.autograd.Function):
+    """The identity of an input, whose gradient cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
+        ctx.save_for_backward(anchor)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
+        if torch.is_grad_enabled():  # create_graph=True
+            grad = _NoDerivative.apply(grad, *ctx.saved_tensors)
+        return grad, None
+
+
+def once(x: Tensor) -> Tensor:
+    """x, with an error for second derivatives, which would silently lack those through the op."""
+    if not needs_grad(x) or torch.compiler.is_compiling():
+        return x
+    # an empty piece of x carries its place in the graph without its memory
+    return _Once.apply(x, x.flatten()[:0].clone())

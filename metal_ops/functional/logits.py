@@ -1,0 +1,163 @@
+"""Divergences from logits, per token or as one weighted sum."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metal_ops import _ops
+from metal_ops.functional._arguments import (
+    DivergenceStats,
+    check_logits,
+    flat_mask,
+    form_gradient,
+    needs_grad,
+    once,
+    unit,
+)
+from metal_ops.spec import DivergenceSpec
+
+
+class WeightedTerms(NamedTuple):
+    """What `weighted_divergence` returns.
+
+    loss is the scalar with a gradient. per_token [...] is the divergence, unweighted and without
+    gradient. stats are zero, like per_token, where the weight is zero.
+    """
+
+    loss: Tensor
+    per_token: Tensor
+    stats: DivergenceStats
+
+
+def _divergence(
+    student: Tensor,
+    teacher: Tensor,
+    spec: DivergenceSpec,
+    mask: Tensor | None,
+    backend: str,
+    want_stats: bool,
+) -> tuple[Tensor, Tensor]:
+    check_logits(student, teacher)
+    shape = student.shape[:-1]
+    per_token, stats, _ = _ops.divergence(
+        once(student).reshape(-1, student.shape[-1]),
+        teacher.detach().reshape(-1, teacher.shape[-1]),
+        flat_mask(mask, shape),
+        spec.resolved().to_text(),
+        form_gradient(student),
+        want_stats,
+        backend,
+    )
+    return per_token.view(shape), stats.view(-1, *shape) if want_stats else stats
+
+
+def divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    spec: DivergenceSpec,
+    *,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Divergence between two softmax distributions, per token.
+
+    Args:
+        student_logits: [..., vocab]; float32, bfloat16, float16 or float64.
+        teacher_logits: [..., vocab]; may differ in dtype. Receives no gradient.
+        spec: which divergence, at which temperature.
+        mask: [...] bool or None; where False the result and its gradient are zero and nothing is
+            computed.
+        backend: "auto" or "chunked". "auto" takes the first that supports the tensors; a named
+            backend is used or the call raises.
+
+    Returns:
+        [...] float32 (float64 for float64 student logits), in nats.
+
+    Raises:
+        ValueError: shapes, devices or the mask disagree; the backend's name is unknown.
+        NotImplementedError: no allowed backend supports the tensors; the message gives each reason.
+        RuntimeError: a second derivative is asked for.
+
+    Numerics:
+        float32 inside for every input dtype but float64. For float32 and float64 the gradient is
+        formed with the loss and kept, one [tokens, vocab] tensor; for float16 and bfloat16 it is
+        computed in the backward, so that it is rounded once (`weighted_divergence` forms it at once
+        for every dtype). An entry that is -inf on both sides contributes nothing. Where the
+        teacher alone is -inf, the reverse KL is infinite, where the student alone is, the forward
+        KL; the JSD is finite in both cases. A NaN stays in its row.
+
+    Source:
+        `DivergenceSpec` names the kinds; `metal_ops.reference` defines them. The generalized JSD
+        is Eq. (1) of Agarwal et al. 2024, arXiv:2306.13649; the skewed KLs are Eq. (4) and (5) of
+        Ko et al. 2024, arXiv:2402.03898.
+    """
+    return _divergence(student_logits, teacher_logits, spec, mask, backend, False)[0]
+
+
+def divergence_with_stats(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    spec: DivergenceSpec,
+    *,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, DivergenceStats]:
+    """`divergence`, and both entropies, top-1 agreement and clipping from the same passes.
+
+    Arguments, errors and first result are those of `divergence`; the second holds [...] tensors.
+    """
+    per_token, stats = _divergence(student_logits, teacher_logits, spec, mask, backend, True)
+    return per_token, DivergenceStats(*stats.unbind(0))
+
+
+def weighted_divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    spec: DivergenceSpec,
+    *,
+    weights: Tensor,
+    want_stats: bool = True,
+    backend: str = "auto",
+) -> WeightedTerms:
+    """The sum of weights * divergence, whose gradient is formed in one go with the loss.
+
+    The faster way to a scalar: nothing is left for the backward but to pass the gradient on.
+
+    Args:
+        student_logits: [..., vocab], as in `divergence`.
+        teacher_logits: [..., vocab].
+        spec: which divergence, at which temperature.
+        weights: [...]; mask / num_items_in_batch in a trainer. No gradient. Nothing is computed
+            for a token of weight 0.
+        want_stats: whether to compute the statistics; without, they are empty.
+        backend: as in `divergence`.
+
+    Returns:
+        `WeightedTerms`; the loss is [] float32 (float64 for float64 student logits), in nats.
+
+    Raises:
+        ValueError: as `divergence`, or weights has another shape than the tokens.
+        NotImplementedError, RuntimeError: as `divergence`.
+
+    Numerics:
+        As `divergence`. A float16 or bfloat16 gradient is rounded once, and a second time if the
+        upstream gradient of the loss is not a power of two.
+    """
+    check_logits(student_logits, teacher_logits)
+    shape, vocab = student_logits.shape[:-1], student_logits.shape[-1]
+    if weights.shape != shape:
+        raise ValueError(f"weights must be {list(shape)} as the tokens, got {list(weights.shape)}")
+    wide = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
+    weights, size = unit(weights.detach().reshape(-1).to(wide))
+    loss, per_token, stats, _ = _ops.weighted_divergence(
+        once(student_logits).reshape(-1, vocab),
+        teacher_logits.detach().reshape(-1, vocab),
+        weights,
+        spec.resolved().to_text(),
+        needs_grad(student_logits),
+        want_stats,
+        backend,
+    )
+    stats = stats.view(-1, *shape) if want_stats else stats
+    return WeightedTerms(loss * size, per_token.view(shape), DivergenceStats(*stats.unbind(0)))
