@@ -56,8 +56,10 @@ def form_gradient(student: Tensor) -> bool:
     return needs_grad(student) and student.dtype in (torch.float32, torch.float64)
 
 
-def unit(weights: Tensor) -> tuple[Tensor, Tensor]:
+def unit(weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
     """Weights up to one and their unit: gradients formed with them fit into float16."""
+    if dtype != torch.float16:
+        return weights, 1.0
     unit = weights.abs().max() if len(weights) else weights.new_ones(())
     unit = torch.where(unit > 0, unit, 1.0)
     return weights / unit, unit

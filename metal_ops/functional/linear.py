@@ -132,7 +132,7 @@ def linear_divergence_with_stats(
         )
     needs = [x is not None and needs_grad(x) for x in (hidden, weight, bias)]
     weights = weights.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-    weights, size = unit(weights)
+    weights, size = unit(weights, weight.dtype)
     loss, per_token, stats, *_ = _ops.linear_divergence(
         *[None if x is None else once(x) for x in (hidden, weight, bias)],
         *[None if x is None else x.detach() for x in teacher],
