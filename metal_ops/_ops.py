@@ -81,10 +81,12 @@ def _save_divergence(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
     student, teacher, mask, ctx.spec, ctx.formed, _, ctx.backend = inputs
     ctx.save_for_backward(*((output[2],) if ctx.formed else (student, teacher, mask)))
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(True)
+    ctx.set_materialize_grads(False)  # zeros for the other outputs, one of them [N, V]
 
 
-def _divergence_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _divergence_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 7
     if ctx.formed:
         grad = _scaled(ctx.saved_tensors[0], upstream[:, None])
     else:
@@ -174,10 +176,12 @@ def _save_sparse(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     recompute = (student, ids, log_probs, log_tail, mask)
     ctx.save_for_backward(*((output[1],) if ctx.formed else recompute))
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(True)
+    ctx.set_materialize_grads(False)
 
 
-def _sparse_backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _sparse_backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 8
     if ctx.formed:
         grad = _scaled(ctx.saved_tensors[0], upstream[:, None])
     else:
@@ -270,9 +274,12 @@ def _save_scalar(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[: len(ctx.needs)]]
     ctx.save_for_backward(*output[3:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
-def _scalar_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _scalar_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * ctx.num_inputs
     grads = [
         _scaled(grad, upstream).to(dtype) if need else None
         for grad, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)

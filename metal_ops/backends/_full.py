@@ -13,70 +13,75 @@ from torch import Tensor
 from metal_ops.backends._rows import Loaded, clip_tokens, exact
 from metal_ops.spec import DivergenceSpec
 
-# Below this loss, in nats, a row is done again: the short path is off by about 1e-7 nats.
+# Below this loss, in nats, a row is done again: the short path is off by about 1e-7 nats, and by
+# more where the two sides' logits lie apart by a constant.
 NEAR = 2.0**-10
 
-# The short paths: from loaded buffers to the loss [rows], a function that writes the gradient times
-# a factor [rows, 1] to `out` (which may be `spare`), and what the buffers then hold of p and q.
+# The short paths: from loaded buffers, and log(p_sum / q_sum), to the loss [rows, 1] and a function
+# that writes the gradient times a factor [rows, 1] to `out` (which may be the student's logits).
 Gradient = Callable[[Tensor, Tensor], None]
-Short = tuple[Tensor, Gradient, Loaded]
+Short = tuple[Tensor, Gradient]
 
 
 def _cross_entropy_gradient(loaded: Loaded) -> Gradient:
     """Q - p."""
 
     def gradient(factor: Tensor, out: Tensor) -> None:
-        (_, _, q, p, spare), q_sum, p_sum = loaded
-        torch.mul(q, factor / q_sum, out=spare)
-        torch.addcmul(spare, p, factor / p_sum, value=-1, out=out)
+        _, _, q, p, _ = loaded.buffers
+        q.mul_(factor / loaded.q_sum)
+        torch.addcmul(q, p, factor / loaded.p_sum, value=-1, out=out)
 
     return gradient
 
 
-def _forward_kl(loaded: Loaded, spec: DivergenceSpec) -> Short:
-    (log_q, log_p, _, p, spare), q_sum, p_sum = loaded
+def _forward_kl(loaded: Loaded, offset: Tensor, spec: DivergenceSpec) -> Short:
+    (_, _, _, p, spare), log_q, _, log_p, p_sum = loaded
     torch.sub(log_p, log_q, out=spare).mul_(p)
-    loss = spare.sum(-1, keepdim=True).div_(p_sum).sub_((p_sum / q_sum).log_())
-    return loss.squeeze(-1), _cross_entropy_gradient(loaded), loaded
+    loss = spare.sum(-1, keepdim=True).div_(p_sum).sub_(offset)
+    return loss, _cross_entropy_gradient(loaded)
 
 
-def _soft_ce(loaded: Loaded, spec: DivergenceSpec) -> Short:
-    (log_q, _, _, p, spare), q_sum, p_sum = loaded
+def _soft_ce(loaded: Loaded, offset: Tensor, spec: DivergenceSpec) -> Short:
+    (_, _, _, p, spare), log_q, q_sum, _, p_sum = loaded
     torch.mul(log_q, p, out=spare)
     loss = q_sum.log().sub_(spare.sum(-1, keepdim=True).div_(p_sum))
-    return loss.squeeze(-1), _cross_entropy_gradient(loaded), loaded
+    return loss, _cross_entropy_gradient(loaded)
 
 
-def _reverse_kl(loaded: Loaded, spec: DivergenceSpec) -> Short:
-    (log_q, log_p, q, _, spare), q_sum, p_sum = loaded
+def _reverse_kl(loaded: Loaded, offset: Tensor, spec: DivergenceSpec) -> Short:
+    (_, _, q, _, spare), log_q, q_sum, log_p, _ = loaded
     torch.sub(log_q, log_p, out=spare).mul_(q)
-    total = spare.sum(-1, keepdim=True).div_(q_sum)  # mean of log_q - log_p under q
+    mean = spare.sum(-1, keepdim=True).div_(q_sum)  # of log_q - log_p under q
 
     def gradient(factor: Tensor, out: Tensor) -> None:
-        spare.addcmul_(q, total, value=-1)
+        spare.addcmul_(q, mean, value=-1)
         torch.mul(spare, factor / q_sum, out=out)
 
-    return (total - (q_sum / p_sum).log()).squeeze(-1), gradient, loaded
+    return mean + offset, gradient
 
 
-def _jsd(loaded: Loaded, spec: DivergenceSpec) -> Short:
-    (_, mixture, q, p, spare), q_sum, p_sum = loaded
-    beta, tiny = spec.beta, torch.finfo(q.dtype).tiny
-    p.mul_(1 / p_sum)
-    q.mul_(1 / q_sum)
-    torch.mul(p, beta, out=mixture).add_(q, alpha=1 - beta).clamp_min_(tiny)
-    torch.div(p, mixture, out=spare).clamp_min_(tiny).log_().mul_(p)
-    loss = spare.sum(-1).mul_(beta)
-    torch.div(q, mixture, out=spare).clamp_min_(tiny).log_().mul_(q)
-    total = spare.sum(-1)
-    loss.add_(total, alpha=1 - beta)
+def _jsd(loaded: Loaded, offset: Tensor, spec: DivergenceSpec) -> Short:
+    (_, spare, q, p, mixture), _, q_sum, _, p_sum = loaded  # the logs are not needed any more
+    beta = spec.beta
+    torch.mul(p, (q_sum / p_sum).mul_(beta), out=mixture).add_(q, alpha=1 - beta)  # times q_sum
+
+    def weighted_log(x: Tensor) -> Tensor:
+        """Sum of x log(x / mixture); leaves its terms in spare."""
+        torch.div(x, mixture, out=spare).log_().mul_(x)
+        total = spare.sum(-1, keepdim=True)
+        if bool(total.isnan().any()):  # 0 * -inf, 0 / 0
+            total = spare.masked_fill_(x == 0, 0.0).sum(-1, keepdim=True)
+        return total
+
+    loss = weighted_log(p).div_(p_sum).sub_(offset).mul_(beta)
+    mean = weighted_log(q).div_(q_sum)
+    loss.add_(mean, alpha=1 - beta)
 
     def gradient(factor: Tensor, out: Tensor) -> None:
-        spare.addcmul_(q, total[:, None], value=-1)
-        torch.mul(spare, factor * (1 - beta), out=out)
+        spare.addcmul_(q, mean, value=-1)
+        torch.mul(spare, factor * (1 - beta) / q_sum, out=out)
 
-    ones = torch.ones_like(q_sum)
-    return loss, gradient, Loaded(loaded.buffers, ones, ones)
+    return loss, gradient
 
 
 SHORT = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "soft_ce": _soft_ce, "jsd": _jsd}
@@ -90,10 +95,12 @@ def divergence(
     short, gradient = None if cut else SHORT.get(spec.kind), None
     if short is None:
         again = torch.arange(len(loaded.q_sum), device=loaded.q_sum.device)
-        loss = loaded.q_sum.squeeze(-1).clone()
+        loss = loaded.q_sum[:, 0].clone()
     else:
-        loss, gradient, loaded = short(loaded, spec)
-        again = ((loss < NEAR) | ~loss.isfinite()).nonzero().squeeze(-1)
+        offset = (loaded.p_sum / loaded.q_sum).log_()
+        loss, gradient = short(loaded, offset, spec)
+        near = NEAR * (1 + offset.abs())
+        loss, again = loss[:, 0], (~(loss >= near) | (loss == torch.inf)).nonzero()[:, 0]
     redone = exact(loaded.pick(again, spec.kind), spec) if len(again) else None
     if redone is not None:
         loss[again] = redone.loss

@@ -11,6 +11,9 @@ from metal_ops.spec import DivergenceSpec
 
 NUM_BUFFERS = 5
 NUM_STATS = 4  # student entropy, teacher entropy, top-1 agreement, clipped
+# |log of a sum of exponentials| up to which these need no shift by the largest: nothing overflows,
+# and what underflows is 15 orders of magnitude below the largest, or more.
+MODERATE = 40.0
 
 
 class Buffers(NamedTuple):
@@ -39,36 +42,72 @@ def accumulator(x: Tensor) -> torch.dtype:
 
 
 class Loaded(NamedTuple):
-    """Buffers in which q and p await division by their sums, and the logs subtraction of theirs."""
+    """Both sides: softmax is e / sum, log-softmax is log - log(sum); the sums are [rows, 1].
+
+    The logs are [rows, V], off by a constant a row; a log may be the logits themselves and is not
+    to be written to. buffers.q and buffers.p hold the exponentials.
+    """
 
     buffers: Buffers
-    q_sum: Tensor  # [rows, 1]
+    log_q: Tensor
+    q_sum: Tensor
+    log_p: Tensor
     p_sum: Tensor
 
     def pick(self, index: Tensor, kind: str) -> Row:
         """The rows of `index` ([n] int64), normalised; without logs for kinds that need none."""
-        q_sum, p_sum = self.q_sum[index], self.p_sum[index]
-        q, p = self.buffers.q[index].div_(q_sum), self.buffers.p[index].div_(p_sum)
         if kind in MIXTURES:
-            return Row(p, q, p[:0], q[:0])
-        log_q, ratio = self.buffers.log_q[index], self.buffers.log_p[index]
-        # each is a logit less the row's largest: the large parts cancel first
+            q, p = self.buffers.q[index], self.buffers.p[index]
+            return Row(p.div_(self.p_sum[index]), q.div_(self.q_sum[index]), p[:0], q[:0])
+        # relative to each row's largest, so that the large parts cancel first
+        log_q, q, q_sum = _shifted(self.log_q[index])
+        ratio, p, p_sum = _shifted(self.log_p[index])
         ratio.sub_(log_q).sub_((p_sum / q_sum).log_())
         ratio.masked_fill_((p == 0) & (q == 0), 0.0)
-        return Row(p, q, log_q.sub_(q_sum.log()), ratio)
+        return Row(p.div_(p_sum), q.div_(q_sum), log_q.sub_(q_sum.log()), ratio)
 
 
-def load(x: Tensor, temperature: float, log_e: Tensor, e: Tensor) -> Tensor:
-    """log_e = (x - max x) / temperature and e = exp(log_e); returns the sum of e, [rows, 1]."""
+def _shifted(log: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(log, exp(log), sum) with log shifted in place to 0 at the largest."""
+    log.sub_(log.amax(-1, keepdim=True))
+    e = log.exp()
+    return log, e, e.sum(-1, keepdim=True)
+
+
+def load(
+    x: Tensor, temperature: float, log_e: Tensor, e: Tensor, shift: bool
+) -> tuple[Tensor, Tensor]:
+    """Write e = exp(log), return (log, sum of e [rows, 1]); log is x / temperature less a constant.
+
+    The constant is the row's largest with `shift`, and where without it the sum would not be far
+    from overflow or from the small numbers; otherwise it is zero, for two passes less. The log is
+    in `log_e` (which may be `e`) or `x` itself.
+    """
+    moderate = None
+    if not shift:
+        log = log_e
+        if x.dtype != e.dtype:
+            log.copy_(x)
+            if temperature != 1.0:
+                log.mul_(1 / temperature)
+        elif temperature != 1.0:
+            torch.mul(x, 1 / temperature, out=log)
+        else:
+            log = x
+        total = torch.exp(log, out=e).sum(-1, keepdim=True)
+        moderate = total.log().abs_() < MODERATE
+        if bool(moderate.all()):
+            return log, total
     largest = x.amax(-1, keepdim=True)
-    if x.dtype != log_e.dtype:
+    if moderate is not None:
+        largest.masked_fill_(moderate, 0.0)  # a row's result is the same in any company
+    if x.dtype != e.dtype:
         e.copy_(x)
         x, largest = e, largest.to(e.dtype)
     torch.sub(x, largest, out=log_e)
     if temperature != 1.0:
         log_e.mul_(1 / temperature)
-    torch.exp(log_e, out=e)
-    return e.sum(-1, keepdim=True)
+    return log_e, torch.exp(log_e, out=e).sum(-1, keepdim=True)
 
 
 class Exact(NamedTuple):
@@ -115,11 +154,20 @@ def _entropy(log_e: Tensor, e: Tensor, total: Tensor, spare: Tensor) -> Tensor:
     return total.log().squeeze(-1).sub_(entropy / total.squeeze(-1))
 
 
+def _agreement(log_q: Tensor, log_p: Tensor, spare: Tensor) -> Tensor:
+    """1 where both have a largest entry in common, [rows]."""
+    is_top = spare.view(torch.bool)[:, : log_p.shape[-1]]
+    rows, columns = torch.eq(log_p, log_p.amax(-1, keepdim=True), out=is_top).nonzero().unbind(-1)
+    same = log_q[rows, columns] == log_q.amax(-1)[rows]
+    agreement = log_q.new_zeros(len(log_q))
+    agreement[rows[same]] = 1.0
+    return agreement
+
+
 def statistics(loaded: Loaded) -> Tensor:
     """[NUM_STATS, rows], nothing clipped yet."""
-    (log_q, log_p, q, p, spare), q_sum, p_sum = loaded
+    (_, _, q, p, spare), log_q, q_sum, log_p, p_sum = loaded
     student = _entropy(log_q, q, q_sum, spare)
     teacher = _entropy(log_p, p, p_sum, spare)
-    # both are 0 at their largest entries and negative elsewhere
-    agree = (torch.add(log_q, log_p, out=spare).amax(-1) == 0).to(q.dtype)
-    return torch.stack([student, teacher, agree, torch.zeros_like(agree)])
+    agreement = _agreement(log_q, log_p, spare)
+    return torch.stack([student, teacher, agreement, torch.zeros_like(agreement)])

@@ -59,7 +59,7 @@ def divergence(
     """(loss, clipped) [rows] over the spec's support; the gradient times factor goes to out."""
     buffers = loaded.buffers
     kept = Kept(_choose(student, teacher, spec, buffers.spare), student.shape[-1])
-    log_p = kept.log_mass(buffers.log_p, loaded.p_sum, buffers.spare)
+    log_p = kept.log_mass(loaded.log_p, loaded.p_sum, buffers.spare)
     return categories(log_p, kept, loaded, spec, factor, out)
 
 
@@ -73,7 +73,7 @@ def categories(
 ) -> tuple[Tensor, Tensor | None]:
     """`divergence` from the teacher's log-probabilities, [rows, K] and the tail's [rows, 1]."""
     buffers, q_sum = loaded.buffers, loaded.q_sum
-    inside, tail = kept.log_mass(buffers.log_q, q_sum, buffers.spare)
+    inside, tail = kept.log_mass(loaded.log_q, q_sum, buffers.spare)
     log_p_inside, log_p_tail = log_p
     if spec.missing == "tail":
         log_q_all, log_p_all = (

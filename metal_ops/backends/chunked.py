@@ -45,15 +45,17 @@ def _rows(
     The gradient of weight * loss, weight [rows], goes to `out`, which may be `student` itself.
     """
     buffers = buffers.first(len(student))
-    full = spec.support == "full"
+    full, temperature = spec.support == "full", spec.temperature
     bare = full and spec.kind in MIXTURES and not want_stats  # the logs are not needed
+    log_q, log_p = (buffers.q, buffers.p) if bare else (buffers.log_q, buffers.log_p)
+    shift = not full or spec.kind == "soft_ce"  # the logs themselves are summed, not differences
     loaded = Loaded(
         buffers,
-        load(student, spec.temperature, buffers.q if bare else buffers.log_q, buffers.q),
-        load(teacher, spec.temperature, buffers.p if bare else buffers.log_p, buffers.p),
+        *load(student, temperature, log_q, buffers.q, shift),
+        *load(teacher, temperature, log_p, buffers.p, shift),
     )
     stats = statistics(loaded) if want_stats else None
-    factor = None if weight is None else weight * (spec.scale / spec.temperature)
+    factor = None if weight is None else weight * (spec.scale / temperature)
     if full:
         loss, clipped = _full.divergence(loaded, spec, factor, out)
     else:
@@ -119,8 +121,11 @@ def forward(
     buffers = Buffers.of(student, min(blocks.step, blocks.num_rows), vocab)
     for at in blocks:
         out = None if grad is None else grad[at]  # a view, or a copy that is put back
+        scratch = buffers
+        if out is not None and out.dtype == dtype:
+            scratch = buffers._replace(q=out)  # in cache when the gradient is written
         loss[at], block = _rows(
-            student[at], teacher[at], spec, buffers, weights[at], out, want_stats
+            student[at], teacher[at], spec, scratch, weights[at], out, want_stats
         )
         if block is not None:
             stats[:, at] = block
@@ -157,14 +162,14 @@ def sparse(
     for at in blocks:
         logits, out = student[at], None if grad is None else grad[at]
         buffers = all_buffers.first(len(logits))
-        q_sum = load(logits, spec.temperature, buffers.log_q, buffers.q)
+        log_q, q_sum = load(logits, spec.temperature, buffers.log_q, buffers.q, True)
         ids, log_probs, log_tail = (x[at] for x in teacher)
         kept = _support.Kept(ids, vocab)
         inside = log_probs.to(loss.dtype).masked_fill(~kept.valid, -torch.inf)
         value, _ = _support.categories(
             (inside, log_tail.to(loss.dtype)[:, None]),
             kept,
-            Loaded(buffers, q_sum, q_sum),
+            Loaded(buffers, log_q, q_sum, log_q, q_sum),
             spec,
             weights[at] * (spec.scale / spec.temperature),
             out,
@@ -211,7 +216,7 @@ class Hard(NamedTuple):
         """Cross-entropy [rows] at temperature 1; its gradient is added to `grad`."""
         assert self.labels is not None
         labels, (log_q, _, q, _, _) = self.labels[:, None], buffers.first(len(logits))
-        q_sum = load(logits, 1.0, log_q, q)
+        log_q, q_sum = load(logits, 1.0, log_q, q, True)
         if grad is not None and self.alpha < 1.0:
             share = (weight * (1 - self.alpha))[:, None]
             grad.addcmul_(q, share / q_sum).scatter_add_(-1, labels, -share)
