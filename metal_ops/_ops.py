@@ -214,20 +214,25 @@ def linear_divergence(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    want_stats: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, soft and hard [2, N], stats, gradients of hidden, weight, bias; empty if unwanted)."""
+    student = Head(student_hidden, student_weight, student_bias, student_scale, student_softcap)
     teacher = teacher_hidden
     if teacher_weight is not None:
         teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
-    loss, per_token, stats, *grads = select(backend, student_hidden, teacher_hidden).linear(
-        Head(student_hidden, student_weight, student_bias, student_scale, student_softcap),
-        teacher,
-        weights,
-        Hard(labels, alpha),
-        DivergenceSpec.from_text(spec),
-        (need_hidden, need_weight, need_bias),
-    )
+    # autocast has been applied to the inputs; inside, products have the dtype the backend chose
+    with torch.autocast(student_hidden.device.type, enabled=False):
+        loss, per_token, stats, *grads = select(backend, student_hidden, teacher_hidden).linear(
+            student,
+            teacher,
+            weights,
+            Hard(labels, alpha),
+            DivergenceSpec.from_text(spec),
+            (need_hidden, need_weight, need_bias),
+            want_stats,
+        )
     hidden, weight, bias = (loss.new_empty(0) if g is None else g for g in grads)
     return loss, per_token, stats, hidden, weight, bias
 
@@ -251,6 +256,7 @@ def _(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    want_stats: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_tokens, vocab = student_hidden.shape[0], student_weight.shape[0]
@@ -259,7 +265,7 @@ def _(
     return (
         loss,
         loss.new_empty(2, num_tokens),
-        loss.new_empty(NUM_STATS, num_tokens),
+        loss.new_empty(NUM_STATS, num_tokens if want_stats else 0),
         torch.empty_like(student_hidden) if need_hidden else empty,
         loss.new_empty(student_weight.shape) if need_weight else empty.clone(),
         loss.new_empty(vocab) if need_bias else empty.clone(),
@@ -270,7 +276,7 @@ def _save_scalar(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     """For the ops whose first output is the loss and whose last are gradients of first inputs."""
     linear = len(output) == 6
     ctx.num_inputs = len(inputs)
-    ctx.needs = inputs[-4:-1] if linear else (inputs[4],)
+    ctx.needs = inputs[-5:-2] if linear else (inputs[4],)
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[: len(ctx.needs)]]
     ctx.save_for_backward(*output[3:])
     ctx.mark_non_differentiable(*output[1:])

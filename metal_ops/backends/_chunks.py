@@ -1,14 +1,14 @@
 """How many rows and tokens the chunked backend takes at a time, from the cache and the shape."""
 
 import functools
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-KIB, MIB = 2**10, 2**20
+MIB = 2**20
 
-CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 L2_DEFAULT = MIB
 # On an accelerator every block costs some thirty launches: they should be few.
 DEVICE_BUFFER_BYTES = 64 * MIB
@@ -17,16 +17,18 @@ DEVICE_BUFFER_BYTES = 64 * MIB
 MIN_TOKENS, MAX_TOKENS = 128, 1024
 CHUNK_BYTES = {"cpu": 96 * MIB}
 DEVICE_CHUNK_BYTES = 512 * MIB
+# Rows of a head converted at a time, where products are not in its own dtype.
+HEAD_SLICE_BYTES = 16 * MIB
 
 
 @functools.cache
+def _capabilities() -> Mapping[str, Any]:
+    return torch.cpu.get_capabilities()
+
+
 def l2_bytes() -> int:
-    """Size of the first core's level-2 cache; Linux says it, elsewhere 1 MiB is assumed."""
-    for entry in sorted(CACHES.glob("index*")):
-        level, size = ((entry / name).read_text().strip() for name in ("level", "size"))
-        if level == "2" and size.endswith("K"):
-            return int(size[:-1]) * KIB
-    return L2_DEFAULT
+    """Size of a core's level-2 cache; where torch does not know it, 1 MiB is assumed."""
+    return _capabilities().get("l2_cache_size") or L2_DEFAULT
 
 
 def buffer_bytes(device: torch.device) -> int:
@@ -46,8 +48,35 @@ def rows_per_block(x: Tensor, vocab: int) -> int:
     return max(1, buffer_bytes(x.device) // (itemsize * max(1, vocab)))
 
 
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """In which the products with a head are formed: its own, unless the CPU has to emulate it.
+
+    An x86 without instructions for bfloat16 or float16 takes several times as long for a product
+    in these as for one in float32.
+    """
+    if weight.device.type != "cpu" or weight.dtype.itemsize != 2:
+        return weight.dtype
+    known = _capabilities()
+    if not str(known.get("architecture", "")).startswith("x86"):
+        return weight.dtype
+    short = "bf16" if weight.dtype == torch.bfloat16 else "fp16"
+    native = known.get(f"amx_{short}") or known.get(f"avx512_{short}")
+    return weight.dtype if native else torch.float32
+
+
+def head_slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of a head [V, H] in `dtype`: all at once, or converted a few at a time."""
+    if weight.dtype == dtype:
+        yield slice(0, len(weight)), weight
+        return
+    step = max(1, HEAD_SLICE_BYTES // (dtype.itemsize * max(1, weight.shape[1])))
+    for start in range(0, len(weight), step):
+        at = slice(start, min(start + step, len(weight)))
+        yield at, weight[at].to(dtype)
+
+
 def tokens_per_chunk(hidden: Tensor, weight: Tensor) -> int:
     """Tokens of [N, H] whose logits for a head [V, H] are held at a time, on one side."""
     limit = CHUNK_BYTES.get(hidden.device.type, DEVICE_CHUNK_BYTES)
-    tokens = limit // (weight.element_size() * max(1, weight.shape[0]))
+    tokens = limit // (product_dtype(weight).itemsize * max(1, weight.shape[0]))
     return min(max(tokens, MIN_TOKENS), MAX_TOKENS)

@@ -4,23 +4,26 @@ Shapes: N tokens, V vocabulary, H hidden, K kept entries. Arithmetic is float32 
 dtype (float64 for float64 input). Gradients are formed while a block is in cache.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from metal_ops.backends import _full, _support
-from metal_ops.backends._chunks import rows_per_block, tokens_per_chunk
-from metal_ops.backends._rows import (
-    NUM_STATS,
-    Buffers,
-    Loaded,
-    accumulator,
-    load,
-    statistics,
-)
-from metal_ops.backends._terms import MIXTURES
+from metal_ops.backends import _block, _support
+from metal_ops.backends._chunks import rows_per_block
+from metal_ops.backends._linear import Hard, Head, linear
+from metal_ops.backends._rows import NUM_STATS, Buffers, Loaded, accumulator, load
 from metal_ops.spec import DivergenceSpec
+
+__all__ = [
+    "NUM_STATS",
+    "Hard",
+    "Head",
+    "accumulator",
+    "backward",
+    "forward",
+    "linear",
+    "sparse",
+    "unsupported",
+]
 
 
 def unsupported(student: Tensor, teacher: Tensor) -> str | None:
@@ -29,40 +32,6 @@ def unsupported(student: Tensor, teacher: Tensor) -> str | None:
         if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
             return f"needs float16, bfloat16, float32 or float64, got {tensor.dtype}"
     return None
-
-
-def _rows(
-    student: Tensor,
-    teacher: Tensor,
-    spec: DivergenceSpec,
-    buffers: Buffers,
-    weight: Tensor | None = None,
-    out: Tensor | None = None,
-    want_stats: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """(loss [rows], stats [NUM_STATS, rows] or None) of one block of logits [rows, V].
-
-    The gradient of weight * loss, weight [rows], goes to `out`, which may be `student` itself.
-    """
-    buffers = buffers.first(len(student))
-    full, temperature = spec.support == "full", spec.temperature
-    bare = full and spec.kind in MIXTURES and not want_stats  # the logs are not needed
-    log_q, log_p = (buffers.q, buffers.p) if bare else (buffers.log_q, buffers.log_p)
-    shift = not full or spec.kind == "soft_ce"  # the logs themselves are summed, not differences
-    loaded = Loaded(
-        buffers,
-        *load(student, temperature, log_q, buffers.q, shift),
-        *load(teacher, temperature, log_p, buffers.p, shift),
-    )
-    stats = statistics(loaded) if want_stats else None
-    factor = None if weight is None else weight * (spec.scale / temperature)
-    if full:
-        loss, clipped = _full.divergence(loaded, spec, factor, out)
-    else:
-        loss, clipped = _support.divergence(student, teacher, loaded, spec, factor, out)
-    if stats is not None and clipped is not None:
-        stats[3] = clipped
-    return loss * spec.scale, stats
 
 
 class _Blocks:
@@ -124,7 +93,7 @@ def forward(
         scratch = buffers
         if out is not None and out.dtype == dtype:
             scratch = buffers._replace(q=out)  # in cache when the gradient is written
-        loss[at], block = _rows(
+        loss[at], block = _block.divergence(
             student[at], teacher[at], spec, scratch, weights[at], out, want_stats
         )
         if block is not None:
@@ -178,201 +147,3 @@ def sparse(
         if grad is not None and out is not None and isinstance(at, Tensor):
             grad[at] = out
     return loss, grad
-
-
-class Head(NamedTuple):
-    """Hidden states [N, H] and the head over them: [V, H], [V] or None, scale, softcap."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
-
-    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """Hidden [n, H] to [n, V], before scale and softcap."""
-        torch.mm(hidden.to(self.weight.dtype), self.weight.T, out=out)
-        return out if self.bias is None else out.add_(self.bias)
-
-    def finish(self, logits: Tensor) -> Tensor:
-        """What the model does to its head's output: scale, then softcap * tanh(. / softcap)."""
-        if self.logit_scale == 1.0 and self.softcap is None:
-            return logits
-        logits = logits.to(accumulator(logits)) * self.logit_scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-
-class Hard(NamedTuple):
-    """The other half of the mix: labels [N] int64 or None, and the divergence's share alpha."""
-
-    labels: Tensor | None
-    alpha: float
-
-    def at(self, rows: slice) -> "Hard":
-        """The same of some tokens."""
-        return self if self.labels is None else Hard(self.labels[rows], self.alpha)
-
-    def add(self, logits: Tensor, weight: Tensor, buffers: Buffers, grad: Tensor | None) -> Tensor:
-        """Cross-entropy [rows] at temperature 1; its gradient is added to `grad`."""
-        assert self.labels is not None
-        labels, (log_q, _, q, _, _) = self.labels[:, None], buffers.first(len(logits))
-        log_q, q_sum = load(logits, 1.0, log_q, q, True)
-        if grad is not None and self.alpha < 1.0:
-            share = (weight * (1 - self.alpha))[:, None]
-            grad.addcmul_(q, share / q_sum).scatter_add_(-1, labels, -share)
-        return (q_sum.log() - log_q.gather(-1, labels)).squeeze(-1)
-
-
-def _mix(
-    logits: tuple[Tensor, Tensor],
-    heads: tuple[Head, Head],
-    weight: Tensor,
-    hard: Hard,
-    spec: DivergenceSpec,
-    buffers: Buffers,
-    want_grad: bool,
-) -> Tensor:
-    """Values per token [2 + NUM_STATS, rows]: soft, hard, stats.
-
-    With `want_grad` the student's logits are overwritten by the gradient of the weighted mix.
-    """
-    student, teacher = (head.finish(x) for head, x in zip(heads, logits, strict=True))
-    # in place if nothing else needs the logits
-    plain = student is logits[0] and hard.labels is None
-    out = None
-    if want_grad:
-        out = logits[0] if plain else buffers.first(len(student)).spare
-    soft, stats = _rows(student, teacher, spec, buffers, weight * hard.alpha, out, True)
-    assert stats is not None
-    if out is not None and hard.alpha == 0.0:
-        out.zero_()  # a divergence without a share may be infinite
-    cross_entropy = torch.zeros_like(soft)
-    if hard.labels is not None:
-        cross_entropy = hard.add(student, weight, buffers, out)
-    if out is not None and not plain:
-        if heads[0].softcap is not None:
-            out.mul_(1 - (student / heads[0].softcap).square_())
-        logits[0].copy_(out.mul_(heads[0].logit_scale))
-    return torch.cat([soft[None], cross_entropy[None], stats])
-
-
-class _Gradients(NamedTuple):
-    """Of hidden states [N, H], head weight [V, H] and bias [V]; None where not wanted."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
-    def add(self, at: slice, grad: Tensor, head: Head) -> None:
-        """Take in the gradient [n, V] of the logits of a chunk of tokens."""
-        if self.hidden is not None:
-            self.hidden[at] = torch.mm(grad, head.weight)
-        if self.weight is not None:
-            hidden = head.hidden[at].to(head.weight.dtype)
-            if self.weight.dtype == grad.dtype:
-                self.weight.addmm_(grad.T, hidden)
-            else:
-                self.weight.add_(torch.mm(grad.T, hidden))
-        if self.bias is not None:
-            self.bias.add_(grad.sum(0, dtype=self.bias.dtype))
-
-
-def _linear(
-    student: Head,
-    teacher: Head | Tensor,
-    weights: Tensor,
-    hard: Hard,
-    spec: DivergenceSpec,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """`linear` where every token counts."""
-    weight, dtype, shared = student.weight, accumulator(student.weight), isinstance(teacher, Tensor)
-    num_tokens, vocab = len(weights), len(weight)
-    values = weight.new_zeros(2 + NUM_STATS, num_tokens, dtype=dtype)
-    gradients = _Gradients(
-        torch.empty_like(student.hidden) if needs[0] else None,
-        torch.zeros_like(weight, dtype=dtype) if needs[1] else None,
-        weight.new_zeros(vocab, dtype=dtype) if needs[2] else None,
-    )
-    heads = (student, student if isinstance(teacher, Tensor) else teacher)
-    tokens = max(1, min(tokens_per_chunk(student.hidden, weight), num_tokens))
-    memory = [weight.new_empty(tokens * (1 + shared), vocab)]
-    if not shared:
-        memory.append(heads[1].weight.new_empty(tokens, vocab))
-    step = rows_per_block(weight, vocab)
-    buffers = Buffers.of(weight, min(step, tokens), vocab)
-    for start in range(0, num_tokens, tokens):
-        at = slice(start, min(start + tokens, num_tokens))
-        count = at.stop - start
-        if isinstance(teacher, Tensor):
-            both = torch.cat([student.hidden[at], teacher[at].to(student.hidden.dtype)])
-            logits = student.logits(both, memory[0][: 2 * count]).split(count)
-        else:
-            logits = [
-                head.logits(head.hidden[at], m[:count])
-                for head, m in zip(heads, memory, strict=True)
-            ]
-        for row in range(0, count, step):
-            rows = slice(row, min(row + step, count))
-            inside = slice(start + rows.start, start + rows.stop)
-            values[:, inside] = _mix(
-                (logits[0][rows], logits[1][rows]),
-                heads,
-                weights[inside],
-                hard.at(inside),
-                spec,
-                buffers,
-                any(needs),
-            )
-        gradients.add(at, logits[0], student)  # which the chunk's logits now hold
-    loss = weights.new_zeros((), dtype=dtype)
-    for share, per_token in ((hard.alpha, values[0]), (1 - hard.alpha, values[1])):
-        if share:  # a side without a share may be infinite
-            loss = loss + share * (weights * per_token).sum()
-    per_token = values[:2].clone(), values[2:].clone()
-    return loss, *per_token, gradients.hidden, gradients.weight, gradients.bias
-
-
-def linear(
-    student: Head,
-    teacher: Head | Tensor,
-    weights: Tensor,
-    hard: Hard,
-    spec: DivergenceSpec,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Sum of weights (alpha soft + (1 - alpha) hard) from hidden states, and its gradients.
-
-    Args:
-        student: hidden states and head.
-        teacher: the same of the teacher; hidden states [N, H] alone share the student's head, and
-            the two products are then one.
-        weights: [N] float32; nothing is computed where they are 0.
-        hard: labels and alpha.
-        spec: resolved.
-        needs: whether gradients of hidden states, weight and bias are wanted.
-
-    Returns:
-        loss []; soft and hard [2, N]; stats [NUM_STATS, N]; gradients of hidden states, weight and
-        bias, or None. The gradient of the weight accumulates in float32.
-    """
-    index = weights.nonzero().squeeze(-1)
-    if len(index) == len(weights):
-        return _linear(student, teacher, weights, hard, spec, needs)
-    if isinstance(teacher, Tensor):
-        teacher = teacher[index]
-    else:
-        teacher = teacher._replace(hidden=teacher.hidden[index])
-    labels = None if hard.labels is None else hard.labels[index]
-    loss, *per_token, grad, grad_weight, grad_bias = _linear(
-        student._replace(hidden=student.hidden[index]),
-        teacher,
-        weights[index],
-        Hard(labels, hard.alpha),
-        spec,
-        needs,
-    )
-    full = [x.new_zeros(len(x), len(weights)).index_copy_(1, index, x) for x in per_token]
-    if grad is not None:
-        grad = torch.zeros_like(student.hidden).index_copy_(0, index, grad)
-    return loss, full[0], full[1], grad, grad_weight, grad_bias

@@ -106,11 +106,13 @@ def linear_divergence_with_stats(
     teacher_logit_scale: float = 1.0,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
+    want_stats: bool = True,
     backend: str = "auto",
 ) -> LinearTerms:
     """`linear_divergence`, and what its passes know of every token.
 
-    Arguments and errors are those of `linear_divergence`; `LinearTerms` documents the result.
+    Arguments and errors are those of `linear_divergence`; `LinearTerms` documents the result, in
+    which the statistics are empty without want_stats.
     """
     _check_linear(student_hidden, student_weight, teacher_hidden, teacher_weight, weights, labels)
     if not 0.0 <= alpha <= 1.0:
@@ -145,6 +147,7 @@ def linear_divergence_with_stats(
         alpha,
         spec.resolved().to_text(),
         *needs,
+        want_stats,
         backend,
     )
     return LinearTerms(loss * size, per_token[0], per_token[1], DivergenceStats(*stats.unbind(0)))
@@ -203,9 +206,10 @@ def linear_divergence(
 
     Numerics:
         Logits of a chunk of tokens are projected once, in the dtype of the head (of autocast, if it
-        is on), and reduced in float32; the gradients of hidden states, head and bias are formed
-        while they exist, so the backward is one multiplication. The head's gradient accumulates in
-        float32. No gradient is computed for a tensor that does not require one.
+        is on; in float32 for a 16-bit head on a CPU that would emulate the product), and reduced
+        in float32; the gradients of hidden states, head and bias are formed while they exist, so
+        the backward is one multiplication. The head's gradient accumulates in float32. No gradient
+        is computed for a tensor that does not require one.
     """
     return linear_divergence_with_stats(
         student_hidden,
@@ -222,5 +226,6 @@ def linear_divergence(
         teacher_logit_scale=teacher_logit_scale,
         student_softcap=student_softcap,
         teacher_softcap=teacher_softcap,
+        want_stats=False,
         backend=backend,
     ).loss

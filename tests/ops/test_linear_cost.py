@@ -157,3 +157,24 @@ def test_mixed_dtypes_of_hidden_and_head():
     size = want.magnitude + want.grad_logits.abs() * 2.0**15  # a bfloat16 product
     size = size @ case.student[1].detach().double().abs()
     assert_matches_reference(grad, want.grads[0], size, torch.tensor(1.0), torch.float32)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("head", ["all", "shared"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_heads_with_and_without_instructions_for_them(dtype, head, native, monkeypatch):
+    """A CPU that would emulate the product gets it in float32, a few rows of the head at a time."""
+    known = {"architecture": "x86_64", "avx512_bf16": native, "avx512_fp16": native}
+    monkeypatch.setattr(_chunks, "_capabilities", lambda: known)
+    monkeypatch.setattr(_chunks, "HEAD_SLICE_BYTES", 100)
+    products, mm = set(), torch.mm
+
+    def recorded(a, b, **kwargs):
+        products.add((a.dtype, b.shape[1]))
+        return mm(a, b, **kwargs)
+
+    monkeypatch.setattr(torch, "mm", recorded)
+    case = make(head, dtype)
+    check(case, SPECS[0], 0.5)
+    assert {dtype for dtype, _ in products} == {dtype if native else torch.float32}
+    assert (len(case.student[1]) in {columns for _, columns in products}) == native
