@@ -1,9 +1,13 @@
 """Losses from logits: `python -m tests.benchmarks.divergence --allocator keep`.
 
-Forward and backward of a mean over tokens, against the eager formula, TRL, and torch.compile.
+Forward and backward of a mean over tokens, against the eager formula, TRL, torch.compile, and the
+PyTorch formula in Liger (its kernel for logits needs Triton). Errors are those of the first rows.
 """
 
 import os
+from collections.abc import Callable
+from functools import partial
+from itertools import product
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # TRL reads it when imported
 
@@ -15,8 +19,16 @@ from trl.experimental.gkd import GKDTrainer
 from hf_distill import generalized_jsd_loss
 from metal_ops import DivergenceSpec, divergence
 from tests.benchmarks import timing
+from tests.numerics import definition
 
+try:
+    from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction as Liger
+except ImportError:
+    Liger = None
+
+NO_LIGER = "no rows of Liger: pip install --no-deps liger-kernel"
 BETAS = {"forward_kl": 0, "jsd": 0.5, "reverse_kl": 1}
+ERROR_ROWS = 16
 
 
 def eager(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
@@ -36,45 +48,58 @@ def eager(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     return entries.sum() / len(student)
 
 
+def make_variants(
+    student: Tensor, teacher: Tensor, kind: str
+) -> tuple[dict[str, timing.Variant], timing.Variant]:
+    """What is compared, and the definition in float64."""
+    beta, spec, compiled = BETAS[kind], DivergenceSpec(kind), torch.compile(eager, dynamic=False)
+    functions = {
+        "generalized_jsd_loss": lambda x, y: generalized_jsd_loss(x, y, beta=beta),
+        "divergence().mean()": lambda x, y: divergence(x, y, spec).mean(),
+        "eager": lambda x, y: eager(x, y, beta),
+        "TRL GKD": lambda x, y: GKDTrainer.generalized_jsd_loss(x, y, beta=beta),
+        "torch.compile(eager)": lambda x, y: compiled(x, y, beta),
+    }
+    if Liger is not None and kind == "jsd":
+        sum_over_rows = Liger.distillation_loss_fn
+        functions["Liger formula"] = lambda x, y: sum_over_rows(x, y, beta=beta) / len(x)
+
+    def run(
+        function: Callable[..., Tensor], rows: int | None, dtype: torch.dtype = student.dtype
+    ) -> tuple[float, Tensor | None]:
+        leaf = student[:rows].detach().to(dtype).requires_grad_()
+        loss = function(leaf, teacher[:rows])
+        loss.backward()
+        return loss.item(), leaf.grad
+
+    exact = partial(run, lambda x, y: definition(x, y, spec).mean(), dtype=torch.float64)
+    return {name: partial(run, function) for name, function in functions.items()}, exact
+
+
 def main() -> None:
     """Time every shape, dtype and kind asked for."""
     options = timing.arguments(__doc__, ["256x32000", "128x151936", "512x151936"])
-    compiled = torch.compile(eager, dynamic=False)
-    for shape in options.shapes:
+    if Liger is None:
+        print(NO_LIGER)
+    for shape, dtype, kind in product(options.shapes, options.dtypes, options.kinds):
+        torch.compiler.reset()  # after 8 cases torch.compile would give up and run the eager code
+        torch.manual_seed(0)
         rows, vocab = map(int, shape.split("x"))
-        for dtype in options.dtypes:
-            student, teacher = (
-                torch.randn(rows, vocab).mul_(3).to(getattr(torch, dtype)) for _ in range(2)
-            )
-            for kind in options.kinds:
-                beta = BETAS[kind]
-                spec = DivergenceSpec(kind)
-                functions = {
-                    "generalized_jsd_loss": lambda x, y, b=beta: generalized_jsd_loss(x, y, beta=b),
-                    "divergence().mean()": lambda x, y, s=spec: divergence(x, y, s).mean(),
-                    "eager": lambda x, y, b=beta: eager(x, y, b),
-                    "TRL GKD": lambda x, y, b=beta: GKDTrainer.generalized_jsd_loss(x, y, beta=b),
-                    "torch.compile(eager)": lambda x, y, b=beta: compiled(x, y, b),
-                }
-
-                def run(function, x=student, y=teacher) -> float:
-                    leaf = x.detach().requires_grad_()
-                    loss = function(leaf, y)
-                    loss.backward()
-                    return loss.item()
-
-                steps = {n: lambda f=f, run=run: run(f) for n, f in functions.items()}
-                if options.memory_of:
-                    print(timing.peak_mb(steps[options.memory_of]))
-                    return
-                timing.report(
-                    f"{kind} {shape} {dtype}",
-                    steps,
-                    options,
-                    lambda name, case=(shape, dtype, kind): timing.memory_in_a_process(
-                        "tests.benchmarks.divergence", name, *case
-                    ),
-                )
+        student, teacher = (
+            torch.randn(rows, vocab).mul_(3).to(getattr(torch, dtype)) for _ in range(2)
+        )
+        variants, exact = make_variants(student, teacher, kind)
+        if options.memory_of:
+            print(timing.peak_mb(variants[options.memory_of]))
+            return
+        memory = partial(
+            timing.memory_in_a_process,
+            "tests.benchmarks.divergence",
+            shapes=shape,
+            dtypes=dtype,
+            kinds=kind,
+        )
+        timing.report(f"{kind} {shape} {dtype}", variants, exact, ERROR_ROWS, options, memory)
 
 
 if __name__ == "__main__":

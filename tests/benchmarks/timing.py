@@ -10,6 +10,10 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
+# One forward and backward over the first so many rows (None: all): loss, and gradient if it has one
+Variant = Callable[[int | None], tuple[float, Tensor | None]]
 
 # glibc's defaults give each large temporary back to the kernel; these keep it
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
@@ -21,12 +25,17 @@ def resident_peak_mb() -> float:
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
 
 
-def arguments(description: str, shapes: list[str]) -> argparse.Namespace:
-    """The command line of a benchmark; restarts it with the allocator that was asked for."""
+def arguments(description: str | None, shapes: list[str], **more: list[str]) -> argparse.Namespace:
+    """The command line of a benchmark; restarts it with the allocator that was asked for.
+
+    `more` are further lists of choices by option name, all of them tried by default.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--shapes", nargs="+", default=shapes)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--kinds", nargs="+", default=["jsd", "forward_kl", "reverse_kl"])
+    for name, choices in more.items():
+        parser.add_argument(f"--{name}", nargs="+", choices=choices, default=choices)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--allocator", choices=["default", "keep"], default="default")
     parser.add_argument("--memory-of", help="measure one variant's peak memory, then exit")
@@ -39,54 +48,84 @@ def arguments(description: str, shapes: list[str]) -> argparse.Namespace:
     return parsed
 
 
-def peak_mb(step: Callable[[], float]) -> float:
+def peak_mb(variant: Variant) -> float:
     """What one step adds to the peak, after another has warmed up."""
-    step()
+    variant(None)
     gc.collect()
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets the peak
     before = resident_peak_mb()
-    step()
+    variant(None)
     return resident_peak_mb() - before
 
 
-def memory_in_a_process(module: str, variant: str, shape: str, dtype: str, kind: str) -> float:
+def memory_in_a_process(module: str, variant: str, **case: str) -> float:
     """`peak_mb` of a variant, measured by a fresh process with the default allocator."""
     command = [sys.executable, "-m", module, "--memory-of", variant]
-    command += ["--shapes", shape, "--dtypes", dtype, "--kinds", kind]
+    for name, value in case.items():
+        command += [f"--{name}", value]
     env = {name: value for name, value in os.environ.items() if name not in KEEP}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
-def compare(steps: dict[str, Callable[[], float]], repeats: int) -> dict[str, tuple[float, float]]:
-    """Per variant: median seconds of interleaved repeats, and the loss."""
+def compare(variants: dict[str, Variant], repeats: int) -> dict[str, tuple[float, float, float]]:
+    """Per variant: median and least seconds of interleaved repeats, and the loss."""
     losses = {}
-    for name, step in steps.items():
-        step()
-        losses[name] = step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for name, variant in variants.items():
+        variant(None)
+        losses[name] = variant(None)[0]
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):
-        for name, step in steps.items():
+        for name, variant in variants.items():
             gc.collect()
             start = time.perf_counter()
-            step()
+            variant(None)
             seconds[name].append(time.perf_counter() - start)
-    return {name: (statistics.median(seconds[name]), losses[name]) for name in steps}
+    return {
+        name: (statistics.median(times), min(times), losses[name])
+        for name, times in seconds.items()
+    }
+
+
+def errors(variants: dict[str, Variant], exact: Variant, rows: int) -> dict[str, list[float]]:
+    """Per variant with a gradient: errors of loss and gradient over the first rows.
+
+    Each is the largest absolute error over the largest absolute value of `exact`, which computes
+    in float64.
+    """
+    loss, gradient = exact(rows)
+    assert gradient is not None
+    wants, result = (torch.tensor(loss, dtype=torch.float64), gradient), {}
+    for name, variant in variants.items():
+        got_loss, got = variant(rows)
+        if got is not None:
+            gots = torch.tensor(got_loss, dtype=torch.float64), got.double()
+            result[name] = [
+                float((got - want).abs().max() / want.abs().max())
+                for got, want in zip(gots, wants, strict=True)
+            ]
+    return result
 
 
 def report(
     title: str,
-    steps: dict[str, Callable[[], float]],
+    variants: dict[str, Variant],
+    exact: Variant,
+    rows: int,
     options: argparse.Namespace,
     memory: Callable[[str], float],
 ) -> None:
-    """Print one table; `ours` is the first variant."""
-    result = compare(steps, options.repeats)
-    ours = next(iter(result.values()))[0]
+    """Print one table; `ours` is the first variant. The errors are those of the first rows."""
+    result = compare(variants, options.repeats)
+    error = errors(variants, exact, rows)
+    ours, ours_least, _ = next(iter(result.values()))
     print(f"\n{title}, {torch.get_num_threads()} threads, allocator {options.allocator}")
-    print(f"{'':28}{'ms':>9}{'ratio':>8}{'extra MB':>10}  loss")
-    for name, (seconds, loss) in result.items():
-        extra = memory(name)
-        line = f"{name:28}{1e3 * seconds:9.1f}{seconds / ours:8.2f}{extra:10.0f}  {loss:.7f}"
-        print(line, flush=True)
+    head = f"{'':26}{'median ms':>10}{'ratio':>7}{'least ms':>10}{'ratio':>7}{'extra MB':>10}"
+    print(f"{head}{'loss error':>12}{'grad error':>12}  loss")
+    for name, (seconds, least, loss) in result.items():
+        cells = "".join(f"{x:12.1e}" for x in error[name]) if name in error else f"{'-':>12}" * 2
+        times = f"{1e3 * seconds:10.1f}{seconds / ours:7.2f}"
+        times += f"{1e3 * least:10.1f}{least / ours_least:7.2f}"
+        line = f"{name:26}{times}{memory(name):10.0f}{cells}"
+        print(f"{line}  {loss:.7f}" if name in error else line, flush=True)
