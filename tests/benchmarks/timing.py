@@ -38,6 +38,7 @@ def arguments(description: str | None, shapes: list[str], **more: list[str]) -> 
         parser.add_argument(f"--{name}", nargs="+", choices=choices, default=choices)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--allocator", choices=["default", "keep"], default="default")
+    parser.add_argument("--no-memory", action="store_true", help="times and errors only")
     parser.add_argument("--memory-of", help="measure one variant's peak memory, then exit")
     parsed = parser.parse_args()
     if parsed.allocator == "keep" and "MALLOC_MMAP_MAX_" not in os.environ:
@@ -127,5 +128,6 @@ def report(
         cells = "".join(f"{x:12.1e}" for x in error[name]) if name in error else f"{'-':>12}" * 2
         times = f"{1e3 * seconds:10.1f}{seconds / ours:7.2f}"
         times += f"{1e3 * least:10.1f}{least / ours_least:7.2f}"
-        line = f"{name:26}{times}{memory(name):10.0f}{cells}"
+        extra = "-" if options.no_memory else f"{memory(name):.0f}"
+        line = f"{name:26}{times}{extra:>10}{cells}"
         print(f"{line}  {loss:.7f}" if name in error else line, flush=True)
