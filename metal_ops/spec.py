@@ -3,7 +3,7 @@
 import ast
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 KINDS = (
     "forward_kl",
@@ -88,6 +88,8 @@ class DivergenceSpec:
     support: str = "full"
     top_k: int | None = None
     missing: str = "tail"
+    # what the ops are given; a constant for torch.compile, which would make numbers symbolic
+    resolved_text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check every field, so that a spec that exists is a valid one."""
@@ -108,6 +110,7 @@ class DivergenceSpec:
         if self.clip is not None and not (self.clip > 0.0 and math.isfinite(self.clip)):
             raise ValueError(f"clip must be positive and finite, or None, got {self.clip}")
         self._check_support()
+        object.__setattr__(self, "resolved_text", self.resolved().to_text())
 
     def _check_support(self) -> None:
         if self.support == "full":

@@ -145,7 +145,7 @@ def linear_divergence_with_stats(
         teacher_logit_scale,
         teacher_softcap,
         alpha,
-        spec.resolved().to_text(),
+        spec.resolved_text,
         *needs,
         want_stats,
         backend,

@@ -99,7 +99,7 @@ def sparse_divergence(
         teacher.log_probs.detach().reshape(-1, teacher.ids.shape[-1]),
         teacher.log_tail.detach().reshape(-1),
         mask.to(torch.float32),
-        spec.resolved().to_text(),
+        spec.resolved_text,
         form_gradient(student_logits),
         backend,
     )
