@@ -124,12 +124,10 @@ def exact(row: Row, spec: DivergenceSpec, whole: bool = False) -> Exact:
 
     With `whole` the entries are summed as they are defined, although they need not add up to one.
     """
-    f, zero, h, multiple = _terms.terms(row, spec)
     bound = spec.clip if spec.clip_level == "vocab_entry" else None
-    clipped = None
-    if whole or bound is not None:
-        h = h + multiple * row.q
-    elif zero is not None:
+    whole, clipped = whole or bound is not None, None
+    f, zero, h = _terms.terms(row, spec, whole)
+    if zero is not None and not whole:
         f = f + zero  # not in place: f may be h too
     if bound is not None:
         over = f > bound

@@ -23,16 +23,21 @@ class Kept:
         starts = torch.arange(len(ids), device=ids.device)[:, None] * vocab
         self.flat = (self.ids + starts)[self.valid]
 
-    def log_mass(self, log_e: Tensor, total: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the kept entries [rows, K] and of all others together [rows, 1]."""
+    def log_mass(
+        self, log_e: Tensor, total: Tensor, spare: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities of the kept entries [rows, K] and of all others together [rows, 1].
+
+        The others' shares of their mass are `spare` over the third result [rows, 1].
+        """
         inside = log_e.gather(-1, self.ids).masked_fill_(~self.valid, -math.inf)
         spare.copy_(log_e).view(-1).index_fill_(0, self.flat, -math.inf)
         # by a sum over the others, never 1 - sum(inside), and relative to their own largest
         largest = spare.amax(-1, keepdim=True)
         largest.masked_fill_(largest == -math.inf, 0.0)
-        tail = spare.sub_(largest).exp_().sum(-1, keepdim=True).log_().add_(largest)
+        mass = spare.sub_(largest).exp_().sum(-1, keepdim=True)
         log_total = total.log()
-        return inside.sub_(log_total), tail.sub_(log_total)
+        return inside.sub_(log_total), mass.log().add_(largest).sub_(log_total), mass
 
 
 def _choose(student: Tensor, teacher: Tensor, spec: DivergenceSpec, spare: Tensor) -> Tensor:
@@ -60,7 +65,7 @@ def divergence(
     buffers = loaded.buffers
     kept = Kept(_choose(student, teacher, spec, buffers.spare), student.shape[-1])
     log_p = kept.log_mass(loaded.log_p, loaded.p_sum, buffers.spare)
-    return categories(log_p, kept, loaded, spec, factor, out)
+    return categories(log_p[:2], kept, loaded, spec, factor, out)
 
 
 def categories(
@@ -73,7 +78,7 @@ def categories(
 ) -> tuple[Tensor, Tensor | None]:
     """`divergence` from the teacher's log-probabilities, [rows, K] and the tail's [rows, 1]."""
     buffers, q_sum = loaded.buffers, loaded.q_sum
-    inside, tail = kept.log_mass(loaded.log_q, q_sum, buffers.spare)
+    inside, tail, mass = kept.log_mass(loaded.log_q, q_sum, buffers.spare)
     log_p_inside, log_p_tail = log_p
     if spec.missing == "tail":
         log_q_all, log_p_all = (
@@ -92,16 +97,14 @@ def categories(
     if out is not None and factor is not None:
         gradient = result.gradient * (factor * shrink)[:, None]
         spare = buffers.spare
+        # what a logit outside gets is its share of one number a row
         if spec.missing == "renormalise":
             spare.zero_()
+        elif spec.missing == "tail":
+            spare.mul_(torch.where(mass > 0, gradient[:, -1:] / mass, 0.0))
         else:
-            # what a logit outside gets is its share of one number a row
-            if spec.missing == "tail":
-                share = torch.where(q[:, -1:] > 0, gradient[:, -1:] / q[:, -1:], 0.0)
-            else:
-                h_sum = result.h_sum * (factor * shrink)[:, None]
-                share = -h_sum
-            torch.mul(buffers.q, share / q_sum, out=spare)
+            h_sum = result.h_sum * (factor * shrink)[:, None]
+            torch.mul(buffers.q, -h_sum / q_sum, out=spare)
         spare.view(-1).index_copy_(0, kept.flat, gradient[:, : inside.shape[1]][kept.valid])
         out.copy_(spare)
     return loss, result.clipped if clipped is None else clipped

@@ -25,17 +25,16 @@ class Row(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """f and h in two parts each.
+    """f, what may be added to it, and h = d f / d log q.
 
     sum(f) = sum(f + zero), where the sum of `zero` vanishes on normalised rows and f + zero is
-    small where p and q agree. h = d f / d log q = centred + multiple * q; a multiple of q has no
-    effect on the gradient of a whole sum, but one on that of a sum some of whose terms are cut.
+    small where p and q agree. A multiple of q in h has no effect on the gradient of a whole sum
+    and is left out, unless terms were asked for `whole`: where only some of them count.
     """
 
     f: Tensor
     zero: Tensor | None
-    centred: Tensor
-    multiple: float
+    h: Tensor
 
 
 def _times(weight: Tensor, value: Tensor) -> Tensor:
@@ -63,69 +62,83 @@ def _mixture(a: Tensor, b: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     return m, (a - b).div_(m)
 
 
-def _kl(row: Row, share: float) -> Terms:
+def _kl(row: Row, share: float, whole: bool) -> Terms:
     """Share KL(p || q) + (1 - share) KL(q || p)."""
     difference = _difference(row)
     # where one side is zero log_ratio is infinite: so is its KL, if the other side is not
+    forward_h = -row.p if whole else difference
     if share == 1.0:
-        return Terms(_times(row.p, row.log_ratio), difference, difference, -1.0)
+        return Terms(_times(row.p, row.log_ratio), difference, forward_h)
     reverse = _times(row.q, row.log_ratio.neg())
+    reverse_h = reverse + row.q if whole else reverse
     if share == 0.0:
-        return Terms(reverse, difference.neg(), reverse, 1.0)
+        return Terms(reverse, difference.neg(), reverse_h)
     f = _times(row.p, row.log_ratio).mul_(share).add_(reverse, alpha=1 - share)
-    h = (difference * share).add_(reverse, alpha=1 - share)
-    return Terms(f, difference.mul_(2 * share - 1), h, 1 - 2 * share)
+    h = (forward_h * share).add_(reverse_h, alpha=1 - share)
+    return Terms(f, difference * (2 * share - 1), h)
 
 
 def _jsd(row: Row, beta: float) -> Terms:
     m, relative = _mixture(row.p, row.q, beta)
     h = _log_share(row.q, m, relative * -beta).mul_(row.q).mul_(1 - beta)
     f = _log_share(row.p, m, relative.mul_(1 - beta)).mul_(row.p).mul_(beta)
-    return Terms(f.add_(h), None, h, 0.0)
+    return Terms(f.add_(h), None, h)
 
 
-def _skew_kl(row: Row, beta: float) -> Terms:
+def _skew_kl(row: Row, beta: float, whole: bool) -> Terms:
     m, relative = _mixture(row.p, row.q, beta)
     f = _log_share(row.p, m, relative * (1 - beta)).mul_(row.p)
-    h = relative.mul_(row.q).mul_(-((1 - beta) ** 2))
-    return Terms(f, (row.q - row.p).mul_(1 - beta), h, beta - 1)
+    if whole:
+        h = (row.p / m).mul_(row.q).mul_(beta - 1)
+    else:
+        h = relative.mul_(row.q).mul_(-((1 - beta) ** 2))
+    return Terms(f, (row.q - row.p).mul_(1 - beta), h)
 
 
-def _skew_reverse_kl(row: Row, beta: float) -> Terms:
+def _skew_reverse_kl(row: Row, beta: float, whole: bool) -> Terms:
     m, relative = _mixture(row.q, row.p, beta)
     f = _log_share(row.q, m, relative * (1 - beta)).mul_(row.q)
-    h = relative.mul_(row.q).mul_(-beta * (1 - beta)).add_(f)
-    return Terms(f, (row.p - row.q).mul_(1 - beta), h, 1 - beta)
+    if whole:
+        h = (row.p / m).mul_(row.q).mul_(1 - beta).add_(f)
+    else:
+        h = relative.mul_(row.q).mul_(-beta * (1 - beta)).add_(f)
+    return Terms(f, (row.p - row.q).mul_(1 - beta), h)
 
 
 def _alpha(row: Row, order: float) -> Terms:
-    """F = (a p + (1 - a) q - p^a q^(1-a)) / (a (1 - a)), as a multiple of the larger of p and q."""
+    """F = (a p + (1 - a) q - g) / (a (1 - a)) and h = (q - g) / a, with g = p^a q^(1-a)."""
     far = row.log_ratio.abs().neg_()
     powers = far.new_tensor([1 - order, order])
     power = torch.where(row.log_ratio > 0, *powers)
     larger = torch.maximum(row.p, row.q)
-    geometric = torch.expm1(far * power)
-    far.expm1_()
-    f = (power * far).sub_(geometric).mul_(larger).div_(order * (1 - order))
-    h = torch.where(row.log_ratio > 0, far, 0.0).sub_(geometric).mul_(larger).div_(order)
-    return Terms(f, None, h, 0.0)
+    near, exponent = far > -1, far * power
+    # nearby, all three less the larger of p and q
+    g = exponent.exp().mul_(larger)
+    less_g, less = exponent.expm1_(), far.expm1_()
+    f = (power * less).sub_(less_g).mul_(larger)
+    f = torch.where(near, f, order * row.p + (1 - order) * row.q - g)
+    h = torch.where(row.log_ratio > 0, less, 0.0).sub_(less_g).mul_(larger)
+    h = torch.where(near, h, row.q - g)
+    return Terms(f.div_(order * (1 - order)), None, h.div_(order))
 
 
-def terms(row: Row, spec: DivergenceSpec) -> Terms:
+def terms(row: Row, spec: DivergenceSpec, whole: bool) -> Terms:
     """The terms of a resolved spec's kind for a block of rows."""
     kind, beta = spec.kind, spec.beta
     if kind in ("forward_kl", "reverse_kl", "mixed_kl"):
-        return _kl(row, {"forward_kl": 1.0, "reverse_kl": 0.0}.get(kind, beta))
+        return _kl(row, {"forward_kl": 1.0, "reverse_kl": 0.0}.get(kind, beta), whole)
     if kind == "soft_ce":
-        return Terms(_times(row.p, row.log_q.neg()), None, _difference(row), -1.0)
+        h = -row.p if whole else _difference(row)
+        return Terms(_times(row.p, row.log_q.neg()), None, h)
     if kind == "tvd":
         difference = _difference(row)
         h = difference.sign().mul_(row.q).mul_(0.5)
-        return Terms(difference.abs_().mul_(0.5), None, h, 0.0)
+        h = torch.where(difference.isnan(), difference, h)  # of which the sign is 0
+        return Terms(difference.abs_().mul_(0.5), None, h)
     if kind == "jsd":
         return _jsd(row, beta)
     if kind == "skew_kl":
-        return _skew_kl(row, beta)
+        return _skew_kl(row, beta, whole)
     if kind == "skew_reverse_kl":
-        return _skew_reverse_kl(row, beta)
+        return _skew_reverse_kl(row, beta, whole)
     return _alpha(row, beta)

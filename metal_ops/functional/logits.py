@@ -49,7 +49,7 @@ def _divergence(
         want_stats,
         backend,
     )
-    return per_token.view(shape), stats.view(-1, *shape) if want_stats else stats
+    return per_token.view(shape), stats.view(len(stats), *shape) if want_stats else stats
 
 
 def divergence(
@@ -159,5 +159,5 @@ def weighted_divergence(
         want_stats,
         backend,
     )
-    stats = stats.view(-1, *shape) if want_stats else stats
+    stats = stats.view(len(stats), *shape) if want_stats else stats
     return WeightedTerms(loss * size, per_token.view(shape), DivergenceStats(*stats.unbind(0)))
