@@ -2,6 +2,8 @@
 
 Each takes the arguments of its source, in the convention of its source, and gives the divergence
 per token. How a library averages over tokens is named where it is not the mean over all of them.
+Defaults are those of the function named, or of its trainer where it has none. A library that is no
+dependency is named by the commit that was read.
 """
 
 from dataclasses import replace
@@ -28,7 +30,8 @@ def opsd(beta: float = 0.5, temperature: float = 1.0, top_k: int | None = None) 
     """Generalized JSD of OPSD's release, over the teacher's top_k (renormalised) if given.
 
     Source:
-        `OPSDTrainer.generalized_jsd_loss`, github.com/siyan-zhao/OPSD.
+        `OPSDTrainer.generalized_jsd_loss`, github.com/siyan-zhao/OPSD at 590ec26. The trainer
+        passes its sampling temperature, which TRL's GOLDConfig sets to 0.9.
     """
     return _top_k(DivergenceSpec("jsd", beta, temperature), top_k)
 
@@ -44,7 +47,8 @@ def opsd_clip(
     To reproduce its runs: a cut entry can turn a token's gradient away from the teacher.
 
     Source:
-        As `opsd`.
+        As `opsd`, in a later release (jsd_token_clip), read in what was built on that:
+        github.com/Mystic-Slice/OPSD-original at 4e23267.
     """
     return _top_k(DivergenceSpec("jsd", beta, temperature, clip=token_clip), top_k)
 
@@ -53,7 +57,7 @@ def trl_gkd(beta: float = 0.5, temperature: float = 1.0) -> DivergenceSpec:
     """Generalized JSD of TRL's GKDTrainer; the trainer itself leaves temperature at 1 here.
 
     Source:
-        `GKDTrainer.generalized_jsd_loss`, TRL 1.16.
+        `GKDTrainer.generalized_jsd_loss`, TRL 1.16 (trl.experimental.gkd).
     """
     return DivergenceSpec("jsd", beta, temperature)
 
@@ -62,7 +66,8 @@ def trl_distillation(beta: float = 1.0, temperature: float = 1.0) -> DivergenceS
     """Generalized JSD of TRL's DistillationTrainer, by default the reverse KL.
 
     Source:
-        `DistillationTrainer` and `ChunkedDivergenceFunction`, TRL 1.16.
+        `DistillationTrainer` and `ChunkedDivergenceFunction`, TRL 1.16. The temperature is also
+        that of sampling.
     """
     return DivergenceSpec("jsd", beta, temperature)
 
@@ -76,8 +81,10 @@ def sdft(
     """Divergence of TRL's SDFTTrainer, over the student's top-k; the mean is one of row means.
 
     Source:
-        `compute_topk_self_distillation_loss`, TRL 1.16 (trl.experimental.sdft). There the tail is
-        one less the kept mass; here it is summed.
+        `compute_topk_self_distillation_loss` and, without distillation_topk,
+        `compute_full_logit_self_distillation_loss`, TRL 1.16 (trl.experimental.sdft), before its
+        importance weights. There the tail is one less the kept mass, at least 1e-7; here it is
+        summed.
     """
     if distillation_topk is None:
         return DivergenceSpec("jsd", distillation_alpha, temperature)
@@ -107,21 +114,22 @@ def sdpo(
 
 
 def liger_jsd(beta: float = 0.5, temperature: float = 1.0) -> DivergenceSpec:
-    """Generalized JSD of Liger's chunked loss.
+    """Generalized JSD of Liger's chunked loss, which by default is half of a mix with labels.
 
     Source:
-        `LigerFusedLinearJSDFunction.distillation_loss_fn`, liger-kernel 0.8.5.
+        `LigerFusedLinearJSDFunction` and its `distillation_loss_fn`, liger-kernel 0.8.5.
     """
     return DivergenceSpec("jsd", beta, temperature)
 
 
 def ms_swift_gkd(
-    beta: float = 0.5, temperature: float = 1.0, gkd_logits_topk: int | None = None
+    beta: float = 0.5, temperature: float = 0.9, gkd_logits_topk: int | None = None
 ) -> DivergenceSpec:
     """Generalized JSD of ms-swift's GKD, over the teacher's top-k (renormalised) if given.
 
     Source:
-        `GKDTrainer.generalized_jsd_loss`, github.com/modelscope/ms-swift.
+        `gkd_loss` of swift/rlhf_trainers/gkd_loss.py, github.com/modelscope/ms-swift at 3602360.
+        It gets the sampling temperature, whose default is 0.9.
     """
     return _top_k(DivergenceSpec("jsd", beta, temperature), gkd_logits_topk)
 
@@ -133,7 +141,8 @@ def kdflow_jsd(beta: float = 0.5, temperature: float = 1.0) -> DivergenceSpec:
         ValueError: beta is not between 0 and 1; the source has no limits there.
 
     Source:
-        the jsd loss of KDFlow.
+        `compute_js_div` (jsd_beta) of kdflow/loss/js_div.py, github.com/songmzhang/KDFlow at
+        3a7a21a.
     """
     if not 0.0 < beta < 1.0:
         raise ValueError(f"beta of kdflow_jsd must be in (0, 1), got {beta}")
@@ -146,31 +155,40 @@ def nemo_mixed(
     """Weighted sum of forward and reverse KL of NeMo-RL, over the teacher's top-k (renormalised).
 
     Source:
-        `DistillationLossFn` with kl_type "mixed", github.com/NVIDIA-NeMo/RL.
+        `DistillationLossFn` with kl_type "mixed" and zero_outside_topk false, and
+        `get_distillation_topk_logprobs_from_logits`, github.com/NVIDIA-NeMo/RL at 7ea279a. The
+        logits come divided by the sampling temperature; the source has no full vocabulary.
     """
     return _top_k(DivergenceSpec("mixed_kl", mixed_kl_weight, temperature), topk_logits_k)
 
 
-def distillkit_kl(
-    temperature: float = 1.0, top_k: int | None = None, missing: str = "zero"
-) -> DivergenceSpec:
-    """Forward KL of DistillKit times temperature², over the teacher's top-k if given.
+def distillkit_kl(temperature: float = 1.0, missing: str = "zero") -> DivergenceSpec:
+    """Forward KL of DistillKit times temperature², full or to a teacher of a few entries.
+
+    For `sparse_divergence`, with w = exp(log-probability / temperature) of the teacher's entries
+    at temperature 1. "zero": its log_probs are log(w / sum w), its log_tail -inf; the student is
+    not renormalised. "symmetric_uniform": with r = (1 - kept mass)^(1 / temperature) they are
+    log(w / (sum w + r)) and log(r / (sum w + r)). A top_k of `divergence` is neither: its "zero"
+    leaves the teacher as it is too, and its tail is the teacher's at the temperature.
+
+    Raises:
+        ValueError: missing is another name.
 
     Source:
-        the sparse KL of github.com/arcee-ai/DistillKit at a61c2e7, missing probability "zero".
+        `dense_kl_div`, `sparse_kl_div` and `KLDLoss`, github.com/arcee-ai/DistillKit at a61c2e7.
+        The tails there are one less the kept mass, within 1e-8 of 0 and 1.
     """
-    if top_k is None:
-        return DivergenceSpec("forward_kl", 0.5, temperature, "t2")
-    return DivergenceSpec(
-        "forward_kl", 0.5, temperature, "t2", support="teacher_topk", top_k=top_k, missing=missing
-    )
+    kept = {"zero": "zero", "symmetric_uniform": "tail"}
+    if missing not in kept:
+        raise ValueError(f"missing of distillkit_kl must be one of {tuple(kept)}, got {missing!r}")
+    return DivergenceSpec("forward_kl", 0.5, temperature, "t2", missing=kept[missing])
 
 
 def hinton(temperature: float = 2.0) -> DivergenceSpec:
     """Cross-entropy with the teacher's softened probabilities, times temperature².
 
     Source:
-        Hinton, Vinyals and Dean 2015, arXiv:1503.02531, section 2.
+        Hinton, Vinyals and Dean 2015, arXiv:1503.02531, section 2, which names no temperature.
     """
     return DivergenceSpec("soft_ce", 0.5, temperature, "t2")
 

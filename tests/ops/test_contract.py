@@ -13,7 +13,6 @@ from metal_ops import (
     DivergenceSpec,
     available_backends,
     divergence,
-    divergence_with_stats,
     linear_divergence,
 )
 from metal_ops import _dispatch as dispatch
@@ -74,45 +73,6 @@ def test_opcheck_linear_divergence(dtype, want_stats, head, needs):
         "auto",
     )
     torch.library.opcheck(torch.ops.metal_ops.linear_divergence, args)
-
-
-def test_compiled_divergence_equals_eager():
-    student, teacher = randn(4, 9)
-    mask = torch.tensor([True, False, True, True])
-
-    def step(x, y):
-        loss, stats = divergence_with_stats(2 * x, y, SPEC, mask=mask)
-        return loss, stats.student_entropy
-
-    results = []
-    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        leaf = student.clone().requires_grad_()
-        loss, entropy = function(leaf, teacher)
-        results.append((loss, entropy, *torch.autograd.grad(loss.sum(), leaf)))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-@pytest.mark.parametrize("head", ["all", "shared"])
-def test_compiled_linear_divergence_equals_eager(head):
-    results = []
-    case = make(head, torch.float32)
-
-    def step(hidden, weight, teacher_hidden):
-        return 2 * linear_divergence(
-            hidden,
-            weight,
-            teacher_hidden,
-            weight if head == "shared" else case.teacher[1],
-            SPEC,
-            weights=case.weights,
-            labels=case.labels,
-            alpha=0.5,
-        )
-
-    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        loss = function(*case.student[:2], case.teacher[0])
-        results.append((loss, *torch.autograd.grad(loss, case.student[:2])))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_the_teacher_receives_no_gradient():
