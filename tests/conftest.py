@@ -10,6 +10,8 @@ import zlib
 import pytest
 import torch
 
+from tests import numerics
+
 torch.set_num_threads(1)  # the tensors are small, and xdist starts a process per core
 
 
@@ -18,3 +20,9 @@ def seed(request: pytest.FixtureRequest) -> None:
     value = zlib.crc32(request.node.nodeid.encode())
     random.seed(value)
     torch.manual_seed(value)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    # a count of this process: xdist's workers keep theirs to themselves
+    if numerics.comparisons:
+        terminalreporter.write_line(f"numerics: {numerics.comparisons} comparisons with float64")

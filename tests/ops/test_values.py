@@ -1,6 +1,7 @@
 """Value and gradient of `divergence` against float64, and what `divergence_with_stats` adds."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from metal_ops import DivergenceSpec, divergence, divergence_with_stats
 from metal_ops.backends import _chunks
 from tests.inputs import FAMILIES, REAL_SHAPE, SHAPES, peaked, randn
 from tests.numerics import (
+    Exact,
     assert_matches_reference,
     definition,
     entries,
@@ -28,6 +30,18 @@ SPECS = [
     DivergenceSpec("jsd", beta=0.5, temperature=2.0, temperature_scaling="t2"),
     DivergenceSpec("jsd", beta=0.9, temperature=0.7),
     DivergenceSpec("jsd", beta=1.0),
+    DivergenceSpec("soft_ce"),
+    DivergenceSpec("soft_ce", temperature=2.0, temperature_scaling="t2"),
+    DivergenceSpec("tvd"),
+    DivergenceSpec("tvd", temperature=2.0),
+    DivergenceSpec("skew_kl", beta=0.1),
+    DivergenceSpec("skew_kl", beta=0.7, temperature=2.0, temperature_scaling="t2"),
+    DivergenceSpec("skew_reverse_kl", beta=0.1),
+    DivergenceSpec("skew_reverse_kl", beta=0.7, temperature=2.0),
+    DivergenceSpec("mixed_kl", beta=0.3),
+    DivergenceSpec("mixed_kl", beta=0.8, temperature=2.0, temperature_scaling="t2"),
+    DivergenceSpec("alpha", beta=0.3),
+    DivergenceSpec("alpha", beta=0.7, temperature=2.0),
 ]
 
 
@@ -42,10 +56,17 @@ def out_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check(student: Tensor, teacher: Tensor, spec: DivergenceSpec, context: object = "") -> None:
-    """Value and gradient by the rule."""
+    """Value and gradient of `divergence` by the rule."""
     want = exact(student, teacher, spec)
+    check_per_token(lambda x: divergence(x, teacher, spec), student, want, context)
+
+
+def check_per_token(
+    function: Callable[[Tensor], Tensor], student: Tensor, want: Exact, context: object
+) -> None:
+    """Value and gradient of a function of the student's logits [N, V] to [N]."""
     leaf = student.detach().requires_grad_()
-    loss = divergence(leaf, teacher, spec)
+    loss = function(leaf)
     dtype = out_dtype(student.dtype)
     assert_matches_reference(
         loss.detach(), want.loss, want.loss_magnitude, want.x_max, dtype, f"loss {context}"
