@@ -74,6 +74,9 @@ class DivergenceSpec:
             token's value, by scaling the token by min(1, clip / value) with the factor held
             constant in the gradient, which keeps its direction.
 
+    Attributes:
+        resolved_text: derived, no argument; `resolved().to_text()`, which the ops are given.
+
     Raises:
         ValueError: a field is outside its range, or two exclude each other; the message gives the
             rule and the value.
@@ -88,7 +91,7 @@ class DivergenceSpec:
     support: str = "full"
     top_k: int | None = None
     missing: str = "tail"
-    # what the ops are given; a constant for torch.compile, which would make numbers symbolic
+    # made here: torch.compile sees a constant, where it would make numbers symbolic
     resolved_text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

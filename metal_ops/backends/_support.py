@@ -81,10 +81,8 @@ def categories(
     inside, tail, mass = kept.log_mass(loaded.log_q, q_sum, buffers.spare)
     log_p_inside, log_p_tail = log_p
     if spec.missing == "tail":
-        log_q_all, log_p_all = (
-            torch.cat([inside, tail], dim=-1),
-            torch.cat([log_p_inside, log_p_tail], -1),
-        )
+        log_q_all = torch.cat([inside, tail], dim=-1)
+        log_p_all = torch.cat([log_p_inside, log_p_tail], dim=-1)
     else:
         log_q_all, log_p_all = inside, log_p_inside
     if spec.missing == "renormalise":
@@ -95,7 +93,8 @@ def categories(
     result = exact(Row(p, q, log_q_all, ratio), spec, whole)
     loss, shrink, clipped = clip_tokens(result.loss, spec)
     if out is not None and factor is not None:
-        gradient = result.gradient * (factor * shrink)[:, None]
+        factor = (factor * shrink)[:, None]
+        gradient = result.gradient * factor
         spare = buffers.spare
         # what a logit outside gets is its share of one number a row
         if spec.missing == "renormalise":
@@ -103,8 +102,7 @@ def categories(
         elif spec.missing == "tail":
             spare.mul_(torch.where(mass > 0, gradient[:, -1:] / mass, 0.0))
         else:
-            h_sum = result.h_sum * (factor * shrink)[:, None]
-            torch.mul(buffers.q, -h_sum / q_sum, out=spare)
+            torch.mul(buffers.q, -(result.h_sum * factor) / q_sum, out=spare)
         spare.view(-1).index_copy_(0, kept.flat, gradient[:, : inside.shape[1]][kept.valid])
         out.copy_(spare)
     return loss, result.clipped if clipped is None else clipped

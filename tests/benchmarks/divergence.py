@@ -92,6 +92,7 @@ def main() -> None:
         if options.memory_of:
             print(timing.peak_mb(variants[options.memory_of]))
             return
+        timing.drop_if_broken(variants, "torch.compile(eager)")
         memory = partial(
             timing.memory_in_a_process,
             "tests.benchmarks.divergence",

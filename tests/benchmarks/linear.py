@@ -125,17 +125,6 @@ def make_variants(
     return variants, partial(run, exact, dtype=torch.float64)
 
 
-def drop_if_broken(variants: dict[str, timing.Variant], name: str) -> None:
-    """Say why a variant does not run here, and go on without it."""
-    if name not in variants:
-        return
-    try:
-        variants[name](None)
-    except Exception as error:  # the compiler's, whatever they are
-        print(f"no row of {name}: {type(error).__name__}: {str(error).strip().split(chr(10))[0]}")
-        del variants[name]
-
-
 def main() -> None:
     """Time every shape, dtype, kind and head asked for."""
     default = ["512x896x151936", "1024x576x49152"]
@@ -154,7 +143,7 @@ def main() -> None:
             return
         if Liger is not None and kind not in LIGER_KINDS:
             print(f"\nno rows of Liger: measured for {', '.join(LIGER_KINDS)} only, not {kind}")
-        drop_if_broken(variants, "Liger, compiled")
+        timing.drop_if_broken(variants, "Liger, compiled")
         memory = partial(
             timing.memory_in_a_process,
             "tests.benchmarks.linear",

@@ -70,6 +70,17 @@ def memory_in_a_process(module: str, variant: str, **case: str) -> float:
     return float(done.stdout.split()[-1])
 
 
+def drop_if_broken(variants: dict[str, Variant], name: str) -> None:
+    """Say why a variant does not run here, and go on without it."""
+    if name not in variants:
+        return
+    try:
+        variants[name](None)
+    except Exception as error:  # the compiler's, whatever they are
+        print(f"no row of {name}: {type(error).__name__}: {str(error).strip().split(chr(10))[0]}")
+        del variants[name]
+
+
 def compare(variants: dict[str, Variant], repeats: int) -> dict[str, tuple[float, float, float]]:
     """Per variant: median and least seconds of interleaved repeats, and the loss."""
     losses = {}

@@ -188,3 +188,25 @@ def test_a_gradient_penalty_is_refused(op):
     grads = torch.autograd.grad(loss, leaves, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivatives"):
         (loss + sum(g.square().sum() for g in grads)).backward()
+
+
+class Dropped(torch.autograd.Function):
+    """The identity, whose input gets no gradient: not zeros, none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        return None
+
+
+@ops
+@dtypes
+def test_a_loss_whose_gradient_is_dropped(op, dtype):
+    leaves, others = inputs(op, dtype)
+    loss = Dropped.apply(op(*leaves, *others))
+    (loss + sum(x.sum() for x in leaves)).backward()
+    for leaf in leaves:
+        assert torch.equal(leaf.grad, torch.ones_like(leaf))

@@ -3,30 +3,12 @@
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from metal_ops import linear_divergence
 from metal_ops.backends import _chunks, chunked
 from tests.numerics import assert_matches_reference
 from tests.ops.test_linear import SPECS, check, compose, make
-
-
-class Watch(TorchDispatchMode):
-    """The largest tensor any operator returned, and the number of matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-        self.products = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        self.products += name in ("mm", "addmm", "addmm_", "bmm", "matmul", "linear")
-        for x in out if isinstance(out, (list, tuple)) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.largest = max(self.largest, x.numel())
-        return out
+from tests.ops.watching import Watch
 
 
 @pytest.fixture
@@ -49,7 +31,7 @@ def watch(monkeypatch):
 def test_no_logits_of_all_tokens_in_memory(head, sides, watch):
     case = make(head, torch.float32, tokens=400, vocab=600)
     case.call(SPECS[2], 0.5).backward()
-    assert watch.largest == 16 * 600 * sides  # one chunk's logits, of 400 x 600
+    assert max(watch.sizes) == 16 * 600 * sides  # one chunk's logits, of 400 x 600
 
 
 @pytest.mark.parametrize(
@@ -159,12 +141,17 @@ def test_mixed_dtypes_of_hidden_and_head():
     assert_matches_reference(grad, want.grads[0], size, torch.tensor(1.0), torch.float32)
 
 
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(
+    ("architecture", "native"), [("x86_64", True), ("x86_64", False), ("aarch64", True)]
+)
 @pytest.mark.parametrize("head", ["all", "shared"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_heads_with_and_without_instructions_for_them(dtype, head, native, monkeypatch):
-    """A CPU that would emulate the product gets it in float32, a few rows of the head at a time."""
-    known = {"architecture": "x86_64", "avx512_bf16": native, "avx512_fp16": native}
+def test_16_bit_heads_with_and_without_instructions_for_them(
+    dtype, head, architecture, native, monkeypatch
+):
+    """An x86 that would emulate the product gets it in float32, a slice of the head at a time."""
+    has = native and architecture == "x86_64"  # another architecture is not asked
+    known = {"architecture": architecture, "avx512_bf16": has, "avx512_fp16": has}
     monkeypatch.setattr(_chunks, "_capabilities", lambda: known)
     monkeypatch.setattr(_chunks, "HEAD_SLICE_BYTES", 100)
     products, mm = set(), torch.mm
@@ -178,3 +165,15 @@ def test_16_bit_heads_with_and_without_instructions_for_them(dtype, head, native
     check(case, SPECS[0], 0.5)
     assert {dtype for dtype, _ in products} == {dtype if native else torch.float32}
     assert (len(case.student[1]) in {columns for _, columns in products}) == native
+
+
+def test_blocks_follow_the_cache_where_its_size_is_known(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    for known, l2 in (
+        ({"l2_cache_size": 2**21}, 2**21),
+        ({"l2_cache_size": 0}, 2**20),
+        ({}, 2**20),
+    ):
+        monkeypatch.setattr(_chunks, "_capabilities", lambda known=known: known)
+        assert _chunks.rows_per_block(torch.empty(0), 1000) == l2 * 5 // 4000
+        assert _chunks.rows_per_block(torch.empty(0, dtype=torch.float64), 10**9) == 1

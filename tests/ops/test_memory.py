@@ -2,30 +2,14 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from metal_ops import DivergenceSpec, divergence, weighted_divergence
 from metal_ops.backends import _chunks, chunked
 from tests.inputs import randn
+from tests.ops.watching import Watch
 
 SPECS = [DivergenceSpec(kind) for kind in ("forward_kl", "reverse_kl", "jsd", "tvd")]
 ROWS, VOCAB = 40, 300
-
-
-class Allocations(TorchDispatchMode):
-    """Sizes in elements of the new memory that operators returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: list[int] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (list, tuple)) else [out]:
-            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
-                self.sizes.append(x.numel())
-        return out
 
 
 @pytest.mark.parametrize("weighted", [True, False])
@@ -38,7 +22,7 @@ def test_the_backward_only_hands_the_gradient_on(spec, weighted):
         loss = weighted_divergence(student, teacher, spec, weights=weights).loss
     else:
         loss = (divergence(student, teacher, spec) * weights).sum()
-    with Allocations() as mode:
+    with Watch() as mode:
         (loss * 2).backward()
     assert max(mode.sizes) < VOCAB
 
@@ -48,6 +32,6 @@ def test_the_backward_only_hands_the_gradient_on(spec, weighted):
 def test_the_forward_holds_one_gradient_and_buffers_of_a_block(spec, want_stats, monkeypatch):
     monkeypatch.setattr(_chunks, "buffer_bytes", lambda _: 4 * VOCAB)  # a row at a time
     student, teacher = randn(ROWS, VOCAB)
-    with Allocations() as mode:
+    with Watch() as mode:
         chunked.forward(student, teacher, None, spec.resolved(), True, want_stats)
     assert [size for size in mode.sizes if size > 5 * VOCAB] == [ROWS * VOCAB]
