@@ -10,7 +10,7 @@ import zlib
 import pytest
 import torch
 
-from tests import numerics
+from metal_ops.selftest import numerics
 
 torch.set_num_threads(1)  # the tensors are small, and xdist starts a process per core
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from metal_ops import DivergenceSpec, reference
-from metal_ops.spec import KINDS, SUPPORTS
-from tests.inputs import FAMILIES, untied, ways
-from tests.numerics import (
+from metal_ops.selftest.inputs import FAMILIES, untied, ways
+from metal_ops.selftest.numerics import (
     Exact,
     assert_matches_reference,
     definition,
@@ -22,6 +21,7 @@ from tests.numerics import (
     ulp,
     unit_upstream,
 )
+from metal_ops.spec import KINDS, SUPPORTS
 
 SPECS = [
     DivergenceSpec("forward_kl", temperature=2.0),

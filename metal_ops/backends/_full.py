@@ -87,6 +87,15 @@ def _jsd(loaded: Loaded, offset: Tensor, spec: DivergenceSpec) -> Short:
 SHORT = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "soft_ce": _soft_ce, "jsd": _jsd}
 
 
+def _doubtful(loss: Tensor, offset: Tensor) -> Tensor | None:
+    """The rows [n] whose loss [rows, 1] the short path cannot give to full accuracy."""
+    excess = loss.sub(offset.abs(), alpha=NEAR)
+    low, high = (float(x) for x in torch.aminmax(excess))  # NaN if one is
+    if low >= NEAR and high < torch.inf:
+        return None
+    return (~(excess >= NEAR) | (excess == torch.inf)).nonzero()[:, 0]
+
+
 def divergence(
     loaded: Loaded, spec: DivergenceSpec, factor: Tensor | None, out: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -99,14 +108,13 @@ def divergence(
     else:
         offset = (loaded.p_sum / loaded.q_sum).log_()
         loss, gradient = short(loaded, offset, spec)
-        near = NEAR * (1 + offset.abs())
-        loss, again = loss[:, 0], (~(loss >= near) | (loss == torch.inf)).nonzero()[:, 0]
-    redone = exact(loaded.pick(again, spec.kind), spec) if len(again) else None
+        again, loss = _doubtful(loss, offset), loss[:, 0]
+    redone = None if again is None else exact(loaded.pick(again, spec.kind), spec)
     if redone is not None:
         loss[again] = redone.loss
     loss, shrink, clipped = clip_tokens(loss, spec)
     if out is not None and factor is not None:
-        factor = (factor * shrink)[:, None]
+        factor = (factor if shrink is None else factor * shrink)[:, None]
         if gradient is not None:
             gradient(factor, out)
         if redone is not None:

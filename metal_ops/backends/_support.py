@@ -5,6 +5,7 @@ gradient g. A kept logit's gradient is its category's; a tail logit has its shar
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,6 +69,45 @@ def divergence(
     return categories(log_p[:2], kept, loaded, spec, factor, out)
 
 
+class Weighed(NamedTuple):
+    """What the categories of a block of rows come to: loss, and its gradient times a factor."""
+
+    loss: Tensor  # [rows]
+    clipped: Tensor | None  # [rows]
+    inside: Tensor  # [rows, K], gradient of the kept logits
+    # [rows, 1] or None for zero: a logit outside gets it times its share of the tail's mass with
+    # missing = "tail", times q with "zero"
+    outside: Tensor | None
+
+
+def weigh(
+    log_p: tuple[Tensor, Tensor],
+    log_q: tuple[Tensor, Tensor],
+    spec: DivergenceSpec,
+    factor: Tensor | None,
+) -> Weighed:
+    """From both sides' log-probabilities, [rows, K] of the kept and [rows, 1] of the tail."""
+    if spec.missing == "tail":
+        log_q_all, log_p_all = torch.cat(log_q, dim=-1), torch.cat(log_p, dim=-1)
+    else:
+        log_q_all, log_p_all = log_q[0], log_p[0]
+    if spec.missing == "renormalise":
+        log_q_all, log_p_all = (x - x.logsumexp(-1, keepdim=True) for x in (log_q_all, log_p_all))
+    p, q = log_p_all.exp(), log_q_all.exp()
+    ratio = (log_p_all - log_q_all).masked_fill_((p == 0) & (q == 0), 0.0)
+    result = exact(Row(p, q, log_q_all, ratio), spec, whole=spec.missing == "zero")
+    loss, shrink, clipped = clip_tokens(result.loss, spec)
+    if factor is None:
+        factor = torch.ones_like(loss)
+    factor = (factor if shrink is None else factor * shrink)[:, None]
+    gradient, outside = result.gradient * factor, None
+    if spec.missing == "tail":
+        gradient, outside = gradient[:, :-1], gradient[:, -1:]
+    elif spec.missing == "zero":
+        outside = -(result.h_sum * factor)
+    return Weighed(loss, result.clipped if clipped is None else clipped, gradient, outside)
+
+
 def categories(
     log_p: tuple[Tensor, Tensor],
     kept: Kept,
@@ -77,32 +117,16 @@ def categories(
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """`divergence` from the teacher's log-probabilities, [rows, K] and the tail's [rows, 1]."""
-    buffers, q_sum = loaded.buffers, loaded.q_sum
-    inside, tail, mass = kept.log_mass(loaded.log_q, q_sum, buffers.spare)
-    log_p_inside, log_p_tail = log_p
-    if spec.missing == "tail":
-        log_q_all = torch.cat([inside, tail], dim=-1)
-        log_p_all = torch.cat([log_p_inside, log_p_tail], dim=-1)
-    else:
-        log_q_all, log_p_all = inside, log_p_inside
-    if spec.missing == "renormalise":
-        log_q_all, log_p_all = (x - x.logsumexp(-1, keepdim=True) for x in (log_q_all, log_p_all))
-    p, q = log_p_all.exp(), log_q_all.exp()
-    ratio = (log_p_all - log_q_all).masked_fill_((p == 0) & (q == 0), 0.0)
-    whole = spec.missing == "zero"
-    result = exact(Row(p, q, log_q_all, ratio), spec, whole)
-    loss, shrink, clipped = clip_tokens(result.loss, spec)
-    if out is not None and factor is not None:
-        factor = (factor * shrink)[:, None]
-        gradient = result.gradient * factor
-        spare = buffers.spare
-        # what a logit outside gets is its share of one number a row
-        if spec.missing == "renormalise":
+    buffers, spare = loaded.buffers, loaded.buffers.spare
+    inside, tail, mass = kept.log_mass(loaded.log_q, loaded.q_sum, spare)
+    weighed = weigh(log_p, (inside, tail), spec, factor)
+    if out is not None:
+        if weighed.outside is None:
             spare.zero_()
         elif spec.missing == "tail":
-            spare.mul_(torch.where(mass > 0, gradient[:, -1:] / mass, 0.0))
+            spare.mul_(torch.where(mass > 0, weighed.outside / mass, 0.0))
         else:
-            torch.mul(buffers.q, -(result.h_sum * factor) / q_sum, out=spare)
-        spare.view(-1).index_copy_(0, kept.flat, gradient[:, : inside.shape[1]][kept.valid])
+            torch.mul(buffers.q, weighed.outside / loaded.q_sum, out=spare)
+        spare.view(-1).index_copy_(0, kept.flat, weighed.inside[kept.valid])
         out.copy_(spare)
-    return loss, result.clipped if clipped is None else clipped
+    return weighed.loss, weighed.clipped

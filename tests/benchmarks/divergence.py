@@ -18,8 +18,8 @@ from trl.experimental.gkd import GKDTrainer
 
 from hf_distill import generalized_jsd_loss
 from metal_ops import DivergenceSpec, divergence
+from metal_ops.selftest.numerics import definition
 from tests.benchmarks import timing
-from tests.numerics import definition
 
 try:
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction as Liger

@@ -16,9 +16,9 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from metal_ops import DivergenceSpec, linear_divergence
 from metal_ops.backends._chunks import product_dtype, tokens_per_chunk
+from metal_ops.selftest.numerics import definition
 from tests.benchmarks import timing
 from tests.benchmarks.divergence import BETAS, NO_LIGER, Liger, eager
-from tests.numerics import definition
 
 LIGER_KINDS = ("jsd",)
 LIGER_CHUNK = 1024  # its default

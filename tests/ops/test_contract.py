@@ -17,7 +17,7 @@ from metal_ops import (
 )
 from metal_ops import _dispatch as dispatch
 from metal_ops.backends import chunked
-from tests.inputs import randn
+from metal_ops.selftest.inputs import randn
 from tests.ops.test_linear import make
 
 SPEC = DivergenceSpec("jsd", beta=0.3, temperature=2.0)

@@ -11,7 +11,7 @@ from metal_ops import (
     sparse_divergence,
     weighted_divergence,
 )
-from tests.inputs import randn, sparse, ways
+from metal_ops.selftest.inputs import randn, sparse, ways
 
 KINDS = [("forward_kl", 0.5), ("reverse_kl", 0.5)] + [("jsd", b) for b in (0.0, 0.1, 0.5, 0.9, 1.0)]
 KINDS += [("soft_ce", 0.5), ("tvd", 0.5), ("skew_kl", 0.0)]

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from metal_ops import DivergenceSpec, sparse_divergence, weighted_divergence
+from metal_ops.selftest.inputs import FAMILIES, REAL_SHAPE, SHAPES, sparse, untied, ways
+from metal_ops.selftest.numerics import assert_matches_reference, exact, exact_sparse, unit_upstream
 from metal_ops.spec import KINDS
-from tests.inputs import FAMILIES, REAL_SHAPE, SHAPES, sparse, untied, ways
-from tests.numerics import assert_matches_reference, exact, exact_sparse, unit_upstream
 from tests.ops import test_linear as linear
 from tests.ops.test_special_values import BOUNDED
 from tests.ops.test_values import DTYPES, check, check_per_token, name, out_dtype

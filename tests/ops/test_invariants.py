@@ -11,8 +11,8 @@ from torch import Tensor
 
 from metal_ops import DivergenceSpec, divergence, divergence_with_stats
 from metal_ops.backends import _chunks
+from metal_ops.selftest.inputs import ways
 from metal_ops.spec import KINDS, MISSING, SUPPORTS
-from tests.inputs import ways
 
 MANY = settings(deadline=None, max_examples=30, derandomize=True)
 

@@ -16,8 +16,8 @@ from metal_ops import (
     sparse_divergence,
     weighted_divergence,
 )
+from metal_ops.selftest.inputs import FAMILIES, peaked, randn
 from metal_ops.spec import KINDS
-from tests.inputs import FAMILIES, peaked, randn
 
 BETAS = (0.1, 0.5, 0.9)
 NEW = ("soft_ce", "tvd", "skew_kl", "skew_reverse_kl", "mixed_kl", "alpha")

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from metal_ops import DivergenceSpec, linear_divergence, linear_divergence_with_stats
 from metal_ops.backends import _chunks, chunked
-from tests.numerics import C, assert_matches_reference, definition, exact
+from metal_ops.selftest.numerics import C, assert_matches_reference, definition, exact
 
 SPECS = [
     DivergenceSpec("forward_kl"),

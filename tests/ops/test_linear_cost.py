@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from metal_ops import linear_divergence
 from metal_ops.backends import _chunks, chunked
-from tests.numerics import assert_matches_reference
+from metal_ops.selftest.numerics import assert_matches_reference
 from tests.ops.test_linear import SPECS, check, compose, make
 from tests.ops.watching import Watch
 

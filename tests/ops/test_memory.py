@@ -5,7 +5,7 @@ import torch
 
 from metal_ops import DivergenceSpec, divergence, weighted_divergence
 from metal_ops.backends import _chunks, chunked
-from tests.inputs import randn
+from metal_ops.selftest.inputs import randn
 from tests.ops.watching import Watch
 
 SPECS = [DivergenceSpec(kind) for kind in ("forward_kl", "reverse_kl", "jsd", "tvd")]

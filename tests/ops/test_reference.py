@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from metal_ops import DivergenceSpec, divergence, divergence_with_stats, reference
-from tests.inputs import peaked
-from tests.numerics import definition
+from metal_ops.selftest.inputs import peaked
+from metal_ops.selftest.numerics import definition
 
 log = math.log
 

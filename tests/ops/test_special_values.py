@@ -7,8 +7,8 @@ import torch
 
 from metal_ops import DivergenceSpec, divergence, divergence_with_stats
 from metal_ops.backends import _chunks
-from tests.inputs import FAMILIES, near, peaked, randn
-from tests.numerics import assert_matches_reference, exact, log_probs
+from metal_ops.selftest.inputs import FAMILIES, near, peaked, randn
+from metal_ops.selftest.numerics import assert_matches_reference, exact, log_probs
 from tests.ops.test_values import DTYPES, SPECS, check, name, out_dtype
 
 JSDS = [DivergenceSpec("jsd", beta=b, temperature=2.0) for b in (0.1, 0.5, 0.9)]

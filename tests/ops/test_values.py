@@ -9,8 +9,8 @@ from torch import Tensor
 
 from metal_ops import DivergenceSpec, divergence, divergence_with_stats
 from metal_ops.backends import _chunks
-from tests.inputs import FAMILIES, REAL_SHAPE, SHAPES, peaked, randn
-from tests.numerics import (
+from metal_ops.selftest.inputs import FAMILIES, REAL_SHAPE, SHAPES, peaked, randn
+from metal_ops.selftest.numerics import (
     Exact,
     assert_matches_reference,
     definition,

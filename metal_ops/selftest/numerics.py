@@ -15,7 +15,7 @@ from torch import Tensor
 from metal_ops import DivergenceSpec, SparseTeacher
 
 # Rounding errors per term, in units of eps (1 + x_max) magnitude. Largest needed on a CPU, over
-# all dtypes, shapes, kinds and supports of ops/test_values.py and ops/test_grid.py: randn 3.7,
+# all dtypes, shapes, kinds and supports of tests/ops/test_values.py and test_grid.py: randn 3.7,
 # near 2.5, peaked 1.7, planted 1.1, huge 0.7, shifted 1.3, 151 936 columns 3.5; linear_divergence
 # 1.8; the variants in test_numerics.py 3.7. (The total variation reaches C where a sign is
 # undecided: there the magnitude allows the whole jump.) The rest is room for other vector units
@@ -64,6 +64,7 @@ class Sides(NamedTuple):
     def of(
         log_p: Tensor, log_q: Tensor, x_max: Tensor, dtype: torch.dtype, whole: bool = True
     ) -> "Sides":
+        """Both sides' log-probabilities with what the rule allows them."""
         info = _precision(dtype)
         tiny = info.tiny / info.eps
         # behind -inf a probability is exactly zero
@@ -77,6 +78,7 @@ def _precision(dtype: torch.dtype) -> torch.finfo:
 
 
 def log_probs(logits: Tensor, temperature: float) -> Tensor:
+    """Float64, by the log-sum-exp."""
     x = logits.double() / temperature
     return x - x.logsumexp(-1, keepdim=True)
 
@@ -163,6 +165,7 @@ REVERSE_END = {("jsd", 1.0), ("mixed_kl", 0.0), ("alpha", 0.0)}
 
 
 def terms(x: Sides, spec: DivergenceSpec) -> Terms:
+    """The terms of a spec's kind, at the ends of beta those of the KL it stands for."""
     kind = spec.kind
     if (kind, spec.beta) in FORWARD_END:
         kind = "forward_kl"

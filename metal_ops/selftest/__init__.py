@@ -1,0 +1,1 @@
+"""Whether the ops are right on this machine: the numerics rule, its inputs, and a run of both."""
