@@ -1,6 +1,7 @@
 """From hidden states: logits of a chunk of tokens at a time, the gradients while they exist."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,15 @@ class Head(NamedTuple):
         logits = logits.to(accumulator(logits)) * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
+    def unfinish(self, grad: Tensor, finished: Tensor, out: Tensor) -> None:
+        """The gradient for what `finish` was given, from that for what it returned, to `out`.
+
+        `grad` and `finished` are overwritten.
+        """
+        if self.softcap is not None:
+            grad.mul_(1 - (finished / self.softcap).square_())
+        out.copy_(grad.mul_(self.logit_scale))
+
 
 class Hard(NamedTuple):
     """The other half of the mix: labels [N] int64 or None, and the divergence's share alpha."""
@@ -62,40 +72,52 @@ class Hard(NamedTuple):
         return (q_sum.log() - log_q.gather(-1, labels)).squeeze(-1)
 
 
-def _mix(
-    logits: tuple[Tensor, Tensor],
-    heads: tuple[Head, Head],
-    weight: Tensor,
-    hard: Hard,
-    spec: DivergenceSpec,
-    buffers: Buffers,
-    want_grad: bool,
-    want_stats: bool,
-) -> Tensor:
-    """Values per token [2 or 2 + NUM_STATS, rows]: soft, hard, stats if wanted.
+# From the logits of a block of tokens, student and teacher, and their weights [rows] and labels, to
+# values per token [2 or 2 + NUM_STATS, rows]: soft, hard, stats if wanted. Where a gradient is
+# wanted the student's logits are overwritten by that of the weighted mix.
+Mix = Callable[[tuple[Tensor, Tensor], Tensor, Hard], Tensor]
 
-    With `want_grad` the student's logits are overwritten by the gradient of the weighted mix.
-    """
-    student, teacher = (head.finish(x) for head, x in zip(heads, logits, strict=True))
-    # in place if nothing else needs the logits
-    plain = student is logits[0] and hard.labels is None
-    out = None
-    if want_grad:
-        out = logits[0] if plain else buffers.first(len(student)).spare
-    soft, stats = _block.divergence(
-        student, teacher, spec, buffers, weight * hard.alpha, out, want_stats
-    )
-    if out is not None and hard.alpha == 0.0:
-        out.zero_()  # a divergence without a share may be infinite
-    cross_entropy = torch.zeros_like(soft)
-    if hard.labels is not None:
-        cross_entropy = hard.add(student, weight, buffers, out)
-    if out is not None and not plain:
-        if heads[0].softcap is not None:
-            out.mul_(1 - (student / heads[0].softcap).square_())
-        logits[0].copy_(out.mul_(heads[0].logit_scale))
-    values = torch.stack([soft, cross_entropy])
-    return values if stats is None else torch.cat([values, stats])
+
+class Mixing(NamedTuple):
+    """What a backend needs to know to mix: everything that is the same for all tokens."""
+
+    heads: tuple[Head, Head]
+    spec: DivergenceSpec
+    want_grad: bool
+    want_stats: bool
+
+
+def mix_in_blocks(mixing: Mixing, tokens: int) -> tuple[int, Mix]:
+    """(rows a block, mix) of PyTorch on buffers that stay in cache, for chunks of `tokens`."""
+    heads, spec, want_grad, want_stats = mixing
+    weight = heads[0].weight
+    step = rows_per_block(weight, len(weight))
+    buffers = Buffers.of(weight, min(step, tokens), len(weight))
+
+    def mix(logits: tuple[Tensor, Tensor], weight: Tensor, hard: Hard) -> Tensor:
+        student, teacher = (head.finish(x) for head, x in zip(heads, logits, strict=True))
+        # in place if nothing else needs the logits
+        plain = student is logits[0] and hard.labels is None
+        out = None
+        if want_grad:
+            out = logits[0] if plain else buffers.first(len(student)).spare
+        soft, stats = _block.divergence(
+            student, teacher, spec, buffers, weight * hard.alpha, out, want_stats
+        )
+        if out is not None and hard.alpha == 0.0:
+            out.zero_()  # a divergence without a share may be infinite
+        cross_entropy = torch.zeros_like(soft)
+        if hard.labels is not None:
+            cross_entropy = hard.add(student, weight, buffers, out)
+        if out is not None and not plain:
+            heads[0].unfinish(out, student, logits[0])
+        values = torch.stack([soft, cross_entropy])
+        return values if stats is None else torch.cat([values, stats])
+
+    return step, mix
+
+
+MixFor = Callable[[Mixing, int], tuple[int, Mix]]
 
 
 class _Gradients(NamedTuple):
@@ -128,6 +150,7 @@ def _linear(
     spec: DivergenceSpec,
     needs: tuple[bool, bool, bool],
     want_stats: bool,
+    mix_for: MixFor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """`linear` where every token counts."""
     weight, dtype, shared = student.weight, accumulator(student.weight), isinstance(teacher, Tensor)
@@ -144,14 +167,13 @@ def _linear(
     if not shared:
         other = heads[1].weight
         memory.append(other.new_empty(tokens, vocab, dtype=product_dtype(other)))
-    step = rows_per_block(weight, vocab)
-    buffers = Buffers.of(weight, min(step, tokens), vocab)
+    step, mix = mix_for(Mixing(heads, spec, any(needs), want_stats), tokens)
     for start in range(0, num_tokens, tokens):
         at = slice(start, min(start + tokens, num_tokens))
         count = at.stop - start
         if isinstance(teacher, Tensor):
-            both = torch.cat([student.hidden[at], teacher[at].to(student.hidden.dtype)])
-            logits = student.logits(both, memory[0][: 2 * count]).split(count)
+            stacked = torch.cat([student.hidden[at], teacher[at].to(student.hidden.dtype)])
+            logits = student.logits(stacked, memory[0][: 2 * count]).split(count)
         else:
             logits = [
                 head.logits(head.hidden[at], m[:count])
@@ -160,16 +182,8 @@ def _linear(
         for row in range(0, count, step):
             rows = slice(row, min(row + step, count))
             inside = slice(start + rows.start, start + rows.stop)
-            values[:, inside] = _mix(
-                (logits[0][rows], logits[1][rows]),
-                heads,
-                weights[inside],
-                hard.at(inside),
-                spec,
-                buffers,
-                any(needs),
-                want_stats,
-            )
+            both = (logits[0][rows], logits[1][rows])
+            values[:, inside] = mix(both, weights[inside], hard.at(inside))
         gradients.add(at, logits[0], student)  # which the chunk's logits now hold
     loss = weights.new_zeros((), dtype=dtype)
     for share, per_token in ((hard.alpha, values[0]), (1 - hard.alpha, values[1])):
@@ -187,6 +201,7 @@ def linear(
     spec: DivergenceSpec,
     needs: tuple[bool, bool, bool],
     want_stats: bool,
+    mix_for: MixFor = mix_in_blocks,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Sum of weights (alpha soft + (1 - alpha) hard) from hidden states, and its gradients.
 
@@ -199,6 +214,7 @@ def linear(
         spec: resolved.
         needs: whether gradients of hidden states, weight and bias are wanted.
         want_stats: whether the statistics are.
+        mix_for: how a backend makes values and gradients of a chunk's logits.
 
     Returns:
         loss []; soft and hard [2, N]; stats [NUM_STATS, N or 0]; gradients of hidden states, weight
@@ -206,7 +222,7 @@ def linear(
     """
     index = weights.nonzero().squeeze(-1)
     if len(index) == len(weights):
-        return _linear(student, teacher, weights, hard, spec, needs, want_stats)
+        return _linear(student, teacher, weights, hard, spec, needs, want_stats, mix_for)
     if isinstance(teacher, Tensor):
         teacher = teacher[index]
     else:
@@ -220,6 +236,7 @@ def linear(
         spec,
         needs,
         want_stats,
+        mix_for,
     )
     per_token = per_token.new_zeros(2, len(weights)).index_copy_(1, index, per_token)
     if want_stats:

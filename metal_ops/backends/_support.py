@@ -19,10 +19,16 @@ class Kept:
     """The entries that count: ids [rows, K], of which those below 0 are padding."""
 
     def __init__(self, ids: Tensor, vocab: int) -> None:
-        self.valid = ids >= 0
+        self.vocab, self.valid = vocab, ids >= 0
         self.ids = ids.clamp_min(0)
         starts = torch.arange(len(ids), device=ids.device)[:, None] * vocab
         self.flat = (self.ids + starts)[self.valid]
+
+    @property
+    def ascending(self) -> Tensor:
+        """The ids as kernels want them: [rows, K] int32 in order, padding last, as V."""
+        ids = self.ids.masked_fill(~self.valid, self.vocab).to(torch.int32)
+        return ids.sort(dim=-1).values
 
     def log_mass(
         self, log_e: Tensor, total: Tensor, spare: Tensor
@@ -41,7 +47,7 @@ class Kept:
         return inside.sub_(log_total), mass.log().add_(largest).sub_(log_total), mass
 
 
-def _choose(student: Tensor, teacher: Tensor, spec: DivergenceSpec, spare: Tensor) -> Tensor:
+def choose(student: Tensor, teacher: Tensor, spec: DivergenceSpec) -> Tensor:
     """Ids [rows, K] of the spec's support, -1 where both sides name an entry."""
     k = min(spec.top_k or 0, student.shape[-1])
     if spec.support == "teacher_topk":
@@ -50,8 +56,9 @@ def _choose(student: Tensor, teacher: Tensor, spec: DivergenceSpec, spare: Tenso
     if spec.support == "student_topk":
         return ids
     other = teacher.topk(k, dim=-1).indices
-    twice = spare.zero_().scatter_(-1, other, 1.0).gather(-1, ids) > 0
-    return torch.cat([other, ids.masked_fill_(twice, -1)], dim=-1)
+    ascending = other.sort(dim=-1).values
+    at = torch.searchsorted(ascending, ids).clamp_max_(k - 1)
+    return torch.cat([other, ids.masked_fill_(ascending.gather(-1, at) == ids, -1)], dim=-1)
 
 
 def divergence(
@@ -64,7 +71,7 @@ def divergence(
 ) -> tuple[Tensor, Tensor | None]:
     """(loss, clipped) [rows] over the spec's support; the gradient times factor goes to out."""
     buffers = loaded.buffers
-    kept = Kept(_choose(student, teacher, spec, buffers.spare), student.shape[-1])
+    kept = Kept(choose(student, teacher, spec), student.shape[-1])
     log_p = kept.log_mass(loaded.log_p, loaded.p_sum, buffers.spare)
     return categories(log_p[:2], kept, loaded, spec, factor, out)
 

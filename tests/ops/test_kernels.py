@@ -1,0 +1,50 @@
+"""What the kernel backends share, by kernels written in PyTorch."""
+
+import pytest
+import torch
+
+from metal_ops import DivergenceSpec, _ops, linear_divergence_with_stats
+from metal_ops.backends import chunked
+from tests.ops import test_linear as linear
+from tests.ops import torch_kernels
+from tests.ops.again import again, run
+
+
+@pytest.mark.parametrize(("test", "arguments"), again(every=5))
+def test_again(test, arguments, monkeypatch):
+    run(torch_kernels.MODULE, test, arguments, monkeypatch)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("head", linear.HEADS)
+@pytest.mark.parametrize("missing", ["tail", "renormalise", "zero"])
+def test_a_support_and_labels_as_chunked(missing, head, alpha, monkeypatch):
+    spec = DivergenceSpec("forward_kl", 0.5, 2.0, "t2", support="union", top_k=5, missing=missing)
+    for dtype, digits in ((torch.float32, 2e-6), (torch.bfloat16, 2**-7)):
+        case = linear.make(head, dtype)
+        for side in (case.student, case.teacher):  # so that no two logits tie
+            side[0].data += torch.randn_like(side[0])
+        results = []
+        for backend in (chunked, torch_kernels.MODULE):
+            monkeypatch.setattr(_ops, "select", lambda *_, backend=backend: backend)
+            out = case.call(spec, alpha, linear_divergence_with_stats)
+            grads = torch.autograd.grad(out.loss, case.leaves())
+            results.append((out.loss.detach(), out.soft, out.hard, *out.stats, *grads))
+        for want, got in zip(*results, strict=True):
+            torch.testing.assert_close(
+                got, want, rtol=digits, atol=digits * float(want.abs().max())
+            )
+
+
+def test_an_infinite_divergence_without_a_share_is_silent(monkeypatch):
+    monkeypatch.setattr(_ops, "select", lambda *_: torch_kernels.MODULE)
+    case = linear.make("bias", torch.float32)
+    want = linear.compose(case, linear.SPECS[0], 0.0)
+    case.teacher[2][3] = -torch.inf
+    for support in ({}, {"support": "union", "top_k": 33}):
+        spec = DivergenceSpec("reverse_kl", **support)
+        out = case.call(spec, 0.0, linear_divergence_with_stats)
+        assert torch.equal(out.soft.isinf(), case.weights != 0)
+        grads = torch.autograd.grad(out.loss, case.leaves())
+        for got, e in zip((out.loss, *grads), (want.loss, *want.grads), strict=True):
+            torch.testing.assert_close(got.double(), e, rtol=1e-5, atol=1e-5)
