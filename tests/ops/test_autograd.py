@@ -210,3 +210,15 @@ def test_a_loss_whose_gradient_is_dropped(op, dtype):
     (loss + sum(x.sum() for x in leaves)).backward()
     for leaf in leaves:
         assert torch.equal(leaf.grad, torch.ones_like(leaf))
+
+
+def test_a_mean_is_scaled_in_full_precision():
+    """The scale 1/3 is not a bfloat16."""
+    student, teacher = (x.bfloat16() for x in randn(3, 33))
+    student.requires_grad_()
+    loss = divergence(student, teacher, DivergenceSpec("jsd"))
+    (total,) = torch.autograd.grad(loss.sum(), student, retain_graph=True)
+    (mean,) = torch.autograd.grad(loss.mean(), student)
+    third = torch.tensor(1.0) / 3
+    assert torch.equal(mean, (total.float() * third).bfloat16())
+    assert not torch.equal(mean, total * third.bfloat16())
