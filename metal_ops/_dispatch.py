@@ -1,16 +1,46 @@
-"""Choose the backend for a call, and say why when none fits."""
+"""Call an op on the backend that fits, say why when none does, and get by without a kernel.
+
+Two environment variables are read at every call; they are off if unset, empty or "0".
+METAL_OPS_STRICT=1: a kernel that cannot be compiled or launched raises, also under "auto".
+METAL_OPS_CHECK=1: the chunked backend repeats every call of another one, and results that differ
+by more than `backends._compare` allows raise. Slow, and with the memory of both.
+"""
 
 import functools
 import importlib
 import logging
+import os
+import warnings
+from collections.abc import Mapping
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("chunked",)  # the first that supports the tensors wins
+from metal_ops.backends import _compare
+from metal_ops.backends._errors import KernelError
+from metal_ops.backends._machine import describe
+from metal_ops.spec import DivergenceSpec
+
+# the first that supports the tensors wins; each is a module of metal_ops.backends
+BACKENDS = ("chunked",)
 
 logger = logging.getLogger("metal_ops")
+
+
+class Case(NamedTuple):
+    """Calls that need the same kernels, as far as is known outside of a backend."""
+
+    op: str
+    kind: str
+    device: str
+    student: torch.dtype
+    teacher: torch.dtype
+
+
+_refusals: dict[Case, dict[str, str]] = {}  # backends whose kernels failed, and how
+_warned: set[tuple[str, str]] = set()  # (backend, kernel)
 
 
 def load(name: str) -> ModuleType:
@@ -29,26 +59,112 @@ def _log_choice(name: str, device: str, dtype: str, refused: str) -> None:
     logger.info("backend %s: %s tensors, %s%s", name, device, dtype, refused)
 
 
-def select(name: str, student: Tensor, teacher: Tensor) -> ModuleType:
+def consider(
+    name: str, student: Tensor, teacher: Tensor, failed: Mapping[str, str]
+) -> tuple[str | None, dict[str, str]]:
+    """The backend that takes the tensors, None for none, and the reasons against those before."""
+    reasons: dict[str, str] = {}
+    for candidate in BACKENDS if name == "auto" else (name,):
+        reason = failed.get(candidate) or load(candidate).unsupported(student, teacher)
+        if reason is None:
+            return candidate, reasons
+        reasons[candidate] = reason
+    return None, reasons
+
+
+def select(
+    name: str, student: Tensor, teacher: Tensor, failed: Mapping[str, str] | None = None
+) -> ModuleType:
     """The named backend, or for "auto" the first that supports the tensors.
+
+    Args:
+        name: "auto" or one of BACKENDS.
+        student: whose device and dtype, with those of
+        teacher: decide.
+        failed: reasons against backends that were tried before.
 
     Raises:
         ValueError: the name is unknown.
         NotImplementedError: no candidate supports the tensors; the message gives each reason.
     """
-    reasons: dict[str, str] = {}
-    for candidate in BACKENDS if name == "auto" else (name,):
-        backend = load(candidate)
-        reason = backend.unsupported(student, teacher)
-        if reason is None:
-            refused = "".join(f"; not {n}: {r}" for n, r in reasons.items())
-            _log_choice(candidate, student.device.type, str(student.dtype), refused)
-            return backend
-        reasons[candidate] = reason
-    raise NotImplementedError(
-        f"no backend for {tuple(student.shape)} {student.dtype} on {student.device}: "
-        + "; ".join(f"{n}: {r}" for n, r in reasons.items())
+    chosen, reasons = consider(name, student, teacher, failed or {})
+    if chosen is None:
+        raise NotImplementedError(
+            f"no backend for {tuple(student.shape)} {student.dtype} on {student.device}: "
+            + "; ".join(f"{n}: {r}" for n, r in reasons.items())
+        )
+    refused = "".join(f"; not {n}: {r}" for n, r in reasons.items())
+    _log_choice(chosen, student.device.type, str(student.dtype), refused)
+    return load(chosen)
+
+
+def _switch(name: str) -> bool:
+    return os.environ.get(name, "") not in ("", "0")
+
+
+def _label(backend: ModuleType) -> str:
+    return backend.__name__.rpartition(".")[2]
+
+
+def _warn(backend: str, error: KernelError, device: torch.device) -> None:
+    if (backend, error.kernel) in _warned:
+        return
+    _warned.add((backend, error.kernel))
+    warnings.warn(
+        f"the {backend} backend of metal_ops failed and another one, slower, takes its place in "
+        f"this process (METAL_OPS_STRICT=1 raises instead). Please report this: "
+        f"{describe(device)}; kernel {error.kernel}: {error.text}",
+        RuntimeWarning,
+        stacklevel=3,
     )
+
+
+def _call(backend: ModuleType, op: str, args: tuple[Any, ...]) -> Any:
+    check = _switch("METAL_OPS_CHECK") and _label(backend) != "chunked"
+    # first, so that it sees the inputs as they were given
+    want = getattr(load("chunked"), op)(*args) if check else None
+    got = getattr(backend, op)(*args)
+    if check:
+        _compare.require_equal(op, _label(backend), args, got, want)
+    return got
+
+
+def run(op: str, name: str, student: Tensor, teacher: Tensor, *args: Any) -> Any:
+    """The result of a backend's function `op` of `args`, on the backend that `select` gives.
+
+    Where a kernel of a backend that "auto" took cannot be compiled or launched, the next backend
+    does the work, in this call and in all like it, with one warning a kernel.
+
+    Raises:
+        KernelError: it cannot, and the backend was named or METAL_OPS_STRICT is set.
+        ValueError, NotImplementedError: as `select`.
+        RuntimeError: METAL_OPS_CHECK is set and the results differ.
+    """
+    kind = next((x.kind for x in args if isinstance(x, DivergenceSpec)), "")
+    kind = kind or next((x for x in args if isinstance(x, str)), "")
+    case = Case(op, kind, student.device.type, student.dtype, teacher.dtype)
+    lenient = name == "auto" and not _switch("METAL_OPS_STRICT")
+    while True:
+        failed = dict(_refusals.get(case, {})) if lenient else {}
+        backend = select(name, student, teacher, failed)
+        try:
+            return _call(backend, op, args)
+        except KernelError as error:
+            if not lenient or _label(backend) in failed:
+                raise
+            _warn(_label(backend), error, student.device)
+            _refusals.setdefault(case, {})[_label(backend)] = str(error)
+
+
+def failures(functions: tuple[str, ...], student: Tensor) -> dict[str, str]:
+    """Backends whose kernels for these functions have failed in this process, and how."""
+    return {
+        name: text
+        for case, found in _refusals.items()
+        if case.op in functions
+        and (case.device, case.student) == (student.device.type, student.dtype)
+        for name, text in found.items()
+    }
 
 
 def available_backends(device: str | torch.device = "cpu") -> dict[str, str | None]:

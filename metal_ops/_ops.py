@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metal_ops._dispatch import select
+from metal_ops._dispatch import run
 from metal_ops.backends.chunked import NUM_STATS, Hard, Head, accumulator
 from metal_ops.spec import DivergenceSpec
 
@@ -46,9 +46,8 @@ def divergence(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [N], stats [NUM_STATS, N or 0], gradient of each row's loss [N, V] or [0])."""
-    loss, stats, grad = select(backend, student, teacher).forward(
-        student, teacher, mask, DivergenceSpec.from_text(spec), want_grad, want_stats
-    )
+    args = student, teacher, mask, DivergenceSpec.from_text(spec), want_grad, want_stats
+    loss, stats, grad = run("forward", backend, student, teacher, *args)
     return loss, stats, student.new_empty(0) if grad is None else grad
 
 
@@ -72,9 +71,8 @@ def divergence_backward(
     upstream: Tensor, student: Tensor, teacher: Tensor, spec: str, backend: str
 ) -> Tensor:
     """Gradient for the student logits [N, V]; rows whose upstream is 0 are skipped."""
-    return select(backend, student, teacher).backward(
-        upstream, student, teacher, DivergenceSpec.from_text(spec)
-    )
+    args = upstream, student, teacher, DivergenceSpec.from_text(spec)
+    return run("backward", backend, student, teacher, *args)
 
 
 @divergence_backward.register_fake
@@ -117,9 +115,8 @@ def weighted_divergence(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss [], per token [N], stats [NUM_STATS, N or 0], gradient of loss [N, V] or [0])."""
-    per_token, stats, grad = select(backend, student, teacher).forward(
-        student, teacher, weights, DivergenceSpec.from_text(spec), want_grad, want_stats
-    )
+    args = student, teacher, weights, DivergenceSpec.from_text(spec), want_grad, want_stats
+    per_token, stats, grad = run("forward", backend, student, teacher, *args)
     loss = (weights * per_token).sum()
     return loss, per_token, stats, student.new_empty(0) if grad is None else grad
 
@@ -155,9 +152,9 @@ def sparse_divergence(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(loss [N], gradient of the weighted losses [N, V] or [0])."""
-    loss, grad = select(backend, student, log_probs).sparse(
-        student, (ids, log_probs, log_tail), weights, DivergenceSpec.from_text(spec), want_grad
-    )
+    known = ids, log_probs, log_tail
+    args = student, known, weights, DivergenceSpec.from_text(spec), want_grad
+    loss, grad = run("sparse", backend, student, log_probs, *args)
     return loss, student.new_empty(0) if grad is None else grad
 
 
@@ -200,6 +197,58 @@ sparse_divergence.register_autograd(_sparse_backward, setup_context=_save_sparse
 # --- hidden states
 
 
+@torch.library.custom_op("metal_ops::hidden_divergence", mutates_args=())
+def hidden_divergence(
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor | None,
+    kind: str,
+    want_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(loss [N], gradient of the weighted losses [N, H] or [0])."""
+    args = student, teacher, kind, weights, want_grad
+    loss, grad = run("hidden", backend, student, teacher, *args)
+    return loss, student.new_empty(0) if grad is None else grad
+
+
+@hidden_divergence.register_fake
+def _(
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor | None,
+    kind: str,
+    want_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    loss = student.new_empty(student.shape[0], dtype=accumulator(student))
+    return loss, torch.empty_like(student) if want_grad else student.new_empty(0)
+
+
+def _save_hidden(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    student, teacher, mask, ctx.kind, ctx.formed, ctx.backend = inputs
+    ctx.save_for_backward(*((output[1],) if ctx.formed else (student, teacher, mask)))
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _hidden_backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 6
+    if ctx.formed:
+        grad = _scaled(ctx.saved_tensors[0], upstream[:, None])
+    else:
+        student, teacher, mask = ctx.saved_tensors
+        upstream = upstream.contiguous() if mask is None else upstream * mask
+        grad = hidden_divergence(student, teacher, upstream, ctx.kind, True, ctx.backend)[1]
+    return (grad, *[None] * 5)
+
+
+hidden_divergence.register_autograd(_hidden_backward, setup_context=_save_hidden)
+
+# --- hidden states and heads
+
+
 @torch.library.custom_op("metal_ops::linear_divergence", mutates_args=())
 def linear_divergence(
     student_hidden: Tensor,
@@ -229,7 +278,11 @@ def linear_divergence(
         teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
     # autocast has been applied to the inputs; inside, products have the dtype the backend chose
     with torch.autocast(student_hidden.device.type, enabled=False):
-        loss, per_token, stats, *grads = select(backend, student_hidden, teacher_hidden).linear(
+        loss, per_token, stats, *grads = run(
+            "linear",
+            backend,
+            student_hidden,
+            teacher_hidden,
             student,
             teacher,
             weights,

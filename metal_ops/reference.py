@@ -7,6 +7,9 @@ from torch import Tensor
 
 from metal_ops.spec import DivergenceSpec
 
+HIDDEN_KINDS = ("mse", "cosine")
+NORM_MIN = 1e-8  # a shorter hidden state counts as one of this length
+
 
 def _expect(weight: Tensor, value: Tensor) -> Tensor:
     """Product of weight and value, with 0 * anything = 0 (0 log 0 = 0)."""
@@ -134,3 +137,12 @@ def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap:
     """Logits of an output head: [N, H] hidden states and [V, H] weight to [N, V]."""
     logits = torch.nn.functional.linear(hidden, weight, bias) * scale
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def hidden_divergence(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
+    """Difference of hidden states: [..., H] on both sides to [...]."""
+    if kind == "mse":
+        return (student - teacher).square().mean(-1)
+    lengths = [torch.linalg.vector_norm(x, dim=-1) for x in (student, teacher)]
+    a, b = (x.clamp_min(NORM_MIN) for x in lengths)
+    return 1 - ((student / a[..., None]) * (teacher / b[..., None])).sum(-1)

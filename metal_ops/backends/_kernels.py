@@ -1,4 +1,4 @@
-"""From a kernel language's four functions over rows of logits to the ops.
+"""From a kernel language's five functions over rows to the ops.
 
 Shapes: N rows, V vocabulary, K kept entries. Kernels read float32, float16 or bfloat16 rows that
 may be strided (the last dimension is contiguous), count in float32 and write in the dtype of `out`.
@@ -73,6 +73,18 @@ class Kernels(Protocol):
         """Write factor * exp(logits / temperature - log_sum) to `out`; zeros where factor is 0.
 
         `out` [N, V] may be `logits`; log_sum and factor are [N] float32.
+        """
+        ...
+
+    def hidden(
+        self, student: Tensor, teacher: Tensor, weights: Tensor, kind: str, out: Tensor | None
+    ) -> Tensor:
+        """Difference of hidden states [N, H], one dtype on both sides: [N] float32.
+
+        "mse" is sum(d^2) / H with d = s - t. "cosine" is 1 - s.t / (a b) with a = max(|s|, 1e-8),
+        b = max(|t|, 1e-8), by the formulas of `_hidden`, which lose nothing where s and t agree.
+        Where weights [N] are 0 the result is 0 and nothing is read. `out` [N, H] gets weights
+        times the gradient for the student, zeros where the weight is 0.
         """
         ...
 
@@ -231,6 +243,25 @@ def sparse(
     part = _Part(student, kept, _log_probs(kernels, student, kept, spec.temperature))
     loss, _ = part.weigh(kernels, log_p, spec, weights.float().contiguous(), 1.0, out)
     return loss * spec.scale, out
+
+
+def hidden(
+    kernels: Kernels,
+    student: Tensor,
+    teacher: Tensor,
+    kind: str,
+    weights: Tensor | None,
+    want_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`chunked.hidden` by kernels."""
+    dtype = student.dtype
+    student, teacher = _one_dtype(student, teacher)
+    weights = student.new_ones(len(student), dtype=torch.float32) if weights is None else weights
+    out = None
+    if want_grad:
+        out = torch.empty_like(student, memory_format=torch.contiguous_format)
+    loss = kernels.hidden(student, teacher, weights.float().contiguous(), kind, out)
+    return loss, None if out is None else out.to(dtype)
 
 
 def _cross_entropy(

@@ -7,7 +7,7 @@ dtype (float64 for float64 input). Gradients are formed while a block is in cach
 import torch
 from torch import Tensor
 
-from metal_ops.backends import _block, _support
+from metal_ops.backends import _block, _hidden, _support
 from metal_ops.backends._chunks import rows_per_block
 from metal_ops.backends._linear import Hard, Head, linear
 from metal_ops.backends._rows import NUM_STATS, Buffers, Loaded, accumulator, load
@@ -20,6 +20,7 @@ __all__ = [
     "accumulator",
     "backward",
     "forward",
+    "hidden",
     "linear",
     "sparse",
     "unsupported",
@@ -146,4 +147,29 @@ def sparse(
         loss[at] = value * spec.scale
         if grad is not None and out is not None and isinstance(at, Tensor):
             grad[at] = out
+    return loss, grad
+
+
+def hidden(
+    student: Tensor, teacher: Tensor, kind: str, weights: Tensor | None, want_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(loss [N], gradient of the weighted losses [N, H] or None) of hidden states [N, H].
+
+    As `forward`, for the kinds of `reference.hidden_divergence`.
+    """
+    # a difference must not be rounded before it is formed: float64 if one side has it
+    wide = torch.float64 in (student.dtype, teacher.dtype)
+    inside = torch.float64 if wide else torch.float32
+    blocks = _Blocks(student, weights, student.shape[-1])
+    loss = student.new_zeros(len(student), dtype=accumulator(student))
+    grad = blocks.gradient_like(student) if want_grad else None
+    if want_grad:
+        weights = loss.new_ones(len(student)) if weights is None else weights
+    for at in blocks:
+        factor = None if grad is None or weights is None else weights[at].to(inside)
+        loss[at], block = _hidden.block(
+            student[at].to(inside), teacher[at].to(inside), kind, factor
+        )
+        if grad is not None:
+            grad[at] = block
     return loss, grad

@@ -1,6 +1,7 @@
 """The public ops: check the arguments, choose the backend, call it."""
 
 from metal_ops.functional._arguments import DivergenceStats
+from metal_ops.functional.hidden import hidden_divergence
 from metal_ops.functional.linear import (
     LinearTerms,
     linear_divergence,
@@ -21,6 +22,7 @@ __all__ = [
     "WeightedTerms",
     "divergence",
     "divergence_with_stats",
+    "hidden_divergence",
     "linear_divergence",
     "linear_divergence_with_stats",
     "sparse_divergence",

@@ -1,1 +1,1 @@
-"""Whether the ops are right on this machine: the numerics rule, its inputs, and a run of both."""
+"""Inputs, exact numbers and the rule that compares: what `python -m metal_ops selftest` runs."""

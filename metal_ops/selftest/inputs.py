@@ -92,6 +92,29 @@ FAMILIES: dict[str, Callable[[int, int], Pair]] = {
 }
 
 
+def lengths(rows: int, hidden: int) -> Pair:
+    """Hidden states of any length: none at all, below 1e-8, and far from the other side's."""
+    student, teacher = randn(rows, hidden)
+    sizes = torch.tensor([1.0, 0.0, 1e3, 1e-3, 1e-12, 30.0, 1e-3])
+    turn = torch.arange(rows) + hidden
+    student *= sizes[turn % 7, None]
+    return student, teacher * sizes[(turn * turn + 2) % 7, None]
+
+
+def along(rows: int, hidden: int) -> Pair:
+    """Hidden states in nearly the same or opposite directions: the cosine is all cancellation."""
+    student, noise = randn(rows, hidden)
+    factors = torch.tensor([1.0, -1.0, 1.001, 3.0, 2.0, 0.01])
+    sizes = torch.tensor([1e-4, 1e-2, 0.0, 1e-5, 0.0])
+    turn = torch.arange(rows) + hidden
+    return student, student * factors[turn % 6, None] + sizes[turn % 5, None] * noise
+
+
+HIDDEN_FAMILIES: dict[str, Callable[[int, int], Pair]] = {
+    f.__name__: f for f in (randn, peaked, near, lengths, along)
+}
+
+
 def ways(kind: str, beta: float = 0.5) -> tuple[str, ...]:
     """What may become of the entries outside a kind's support."""
     reverse = DivergenceSpec(kind, beta).resolved().kind in REVERSE

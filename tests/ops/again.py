@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from metal_ops import _ops
+from metal_ops import _dispatch
 from tests.ops import test_grid as grid
 from tests.ops import test_linear as linear
 from tests.ops import test_special_values as special
@@ -76,6 +76,11 @@ def again(*, every: int = 1, tests: tuple[Callable[..., None], ...] = TESTS) -> 
     ]
 
 
+def use(backend: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every op on the backend from here on."""
+    monkeypatch.setattr(_dispatch, "select", lambda *_: backend)
+
+
 def run(
     backend: ModuleType,
     test: Callable[..., None],
@@ -83,7 +88,7 @@ def run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The test with every op on the backend."""
-    monkeypatch.setattr(_ops, "select", lambda *_: backend)
+    use(backend, monkeypatch)
     if "monkeypatch" in inspect.signature(test).parameters:
         arguments = arguments | {"monkeypatch": monkeypatch}
     test(**arguments)

@@ -14,6 +14,7 @@ from metal_ops import (
     SparseTeacher,
     divergence,
     divergence_with_stats,
+    hidden_divergence,
     linear_divergence,
     sparse_divergence,
     weighted_divergence,
@@ -43,6 +44,12 @@ def sparse(x: Tensor, y: Tensor) -> Tensor:
     return (WEIGHTS * sparse_divergence(x, SparseTeacher(ids, known, tail, 2.0), SPEC)).sum()
 
 
+def hidden(x: Tensor, y: Tensor) -> Tensor:
+    mask = WEIGHTS > 0
+    mse = hidden_divergence(x, y, "mse", mask=mask)
+    return (WEIGHTS * (mse + 2 * hidden_divergence(x, y, "cosine", mask=mask))).sum()
+
+
 def linear(x: Tensor, head: Tensor, bias: Tensor, y: Tensor, teacher_head: Tensor) -> Tensor:
     return 0.3 * linear_divergence(
         x,
@@ -57,7 +64,7 @@ def linear(x: Tensor, head: Tensor, bias: Tensor, y: Tensor, teacher_head: Tenso
     )
 
 
-OPS = [plain, masked, weighted, sparse, linear]
+OPS = [plain, masked, weighted, sparse, hidden, linear]
 ops = pytest.mark.parametrize("op", OPS)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
@@ -103,7 +110,7 @@ def test_a_gradient_scales_with_what_follows(op, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize("op", [masked, plain, sparse, weighted])
+@pytest.mark.parametrize("op", [masked, plain, sparse, weighted, hidden])
 def test_a_token_that_does_not_count_has_no_gradient(op, dtype):
     (x,), (y,) = inputs(op, dtype)
     (grad,) = gradients(op(x, y), [x])

@@ -13,6 +13,7 @@ from metal_ops import (
     SparseTeacher,
     divergence,
     divergence_with_stats,
+    hidden_divergence,
     linear_divergence,
     linear_divergence_with_stats,
     sparse_divergence,
@@ -80,6 +81,16 @@ def of_a_cache(spec: DivergenceSpec) -> Step:
     return step
 
 
+def hidden(spec: DivergenceSpec) -> Step:
+    kind = "mse" if spec.clip is None else "cosine"
+
+    def step(x: Tensor, y: Tensor) -> list[Tensor]:
+        loss = hidden_divergence(2 * x, y, kind, mask=weigh(x) > 0)
+        return [(weigh(x) * loss).sum(), loss]
+
+    return step
+
+
 def linear(spec: DivergenceSpec) -> Step:
     def step(x: Tensor, head: Tensor, y: Tensor, teacher_head: Tensor) -> list[Tensor]:
         weights = weigh(x)
@@ -115,7 +126,7 @@ def run(step: Step, inputs: list[Tensor], num_leaves: int) -> list[Tensor]:
     return [*out, *torch.autograd.grad(out[0], leaves)]
 
 
-OPS = [plain, with_stats, weighted, of_a_cache, linear, linear_with_stats]
+OPS = [plain, with_stats, weighted, of_a_cache, hidden, linear, linear_with_stats]
 
 
 @pytest.mark.parametrize(

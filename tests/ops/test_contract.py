@@ -293,6 +293,7 @@ def test_public_names():
         "available_backends",
         "divergence",
         "divergence_with_stats",
+        "hidden_divergence",
         "linear_divergence",
         "linear_divergence_with_stats",
         "sparse_divergence",

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from metal_ops import DivergenceSpec, _ops, linear_divergence_with_stats
+from metal_ops import DivergenceSpec, linear_divergence_with_stats
 from metal_ops.backends import chunked
 from tests.ops import test_linear as linear
 from tests.ops import torch_kernels
-from tests.ops.again import again, run
+from tests.ops.again import again, run, use
 
 
 @pytest.mark.parametrize(("test", "arguments"), again(every=5))
@@ -26,7 +26,7 @@ def test_a_support_and_labels_as_chunked(missing, head, alpha, monkeypatch):
             side[0].data += torch.randn_like(side[0])
         results = []
         for backend in (chunked, torch_kernels.MODULE):
-            monkeypatch.setattr(_ops, "select", lambda *_, backend=backend: backend)
+            use(backend, monkeypatch)
             out = case.call(spec, alpha, linear_divergence_with_stats)
             grads = torch.autograd.grad(out.loss, case.leaves())
             results.append((out.loss.detach(), out.soft, out.hard, *out.stats, *grads))
@@ -37,7 +37,7 @@ def test_a_support_and_labels_as_chunked(missing, head, alpha, monkeypatch):
 
 
 def test_an_infinite_divergence_without_a_share_is_silent(monkeypatch):
-    monkeypatch.setattr(_ops, "select", lambda *_: torch_kernels.MODULE)
+    use(torch_kernels.MODULE, monkeypatch)
     case = linear.make("bias", torch.float32)
     want = linear.compose(case, linear.SPECS[0], 0.0)
     case.teacher[2][3] = -torch.inf

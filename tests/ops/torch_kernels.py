@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from metal_ops import DivergenceSpec
-from metal_ops.backends import _kernels
+from metal_ops.backends import _hidden, _kernels
 from metal_ops.backends._kernels import HardTerm
 from metal_ops.backends._rows import exact
 from metal_ops.backends._terms import Row, terms
@@ -81,6 +81,15 @@ class Torch:
         e = (logits.float() / temperature - log_sum[:, None]).exp() * factor[:, None]
         out.copy_(e.masked_fill(factor[:, None] == 0, 0.0))
 
+    def hidden(
+        self, student: Tensor, teacher: Tensor, weights: Tensor, kind: str, out: Tensor | None
+    ) -> Tensor:
+        absent = weights == 0
+        loss, grad = _hidden.block(student.float(), teacher.float(), kind, weights)
+        if out is not None:
+            out.copy_(grad.masked_fill(absent[:, None], 0.0))
+        return loss.masked_fill(absent, 0.0)
+
 
 KERNELS = Torch()
 
@@ -99,6 +108,10 @@ def backward(*args):
 
 def sparse(*args):
     return _kernels.sparse(KERNELS, *args)
+
+
+def hidden(*args):
+    return _kernels.hidden(KERNELS, *args)
 
 
 def linear(*args):

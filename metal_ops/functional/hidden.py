@@ -1,0 +1,72 @@
+"""Differences of hidden states."""
+
+import torch
+from torch import Tensor
+
+from metal_ops import _ops
+from metal_ops.functional._arguments import flat_mask, form_gradient, once
+from metal_ops.reference import HIDDEN_KINDS
+
+
+def _check(student: Tensor, teacher: Tensor, kind: str) -> None:
+    if kind not in HIDDEN_KINDS:
+        raise ValueError(f"kind must be one of {HIDDEN_KINDS}, got {kind!r}")
+    if student.shape != teacher.shape or student.ndim < 1 or student.shape[-1] == 0:
+        raise ValueError(
+            "student and teacher must both be [..., hidden] with hidden > 0, got "
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    if student.device != teacher.device:
+        raise ValueError(
+            f"student and teacher must be on one device, got {student.device} and {teacher.device}"
+        )
+
+
+def hidden_divergence(
+    student: Tensor,
+    teacher: Tensor,
+    kind: str,
+    *,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Difference between hidden states, per token.
+
+    Args:
+        student: [..., hidden]; float32, bfloat16, float16 or float64.
+        teacher: [..., hidden]; may differ in dtype. Receives no gradient.
+        kind: "mse", the mean over the hidden dimension of (student - teacher)^2; or "cosine", one
+            less the cosine of the angle between them, in [0, 2].
+        mask: [...] bool or None; where False the result and its gradient are zero and nothing is
+            computed.
+        backend: as in `divergence`.
+
+    Returns:
+        [...] float32 (float64 for a float64 student).
+
+    Raises:
+        ValueError: shapes, devices or the mask disagree; the kind or the backend is unknown.
+        NotImplementedError, RuntimeError: as `divergence`.
+
+    Numerics:
+        float32 inside for every input dtype but float64. The cosine comes from the difference of
+        the directions, not as one less a product, so that it keeps its digits where both sides
+        nearly agree. A row shorter than 1e-8 counts as one of that length (two rows of zeros are
+        one apart); the square of a row's length must fit into the dtype inside. The gradient is
+        formed when that of `divergence` is. A NaN stays in its row.
+
+    Source:
+        As `torch.nn.functional.mse_loss` and `cosine_similarity`; `metal_ops.reference`.
+    """
+    _check(student, teacher, kind)
+    shape, hidden = student.shape[:-1], student.shape[-1]
+    mask = flat_mask(mask, shape)
+    loss, _ = _ops.hidden_divergence(
+        once(student).reshape(-1, hidden),
+        teacher.detach().reshape(-1, hidden),
+        None if mask is None else mask.to(torch.float32),
+        kind,
+        form_gradient(student),
+        backend,
+    )
+    return loss.view(shape)
