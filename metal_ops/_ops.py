@@ -23,9 +23,9 @@ def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
     if not plain or autograd._get_current_graph_task_keep_graph():  # retain_graph=True
         return (grad * upstream).to(grad.dtype)
     if grad.device.type == "cpu":
-        if upstream.numel() and not any(upstream.stride()):
-            # one number for all, as from a mean; in place it counts in full precision, and is not
-            # converted entry by entry, which takes ten times as long
+        if upstream.numel() == 1 or (upstream.numel() and not any(upstream.stride())):
+            # one number for all, in place counts in full precision, and is not converted entry by
+            # entry, which takes ten times as long
             upstream = upstream.flatten()[0]
         if bool((upstream == 1).all()):
             return grad

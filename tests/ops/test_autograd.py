@@ -219,13 +219,13 @@ def test_a_loss_whose_gradient_is_dropped(op, dtype):
         assert torch.equal(leaf.grad, torch.ones_like(leaf))
 
 
-def test_a_mean_is_scaled_in_full_precision():
+def test_a_scaled_16_bit_loss_is_scaled_in_full_precision():
     """The scale 1/3 is not a bfloat16."""
-    student, teacher = (x.bfloat16() for x in randn(3, 33))
+    student, teacher = (torch.randn(3, 33).bfloat16() for _ in range(2))
     student.requires_grad_()
-    loss = divergence(student, teacher, DivergenceSpec("jsd"))
-    (total,) = torch.autograd.grad(loss.sum(), student, retain_graph=True)
-    (mean,) = torch.autograd.grad(loss.mean(), student)
-    third = torch.tensor(1.0) / 3
-    assert torch.equal(mean, (total.float() * third).bfloat16())
-    assert not torch.equal(mean, total * third.bfloat16())
+    third, grads = torch.tensor(1.0) / 3, []
+    for scale in (1.0, third):
+        loss = weighted_divergence(student, teacher, DivergenceSpec("jsd"), weights=torch.ones(3))
+        grads += torch.autograd.grad(loss.loss * scale, student)
+    assert torch.equal(grads[1], (grads[0].float() * third).bfloat16())
+    assert not torch.equal(grads[1], grads[0] * third.bfloat16())
