@@ -272,13 +272,19 @@ def jobs(dtypes: tuple[torch.dtype, ...], quick: bool) -> list[Job]:
     return found
 
 
-def _choices(job: Job) -> list[DivergenceSpec]:
+def choices(job: Job) -> list[DivergenceSpec]:
+    """The specs that the job's shapes take turns with."""
     if job.op == "sparse":
         return [
             DivergenceSpec(job.kind, *SCALES[i % 2], missing=missing)
             for i, missing in enumerate(ways(job.kind))
         ]
     return _specs(job.kind)
+
+
+def first_choice(job: Job) -> int:
+    """Where the turns begin: elsewhere for each dtype and family."""
+    return zlib.crc32(f"{job.dtype} {job.family}".encode())
 
 
 def run(job: Job, where: Where) -> Iterator[tuple[str, Comparison]]:
@@ -289,10 +295,9 @@ def run(job: Job, where: Where) -> Iterator[tuple[str, Comparison]]:
             for comparison in _hidden(*_draw(job, shape, False), job.kind, where):
                 yield f"{job.kind} {job.family} {list(shape)}", comparison
         return
-    specs = _choices(job)
-    first = zlib.crc32(f"{job.dtype} {job.family}".encode())
+    specs, first = choices(job), first_choice(job)
     for i, shape in enumerate(job.shapes):
-        spec = specs[(first + i) % len(specs)]  # each has its turn in some dtype and family
+        spec = specs[(first + i) % len(specs)]
         student, teacher = _draw(job, shape, spec.support != "full" or job.op == "sparse")
         for comparison in LOGIT_OPS[job.op](student, teacher, spec, where):
             yield f"{spec} {job.family} {list(shape)}", comparison
