@@ -122,16 +122,24 @@ def unpad(ids: Tensor, mask: Tensor) -> list[list[int]]:
     return [row[keep].tolist() for row, keep in zip(ids, mask.bool(), strict=True)]
 
 
-def _rows(
-    contexts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_token_id: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(input_ids, attention_mask, completion_index) of rows [context][completion][padding]."""
-    rows = [[*a, *b] for a, b in zip(contexts, completions, strict=True)]
-    index = [
-        list(range(len(a), len(a) + len(b))) for a, b in zip(contexts, completions, strict=True)
-    ]
-    mask = pad([[1] * len(row) for row in rows], 0)
-    return pad(rows, pad_token_id), mask, pad(index, NO_TOKEN)
+class Rendered(NamedTuple):
+    """A row of token ids, and the positions of those that are scored, in order."""
+
+    ids: Sequence[int]
+    scored: Sequence[int]
+
+
+def completed(context: Sequence[int], completion: Sequence[int]) -> Rendered:
+    """A context with its completion behind it, which is scored."""
+    start = len(context)
+    return Rendered([*context, *completion], range(start, start + len(completion)))
+
+
+def _rows(rows: Sequence[Rendered], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(input_ids, attention_mask, completion_index), padded on the right."""
+    mask = pad([[1] * len(row.ids) for row in rows], 0)
+    index = pad([row.scored for row in rows], NO_TOKEN)
+    return pad([row.ids for row in rows], pad_token_id), mask, index
 
 
 def build_batch(
@@ -154,8 +162,23 @@ def build_batch(
         [B, T of the teacher]; completion_index, teacher_completion_index [B, C]: positions of the
         completion tokens in their row, padded with -1.
     """
-    ids, mask, index = _rows(prompts, completions, pad_token_id)
-    teacher_ids, teacher_mask, teacher_index = _rows(teacher_prompts, completions, pad_token_id)
+    student, teacher = (
+        [completed(a, b) for a, b in zip(contexts, completions, strict=True)]
+        for contexts in (prompts, teacher_prompts)
+    )
+    return build_rows(student, teacher, pad_token_id)
+
+
+def build_rows(
+    student: Sequence[Rendered], teacher: Sequence[Rendered], pad_token_id: int
+) -> dict[str, Tensor]:
+    """`build_batch` from whole rows, whose scored tokens may lie anywhere but at the first place.
+
+    Raises:
+        AlignmentError: the scored tokens of a row are not the same ids on both sides.
+    """
+    ids, mask, index = _rows(student, pad_token_id)
+    teacher_ids, teacher_mask, teacher_index = _rows(teacher, pad_token_id)
     scored = torch.zeros_like(mask, dtype=torch.bool)
     scored[:, 1:] = predicts_from_index(index, ids.shape[1])[:, :-1]
     batch = {

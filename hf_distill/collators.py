@@ -1,55 +1,87 @@
 """HintCollator: one model's two views of a problem, with and without a hint."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_distill import alignment
-from hf_distill.hints import Hint, Messages, Prompt, Row
+from hf_distill.alignment import Rendered
+from hf_distill.dialogues import SCORED, render, scored_messages
+from hf_distill.hints import Hint, Messages, Placed, Prompt, Row, insert_all, placed
 
 SHOWN_CHARACTERS = 60
+TRUNCATIONS = ("error", "hint")
+TRUNCATED = "teacher_hint_truncated"  # [B] bool, in batches of a collator that shortens hints
+
+Hints = Hint | str | Callable[[Row], str | None] | Sequence[Hint]
+
+
+class Made(NamedTuple):
+    """Both sides of a row."""
+
+    student: Rendered
+    teacher: Rendered
+    truncated: bool  # whether hints were
 
 
 class HintCollator:
     """Batches whose student sees the prompt and whose teacher sees the prompt and a hint.
 
-    A row has a prompt (text, or chat messages), what the hint needs, and for off-policy training a
-    completion (text, or assistant messages). The student's ids are those of the prompt alone,
-    whatever the hint. Each context is tokenised once, with the chat template for messages, and the
-    completion's ids are appended; nothing is decoded and tokenised again.
+    A row has a prompt (text, or chat messages), what the hints need, and for off-policy training a
+    completion (text, or messages: replies with what came between them). The student's ids are
+    those of the prompt and completion alone, whatever the hints. Each side is tokenised once, with
+    the chat template for messages; nothing is decoded and tokenised again.
 
     Args:
         tokenizer: with a chat template if prompts are messages.
-        hint: a `Hint`, or its text: a column, a template or a function of the row.
+        hint: a `Hint`, or its text: a column, a template or a function of the row; or several.
         prompt_column: column of the prompt.
         completion_column: column of the completion. A text completion gets the end token appended
             if it lacks it; it is scored like every other token.
+        scored: which replies of a completion of messages are scored: "all"; "hinted", the first
+            behind each hint; "after_hint", all behind the first.
         max_prompt_length: tokens of the student's context, or None for no limit.
-        max_hint_length: tokens that the hint adds to the teacher's context, or None.
+        max_hint_length: tokens that the hints add to the teacher's row, or None.
         max_completion_length: tokens of a completion from the data, or None.
+        truncation: what happens to hints over their budget: "error", or "hint", which cuts the end
+            of the longest until they fit, and counts (`hints_truncated` in the trainer's log).
+            Prompts and completions are never cut.
         chat_template_kwargs: passed to the chat template on both sides (enable_thinking, tools).
 
     Raises:
-        ValueError: when a batch is made: a column is missing, a completion is empty, or a length
-            exceeds its budget. The message names the row, the rule and the value. Nothing is cut.
+        ValueError: `scored` or `truncation` is unknown. When a batch is made: a column is missing,
+            a completion is empty or has no scored reply, or a length exceeds its budget. The
+            message names the row, the rule and the value.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        hint: Hint | str | Callable[[Row], str] = "hint",
+        hint: Hints = "hint",
         *,
         prompt_column: str = "prompt",
         completion_column: str = "completion",
+        scored: str = "all",
         max_prompt_length: int | None = None,
         max_hint_length: int | None = None,
         max_completion_length: int | None = None,
+        truncation: str = "error",
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        for name, value, choices in (
+            ("scored", scored, SCORED),
+            ("truncation", truncation, TRUNCATIONS),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {value!r}")
         self.tokenizer = tokenizer
-        self.hint = hint if isinstance(hint, Hint) else Hint(hint)
+        several = [hint] if isinstance(hint, Hint | str) or callable(hint) else hint
+        self.hints = tuple(x if isinstance(x, Hint) else Hint(x) for x in several)
+        self.scored = scored
+        self.truncation = truncation
         self.prompt_column = prompt_column
         self.completion_column = completion_column
         self.max_prompt_length = max_prompt_length
@@ -59,10 +91,11 @@ class HintCollator:
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """A training batch from rows with completions: see `alignment.build_batch`."""
-        contexts = [self._contexts(i, row) for i, row in enumerate(rows)]
-        completions = [self._completion(i, row) for i, row in enumerate(rows)]
-        prompts, teacher_prompts = zip(*contexts, strict=True)
-        return alignment.build_batch(prompts, teacher_prompts, completions, self.pad_token_id)
+        made = [self._in_row(i, self._row, row) for i, row in enumerate(rows)]
+        batch = alignment.build_rows(
+            [x.student for x in made], [x.teacher for x in made], self.pad_token_id
+        )
+        return self._with_count(batch, made)
 
     def contexts(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Both contexts of each row, padded on the left, for completions yet to be generated.
@@ -71,12 +104,19 @@ class HintCollator:
             prompt_ids, prompt_mask [B, T]; teacher_prompt_ids, teacher_prompt_mask [B, T of the
             teacher]; int64.
         """
-        sides = zip(*(self._contexts(i, row) for i, row in enumerate(rows)), strict=True)
+        made = [self._in_row(i, self._contexts, row) for i, row in enumerate(rows)]
         batch = {}
-        for name, ids in zip(("prompt", "teacher_prompt"), sides, strict=True):
-            batch[f"{name}_ids"] = alignment.pad(ids, self.pad_token_id, side="left")
+        for name in ("student", "teacher"):
+            ids = [getattr(x, name).ids for x in made]
+            key = "prompt" if name == "student" else "teacher_prompt"
+            batch[f"{key}_ids"] = alignment.pad(ids, self.pad_token_id, side="left")
             ones = [[1] * len(row) for row in ids]
-            batch[f"{name}_mask"] = alignment.pad(ones, 0, side="left")
+            batch[f"{key}_mask"] = alignment.pad(ones, 0, side="left")
+        return self._with_count(batch, made)
+
+    def _with_count(self, batch: dict[str, Tensor], made: Sequence["Made"]) -> dict[str, Tensor]:
+        if self.truncation == "hint":
+            batch[TRUNCATED] = torch.tensor([x.truncated for x in made])
         return batch
 
     @property
@@ -108,57 +148,123 @@ class HintCollator:
         )
         return encoded["input_ids"]
 
-    def _column(self, i: int, row: Row, column: str) -> Any:
-        if row.get(column) is None:
-            raise ValueError(f"row {i} of the batch has no {column!r}; it has {sorted(row)}")
-        return row[column]
-
-    def _contexts(self, i: int, row: Row) -> tuple[list[int], list[int]]:
-        prompt = self._column(i, row, self.prompt_column)
+    def _in_row(self, i: int, make: Callable[[Row], "Made"], row: Row) -> "Made":
         try:
-            teacher_prompt = self.hint.insert(prompt, self.hint.render(row))
+            return make(row)
         except ValueError as error:
             raise ValueError(f"row {i} of the batch: {error}") from error
-        ids, teacher_ids = self.context_ids(prompt), self.context_ids(teacher_prompt)
-        self._check(i, prompt, "prompt", len(ids), self.max_prompt_length)
-        self._check(i, prompt, "hint", len(teacher_ids) - len(ids), self.max_hint_length)
-        return ids, teacher_ids
 
-    def _completion(self, i: int, row: Row) -> list[int]:
-        completion = self._column(i, row, self.completion_column)
-        prompt = row[self.prompt_column]
-        if not completion or (isinstance(completion, str) and not completion.strip()):
-            raise ValueError(
-                f"row {i} of the batch: the completion must not be empty, got {completion!r}"
-            )
-        ids = self._completion_ids(i, prompt, completion)
-        self._check(i, prompt, "completion", len(ids), self.max_completion_length)
-        return ids
+    def _column(self, row: Row, column: str) -> Any:
+        if row.get(column) is None:
+            raise ValueError(f"there is no {column!r}; the row has {sorted(row)}")
+        return row[column]
 
-    def _completion_ids(self, i: int, prompt: Prompt, completion: Prompt) -> list[int]:
-        eos = self.eos_token_id
-        if isinstance(completion, str):
-            encoded = self.tokenizer(completion, add_special_tokens=False)
-            ids = cast(list[int], encoded["input_ids"])
-            return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
+    def _placed(self, row: Row, messages: Messages, num_prompt: int) -> list[Placed]:
+        rendered = [(hint, hint.render(row)) for hint in self.hints]
+        return [
+            placed(hint, row, text, messages, num_prompt)
+            for hint, text in rendered
+            if text is not None
+        ]
+
+    def _contexts(self, row: Row) -> "Made":
+        """Both contexts; nothing is scored yet."""
+        prompt = self._column(row, self.prompt_column)
+        ids = self.context_ids(prompt)
+        self._check(prompt, "prompt", len(ids), self.max_prompt_length)
         if isinstance(prompt, str):
-            raise ValueError(f"row {i} of the batch: a text prompt needs a text completion")
-        context = self._template(prompt, add_generation_prompt=True)
-        whole = self._template([*prompt, *completion], add_generation_prompt=False)
-        if whole[: len(context)] != context:
+            hints = [Placed(h, text, 0) for h in self.hints if (text := h.render(row)) is not None]
+        else:
+            hints = self._placed(row, prompt, len(prompt))
+
+        def teacher(hints: Sequence[Placed]) -> Rendered:
+            hinted = prompt
+            if not isinstance(prompt, str):
+                return Rendered(self.context_ids(insert_all(prompt, hints).messages), [])
+            for hint, text, _ in hints:
+                hinted = hint.insert(hinted, text)
+            return Rendered(self.context_ids(hinted), [])
+
+        return self._fit(prompt, Rendered(ids, []), hints, teacher)
+
+    def _row(self, row: Row) -> "Made":
+        """Both rows, from a row with a completion."""
+        prompt = self._column(row, self.prompt_column)
+        completion = self._column(row, self.completion_column)
+        if not completion or (isinstance(completion, str) and not completion.strip()):
+            raise ValueError(f"the completion must not be empty, got {completion!r}")
+        if not isinstance(completion, str):
+            return self._dialogue(row, prompt, completion)
+        made = self._contexts(row)
+        eos = self.eos_token_id
+        ids = cast(list[int], self.tokenizer(completion, add_special_tokens=False)["input_ids"])
+        ids = ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
+        self._check(prompt, "completion", len(ids), self.max_completion_length)
+        student, teacher = (alignment.completed(side.ids, ids) for side in made[:2])
+        return Made(student, teacher, made.truncated)
+
+    def _dialogue(self, row: Row, prompt: Prompt, completion: Messages) -> "Made":
+        if isinstance(prompt, str):
+            raise ValueError("a text prompt needs a text completion")
+        messages = [*prompt, *completion]
+        hints = self._placed(row, messages, len(prompt))
+        replies = scored_messages(messages, len(prompt), hints, self.scored)
+        if not replies:
             raise ValueError(
-                f"row {i} of the batch: the chat template must render prompt + completion as the "
-                "prompt's ids and more; pass the completion as text instead"
+                f"the completion must have a reply to score ({self.scored!r}), got roles "
+                f"{[m['role'] for m in completion]} and {len(hints)} hints"
             )
-        ids = whole[len(context) :]
-        # templates may write a line break behind the end token, which no rollout contains
-        return ids[: len(ids) - ids[::-1].index(eos)] if eos in ids else ids
+        student = render(messages, replies, self._template, self.eos_token_id)
+        length = len(self.context_ids(prompt))
+        self._check(prompt, "prompt", length, self.max_prompt_length)
+        self._check(prompt, "completion", len(student.ids) - length, self.max_completion_length)
+
+        def teacher(hints: Sequence[Placed]) -> Rendered:
+            hinted = insert_all(messages, hints)
+            moved = [hinted.moved[i] for i in replies]
+            return render(hinted.messages, moved, self._template, self.eos_token_id)
+
+        return self._fit(prompt, student, hints, teacher)
+
+    def _fit(
+        self,
+        prompt: Prompt,
+        student: Rendered,
+        hints: list[Placed],
+        teacher: Callable[[Sequence[Placed]], Rendered],
+    ) -> "Made":
+        """Both rows, with hints short enough for their budget."""
+        made, budget = teacher(hints), self.max_hint_length
+        added = len(made.ids) - len(student.ids)
+        if budget is None or added <= budget or self.truncation == "error":
+            self._check(prompt, "hint", added, budget)
+            return Made(student, made, False)
+        while (excess := len(made.ids) - len(student.ids) - budget) > 0:
+            offsets = [self._offsets(hint.text) for hint in hints]
+            longest = max(range(len(hints)), key=lambda i: len(offsets[i]))
+            kept = max(1, len(offsets[longest]) - excess)
+            if len(offsets[longest]) <= 1:  # nothing is left to cut
+                self._check(prompt, "hint", budget + excess, budget)
+            end = offsets[longest][kept - 1][1]
+            hints = [*hints]
+            hints[longest] = hints[longest]._replace(text=hints[longest].text[:end])
+            made = teacher(hints)
+        return Made(student, made, True)
+
+    def _offsets(self, text: str) -> list[tuple[int, int]]:
+        """Where in a text its tokens begin and end."""
+        if not self.tokenizer.is_fast:
+            raise ValueError(
+                "truncation 'hint' needs a fast tokenizer, got " + type(self.tokenizer).__name__
+            )
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return cast(list[tuple[int, int]], encoded["offset_mapping"])
 
     @staticmethod
-    def _check(i: int, prompt: Prompt, what: str, length: int, budget: int | None) -> None:
+    def _check(prompt: Prompt, what: str, length: int, budget: int | None) -> None:
         if budget is not None and length > budget:
             text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
             raise ValueError(
-                f"row {i} of the batch ({str(text)[:SHOWN_CHARACTERS]!r}...): the {what} has "
-                f"{length} tokens, max_{what}_length is {budget}"
+                f"the {what} of {str(text)[:SHOWN_CHARACTERS]!r}... has {length} tokens, "
+                f"max_{what}_length is {budget}"
             )

@@ -1,14 +1,15 @@
 """Hints: text that only the teacher sees, and where it stands in the teacher's context."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 Messages = list[dict[str, Any]]
 Prompt = str | Messages
 Row = Mapping[str, Any]
 
-PLACES = ("user", "system")
+PLACES = ("user", "system", "before", "after")
+OWN_MESSAGE = ("before", "after")
 
 
 @dataclass(frozen=True)
@@ -17,32 +18,44 @@ class Hint:
 
     Args:
         text: a column's name; or a template with columns in braces ("The answer is {answer}."); or
-            a function from the row to the text.
-        where: "user" appends the hint to the last user message (after a text prompt), "system" adds
-            it to the system message, which is made if there is none (before a text prompt).
+            a function from the row to the text, which may be None for a row without this hint.
+        where: "user" appends the hint to a user message (after a text prompt), "system" adds it to
+            the system message, which is made if there is none (before a text prompt); "before" and
+            "after" make it a message of its own beside message `turn`.
         separator: between the hint and the text it joins.
+        turn: the message that "user", "before" and "after" mean, counted over prompt and
+            completion, from the end if negative: a number, a column that holds it, or a function
+            of the row. None is the last user message of the prompt; for "before" and "after" the
+            last message of the prompt.
+        role: of a message of its own.
 
     Raises:
-        ValueError: `where` is unknown.
+        ValueError: `where` is unknown, or `turn` is given for "system".
     """
 
-    text: str | Callable[[Row], str] = "hint"
+    text: str | Callable[[Row], str | None] = "hint"
     where: str = "user"
     separator: str = "\n\n"
+    turn: int | str | Callable[[Row], int] | None = None
+    role: str = "user"
 
     def __post_init__(self) -> None:
         """Check the place."""
         if self.where not in PLACES:
             raise ValueError(f"where must be one of {PLACES}, got {self.where!r}")
+        if self.where == "system" and self.turn is not None:
+            raise ValueError(f"a hint in the system message has no turn, got {self.turn!r}")
 
-    def render(self, row: Row) -> str:
-        """The hint's text for one row.
+    def render(self, row: Row) -> str | None:
+        """The hint's text for one row; None if a function gave none.
 
         Raises:
             ValueError: a column is missing, or the hint is empty or not a string.
         """
         if callable(self.text):
             text = self.text(row)
+            if text is None:
+                return None
         else:
             template = self.text if "{" in self.text else "{" + self.text + "}"
             try:
@@ -57,23 +70,97 @@ class Hint:
             raise ValueError(f"the hint must be a non-empty string, got {text!r}")
         return text
 
-    def insert(self, prompt: Prompt, text: str) -> Prompt:
-        """The teacher's prompt; `prompt` itself is left as it is.
+    def index(self, row: Row, messages: Messages, num_prompt: int) -> int:
+        """The message of a dialogue beside which, or in which, the hint stands.
+
+        Args:
+            row: for `turn`.
+            messages: prompt and completion.
+            num_prompt: how many of them are the prompt's.
 
         Raises:
-            ValueError: the messages have no user message to append to.
+            ValueError: there is no such message, or a hint in a user turn would be in another's.
+        """
+        if self.turn is None:
+            last = range(num_prompt - 1, -1, -1)
+            found = [i for i in last if self.where != "user" or messages[i]["role"] == "user"]
+            if not found:
+                raise ValueError(f"a hint in the user turn needs a user message, got {messages!r}")
+            return found[0]
+        if isinstance(self.turn, str) and self.turn not in row:
+            raise ValueError(
+                f"the hint's turn needs column {self.turn!r}, the row has {sorted(row)}"
+            )
+        turn = self.turn(row) if callable(self.turn) else self.turn
+        turn = row[turn] if isinstance(turn, str) else turn
+        if not isinstance(turn, int) or not -len(messages) <= turn < len(messages):
+            raise ValueError(
+                f"the hint's turn must name one of {len(messages)} messages, got {turn!r}"
+            )
+        turn %= len(messages)
+        if self.where == "user" and messages[turn]["role"] != "user":
+            raise ValueError(
+                f"a hint in the user turn needs a user message, got {messages[turn]!r} at {turn}"
+            )
+        return turn
+
+    def insert(self, prompt: Prompt, text: str) -> Prompt:
+        """The teacher's prompt, with a hint that has no turn; `prompt` itself is left as it is.
+
+        Raises:
+            ValueError: the messages have no user message to append to, or a text prompt has none
+                of its own.
         """
         if isinstance(prompt, str):
+            if self.where in OWN_MESSAGE or self.turn is not None:
+                raise ValueError(
+                    "a hint with a turn, or as a message of its own, needs chat messages, got text"
+                )
             parts = (prompt, text) if self.where == "user" else (text, prompt)
             return self.separator.join(parts)
-        messages = [dict(message) for message in prompt]
-        if self.where == "system":
-            if not messages or messages[0]["role"] != "system":
-                return [{"role": "system", "content": text}, *messages]
-            messages[0]["content"] += self.separator + text
-            return messages
-        for message in reversed(messages):
-            if message["role"] == "user":
-                message["content"] += self.separator + text
-                return messages
-        raise ValueError(f"a hint in the user turn needs a user message, got {messages!r}")
+        return insert_all(prompt, [placed(self, {}, text, prompt, len(prompt))]).messages
+
+
+class Placed(NamedTuple):
+    """A hint for one dialogue: its text, and the message it concerns (0 for the system's)."""
+
+    hint: Hint
+    text: str
+    at: int
+
+
+class Hinted(NamedTuple):
+    """A dialogue with its hints; message i of the one without is now message moved[i]."""
+
+    messages: Messages
+    moved: list[int]
+
+
+def placed(hint: Hint, row: Row, text: str, messages: Messages, num_prompt: int) -> Placed:
+    """The hint with its message looked up: see `Hint.index`."""
+    at = 0 if hint.where == "system" else hint.index(row, messages, num_prompt)
+    return Placed(hint, text, at)
+
+
+def insert_all(messages: Messages, hints: Sequence[Placed]) -> Hinted:
+    """The dialogue with all hints; `messages` is left as it is, also its indices' meaning."""
+    before: list[Messages] = [[] for _ in messages]
+    after: list[Messages] = [[] for _ in messages]
+    changed = [dict(message) for message in messages]
+    first: Messages = []
+    for hint, text, at in hints:
+        if hint.where in OWN_MESSAGE:
+            side = before if hint.where == "before" else after
+            side[at].append({"role": hint.role, "content": text})
+        elif hint.where == "user":
+            changed[at]["content"] += hint.separator + text
+        elif first or (changed and changed[0]["role"] == "system"):
+            (first or changed)[0]["content"] += hint.separator + text
+        else:
+            first = [{"role": "system", "content": text}]
+    result, moved = first, []
+    for i, message in enumerate(changed):
+        result += before[i]
+        moved.append(len(result))
+        result += [message, *after[i]]
+    return Hinted(result, moved)

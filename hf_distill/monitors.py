@@ -39,6 +39,27 @@ class CompletionMeter:
         return {"completion_length": length / count, "completion_ended": ended / count}
 
 
+class ShareMeter:
+    """The share of rows with a flag since the last reading, over all processes, under a name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._sums = [0, 0]
+
+    def add(self, flags: Tensor) -> None:
+        """Count rows, [B] bool."""
+        counts = (int(flags.sum()), len(flags))
+        self._sums = [a + b for a, b in zip(self._sums, counts, strict=True)]
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """The metric; starts anew. Every process must call it."""
+        sums = torch.tensor(self._sums, device=accelerator.device)
+        self._sums = [0, 0]
+        total: Any = accelerator.reduce(sums, reduction="sum")
+        flagged, count = total.tolist()
+        return {self.name: flagged / count} if count else {}
+
+
 class TokenMeter:
     """Means over all tokens since the last reading, over all processes.
 

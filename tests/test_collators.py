@@ -181,7 +181,7 @@ def test_budgets_are_inclusive(budget: str, allowed: int) -> None:
     HintCollator(tokenizer, **{budget: allowed})([row()])
     what = budget.split("_")[1]
     message = (
-        rf"row 1 of the batch \('What is 1 \+ 2 \?'...\): the {what} has {allowed} tokens, "
+        rf"row 1 of the batch: the {what} of 'What is 1 \+ 2 \?'... has {allowed} tokens, "
         rf"{budget} is {allowed - 1}"
     )
     small = row("3", "3") | {"hint": "3"}

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_utils import has_length
 
 from hf_distill import alignment, rollouts
-from hf_distill.collators import HintCollator
+from hf_distill.collators import TRUNCATED, HintCollator
 from hf_distill.heads import causal_lm, unwrap
-from hf_distill.monitors import CompletionMeter
+from hf_distill.monitors import CompletionMeter, ShareMeter
 from hf_distill.teachers import SelfTeacher, Teacher
 from hf_distill.trainers.distill import DistillConfig, DistillTrainer
 from metal_ops import DivergenceSpec
@@ -184,6 +184,7 @@ class OPSDTrainer(DistillTrainer):
         self.hint_collator = data_collator
         self._completions: list[list[list[int]]] | None = None
         self._completion_meters = {True: CompletionMeter(), False: CompletionMeter()}
+        self._truncated_meters = {x: ShareMeter("hints_truncated") for x in (True, False)}
         super().__init__(
             model,
             args,
@@ -206,6 +207,8 @@ class OPSDTrainer(DistillTrainer):
     ) -> tuple[list[Any], Tensor | int | None]:
         """The micro-batches of an optimizer step, with completions, and their number of tokens."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            self._count_truncated(batch, training=True)
         if not self.args.on_policy or not batches:
             return batches, count
         step = self.state.global_step
@@ -236,9 +239,15 @@ class OPSDTrainer(DistillTrainer):
         rest = iter(completions)
         return [[next(rest) for _ in batch] for batch in prompts]
 
+    def _count_truncated(self, batch: dict[str, Tensor], training: bool) -> None:
+        if TRUNCATED in batch:
+            self._truncated_meters[training].add(batch[TRUNCATED])
+
     def _read_metrics(self, training: bool) -> dict[str, float]:
         metrics = super()._read_metrics(training)
-        return {**metrics, **self._completion_meters[training].read(self.accelerator)}
+        for meters in (self._completion_meters, self._truncated_meters):
+            metrics |= meters[training].read(self.accelerator)
+        return metrics
 
     def _rows(self, batch: dict[str, Tensor], completions: list[list[int]]) -> dict[str, Tensor]:
         """The student's and the teacher's rows of one micro-batch of contexts."""
@@ -268,6 +277,7 @@ class OPSDTrainer(DistillTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """As in `DistillTrainer`, with completions sampled from the student if on-policy."""
+        self._count_truncated(inputs, training=False)
         if self.args.on_policy:
             (completions,) = self._rollout([inputs], EVAL_STEP + self._eval_batches, training=False)
             self._eval_batches += 1

@@ -80,7 +80,7 @@ def test_trained_rows_are_the_prompts_generated_from_and_the_completions(
     assert prompts == [collator.context_ids(row["prompt"]) for row in data[:12]]
     trained = [row for batch in trainer.trained for row in rows_of(batch)]
     assert trained == [p + c for p, c in zip(prompts, completions, strict=True)]
-    hinted = [collator.hint.insert(row["prompt"], row["hint"]) for row in data[:12]]
+    hinted = [collator.hints[0].insert(row["prompt"], row["hint"]) for row in data[:12]]
     teachers = [row for batch in trainer.trained for row in rows_of(batch, "teacher_")]
     assert teachers == [
         collator.context_ids(p) + c for p, c in zip(hinted, completions, strict=True)
