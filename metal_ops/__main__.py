@@ -68,7 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
         "kernels on the CPU, in a checkout of the source",
     )
     test.add_argument("--device", type=_device, help="default: all that the backend takes")
-    test.add_argument("--quick", action="store_true", help="a tenth of the cases")
+    test.add_argument("--quick", action="store_true", help="a twelfth of the cases")
     test.add_argument("--json", type=_json_file, metavar="FILE", help="write the line there too")
 
     times = commands.add_parser(
