@@ -53,6 +53,12 @@ class Where(NamedTuple):
 
     device: torch.device
     backend: str
+    simulated: bool = False
+
+    @property
+    def name(self) -> str:
+        """The backend as a report should call it."""
+        return f"{self.backend}, simulated" if self.simulated else self.backend
 
 
 class Job(NamedTuple):
