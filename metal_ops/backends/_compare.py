@@ -285,7 +285,8 @@ def difference(op: str, args: tuple[Any, ...], got: Any, want: Any) -> str | Non
     if op == "linear":
         return _of_linear(args, got, want)
     if op == "hidden":
-        return _of_hidden(*args[:4], got, want)
+        student, teacher, kind, weights = args[:4]
+        return _of_hidden(student, teacher, kind, weights, got, want)
     if op == "backward":
         upstream, student, teacher, spec = args
         return _of_logits(student, teacher, upstream, spec, (None, None, got), (None, None, want))

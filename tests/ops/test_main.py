@@ -32,7 +32,7 @@ def few(jobs: list[Job]) -> list[Job]:
     """A job of each op and dtype."""
     found: dict[tuple, Job] = {}
     for job in jobs:
-        if job.kind in ("forward_kl", "cosine") and job.family == "peaked":
+        if job.kind in ("forward_kl", "cosine") and job.family in ("planted", "along"):
             found.setdefault((job.op, job.dtype), job)
     return list(found.values())
 
@@ -50,7 +50,7 @@ def test_every_op_and_dtype_is_tested():
     assert {s for j in jobs for s in j.shapes} == {*cases.SHAPES, cases.REAL_SHAPE}
     quick = cases.jobs(runner.DTYPES, True)
     assert {(j.op, j.dtype) for j in quick} == {(j.op, j.dtype) for j in jobs}
-    assert sum(len(j.shapes) for j in quick) < 0.2 * sum(len(j.shapes) for j in jobs)
+    assert sum(len(j.shapes) for j in quick) < 0.1 * sum(len(j.shapes) for j in jobs)
 
 
 def test_each_way_to_treat_a_support_has_its_turn():
@@ -74,8 +74,9 @@ def test_the_ops_pass():
     assert not found.failures
     assert set(found.tallies) == {(o, str(d)[6:]) for o in cases.OPS for d in runner.DTYPES}
     for tally in found.tallies.values():
-        assert tally.comparisons >= 9
-        assert 0 < tally.largest_c <= C
+        assert tally.comparisons >= 6
+        assert tally.largest_c <= C
+    assert max(x.largest_c for x in found.tallies.values()) > 0
 
 
 def test_kernels_pass(install):
@@ -108,8 +109,8 @@ def test_a_wrong_kernel_fails(function, mistake, install, capsys, monkeypatch, t
         return out
 
     install(**{function: spoilt})
-    original = cases.jobs
-    monkeypatch.setattr(cases, "jobs", lambda *a: few(original(*a)))
+    original, dtypes = cases.jobs, (torch.float32, torch.bfloat16)
+    monkeypatch.setattr(cases, "jobs", lambda *a: few(original(dtypes, True)))
     file = tmp_path / "report.json"
     assert command.main(["selftest", "--quick", "--backend", "fake", "--json", str(file)]) == 1
     out = capsys.readouterr().out
@@ -190,17 +191,23 @@ def test_what_the_machine_has(capsys):
 
 
 def test_what_the_machine_has_and_why_not_more(capsys, install):
-    install("metal", **broken("jsd_float", "no such type"))
+    fails = broken("jsd_float", "no such type")
+    install("metal", hidden=fails["hidden"], backward=fails["backward"])
     install("triton", unsupported=lambda x, _: None if x.dtype == torch.float16 else "wide")
     machine.show()
     lines = capsys.readouterr().out.splitlines()
-    row = "".join(f"{x:>10}" for x in ("chunked", "triton", "chunked", "chunked"))
-    assert f"{'hidden':12}{row}" in lines
-    (reason,) = [x for x in lines if x.startswith("not metal")]
-    assert reason == "not metal: kernel jsd_float: no such type"
-    (reason,) = [x for x in lines if x.startswith("not triton")]
-    assert "hidden bfloat16" in reason
-    assert "float16," not in reason.replace("bfloat16", "")
+    for op, names in (
+        ("hidden", ("chunked", "triton", "chunked", "chunked")),
+        ("divergence", ("metal", "triton", "chunked", "metal")),  # a backward of 16 bits
+        ("sparse", ("metal", "triton", "metal", "metal")),
+    ):
+        assert f"{op:12}" + "".join(f"{x:>10}" for x in names) in lines
+    reasons = [x for x in lines if x.startswith("not ")]
+    assert reasons == [
+        "not triton for float32, bfloat16, float64: wide",
+        "not metal for float32 (hidden), bfloat16 (divergence, hidden), float64 (hidden): "
+        "kernel jsd_float: no such type",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -310,13 +317,13 @@ def test_steps_take_turns(monkeypatch):
     assert calls == list("ababab")
 
 
-def test_bench_compares_the_same_loss():
+def test_bench_compares_the_same_loss(monkeypatch):
+    monkeypatch.setattr(torch, "compile", same)
     case = bench.Case(4, 33, torch.float64, "jsd")
     weights = torch.rand(4, dtype=torch.float64)
     student, teacher = torch.randn(2, 4, 33, dtype=torch.float64)
     losses = bench.losses(case, "auto", weights)
     want = losses.pop("eager")(student, teacher)
-    del losses["torch.compile(eager)"]
     for loss in losses.values():
         torch.testing.assert_close(loss(student, teacher), want, rtol=1e-12, atol=0)
 
