@@ -13,6 +13,7 @@ from hf_distill.dialogues import SCORED, render, scored_messages
 from hf_distill.hints import Hint, Messages, Placed, Prompt, Row, insert_all, placed
 
 SHOWN_CHARACTERS = 60
+SHOWN_TOKENS = 8
 TRUNCATIONS = ("error", "hint")
 TRUNCATED = "teacher_hint_truncated"  # [B] bool, in batches of a collator that shortens hints
 
@@ -114,6 +115,24 @@ class HintCollator:
             batch[f"{key}_mask"] = alignment.pad(ones, 0, side="left")
         return self._with_count(batch, made)
 
+    def without_hints(self, rows: Sequence[Row]) -> tuple[list[Rendered], list[Rendered]]:
+        """Student's and teacher's rows as if there were no hints, to compare the two sides.
+
+        The last tokens of each prompt stand for its completion.
+        """
+        made = [
+            self._in_row(i, lambda row: self._contexts(row, hinted=False), row)
+            for i, row in enumerate(rows)
+        ]
+        student, teacher = (
+            [
+                Rendered(side.ids, range(max(1, len(side.ids) - SHOWN_TOKENS), len(side.ids)))
+                for side in sides
+            ]
+            for sides in zip(*(x[:2] for x in made), strict=True)
+        )
+        return student, teacher
+
     def _with_count(self, batch: dict[str, Tensor], made: Sequence["Made"]) -> dict[str, Tensor]:
         if self.truncation == "hint":
             batch[TRUNCATED] = torch.tensor([x.truncated for x in made])
@@ -167,23 +186,24 @@ class HintCollator:
             if text is not None
         ]
 
-    def _contexts(self, row: Row) -> "Made":
+    def _contexts(self, row: Row, hinted: bool = True) -> "Made":
         """Both contexts; nothing is scored yet."""
         prompt = self._column(row, self.prompt_column)
         ids = self.context_ids(prompt)
         self._check(prompt, "prompt", len(ids), self.max_prompt_length)
-        if isinstance(prompt, str):
+        hints: list[Placed] = []
+        if hinted and isinstance(prompt, str):
             hints = [Placed(h, text, 0) for h in self.hints if (text := h.render(row)) is not None]
-        else:
+        elif hinted:
             hints = self._placed(row, prompt, len(prompt))
 
         def teacher(hints: Sequence[Placed]) -> Rendered:
-            hinted = prompt
+            shown = prompt
             if not isinstance(prompt, str):
                 return Rendered(self.context_ids(insert_all(prompt, hints).messages), [])
             for hint, text, _ in hints:
-                hinted = hint.insert(hinted, text)
-            return Rendered(self.context_ids(hinted), [])
+                shown = hint.insert(shown, text)
+            return Rendered(self.context_ids(shown), [])
 
         return self._fit(prompt, Rendered(ids, []), hints, teacher)
 

@@ -16,6 +16,7 @@ from hf_distill import alignment, rollouts
 from hf_distill.collators import TRUNCATED, HintCollator
 from hf_distill.heads import causal_lm, unwrap
 from hf_distill.monitors import CompletionMeter, ShareMeter
+from hf_distill.preflight import check_empty_hint
 from hf_distill.teachers import SelfTeacher, Teacher
 from hf_distill.trainers.distill import DistillConfig, DistillTrainer
 from metal_ops import DivergenceSpec
@@ -23,6 +24,7 @@ from metal_ops import DivergenceSpec
 logger = logging.getLogger(__name__)
 
 ROLLOUT_FILE = "rollout-{rank}.json"
+NUM_CHECKED = 4  # rows of the check before training
 EVAL_STEP = 10**9  # eval rollouts draw from seeds that no training step uses
 
 
@@ -201,6 +203,37 @@ class OPSDTrainer(DistillTrainer):
                 "clip_level='token_rescale' keeps the gradient's direction",
                 args.token_clip,
             )
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """As in `Trainer`; a new run first checks a self-teacher without hints, see `preflight`."""
+        if not resume_from_checkpoint:
+            self._check_empty_hint()
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _check_empty_hint(self) -> None:
+        reason = None
+        if not isinstance(self.teacher, SelfTeacher):
+            reason = "the teacher is another model"
+        elif self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            reason = "the model is not placed before training"
+        elif not (has_length(self.train_dataset) and hasattr(self.train_dataset, "__getitem__")):
+            reason = "the dataset cannot be read twice"
+        if reason is not None or self.teacher is None:
+            logger.info("no check without hints: %s", reason)
+            return
+        dataset: Any = self.train_dataset
+        rows = [dataset[i] for i in range(min(NUM_CHECKED, len(dataset)))]
+        model, collator = cast(nn.Module, self.model), self.hint_collator
+        with self.compute_loss_context_manager():
+            found = check_empty_hint(
+                model, self.teacher, *collator.without_hints(rows), collator.pad_token_id
+            )
+        logger.info("without a hint student and teacher are %.1e nats apart", found)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -55,9 +55,9 @@ def opsd(folder: Path, **changes: Any) -> OPSDTrainer:
     [
         (
             {"completion": None},
-            r"row 1 of the batch has no 'completion'; it has \['completion', 'h",
+            r"row 1 of the batch: there is no 'completion'; the row has \['completion', 'h",
         ),
-        ({"prompt": None}, "row 1 of the batch has no 'prompt'"),
+        ({"prompt": None}, "row 1 of the batch: there is no 'prompt'"),
         ({"completion": ""}, "row 1 of the batch: the completion must not be empty, got ''"),
         (
             {"completion": " \n"},
@@ -95,7 +95,8 @@ def test_a_hint_without_a_user_turn() -> None:
 
 def test_an_unknown_place() -> None:
     with pytest.raises(
-        ValueError, match=r"where must be one of \('user', 'system'\), got 'prompt'"
+        ValueError,
+        match=r"where must be one of \('user', 'system', 'before', 'after'\), got 'prompt'",
     ):
         Hint("hint", where="prompt")
 
