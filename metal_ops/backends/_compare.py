@@ -4,7 +4,8 @@ Shapes: N rows, V entries of a row. With eps that of float32 (float64 for float6
 of a row's logits / temperature and a quarter of the largest (which is subtracted, for the most
 part), a probability is right to k = ROOM (1 + x) eps of itself. Then may differ
 
-    loss      by k (loss + sqrt(loss) + k): where p and q nearly agree it and its error are small
+    loss      by k (loss + sqrt(loss) + k): where p and q nearly agree it and its error are small;
+              and by k from 2^-10 nats on
     gradient  by k and eps of its own dtype of the row's largest, and by k of the row's factor times
               its largest probability, below which two terms may have cancelled
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from metal_ops import reference
+from metal_ops.backends._full import NEAR
 from metal_ops.backends._rows import accumulator
 from metal_ops.reference import NORM_MIN
 from metal_ops.spec import DivergenceSpec
@@ -133,6 +135,8 @@ def _size(log: Tensor) -> Tensor:
 
 def _loss_room(want: Tensor, k: Tensor, floor: Tensor, scale: float) -> Tensor:
     loss = want.double().abs() / scale
+    # from NEAR on the chunked backend sums what does not cancel term by term
+    floor = torch.maximum(floor, (loss >= NEAR).double())
     return k * (loss + loss.sqrt() + k + floor) * scale
 
 
