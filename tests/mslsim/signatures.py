@@ -155,6 +155,15 @@ def _instance(
     ]
 
 
+def _alias(texts: Sequence[str]) -> tuple[str, str] | None:
+    """The name and the type of `using name = type` and `typedef type name`."""
+    if texts[:1] == ["using"] and texts[2:3] == ["="]:
+        return texts[1], " ".join(texts[3:])
+    if texts[:1] == ["typedef"]:
+        return texts[-1], " ".join(texts[1:-1])
+    return None
+
+
 def _is_kernel(before: Sequence[Token], attributes: Sequence[str]) -> bool:
     return any(t.text == "kernel" for t in before) or "kernel" in attributes
 
@@ -186,12 +195,19 @@ def _bind(kernel: Kernel) -> Kernel:
     return kernel._replace(parameters=bound)
 
 
+def _without_aliases(kernel: Kernel, aliases: dict[str, str]) -> Kernel:
+    parameters = [p._replace(base=aliases.get(p.base, p.base)) for p in kernel.parameters]
+    return kernel._replace(parameters=parameters)
+
+
 def kernels(tokens: Sequence[Token]) -> list[Kernel]:
     """All that a Metal library of this text would export, in the order of the text."""
     found: list[Kernel] = []
     templates: dict[str, _Template] = {}
+    aliases: dict[str, str] = {}
     for head in _declarations(significant(tokens)):
         texts = [t.text for t in head]
+        aliases.update([a for a in [_alias(texts)] if a is not None])
         if texts[:1] == ["template"] and "decltype" in texts:
             kept, attributes = without_attributes(head)
             if _is_kernel(kept, attributes):
@@ -213,4 +229,4 @@ def kernels(tokens: Sequence[Token]) -> list[Kernel]:
         found.append(Kernel(_host_name(attributes, name), expression, parameters, int(limit)))
     if not found:
         raise MslError("no kernel in the text")
-    return [_bind(k) for k in found]
+    return [_bind(_without_aliases(k, aliases)) for k in found]

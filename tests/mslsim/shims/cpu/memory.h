@@ -136,7 +136,7 @@ static void in_buffer(int index, const Access& a) {
     abort_dispatch();
   }
   const size_t align = std::max(a.align, std::min(a.size, b.element));
-  if (place(a.address) % align != 0) {
+  if ((place(a.address) & (align - 1)) != 0) {
     report("misaligned", place(a.pc), "%s of %zu bytes at %s+%zu bytes, " MSL_PC, a.verb(), a.size,
            b.name, at, offset_of(a.pc));
     abort_dispatch();
@@ -144,11 +144,12 @@ static void in_buffer(int index, const Access& a) {
   (a.write ? counts[index].written : counts[index].read) += a.size;
   if (!b.writable) return;
   const Now now = now_in(epochs, simdgroup_of(fibers[current]).epochs, &Epochs::device);
+  const int shift = __builtin_ctzll(b.element);
   for (size_t i = at; i < at + a.size; i += b.element)
-    touch(cells[index][i / b.element], now, a, b.name, i);
+    touch(cells[index][i >> shift], now, a, b.name, i);
 }
 
-static void access(const Access& a) {
+static inline void access(const Access& a) {
   if (current < 0) return;
   const Fiber& f = fibers[current];
   if (a.address >= f.stack && a.address + a.size <= f.stack + stack_bytes) return;
