@@ -187,20 +187,20 @@ def test_wrong_mask(mask, got):
 
 def test_unknown_backend():
     student, teacher = randn(4, 9)
-    with raises(ValueError, "backend must be one of ('auto', 'chunked'), got 'metla'"):
+    text = f"backend must be one of {('auto', *dispatch.BACKENDS)}, got 'metla'"
+    with raises(ValueError, text):
         divergence(student, teacher, SPEC, backend="metla")
-    with raises(ValueError, "backend must be one of ('auto', 'chunked'), got 'metla'"):
+    with raises(ValueError, text):
         make("plain", torch.float32).call(SPEC, 1.0, backend="metla")
 
 
 @pytest.mark.parametrize("backend", ["auto", "chunked"])
 def test_no_backend_gives_every_reason(backend):
-    text = (
-        "no backend for (4, 9) torch.int64 on cpu: "
-        "chunked: needs float16, bfloat16, float32 or float64, got torch.int64"
-    )
     ints = torch.zeros(4, 9, dtype=torch.int64)
-    with raises(NotImplementedError, text):
+    asked = dispatch.BACKENDS if backend == "auto" else (backend,)
+    reasons = "; ".join(f"{n}: {dispatch.load(n).unsupported(ints, ints)}" for n in asked)
+    assert reasons.endswith("chunked: needs float16, bfloat16, float32 or float64, got torch.int64")
+    with raises(NotImplementedError, f"no backend for (4, 9) torch.int64 on cpu: {reasons}"):
         divergence(ints, ints, SPEC, backend=backend)
     with pytest.raises(NotImplementedError, match=r"float16.*got torch.float8_e4m3fn"):
         divergence(torch.zeros(4, 9), torch.zeros(4, 9).to(torch.float8_e4m3fn), SPEC)
@@ -213,8 +213,11 @@ def test_named_backend_is_auto_here():
 
 
 def test_available_backends():
-    assert available_backends() == {"chunked": None}
-    assert available_backends("meta") == {"chunked": None}
+    for device in ("cpu", "meta"):
+        found = available_backends(device)
+        assert tuple(found) == dispatch.BACKENDS
+        assert found["metal"] == f"needs tensors on mps, got {device}"
+        assert found["chunked"] is None
 
 
 def test_the_choice_is_logged_once(caplog):
@@ -223,9 +226,10 @@ def test_the_choice_is_logged_once(caplog):
     with caplog.at_level(logging.INFO, logger="metal_ops"):
         for _ in range(2):
             divergence(student, teacher, SPEC)
-    assert [r.getMessage() for r in caplog.records] == [
-        "backend chunked: cpu tensors, torch.float32"
-    ]
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        "backend chunked: cpu tensors, torch.float32; not metal: needs tensors on mps, got cpu"
+    )
 
 
 @pytest.mark.parametrize(

@@ -220,12 +220,13 @@ def test_every_backend_may_fail(install, monkeypatch):
 
 
 def test_several_backends_in_their_order(install):
+    others = dispatch.BACKENDS
     last, first = install("last"), install("first", **broken())
     with pytest.warns(RuntimeWarning, match="the first backend"):
         run_divergence(*inputs())
     assert first.calls == last.calls == ["forward"]
-    assert list(available_backends()) == ["first", "last", "chunked"]
-    with pytest.raises(ValueError, match=r"\('auto', 'first', 'last', 'chunked'\), got 'mteal'"):
+    assert list(available_backends()) == ["first", "last", *others]
+    with pytest.raises(ValueError, match=r"\('auto', 'first', 'last', .*'chunked'\), got 'mteal'"):
         run_divergence(*inputs(), backend="mteal")
 
 
