@@ -34,8 +34,11 @@ TEMPERATURE = 1.7
 class Simulator:
     """A `compile_shader` that keeps its libraries, whose schedule can be changed.
 
-    With `change` (old, new) it compiles another text than it is given.
+    With `change` (old, new) it compiles another text than it is given. `complete`: a kernel that
+    leaves an element of an output unwritten is an error.
     """
+
+    complete = True
 
     def __init__(self, check: bool, change: tuple[str, str] | None = None):
         self.check, self.change, self.libraries = check, change, dict[str, Library]()
@@ -46,7 +49,8 @@ class Simulator:
             changed = text.replace(*self.change) if self.change else text
             self.libraries[text] = compile_shader(changed, check=self.check)
         library = self.libraries[text]
-        library.run = library.run._replace(order=self.order, seed=self.seed)
+        how = {"order": self.order, "seed": self.seed, "complete": self.complete}
+        library.run = library.run._replace(**how)
         return library
 
     def scheduled(self, order: str, seed: int = 1) -> "Simulator":
@@ -192,6 +196,36 @@ def gradients(
         out = fresh.student if in_place else fresh.out
         KERNELS.backward(fresh.student, rows.teacher, factor, values, spec, hard, out)
         yield out
+
+
+def far(width: int = 1000) -> None:
+    """Row 2 starts 2^32 + 16 entries behind row 0: 9 GB a tensor, of which a page is touched."""
+    rows, stride = 3, 2**31 + 8
+    spec, room = DivergenceSpec("jsd", 0.3), 2 * (rows * stride)
+    weights = torch.tensor([0.0, 0.0, 1.0])
+    student, teacher, out = (
+        torch.tensor([], dtype=torch.bfloat16).set_(
+            torch.UntypedStorage(room), 0, (rows, width), (stride, 1)
+        )
+        for _ in range(3)
+    )
+    student[2], teacher[2] = torch.randn(2, width)
+    want = exact(student[2:], teacher[2:], spec)
+    values = KERNELS.forward(student, teacher, weights, spec)
+    loss = values[_kernels.LOSS, 2:]
+    assert_matches_reference(loss, want.loss, want.loss_magnitude, want.x_max, torch.float32, "far")
+    KERNELS.backward(student, teacher, weights, values, spec, None, out)
+    assert_matches_reference(
+        out[2:], want.grad, want.grad_magnitude, want.x_max, torch.bfloat16, "far"
+    )
+    ids = torch.zeros(rows, 1, dtype=torch.int32)
+    whole, _ = KERNELS.log_sums(student, ids, 1.0)
+    log_sum = student[2:].double().logsumexp(-1)
+    one = torch.ones_like(log_sum)
+    assert_matches_reference(whole[2:], log_sum, one, want.x_max, torch.float32, "far")
+    KERNELS.spread(student, whole, weights, 1.0, out)
+    softmax = (student[2:].double() - whole[2].double()).exp()
+    assert_matches_reference(out[2:], softmax, softmax, want.x_max, torch.bfloat16, "far")
 
 
 def one_side(rows: Rows, num_kept: int) -> None:

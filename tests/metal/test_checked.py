@@ -5,14 +5,12 @@ import torch
 
 from metal_ops.backends import _metal_launch
 from metal_ops.spec import KINDS
-from tests.metal.harness import DTYPES, Rows, clipped, divergence, hidden, one_side
+from tests.metal.harness import DTYPES, Rows, clipped, divergence, far, hidden, one_side
 
 # 1000 to 1003: every rest of four; 4097: one more than a group of 1024 reads in a step
 WIDTHS = (1, 7, 1000, 1001, 1002, 1003, 4097, 32_000, 151_936)
 ORDERS = ("forward", "reverse", "random")
 name = lambda x: str(x).removeprefix("torch.")
-
-pytestmark = pytest.mark.usefixtures("checked")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,3 +79,7 @@ def test_group_sizes(group, monkeypatch, checked):
         divergence(rows, "jsd")
         one_side(rows, 10)
         hidden(rows, "cosine")
+
+
+def test_rows_far_apart(fast):
+    far()
