@@ -224,7 +224,7 @@ def compile_shader(
     if check:
         bounds = "array-bounds" if clang else "bounds"
         undefined = "signed-integer-overflow,shift,integer-divide-by-zero,float-cast-overflow"
-        options += ["-O1", "-g", f"-fsanitize=thread,{bounds},{undefined}"]
+        options += ["-O1", "-g1", f"-fsanitize=thread,{bounds},{undefined}"]
         options += [] if clang else ["--param", "tsan-instrument-func-entry-exit=0"]
     else:
         options += ["-O2", "-g1", "-march=native"]

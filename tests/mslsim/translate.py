@@ -38,6 +38,7 @@ LAUNCH_LIMIT = 1024
 class Translation(NamedTuple):
     text: str
     kernels: list[Kernel]
+    tokens: list[Token]  # what was translated, with its lines
 
 
 def _variable(tokens: Sequence[Token], target: Target, number: int) -> str | None:
@@ -52,8 +53,8 @@ def _variable(tokens: Sequence[Token], target: Target, number: int) -> str | Non
     if target == "cuda":
         return f"__shared__ {kind} {name}{sizes};"
     if target == "clang":
-        get = "msl_threadgroup_memory()"
-        return f"typedef threadgroup {kind} {name}_t{sizes}; {name}_t& {name} = *({name}_t*){get};"
+        cast = f"*(threadgroup {name}_t*)msl_threadgroup_memory()"
+        return f"typedef {kind} {name}_t{sizes}; threadgroup {name}_t& {name} = {cast};"
     get = f'msl_threadgroup_memory({number}, sizeof({name}_t), alignof({name}_t), "{name}")'
     return f"typedef {kind} {name}_t{sizes}; auto& {name} = *({name}_t*)msl::{get};"
 
@@ -77,8 +78,8 @@ class _Rewriter:
         token = self.tokens[i]
         found = attribute(self.tokens, i)
         if found is not None:
-            if found[0] == "kernel" and self.target == "cuda":
-                self.out.append("__device__ ")
+            if found[0] == "kernel":
+                self.out.append({"cuda": "__device__ ", "clang": "kernel ", "cpu": ""}[self.target])
             return found[1]
         if token.text == "threadgroup" and self.starts and self.parentheses == 0:
             end = next(j for j in range(i, len(self.tokens)) if self.tokens[j].text == ";")
@@ -152,8 +153,10 @@ def translate(text: str, target: Target, name: str = "program_source") -> Transl
     body = _Rewriter(tokens, target).text()
     if target == "cpu":
         end = f'\n#line 1 "entries"\n{_cpu_entries(kernels)}'
-        return Translation(f'#include "msl.h"\n{body}{end}', kernels)
+        return Translation(f'#include "msl.h"\n{body}{end}', kernels, tokens)
     if target == "cuda":
         body = CUDA_FUNCTIONS.sub(r"metal::\1", body).replace("const constexpr", "static constexpr")
-        return Translation(f'#include "msl_cuda.h"\n{body}\n{_cuda_entries(kernels)}', kernels)
-    return Translation(f'#include "msl_check.h"\n{body}', kernels)
+        return Translation(
+            f'#include "msl_cuda.h"\n{body}\n{_cuda_entries(kernels)}', kernels, tokens
+        )
+    return Translation(f'#include "msl_check.h"\n{body}', kernels, tokens)
