@@ -1,7 +1,9 @@
 """`compile_shader` for a machine without Metal: the same text and the same calls."""
 
 import ctypes
+import functools
 import itertools
+import mmap
 import re
 import subprocess
 from collections.abc import Sequence
@@ -14,7 +16,15 @@ from tests.mslsim.binding import Bound, Buffer, bind
 from tests.mslsim.translate import translate
 
 ORDERS = ("forward", "reverse", "random")
-SUM_ORDERS = ("tree", "sequential", "reversed")
+STACKS = 1024 * (128 << 10)  # bytes: a stack for each thread of a group
+SUM_ORDERS = ("halves", "in turn", "neighbours")
+
+
+@functools.cache
+def _stacks() -> Any:
+    """Shared by all libraries: pages are taken when a thread first uses them."""
+    memory = mmap.mmap(-1, STACKS, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return (ctypes.c_char * STACKS).from_buffer(memory)
 
 
 class GpuError(RuntimeError):
@@ -32,7 +42,7 @@ class Run(NamedTuple):
     seed: int = 1  # of the random order, and of noise
     ftz: bool = True  # subnormal numbers are zero
     noise: bool = False  # errors of exp, log ... as large as Metal allows
-    sum_order: str = "tree"  # of simd_sum and its like, of SUM_ORDERS
+    sum_order: str = "halves"  # of simd_sum and its like, of SUM_ORDERS
     strict: bool = True  # a simdgroup function needs every lane, which Metal does not ask
     complete: bool = True  # checked builds: every element of what may be written must be
 
@@ -140,6 +150,7 @@ class Kernel:
             (ctypes.c_uint32 * max(len(only), 1))(*only),
             len(only),
             ctypes.byref(options),
+            _stacks(),
             ctypes.byref(text),
             traffic,
             totals,
@@ -222,9 +233,9 @@ def compile_shader(
     options += ["-fno-strict-aliasing", "-fno-exceptions", "-fno-rtti"]
     options += ["-ffast-math"] if fast_math else ["-ffp-contract=off"]
     if check:
-        bounds = "array-bounds" if clang else "bounds"
+        memory = f"alignment,{'array-bounds' if clang else 'bounds'}"
         undefined = "signed-integer-overflow,shift,integer-divide-by-zero,float-cast-overflow"
-        options += ["-O1", "-g1", f"-fsanitize=thread,{bounds},{undefined}"]
+        options += ["-O1", "-g1", f"-fsanitize=thread,{memory},{undefined}"]
         options += [] if clang else ["--param", "tsan-instrument-func-entry-exit=0"]
     else:
         options += ["-O2", "-g1", "-march=native"]

@@ -22,9 +22,13 @@ class Results(NamedTuple):
 
 
 def rows(n: int, v: int, dtype: torch.dtype = torch.float32, gap: int = 0) -> Tensor:
-    """[n, v] whole numbers from -4 to 4, differing between rows, with `gap` columns of NaN."""
+    """[n, v] whole numbers from -4 to 0, but for a 4 somewhere; `gap` columns of NaN.
+
+    So no two threads, simdgroups or rows see the same largest number and sum.
+    """
     x = torch.full((n, v + gap), torch.nan, dtype=dtype)
-    x[:, :v] = torch.randint(-4, 5, (n, v))
+    x[:, :v] = torch.randint(-4, 1, (n, v))
+    x[torch.arange(n), torch.randint(0, v, (n,))] = 4
     return x[:, :v]
 
 

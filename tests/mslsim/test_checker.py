@@ -132,6 +132,26 @@ IN_POWERS = {
 }
 
 
+# where only the results are wrong
+WRONG = {
+    "the merge drops the sums of other simdgroups": (
+        "o.sum = simd_sum(sums * exp2(tops - o.top));",
+        "o.sum = sum * exp2(top - o.top);",
+    ),
+    "the merge adds sums of different scales": (
+        "simd_sum(sums * exp2(tops - o.top))",
+        "simd_sum(sums)",
+    ),
+    "the running sum keeps its old scale": (
+        "o.sum * exp2(o.top - top) + exp2(x - top)",
+        "o.sum + exp2(x - top)",
+    ),
+    "the tail is left out": ("uint j = i; j < V;", "uint j = V; j < V;"),
+    "the main loop is left out": ("uint j = 0; j < kReads;", "uint j = kReads; j < kReads;"),
+    "a row without weight counts": ("weights[row] == 0.0f", "weights[row] < 0.0f"),
+}
+
+
 def _run(text: str, rows: Tensor, **how: object) -> None:
     library = compile_shader(text, check=True, name="bug.metal")
     weights = torch.tensor([1.0, 0.0, 2.0, 1.0])
@@ -160,3 +180,65 @@ def test_bugs_in_a_reduction(name: str):
     for order in ("forward", "reverse", "random"):
         reports = _reports(text, order)
         assert _caught(text, bug, reports), (order, reports)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_results(name: str):
+    """Of bugs that break no rule of memory or order: exact arithmetic shows them."""
+    old, new = WRONG[name]
+    assert powers.FLOAT.count(old) == 1
+    library = compile_shader(powers.FLOAT.replace(old, new), check=True)
+    x, weights = powers.rows(3, 1003), torch.tensor([1.0, 0.0, 2.0])
+    found = powers.run(library, x, weights, 128)
+    assert powers.differences(found, x, weights)
+
+
+IN_SMALL = {
+    "device memory behind a barrier of the other kind": (
+        "through_device",
+        Bug("mem_flags::mem_device", "mem_flags::mem_threadgroup", "race", "out[i] = x["),
+    ),
+    "threadgroup memory behind a barrier of the other kind": (
+        "rotate",
+        Bug(
+            "shared[tid] = x[tid];\n  threadgroup_barrier(mem_flags::mem_threadgroup)",
+            "shared[tid] = x[tid];\n  threadgroup_barrier(mem_flags::mem_device)",
+            "race",
+            "out[tid] = shared",
+        ),
+    ),
+    "another simdgroup's value behind a simdgroup barrier": (
+        "within_simdgroups",
+        Bug("shared[tid ^ 1]", "shared[tid ^ 32]", "race", "shared["),
+    ),
+    "another group's element of device memory": (
+        "through_device",
+        Bug("x[i - tid + (tid + 1", "x[(tid + 1", "race", "x["),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IN_SMALL)
+def test_bugs_between_simdgroups_and_groups(name: str):
+    kernel, bug = IN_SMALL[name]
+    assert SMALL.count(bug.old) == 1
+    text = SMALL.replace(bug.old, bug.new)
+    for order in ("forward", "reverse", "random"):
+        library = compile_shader(text, check=True, name="bug.metal", order=order)
+        groups = 2 if kernel == "through_device" else 1
+        x, out = torch.randn(2, 64 * groups)
+        with pytest.raises(GpuError) as error:
+            getattr(library, kernel)(x, out, threads=64 * groups, group_size=64)
+        assert _caught(text, bug, error.value.reports), (order, error.value)
+
+
+def test_a_vector_of_unaligned_elements():
+    library = compile_shader(SMALL, check=True, name="bug.metal")
+    x = torch.randn(20)
+    x = x[1:] if x.data_ptr() % 16 == 0 else x
+    out = torch.empty(16)
+    aligned = -(x.data_ptr() // 4) % 4
+    library.fours(x, out, [aligned], threads=4, group_size=4)
+    assert torch.equal(out, x[aligned : aligned + 16])
+    with pytest.raises(GpuError, match=r"misaligned: .* at bug.metal:\d+"):
+        library.fours(x, out, [aligned - 1 if aligned else 1], threads=4, group_size=4)

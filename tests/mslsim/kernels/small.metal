@@ -75,6 +75,20 @@ kernel void positions(
   mine[4] = int(flat);
 }
 
-kernel void fill(device int* out [[buffer(0)]], constant long* ints [[buffer(1)]], uint i [[thread_position_in_grid]]) {
+// One number of the host's, everywhere.
+kernel void fill(
+    device int* out [[buffer(0)]],
+    constant long* ints [[buffer(1)]],
+    uint i [[thread_position_in_grid]]) {
   out[i] = int(ints[0]);
+}
+
+// Twice x / 4, and exp x.
+kernel void arithmetic(
+    device const float* x [[buffer(0)]],
+    device float* halves [[buffer(1)]],
+    device float* exps [[buffer(2)]],
+    uint i [[thread_position_in_grid]]) {
+  halves[i] = 2.0f * (0.25f * x[i]);
+  exps[i] = precise::exp(x[i]);
 }

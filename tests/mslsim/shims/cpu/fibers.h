@@ -1,7 +1,5 @@
 // Cooperative threads: a stack each, and a switch that saves what a call must preserve.
 #pragma once
-#include <sys/mman.h>
-
 #include "state.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -98,20 +96,6 @@ static FloatState flushing(FloatState s) { return s | 1u << 24; }
 #endif
 
 static void* scheduler_stack_pointer;
-
-// Mapped once: a stack for every fiber, each above a page that faults.
-static char* stack_of(int fiber) {
-  const size_t page = 64 << 10;  // the largest in use
-  static char* stacks = nullptr;
-  if (stacks == nullptr) {
-    size_t size = (stack_bytes + page) * max_fibers;
-    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-    stacks = static_cast<char*>(mmap(nullptr, size, PROT_NONE, flags, -1, 0));
-    for (int i = 0; i < max_fibers; ++i)
-      mprotect(stacks + (stack_bytes + page) * i + page, stack_bytes, PROT_READ | PROT_WRITE);
-  }
-  return stacks + (stack_bytes + page) * fiber + page;
-}
 
 static void suspend() { msl_switch(&fibers[current].stack_pointer, scheduler_stack_pointer); }
 

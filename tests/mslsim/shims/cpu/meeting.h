@@ -10,7 +10,7 @@ static bool same(const msl::Site& a, const msl::Site& b) {
   return a.line == b.line && !strcmp(a.call, b.call) && !strcmp(a.file, b.file);
 }
 
-static void release_exchange(int index, bool partial) {
+static void release_exchange(int index) {
   Simdgroup& s = simdgroups[index];
   const msl::Site* first = nullptr;
   for (int lane = 0; lane < msl::lanes; ++lane) {
@@ -23,7 +23,7 @@ static void release_exchange(int index, bool partial) {
              "lanes of simdgroup %d meet at different calls: %s at %s:%d and %s at %s:%d", index,
              first->call, first->file, first->line, f.site.call, f.site.file, f.site.line);
   }
-  if (options.strict && partial)
+  if (options.strict && s.arrived != s.all)
     report("simd-divergence", first->line, "only lanes %08x of simdgroup %d reach %s at %s:%d",
            s.arrived, index, first->call, first->file, first->line);
   s.present[s.generation++ & 1] = s.arrived;
@@ -65,7 +65,7 @@ extern "C" const unsigned char* msl_exchange(const void* value, unsigned size, m
   wait_at(at_exchange, site, 0);
   s.arrived |= 1u << lane;
   if (s.arrived == s.alive)
-    release_exchange(f.thread.simdgroup_index_in_threadgroup, false);
+    release_exchange(f.thread.simdgroup_index_in_threadgroup);
   else
     suspend();
   *present = s.present[half];
@@ -101,7 +101,7 @@ static void leave(Fiber& f) {
   f.state = done;
   s.alive &= ~(1u << f.thread.thread_index_in_simdgroup);
   if (s.arrived != 0 && s.arrived == s.alive)
-    release_exchange(f.thread.simdgroup_index_in_threadgroup, true);
+    release_exchange(f.thread.simdgroup_index_in_threadgroup);
 }
 
 // Nobody can run. Lets the lanes that did meet go on, if there are some; whether it could.
@@ -118,7 +118,7 @@ static bool unlock() {
   }
   for (int i = 0; i * msl::lanes < fiber_count; ++i) {
     if (simdgroups[i].arrived == 0) continue;
-    release_exchange(i, true);
+    release_exchange(i);
     released = true;
   }
   if (released) return true;

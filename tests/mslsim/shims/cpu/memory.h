@@ -13,7 +13,7 @@ static uintptr_t place(const void* pc) { return reinterpret_cast<uintptr_t>(pc);
 
 struct Access {
   char* address;
-  size_t size, align;
+  size_t size;
   bool write;
   const void* pc;
   const char* verb() const { return write ? "write" : "read"; }
@@ -135,12 +135,6 @@ static void in_buffer(int index, const Access& a) {
     report("const-write", place(a.pc), "write to the constant %s, " MSL_PC, b.name, offset_of(a.pc));
     abort_dispatch();
   }
-  const size_t align = std::max(a.align, std::min(a.size, b.element));
-  if ((place(a.address) & (align - 1)) != 0) {
-    report("misaligned", place(a.pc), "%s of %zu bytes at %s+%zu bytes, " MSL_PC, a.verb(), a.size,
-           b.name, at, offset_of(a.pc));
-    abort_dispatch();
-  }
   (a.write ? counts[index].written : counts[index].read) += a.size;
   if (!b.writable) return;
   const Now now = now_in(epochs, simdgroup_of(fibers[current]).epochs, &Epochs::device);
@@ -178,7 +172,7 @@ extern "C" void* msl_threadgroup_memory(unsigned id, size_t size, size_t align, 
   variables.push_back({id, offset, size, name});
   arena_used = offset + size;
   threadgroup_bytes += (size + 15) / 16 * 16;
-  if (threadgroup_bytes > threadgroup_limit) {
+  if (threadgroup_bytes > threadgroup_limit || arena_used > arena_bytes) {
     report("threadgroup-memory", id, "%zu bytes of threadgroup memory with %s, limit %zu",
            threadgroup_bytes, name, threadgroup_limit);
     abort_dispatch();
@@ -186,42 +180,46 @@ extern "C" void* msl_threadgroup_memory(unsigned id, size_t size, size_t align, 
   for (size_t i = 0; i < size; ++i) {
     const uint32_t nan = 0x7fa00bad;  // what an unwritten float reads as
     arena[offset + i] = char(nan >> 8 * (i % 4));
-    arena_cells[offset + i] = Cell();
+    if (options.check) arena_cells[offset + i] = Cell();
   }
   return arena + offset;
 }
 
-// The hooks. A compiler calls the aligned ones where the type promises the alignment.
 #define MSL_PC_HERE __builtin_return_address(0)
-#define MSL_HOOK(n)                                                                             \
-  void __tsan_read##n(char* p) { access({p, n, n, false, MSL_PC_HERE}); }                       \
-  void __tsan_write##n(char* p) { access({p, n, n, true, MSL_PC_HERE}); }                       \
-  void __tsan_unaligned_read##n(char* p) { access({p, n, 1, false, MSL_PC_HERE}); }             \
-  void __tsan_unaligned_write##n(char* p) { access({p, n, 1, true, MSL_PC_HERE}); }             \
-  void __tsan_read_write##n(char* p) {                                                          \
-    access({p, n, n, false, MSL_PC_HERE});                                                      \
-    access({p, n, n, true, MSL_PC_HERE});                                                       \
+#define MSL_HOOK(n)                                                                  \
+  void __tsan_read##n(char* p) { access({p, n, false, MSL_PC_HERE}); }               \
+  void __tsan_write##n(char* p) { access({p, n, true, MSL_PC_HERE}); }               \
+  void __tsan_unaligned_read##n(char* p) { access({p, n, false, MSL_PC_HERE}); }     \
+  void __tsan_unaligned_write##n(char* p) { access({p, n, true, MSL_PC_HERE}); }     \
+  void __tsan_read_write##n(char* p) {                                               \
+    access({p, n, false, MSL_PC_HERE});                                              \
+    access({p, n, true, MSL_PC_HERE});                                               \
   }
 #define MSL_UNDEFINED(name, what)                                                               \
   void __ubsan_handle_##name(const void*, size_t, size_t) {                                     \
     report("undefined", place(MSL_PC_HERE), what ", " MSL_PC, offset_of(MSL_PC_HERE));          \
   }
 extern "C" {
+void __ubsan_handle_type_mismatch_v1(const void*, const char* p) {
+  report("misaligned", place(MSL_PC_HERE), "access at %p, which its type does not allow, " MSL_PC,
+         static_cast<const void*>(p), offset_of(MSL_PC_HERE));
+  abort_dispatch();  // the processor may fault
+}
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 MSL_HOOK(1) MSL_HOOK(2) MSL_HOOK(4) MSL_HOOK(8) MSL_HOOK(16)
-void __tsan_read_range(char* p, size_t n) { access({p, n, 1, false, MSL_PC_HERE}); }
-void __tsan_write_range(char* p, size_t n) { access({p, n, 1, true, MSL_PC_HERE}); }
+void __tsan_read_range(char* p, size_t n) { access({p, n, false, MSL_PC_HERE}); }
+void __tsan_write_range(char* p, size_t n) { access({p, n, true, MSL_PC_HERE}); }
 static void* copy(void* to, const void* from, size_t n, const void* pc) {
-  access({static_cast<char*>(const_cast<void*>(from)), n, 1, false, pc});
-  access({static_cast<char*>(to), n, 1, true, pc});
+  access({static_cast<char*>(const_cast<void*>(from)), n, false, pc});
+  access({static_cast<char*>(to), n, true, pc});
   return memmove(to, from, n);
 }
 void* __tsan_memcpy(void* to, const void* from, size_t n) { return copy(to, from, n, MSL_PC_HERE); }
 void* __tsan_memmove(void* to, const void* from, size_t n) { return copy(to, from, n, MSL_PC_HERE); }
 void* __tsan_memset(void* to, int value, size_t n) {
-  access({static_cast<char*>(to), n, 1, true, MSL_PC_HERE});
+  access({static_cast<char*>(to), n, true, MSL_PC_HERE});
   return memset(to, value, n);
 }
 MSL_UNDEFINED(out_of_bounds, "index outside of an array")

@@ -51,19 +51,13 @@ struct msl_values {
     int n = 0;
     for (int i = 0; i < msl::lanes; ++i)
       if (has(i)) v[n++] = (*this)[i];
-    unsigned order = msl::msl_sum_order();
-    if (order == 1) {
-      for (int i = 1; i < n; ++i) v[0] = combine(v[0], v[i]);
-      return v[0];
-    }
-    for (int i = 0; order == 2 && i < n / 2; ++i) {
-      T other = v[i];
-      v[i] = v[n - 1 - i];
-      v[n - 1 - i] = other;
-    }
-    for (int half_n; n > 1; n = half_n) {
-      half_n = (n + 1) / 2;
-      for (int i = 0; i < n / 2; ++i) v[i] = combine(v[i], v[half_n + i]);
+    const unsigned order = msl::msl_sum_order();
+    for (int i = 1; order == 1 && i < n; ++i) v[0] = combine(v[0], v[i]);
+    for (int rest; order != 1 && n > 1; n = rest) {
+      rest = (n + 1) / 2;  // an odd one stays as it is
+      for (int i = 0; i < n / 2; ++i)
+        v[i] = order == 0 ? combine(v[i], v[rest + i]) : combine(v[2 * i], v[2 * i + 1]);
+      if (order == 2 && n % 2) v[n / 2] = v[n - 1];
     }
     return v[0];
   }

@@ -73,11 +73,12 @@ void Grid::prepare(uint64_t index) const {
     Fiber& f = fibers[i];
     const msl::Size t = unflatten(i, here);
     f.state = ready;
-    f.stack = stack_of(int(i));
+    f.stack = stacks + stack_bytes * i;
     f.stack_pointer = first_frame(f.stack + stack_bytes, fiber_main);
     f.thread = {{origin.x + t.x, origin.y + t.y, origin.z + t.z}, t, at, here, threads, groups, size,
                 i, i % msl::lanes, i / msl::lanes, simd_count, msl::lanes};
-    simdgroups[i / msl::lanes].alive |= 1u << i % msl::lanes;
+    Simdgroup& mine = simdgroups[i / msl::lanes];
+    mine.all = mine.alive |= 1u << i % msl::lanes;
   }
 }
 
@@ -90,11 +91,10 @@ static void start(const Buffer* given, int given_count) {
   aborted = false;
   switches = 0;
   buffer_count = given_count;
-  arena_cells.resize(arena_bytes);
+  arena_cells.resize(options.check ? arena_bytes : 0);
   for (int i = 0; i < given_count; ++i) {
     buffers[i] = given[i];
     counts[i] = Count();
-    cells[i].clear();
     if (options.check && given[i].writable) cells[i].resize(given[i].size / given[i].element);
   }
 }
@@ -112,6 +112,7 @@ static void finish() {
     if (options.complete && !aborted && unwritten != 0)
       report("unwritten", uintptr_t(i), "%zu elements of %s, the first at +%zu bytes", unwritten,
              b.name, first * b.element);
+    cells[i] = {};  // many libraries live in one process
   }
 }
 
@@ -119,10 +120,11 @@ static void finish() {
 extern "C" __attribute__((visibility("default"))) int msl_dispatch(
     const msl::Kernel* kernel, void* const* kernel_arguments, const Buffer* given, int given_count,
     const msl::Size* threads, const msl::Size* size, const uint32_t* groups, int group_count,
-    const Options* run, const char** text, Count* each, uint64_t* totals) {
+    const Options* run, char* stack_memory, const char** text, Count* each, uint64_t* totals) {
   dispatched = kernel;
   std::copy_n(kernel_arguments, given_count, arguments);
   options = *run;
+  stacks = stack_memory;
   start(given, given_count);
   Grid grid = {*threads, *size, {}};
   grid.groups = {(threads->x - 1) / size->x + 1, (threads->y - 1) / size->y + 1,

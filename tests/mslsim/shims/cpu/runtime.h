@@ -42,7 +42,7 @@ void msl_simdgroup_barrier(unsigned flags, Site site);
 void* msl_threadgroup_memory(unsigned id, size_t size, size_t align, const char* name);
 void msl_inactive_lane(Site site, unsigned lane);
 float msl_noise(float x, float ulps);  // x itself unless the run asks for noise
-unsigned msl_sum_order();              // 0 tree, 1 sequential, 2 reversed tree
+unsigned msl_sum_order();              // 0 halves, 1 in turn, 2 neighbours
 }
 
 }  // namespace msl

@@ -49,7 +49,7 @@ struct Epochs {
 };
 
 struct Simdgroup {
-  uint32_t alive, arrived, at_barrier;
+  uint32_t all, alive, arrived, at_barrier;  // lanes: alive ones have not returned
   unsigned generation;  // of the slots: a lane may publish before the others have read
   uint32_t present[2];
   alignas(16) unsigned char slots[2][msl::lanes * msl::slot];
@@ -74,12 +74,14 @@ struct Variable {  // in threadgroup memory
 };
 
 static const int max_fibers = 1024, max_buffers = 31;
-static const size_t stack_bytes = 128 << 10, arena_bytes = 256 << 10, threadgroup_limit = 32 << 10;
+static const size_t stack_bytes = 128 << 10;  // as in library.py
+static const size_t threadgroup_limit = 32 << 10, arena_bytes = 48 << 10;
 
 static Options options;
 static const msl::Kernel* dispatched;
 static void* arguments[max_buffers];  // not the caller's: a checked kernel may read this library
 
+static char* stacks;  // max_fibers of stack_bytes, the same for all libraries of a process
 static Fiber fibers[max_fibers];
 static Simdgroup simdgroups[max_fibers / msl::lanes];
 static int fiber_count, current = -1, arrived;  // current: -1 in the scheduler
