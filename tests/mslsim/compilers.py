@@ -79,7 +79,7 @@ def run(command: list[str]) -> None:
         raise SyntaxError(f"{command[0]} failed:\n{done.stderr[:6000]}")
 
 
-def _cached(key: str, suffix: str, make: Callable[[Path], None]) -> Path:
+def cached(key: str, suffix: str, make: Callable[[Path], None]) -> Path:
     """What `make` wrote to a path, now or before; other processes may do the same."""
     path = _cache() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}{suffix}"
     if not path.exists():
@@ -103,7 +103,7 @@ def library(text: str, flags: list[str], compiler: str) -> Path:
         source, compiled = path.with_suffix(".cpp"), path.with_suffix(".o")
         source.write_text(text)
         run([*common, *flags, f"-I{CPU_SHIMS}", "-c", str(source), "-o", str(compiled)])
-        runtime = _cached(base, ".o", make_runtime)
+        runtime = cached(base, ".o", make_runtime)
         run([compiler, "-shared", str(compiled), str(runtime), "-o", str(path), "-lm"])
 
-    return _cached(f"{base} {flags} {text}", ".so", make)
+    return cached(f"{base} {flags} {text}", ".so", make)

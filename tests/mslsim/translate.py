@@ -106,8 +106,8 @@ class _Rewriter:
 def _position(p: Parameter) -> str:
     if p.attribute in SCALARS:
         return f"{p.base}(at.{p.attribute})"
-    fields = "xyz"[: int(p.base[-1])] if p.base[-1].isdigit() else "x"
-    return f"{p.base}({', '.join(f'at.{p.attribute}.{f}' for f in fields)})"
+    scalar, count = p.base.rstrip("23"), int(p.base[-1]) if p.base[-1].isdigit() else 1
+    return f"{p.base}{{{', '.join(f'{scalar}(at.{p.attribute}.{f})' for f in 'xyz'[:count])}}}"
 
 
 def _arguments(kernel: Kernel, buffer: str) -> str:
