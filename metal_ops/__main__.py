@@ -99,7 +99,7 @@ def _simulator(parser: argparse.ArgumentParser) -> Iterator[None]:
             raise
         parser.error(
             f"--backend {SIMULATOR} needs the simulator in tests/mslsim of a source checkout: "
-            "git clone the repository of hf-distill and run this command in its folder"
+            "git clone hf-distill and run this command in its folder"
         )
     with importlib.import_module("metal_ops.backends.metal").simulated(compile_shader):
         yield
@@ -111,6 +111,8 @@ def _wheres(options: argparse.Namespace, parser: argparse.ArgumentParser) -> lis
     name = "metal" if simulated else options.backend
     devices = machine.devices() if options.device is None else [options.device]
     if simulated:
+        if options.device not in (None, torch.device("cpu")):
+            parser.error(f"--backend {SIMULATOR} runs on the CPU, got --device {options.device}")
         devices = [torch.device("cpu")]
     found, reasons = [], []
     for device in devices:

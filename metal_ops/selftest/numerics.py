@@ -257,10 +257,12 @@ def _exact(
     if kept is not None and spec.missing == "tail":
         share = (log_q_all - log_q[:, -1:]).exp().masked_fill(kept | log_q_all.isinf(), 0.0)
         grad, size = grad + share * h[:, -1:], size + share * h_size[:, -1:]
+    # a device may flush what is smaller than the normal numbers, not only a probability
+    flushed = _precision(student.dtype).tiny / _precision(student.dtype).eps
+    size, f_size = size + flushed, f_size.sum(-1) + flushed
     scale = spec.temperature**2 if spec.temperature_scaling == "t2" else 1.0
     grad_scale = scale / spec.temperature
-    sums = scale * f.sum(-1), scale * f_size.sum(-1)
-    return Exact(sums[0], grad_scale * grad, sums[1], grad_scale * size, x_max)
+    return Exact(scale * f.sum(-1), grad_scale * grad, scale * f_size, grad_scale * size, x_max)
 
 
 def exact(student: Tensor, teacher: Tensor, spec: DivergenceSpec) -> Exact:

@@ -10,13 +10,18 @@ nothing here has been run on a GPU yet. It says nothing of Apple's compiler.
 import ctypes
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from metal_ops.backends import metal
+from metal_ops.spec import KINDS
+from tests.metal import harness
 from tests.mslsim import compilers, powers, signatures
 from tests.mslsim.binding import Bound, bind
 from tests.mslsim.translate import LAUNCH_LIMIT, translate
@@ -47,7 +52,10 @@ class Driver:
     """libcuda: a context on the first GPU."""
 
     def __init__(self) -> None:
-        self.cuda = ctypes.CDLL("libcuda.so.1")
+        try:
+            self.cuda = ctypes.CDLL("libcuda.so.1")
+        except OSError as error:
+            raise RuntimeError("needs the driver of an NVIDIA GPU") from error
         self.device, context = ctypes.c_int(), ctypes.c_void_p()
         self("cuInit", 0)
         self("cuDeviceGet", ctypes.byref(self.device), 0)
@@ -135,12 +143,33 @@ def _powers(library: Library) -> list[str]:
     return wrong
 
 
+def project(
+    compile_shader: Callable[[str], Any], kinds: Sequence[str], vocabs: Sequence[int]
+) -> list[str]:
+    """What the project's kernels get wrong, by the numerics rule."""
+    wrong = []
+    with metal.simulated(compile_shader):
+        for dtype, vocab in product(harness.DTYPES, vocabs):
+            rows = harness.Rows.make(vocab, dtype, strided=True)
+            checks = [(kind, partial(harness.divergence, rows, kind)) for kind in kinds]
+            checks += [(kind, partial(harness.hidden, rows, kind)) for kind in ("mse", "cosine")]
+            checks += [("one side", partial(harness.one_side, rows, min(vocab, 8)))]
+            for name, check in checks:
+                try:
+                    check()
+                except AssertionError as error:
+                    wrong.append(f"{name} {dtype} {vocab}: {str(error).splitlines()[0]}")
+    return wrong
+
+
 def main() -> int:
     torch.manual_seed(0)
     driver = Driver()
     wrong = _powers(compiler(driver)(powers.TEXT))
     print(f"powers on {driver.architecture()}: {wrong or 'exact'}")
-    return len(wrong)
+    wrong += project(compiler(driver), KINDS, (1, 7, 1003, 32000))
+    print("\n".join(wrong) or "every kernel of metal_ops keeps the numerics rule")
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -242,3 +242,10 @@ def test_a_vector_of_unaligned_elements():
     assert torch.equal(out, x[aligned : aligned + 16])
     with pytest.raises(GpuError, match=r"misaligned: .* at bug.metal:\d+"):
         library.fours(x, out, [aligned - 1 if aligned else 1], threads=4, group_size=4)
+
+
+def test_a_row_ends_before_the_gap_to_the_next():
+    text = powers.FLOAT.replace("uint j = i; j < V;", "uint j = i; j < V + 1;")
+    library = compile_shader(text, check=True)
+    with pytest.raises(GpuError, match="read of 4 bytes at x row 0, byte 4012 of 4012, at "):
+        powers.run(library, powers.rows(4, 1003, gap=4), torch.ones(4), 128)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mslsim import compilers, cuda, powers
+from tests.mslsim import Library, compile_shader, compilers, cuda, powers
 
 pytestmark = [
     pytest.mark.skipif(
@@ -32,3 +32,15 @@ def test_a_double_is_refused():
     text = powers.FLOAT.replace(old, old.replace("= o.sum", "= 1.0 / 3.0 * o.sum"))
     with pytest.raises(SyntaxError, match="double"):
         cuda.compile_cubin(text, "sm_90")
+
+
+def test_the_comparison_sees_a_wrong_kernel():
+    """Which a run on a GPU makes; here with the simulator in place of one."""
+    assert cuda.project(compile_shader, ["tvd"], [7]) == []
+    old = "0.5f * fabs(less)"
+
+    def wrong(text: str) -> Library:
+        return compile_shader(text.replace(old, "0.4f * fabs(less)"))
+
+    found = cuda.project(wrong, ["tvd"], [7])
+    assert [f.split(" ")[0] for f in found] == ["tvd"] * 3

@@ -199,6 +199,22 @@ def test_lanes_that_are_left_out(fast: Library):
     assert out.tolist() == [0.0, 16.0] * 16
 
 
+def test_threads_run_in_the_order_asked_for():
+    """The last to write to one place wins, which a checked run would report as a race."""
+    library = compile_shader(SMALL.replace("out[i] = int(ints[0]);", "out[0] = int(i);"))
+
+    def last(**run: object) -> int:
+        out = torch.zeros(1, dtype=torch.int32)
+        library.fill(out, [7], threads=128, group_size=32, **run)
+        return int(out)
+
+    assert last(order="forward") == 127
+    assert last(order="reverse") == 0
+    random = [last(order="random", seed=seed) for seed in range(8)]
+    assert len(set(random)) > 4
+    assert random == [last(order="random", seed=seed) for seed in range(8)]
+
+
 def test_options_have_names(library: Library):
     for wrong in ({"order": "backward"}, {"sum_order": "random"}):
         with pytest.raises(ValueError, match="expected one of"):

@@ -311,6 +311,16 @@ def test_a_wrong_linear_kernel_does_not_pass(part, install, monkeypatch):
         linear_divergence_with_stats(hidden, head, *other, SPEC, student_bias=bias, **options)
 
 
+@ops
+def test_an_undecided_sign_passes(op, install, monkeypatch):
+    """Of entries that agree to the last digit the total variation has either slope."""
+    install(of=torch_kernels.MODULE)
+    monkeypatch.setenv("METAL_OPS_CHECK", "1")
+    monkeypatch.setattr(sys.modules[__name__], "SPEC", DivergenceSpec("tvd", temperature=2.0))
+    x, y = inputs(torch.bfloat16, "near_shifted")
+    results(op, x, y)
+
+
 def test_wrong_statistics_do_not_pass(install, monkeypatch):
     monkeypatch.setenv("METAL_OPS_CHECK", "1")
     student, teacher = (x.detach() for x in inputs(family="randn"))

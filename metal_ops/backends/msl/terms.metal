@@ -30,14 +30,17 @@ METAL_FUNC Entry entry(float s, float t, Side of_s, Side of_t, float inv_t) {
   Entry e;
   e.no_q = s < kFloor;
   e.no_p = t < kFloor;
-  float x = floored(s);
-  float y = floored(t);
-  e.log_q = (x - of_s.shift) * inv_t - of_s.log_sum;
-  e.log_p = (y - of_t.shift) * inv_t - of_t.log_sum;
+  float x = floored(s) - of_s.shift;
+  float y = floored(t) - of_t.shift;
+  e.log_q = x * inv_t - of_s.log_sum;
+  e.log_p = y * inv_t - of_t.log_sum;
   e.q = precise::exp(e.log_q);
   e.p = precise::exp(e.log_p);
-  // the logits' difference first: what they have in common cancels without rounding
-  e.d = ((y - x) - (of_t.shift - of_s.shift)) * inv_t - (of_t.log_sum - of_s.log_sum);
+  // What the sides have in common cancels first, without rounding: their logits, where these lie
+  // close together, else what each side's logits have in common.
+  float apart = of_t.shift - of_s.shift;
+  float d = fabs(apart) < 4.0f ? (floored(t) - floored(s)) - apart : y - x;
+  e.d = d * inv_t - (of_t.log_sum - of_s.log_sum);
   return e;
 }
 

@@ -13,7 +13,11 @@ typedef unsigned char uchar;
 typedef unsigned short ushort;
 typedef unsigned int uint;
 typedef unsigned long ulong;
+#if defined(__aarch64__) && !defined(__clang__) && __GNUC__ < 13
+typedef __fp16 half;  // all that this compiler has in C++
+#else
 typedef _Float16 half;
+#endif
 
 struct bfloat {  // to float implicitly, from float only explicitly: the rule of Metal 3.1
   uint16_t bits;
