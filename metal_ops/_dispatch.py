@@ -144,8 +144,8 @@ def run(op: str, name: str, student: Tensor, teacher: Tensor, *args: Any) -> Any
     kind = kind or next((x for x in args if isinstance(x, str)), "")
     case = Case(op, kind, student.device.type, student.dtype, teacher.dtype)
     lenient = name == "auto" and not _switch("METAL_OPS_STRICT")
+    failed = dict(_refusals.get(case, {})) if lenient else {}
     while True:
-        failed = dict(_refusals.get(case, {})) if lenient else {}
         backend = select(name, student, teacher, failed)
         try:
             return _call(backend, op, args)
@@ -153,7 +153,8 @@ def run(op: str, name: str, student: Tensor, teacher: Tensor, *args: Any) -> Any
             if not lenient or _label(backend) in failed:
                 raise
             _warn(_label(backend), error, student.device)
-            _refusals.setdefault(case, {})[_label(backend)] = str(error)
+            failed[_label(backend)] = str(error)
+            _refusals[case] = failed
 
 
 def failures(functions: tuple[str, ...], student: Tensor) -> dict[str, str]:

@@ -23,7 +23,8 @@ from metal_ops import (
 from metal_ops import _dispatch as dispatch
 from metal_ops.backends import chunked
 from metal_ops.backends._errors import KernelError
-from metal_ops.selftest.inputs import FAMILIES, sparse
+from metal_ops.selftest.inputs import FAMILIES, sparse, untied, ways
+from metal_ops.spec import KINDS
 from tests.ops import torch_kernels
 
 SPEC = DivergenceSpec("jsd", 0.3, 2.0)
@@ -251,6 +252,22 @@ def test_a_correct_backend_passes(op, dtype, family, install, monkeypatch):
     monkeypatch.setenv("METAL_OPS_CHECK", "1")
     results(op, *inputs(dtype, family))
     assert fake.calls
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_passes(kind, family, install, monkeypatch):
+    install(of=torch_kernels.MODULE)
+    monkeypatch.setenv("METAL_OPS_CHECK", "1")
+    supports = [{"support": "union", "top_k": 5, "missing": m} for m in ways(kind)]
+    for dtype, shape in ((torch.float32, (4, 1023)), (torch.bfloat16, (5, 33))):
+        for more in ({}, {"clip": 0.01}, {"clip": 0.1, "clip_level": "token"}, *supports):
+            spec = DivergenceSpec(kind, 0.7, 2.0, "t2", **more)
+            student, teacher = (x.to(dtype) for x in FAMILIES[family](*shape))
+            if more in supports:
+                student, teacher = untied(student, 5), untied(teacher, 5)
+            args = student, teacher, torch.rand(len(student)), spec, True, True
+            dispatch.run("forward", "auto", student, teacher, *args)
 
 
 # each is done to one result of one op
