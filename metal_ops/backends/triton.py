@@ -22,7 +22,7 @@ from metal_ops.backends._kernels import HardTerm
 from metal_ops.spec import DivergenceSpec
 
 DEVICES = ("cuda", "xpu")
-BLOCK_BYTES = 8192  # of a row at a time and side: see `_block`
+MIN_BLOCK, MAX_BLOCK = 8, 2048  # columns of a row at a time, see `_block`
 COLUMNS_PER_WARP = 256  # 8 a lane
 LOGITS, HIDDEN = "triton_kernels", "_triton_hidden"  # modules, imported with Triton at first use
 
@@ -56,16 +56,20 @@ def _units(device: torch.device) -> int:
     return properties.multi_processor_count
 
 
-def _block(columns: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(columns a step, warps a program).
+def _block(columns: int) -> tuple[int, int]:
+    """(columns a step, warps a program), with 8 columns a thread.
 
-    A lane reads 8 columns at a time, which is one load of 16 bytes in 16 bit and two in float32,
-    and keeps 8 of each running sum in registers. A program has as many warps as that takes to read
-    8 KiB of each side: enough bytes under way to hide memory behind few rows of few columns.
+    The kernels for sums then need 64 to 105 registers (ptxas, sm_90): with programs of 8 warps
+    two to four fit a multiprocessor, which have 16 KiB of 16-bit logits under way, or more.
     """
-    power = 1 << max(columns - 1, 1).bit_length()
-    block = min(power, BLOCK_BYTES // dtype.itemsize)
+    power = 1 << max(columns - 1, MIN_BLOCK - 1).bit_length()
+    block = min(power, MAX_BLOCK)
     return block, max(1, block // COLUMNS_PER_WARP)
+
+
+def _fold(dtype: torch.dtype) -> int:
+    """How many columns a thread loads at a time: 16 bytes."""
+    return 16 // dtype.itemsize
 
 
 def _splits(rows: int, columns: int, block: int, device: torch.device) -> tuple[int, int]:
@@ -122,7 +126,7 @@ class _Triton:
         self, student: Tensor, teacher: Tensor, weights: Tensor, spec: DivergenceSpec
     ) -> Tensor:
         (rows, vocab), weights = student.shape, weights.contiguous()
-        block, warps = _block(vocab, student.dtype)
+        block, warps = _block(vocab)
         splits, columns = _splits(rows, vocab, block, student.device)
         inv_t, *numbers = _scalars(spec)
         values = weights.new_empty(_kernels.NUM_VALUES, rows, splits)
@@ -142,6 +146,7 @@ class _Triton:
             CLIP=_cuts(spec),
             SPLITS=splits,
             BLOCK=block,
+            FOLD=_fold(student.dtype),
         )
         if splits == 1:
             return values[:, :, 0]
@@ -160,7 +165,7 @@ class _Triton:
         out: Tensor,
     ) -> None:
         (rows, vocab), factor = student.shape, factor.contiguous()
-        block, warps = _block(vocab, student.dtype)
+        block, warps = _block(vocab)
         terms = (factor, factor, factor)  # not read
         if hard is not None:
             terms = (hard.labels.contiguous(), hard.log_sum.contiguous(), hard.share.contiguous())
@@ -179,7 +184,7 @@ class _Triton:
 
     def log_sums(self, logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         (rows, vocab), kept = logits.shape, ids.shape[-1] > 0
-        block, warps = _block(vocab, logits.dtype)
+        block, warps = _block(vocab)
         splits, columns = _splits(rows, vocab, block, logits.device)
         inv_t = _float32(1 / temperature)
         result = logits.new_empty(2, rows, dtype=torch.float32)
@@ -196,7 +201,7 @@ class _Triton:
         self, logits: Tensor, log_sum: Tensor, factor: Tensor, temperature: float, out: Tensor
     ) -> None:
         rows, vocab = logits.shape
-        block, warps = _block(vocab, logits.dtype)
+        block, warps = _block(vocab)
         vectors, strides = (log_sum.contiguous(), factor.contiguous()), (logits.stride(0),)
         args = (logits, *vectors, out, vocab, *strides, out.stride(0), _float32(1 / temperature))
         _launch(LOGITS, "spread", (rows, -(-vocab // block)), args, warps, BLOCK=block)
@@ -205,7 +210,7 @@ class _Triton:
         self, student: Tensor, teacher: Tensor, weights: Tensor, kind: str, out: Tensor | None
     ) -> Tensor:
         (rows, size), weights = student.shape, weights.contiguous()
-        block, warps = _block(size, student.dtype)
+        block, warps = _block(size)
         loss = weights.new_empty(rows)
         grad = loss if out is None else out  # or nothing
         strides = (student.stride(0), teacher.stride(0), grad.stride(0))

@@ -46,6 +46,12 @@ def _merge(top, total, inv_t):
 
 
 @triton.jit
+def _fold(x, BLOCK: tl.constexpr, FOLD: tl.constexpr):
+    """[BLOCK] to [BLOCK // FOLD], by sums of neighbours."""
+    return tl.sum(tl.reshape(x, [BLOCK // FOLD, FOLD]), 1)
+
+
+@triton.jit
 def _log_sum(top, total, inv_t):
     return top * inv_t + tl.log(total)
 
@@ -114,17 +120,19 @@ def _sums(
     KIND: tl.constexpr,
     CLIP: tl.constexpr,
     BLOCK: tl.constexpr,
+    FOLD: tl.constexpr,
 ):
     """Sums over columns [first, last): f, h, both entropies; whether a largest is shared, cut."""
     x_top, x_sum, y_top, y_sum = normalisers
     x_log, y_log = tl.log(x_sum), tl.log(y_sum)
     apart = tl.log(tl.div_rn(y_sum, x_sum))  # of equal sums, zero
-    loss = tl.zeros([BLOCK], tl.float32)
-    h_sum = tl.zeros([BLOCK], tl.float32)
-    q_entropy = tl.zeros([BLOCK], tl.float32)
-    p_entropy = tl.zeros([BLOCK], tl.float32)
-    shared = tl.zeros([BLOCK], tl.int32)
-    clipped = tl.zeros([BLOCK], tl.int32)
+    # what a thread loads at a time it sums first: fewer registers, so more programs at once
+    loss = tl.zeros([BLOCK // FOLD], tl.float32)
+    h_sum = tl.zeros([BLOCK // FOLD], tl.float32)
+    q_entropy = tl.zeros([BLOCK // FOLD], tl.float32)
+    p_entropy = tl.zeros([BLOCK // FOLD], tl.float32)
+    shared = tl.zeros([BLOCK // FOLD], tl.int32)
+    clipped = tl.zeros([BLOCK // FOLD], tl.int32)
     end = first + tl.cdiv(last - first, BLOCK) * BLOCK
     for done in range(first, last, BLOCK):
         # backwards: what was read last is still in a cache
@@ -139,17 +147,18 @@ def _sums(
         if CLIP:
             over = f > bound
             f, h = tl.where(over, bound, f), tl.where(over, 0.0, h)
-            clipped |= over.to(tl.int32)
+            clipped += _fold(over.to(tl.int32), BLOCK, FOLD)
         else:
             f += zero
-        loss += f
-        h_sum += h
-        q_entropy -= tl.where(q == 0, 0.0, q * log_q)
-        p_entropy -= tl.where(p == 0, 0.0, p * log_p)
-        shared |= ((x == x_top) & (y == y_top)).to(tl.int32)
+        loss += _fold(f, BLOCK, FOLD)
+        h_sum += _fold(h, BLOCK, FOLD)
+        q_entropy -= _fold(tl.where(q == 0, 0.0, q * log_q), BLOCK, FOLD)
+        p_entropy -= _fold(tl.where(p == 0, 0.0, p * log_p), BLOCK, FOLD)
+        shared += _fold(((x == x_top) & (y == y_top)).to(tl.int32), BLOCK, FOLD)
     loss, h_sum = tl.sum(loss, 0), tl.sum(h_sum, 0)
     q_entropy, p_entropy = tl.sum(q_entropy, 0), tl.sum(p_entropy, 0)
-    return loss, h_sum, q_entropy, p_entropy, tl.max(shared, 0), tl.max(clipped, 0)
+    shared, clipped = tl.max(shared, 0) > 0, tl.max(clipped, 0) > 0
+    return loss, h_sum, q_entropy, p_entropy, shared.to(tl.float32), clipped.to(tl.float32)
 
 
 @triton.jit
@@ -171,6 +180,7 @@ def forward(
     CLIP: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    FOLD: tl.constexpr,
 ):
     """Values [NUM_VALUES, N, SPLITS], whose sums over the splits are the row's (flags: above 0)."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -199,6 +209,7 @@ def forward(
             KIND,
             CLIP,
             BLOCK,
+            FOLD,
         )
         tl.store(slot + LOSS * plane, loss)
         tl.store(slot + H_SUM * plane, h_sum)
@@ -208,8 +219,8 @@ def forward(
         tl.store(slot + Q_ENTROPY * plane, q_entropy)
         tl.store(slot + P_ENTROPY * plane, p_entropy)
         whole = x_sum + y_sum  # NaN if an entry is: then no entry is the largest
-        tl.store(slot + AGREEMENT * plane, tl.where(whole == whole, shared, 0).to(tl.float32))
-        tl.store(slot + CLIPPED * plane, clipped.to(tl.float32))
+        tl.store(slot + AGREEMENT * plane, tl.where(whole == whole, shared, 0.0))
+        tl.store(slot + CLIPPED * plane, clipped)
     else:
         for value in tl.static_range(NUM_VALUES):
             tl.store(slot + value * plane, 0.0)

@@ -20,7 +20,7 @@ COUNTS = torch.tensor([1.0, 0.0, -2.0, float("nan")])  # row 1 does not count
 
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
-    monkeypatch.setattr(triton, "BLOCK_BYTES", 128)
+    monkeypatch.setattr(triton, "MAX_BLOCK", 32)
     return Watch(monkeypatch)
 
 
