@@ -1,6 +1,9 @@
 """Divergences between a student's and a teacher's softmax, fused with the work around them.
 
 The package is named after its Metal kernels; the same ops run on every device torch has.
+`python -m metal_ops` says what it takes on this machine, and tests and times it there. With
+METAL_OPS_STRICT=1 in the environment a kernel that fails raises, where else another backend takes
+over; with METAL_OPS_CHECK=1 every result of a kernel is compared with the chunked backend's.
 """
 
 from metal_ops._dispatch import available_backends

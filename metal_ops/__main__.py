@@ -68,7 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
         "kernels on the CPU, in a checkout of the source",
     )
     test.add_argument("--device", type=_device, help="default: all that the backend takes")
-    test.add_argument("--quick", action="store_true", help="a tenth of the cases")
+    test.add_argument("--quick", action="store_true", help="a twelfth of the cases")
     test.add_argument("--json", type=_json_file, metavar="FILE", help="write the line there too")
 
     times = commands.add_parser(
@@ -99,7 +99,7 @@ def _simulator(parser: argparse.ArgumentParser) -> Iterator[None]:
             raise
         parser.error(
             f"--backend {SIMULATOR} needs the simulator in tests/mslsim of a source checkout: "
-            "git clone the repository of hf-distill and run this command in its folder"
+            "git clone hf-distill and run this command in its folder"
         )
     with importlib.import_module("metal_ops.backends.metal").simulated(compile_shader):
         yield
@@ -107,15 +107,18 @@ def _simulator(parser: argparse.ArgumentParser) -> Iterator[None]:
 
 def _wheres(options: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Where]:
     """The devices to test the backend on."""
-    name = "metal" if options.backend == SIMULATOR else options.backend
+    simulated = options.backend == SIMULATOR
+    name = "metal" if simulated else options.backend
     devices = machine.devices() if options.device is None else [options.device]
-    if options.backend == SIMULATOR:
+    if simulated:
+        if options.device not in (None, torch.device("cpu")):
+            parser.error(f"--backend {SIMULATOR} runs on the CPU, got --device {options.device}")
         devices = [torch.device("cpu")]
     found, reasons = [], []
     for device in devices:
         reason = _dispatch.available_backends(device)[name] if name != "auto" else None
         if reason is None:
-            found.append(Where(device, name))
+            found.append(Where(device, name, simulated))
         reasons.append(f"{device}: {reason}")
     if not found:
         parser.error(f"the {name} backend takes nothing here; {'; '.join(reasons)}")

@@ -46,9 +46,10 @@ def _wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _losses(
+def losses(
     case: Case, backend: str, weights: Tensor
 ) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """The ways to write the sum of weights [N] times the divergence, by name."""
     spec = DivergenceSpec(case.kind)
 
     def eager(x: Tensor, y: Tensor) -> Tensor:
@@ -114,8 +115,8 @@ def measure(case: Case, options: Options) -> dict[str, float]:
     )
     student.requires_grad_()
     weights = torch.full((case.tokens,), 1 / case.tokens, device=options.device)
-    losses = _losses(case, options.backend, weights)
-    steps = {name: _step(loss, student, teacher) for name, loss in losses.items()}
+    ways = losses(case, options.backend, weights)
+    steps = {name: _step(loss, student, teacher) for name, loss in ways.items()}
     target = torch.empty_like(teacher)
     steps["copy"] = lambda: target.copy_(teacher)
     _first_calls(steps)

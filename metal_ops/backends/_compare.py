@@ -1,14 +1,17 @@
 """By how much the results of two correct backends may differ, for METAL_OPS_CHECK.
 
-Shapes: N rows, V entries of a row. With eps that of float32 (float64 for float64) and x the row's
-largest |logit| / temperature, a probability is right to k = ROOM (1 + x) eps of itself. Then
+Shapes: N rows, V entries of a row. With eps that of float32 (float64 for float64) and x the range
+of a row's logits / temperature and a quarter of the largest (which is subtracted, for the most
+part), a probability is right to k = ROOM (1 + x) eps of itself. Then may differ
 
-    loss      k (loss + sqrt(loss) + k): where p and q nearly agree both it and its error are small
-    gradient  (k + 2 eps of its own dtype) of the row's largest, and k of the row's factor times
+    loss      by k (loss + sqrt(loss) + k): where p and q nearly agree it and its error are small;
+              and by k from 2^-10 nats on
+    gradient  by k and eps of its own dtype of the row's largest, and by k of the row's factor times
               its largest probability, below which two terms may have cancelled
 
-and more only where a rule jumps: for the mass of entries whose sign (tvd) or bound (clip) is
-undecided. A row that is wrong by a hundredth differs by more, in every dtype.
+and by more only where a rule jumps: by the mass of entries whose sign (tvd) or bound (clip) is
+undecided. A row that is wrong by 3 % differs by more, in every dtype; one in which p and q agree to
+1 % and the logits are 100 away from zero if it is wrong by 20 %.
 """
 
 from typing import Any, NamedTuple
@@ -18,11 +21,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from metal_ops import reference
+from metal_ops.backends._full import NEAR
 from metal_ops.backends._rows import accumulator
 from metal_ops.reference import NORM_MIN
 from metal_ops.spec import DivergenceSpec
 
-ROOM = 16.0
+# tests/ops/torch_kernels.py, correct in another way, needs 4, for the JSD of rows shifted by
+# 100, and 2 without shifts
+ROOM = 6.0
 # of linear: k where the logits, of which it depends, are inside the op
 LINEAR_ROOM = 2e-4
 ROWS = 64  # compared at a time
@@ -44,6 +50,14 @@ def _finite_largest(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), x.abs(), 0.0).amax(-1) if x.shape[-1] else x.new_zeros(len(x))
 
 
+def _range(x: Tensor) -> Tensor:
+    finite = x.isfinite()
+    largest = torch.where(finite, x, -torch.inf).amax(-1)
+    least = torch.where(finite, x, torch.inf).amin(-1)
+    range_ = (largest - least).clamp_min(0.0)  # of nothing finite: -inf
+    return range_ + _finite_largest(x) / 4
+
+
 def _sparse_log_p(known: tuple[Tensor, ...], vocab: int) -> Tensor:
     """The teacher's log-probabilities [N, V + 1], the tail last."""
     ids, log_probs, log_tail = known
@@ -53,10 +67,20 @@ def _sparse_log_p(known: tuple[Tensor, ...], vocab: int) -> Tensor:
     return out
 
 
-def _sides(student: Tensor, teacher: Any, spec: DivergenceSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of teacher and student by category, and x [N]; float64."""
+class Sides(NamedTuple):
+    """Log-probabilities by category, x, and the largest probability of one entry; float64."""
+
+    log_p: Tensor
+    log_q: Tensor
+    x: Tensor
+    top: Tensor
+
+
+def _sides(student: Tensor, teacher: Any, spec: DivergenceSpec) -> Sides:
+    vocab = student.shape[-1]
     y = student.double() / spec.temperature
-    log_q, x = y.log_softmax(-1), _finite_largest(y)
+    log_q, x = y.log_softmax(-1), _range(y)
+    top = log_q.amax(-1)
     if isinstance(teacher, tuple):
         log_p = _sparse_log_p(teacher, student.shape[-1])
         x = torch.maximum(x, _finite_largest(log_p))
@@ -64,17 +88,23 @@ def _sides(student: Tensor, teacher: Any, spec: DivergenceSpec) -> tuple[Tensor,
         log_q = reference.restrict(log_q, kept, spec.missing)
         if spec.missing != "tail":
             log_p = reference.restrict(log_p[:, :-1], kept, spec.missing)
-        return log_p, log_q, x
+        return Sides(log_p, log_q, x, _top_of(top, log_p, log_q, vocab))
     z = teacher.double() / spec.temperature
-    log_p, x = z.log_softmax(-1), torch.maximum(x, _finite_largest(z))
+    log_p, x = z.log_softmax(-1), torch.maximum(x, _range(z))
     if spec.support != "full":
         kept = reference.support(student, teacher, spec)
         log_p, log_q = (reference.restrict(v, kept, spec.missing) for v in (log_p, log_q))
-    return log_p, log_q, x
+    return Sides(log_p, log_q, x, _top_of(top, log_p, log_q, vocab))
+
+
+def _top_of(top: Tensor, log_p: Tensor, log_q: Tensor, vocab: int) -> Tensor:
+    """Without the tail, whose gradient is spread over its entries."""
+    tops = [top, log_p[:, :vocab].amax(-1), log_q[:, :vocab].amax(-1)]
+    return torch.stack(tops).amax(0).exp()
 
 
 def _limits(student: Tensor, teacher: Any, spec: DivergenceSpec) -> Limits:
-    log_p, log_q, x = _sides(student, teacher, spec)
+    log_p, log_q, x, largest = _sides(student, teacher, spec)
     k = ROOM * (1 + x) * torch.finfo(accumulator(student)).eps
     p, q = log_p.exp(), log_q.exp()
     f = reference.entries(log_p, log_q, spec.kind, spec.beta)
@@ -96,7 +126,6 @@ def _limits(student: Tensor, teacher: Any, spec: DivergenceSpec) -> Limits:
     if spec.clip is not None and not by_entry:
         undecided = (loss - spec.clip).abs() <= k * (loss + loss.sqrt() + spec.clip)
         jump = jump + undecided * (1 + loss)
-    largest = torch.maximum(p.amax(-1), q.amax(-1))
     return Limits(k * of_beta, one * (not pure), largest * (1 + loss), jump.nan_to_num(), undecided)
 
 
@@ -106,13 +135,15 @@ def _size(log: Tensor) -> Tensor:
 
 def _loss_room(want: Tensor, k: Tensor, floor: Tensor, scale: float) -> Tensor:
     loss = want.double().abs() / scale
+    # from NEAR on the chunked backend sums what does not cancel term by term
+    floor = torch.maximum(floor, (loss >= NEAR).double())
     return k * (loss + loss.sqrt() + k + floor) * scale
 
 
 def _gradient_room(want: Tensor, factor: Tensor, limits: Limits) -> Tensor:
     """[N], for a gradient [N, V] of rows that were given a factor [N]."""
     largest = _finite_largest(want.double())
-    relative = limits.k + 2 * torch.finfo(want.dtype).eps
+    relative = limits.k + torch.finfo(want.dtype).eps
     inside = limits.k * limits.gradient_floor + limits.jump
     info = torch.finfo(want.dtype)
     # numbers below may come out as zero; float16 has its own, and float32 behind them
@@ -235,6 +266,11 @@ def _of_linear(args: tuple[Any, ...], got: Any, want: Any) -> str | None:
             rows = want[i].double().reshape(len(want[i]), -1)
             floor = LINEAR_ROOM * abs(scale) * floor
             pairs.append((name, (got[i], want[i]), relative * _finite_largest(rows) + floor))
+    if want[2].numel():
+        limits = Limits(k, one, one, one, one.bool())
+        found = _find_stats(got[2], want[2], limits, len(student.weight))
+        if found:
+            return found
     for name, (x, y), room in pairs:
         found = _find(name, x, y, room) if len(x) else None
         if found:
@@ -253,7 +289,8 @@ def difference(op: str, args: tuple[Any, ...], got: Any, want: Any) -> str | Non
     if op == "linear":
         return _of_linear(args, got, want)
     if op == "hidden":
-        return _of_hidden(*args[:4], got, want)
+        student, teacher, kind, weights = args[:4]
+        return _of_hidden(student, teacher, kind, weights, got, want)
     if op == "backward":
         upstream, student, teacher, spec = args
         return _of_logits(student, teacher, upstream, spec, (None, None, got), (None, None, want))

@@ -167,9 +167,8 @@ def hidden(
         weights = loss.new_ones(len(student)) if weights is None else weights
     for at in blocks:
         factor = None if grad is None or weights is None else weights[at].to(inside)
-        loss[at], block = _hidden.block(
-            student[at].to(inside), teacher[at].to(inside), kind, factor
-        )
-        if grad is not None:
-            grad[at] = block
+        value, block = _hidden.block(student[at].to(inside), teacher[at].to(inside), kind, factor)
+        loss[at] = value.to(loss.dtype)
+        if grad is not None and block is not None:
+            grad[at] = block.to(grad.dtype)
     return loss, grad

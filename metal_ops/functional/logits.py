@@ -68,8 +68,9 @@ def divergence(
         spec: which divergence, at which temperature.
         mask: [...] bool or None; where False the result and its gradient are zero and nothing is
             computed.
-        backend: "auto" or "chunked". "auto" takes the first that supports the tensors; a named
-            backend is used or the call raises.
+        backend: "auto" or a name of `available_backends`. "auto" takes the first that supports the
+            tensors, and where a kernel of it does not compile or start, with a warning, the next;
+            a named backend is used or the call raises.
 
     Returns:
         [...] float32 (float64 for float64 student logits), in nats.
@@ -77,7 +78,8 @@ def divergence(
     Raises:
         ValueError: shapes, devices or the mask disagree; the backend's name is unknown.
         NotImplementedError: no allowed backend supports the tensors; the message gives each reason.
-        RuntimeError: a second derivative is asked for.
+        RuntimeError: a second derivative is asked for; a kernel of a named backend failed; or
+            METAL_OPS_CHECK is set and two backends disagree.
 
     Numerics:
         float32 inside for every input dtype but float64. For float32 and float64 the gradient is

@@ -113,13 +113,24 @@ def _show_choices(device: torch.device) -> None:
     print(f"{'':12}" + "".join(f"{dtype:>10}" for dtype in dtypes))
     for op in FUNCTIONS:
         print(f"{op:12}" + "".join(f"{found[op, dtype][0]:>10}" for dtype in dtypes))
-    why: dict[tuple[str, str], list[str]] = {}
-    for (op, dtype), (_, reasons) in found.items():
+    why: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for call, (_, reasons) in found.items():
         for reason in reasons.items():
-            why.setdefault(reason, []).append(f"{op} {dtype}")
+            why.setdefault(reason, []).append(call)
     for (name, reason), calls in why.items():
-        which = "" if len(calls) == len(found) else f" ({', '.join(calls)})"
-        print(f"not {name}{which}: {reason}")
+        which = ", ".join(_named(calls, len(FUNCTIONS)))
+        print(f"not {name} for {which}: {reason}")
+
+
+def _named(calls: list[tuple[str, str]], num_ops: int) -> list[str]:
+    """Calls (op, dtype), those of all ops by the dtype alone."""
+    by_dtype: dict[str, list[str]] = {}
+    for op, dtype in calls:
+        by_dtype.setdefault(dtype, []).append(op)
+    return [
+        dtype if len(ops) == num_ops else f"{dtype} ({', '.join(ops)})"
+        for dtype, ops in by_dtype.items()
+    ]
 
 
 def show() -> None:

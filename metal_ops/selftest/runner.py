@@ -106,7 +106,7 @@ def passed(report: Report) -> bool:
 def show(report: Report) -> None:
     """The table, and the first failures."""
     where = report.where
-    print(f"\n{where.device}, backend {where.backend}, {report.seconds:.0f} s")
+    print(f"\n{where.device}, backend {where.name}, {report.seconds:.0f} s")
     print(f"{'op':12}{'dtype':10}{'compared':>10}{'failed':>8}{'largest c':>11}   (of {C:g})")
     for (op, dtype), tally in report.tallies.items():
         numbers = f"{tally.comparisons:10}{tally.failures:8}{tally.largest_c:11.3g}"
@@ -129,7 +129,7 @@ def as_json(reports: list[Report], quick: bool) -> str:
         devices.append(
             {
                 "device": str(report.where.device),
-                "backend": report.where.backend,
+                "backend": report.where.name,
                 "largest_c": largest,
                 "compared": sum(t.comparisons for t in tallies),
                 "failed": sum(t.failures for t in tallies),

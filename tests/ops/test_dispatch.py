@@ -17,6 +17,7 @@ from metal_ops import (
     divergence,
     hidden_divergence,
     linear_divergence,
+    linear_divergence_with_stats,
     sparse_divergence,
 )
 from metal_ops import _dispatch as dispatch
@@ -263,8 +264,13 @@ MISTAKES: dict[str, Callable[[Tensor], object]] = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 @pytest.mark.parametrize("part", ["loss", "gradient"])
-@pytest.mark.parametrize("family", ["randn", "peaked", "planted", "near", "near_shifted"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "family"),
+    [
+        *[(d, f) for d in DTYPES for f in ("randn", "peaked", "planted", "near")],
+        (torch.float32, "near_shifted"),  # rounded to 16 bits both sides would be equal
+    ],
+)
 @pytest.mark.parametrize("op", [run_divergence, run_sparse, run_hidden])
 def test_a_wrong_kernel_does_not_pass(op, dtype, family, part, mistake, install, monkeypatch):
     def spoil(function: Callable) -> Callable:
@@ -287,11 +293,12 @@ def test_a_wrong_kernel_does_not_pass(op, dtype, family, part, mistake, install,
         results(op, x, y)
 
 
-@pytest.mark.parametrize("part", range(6))
+@pytest.mark.parametrize("part", [0, 1, 2, 3, 4, 5])
 def test_a_wrong_linear_kernel_does_not_pass(part, install, monkeypatch):
     def spoilt(*args: Any) -> Any:
         out = chunked.linear(*args)
-        out[part][..., -1:].mul_(1.05)
+        x = out[part] if part == 0 else out[part].select(-1, -1) if part != 2 else out[part][0, 1:2]
+        x.mul_(1.05)
         return out
 
     install(linear=spoilt)
@@ -300,12 +307,12 @@ def test_a_wrong_linear_kernel_does_not_pass(part, install, monkeypatch):
     other = torch.randn(6, 8), torch.randn(33, 8)
     options = {"weights": torch.rand(6), "labels": torch.randint(33, (6,)), "alpha": 0.5}
     with pytest.raises(RuntimeError, match="METAL_OPS_CHECK: linear of the fake backend"):
-        linear_divergence(hidden, head, *other, SPEC, student_bias=bias, **options)
+        linear_divergence_with_stats(hidden, head, *other, SPEC, student_bias=bias, **options)
 
 
 def test_wrong_statistics_do_not_pass(install, monkeypatch):
     monkeypatch.setenv("METAL_OPS_CHECK", "1")
-    student, teacher = (x.detach() for x in inputs())
+    student, teacher = (x.detach() for x in inputs(family="randn"))
     spec = DivergenceSpec("jsd", clip=0.05)
     for row, name in enumerate(("student_entropy", "teacher_entropy", "top1_agreement", "clipped")):
 

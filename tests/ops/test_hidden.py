@@ -56,12 +56,10 @@ def test_mixed_dtypes(kind):
     check(student.double(), teacher, kind)
     # a teacher in float64 is not rounded to the student's dtype first
     close = student.double() * (1 + 1e-9)
-    want = exact_hidden(student, close, kind)
-    got = hidden_divergence(student, close, kind)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(
-        got.double(), want.loss, rtol=1e-6, atol=0 if kind == "mse" else 1e-30
-    )
+    check(student, close, kind, "a float64 teacher")
+    mask = torch.tensor([True, False, True, True])
+    got = hidden_divergence(student, close, kind, mask=mask)
+    assert torch.equal(got[mask], hidden_divergence(student[mask], close[mask], kind))
 
 
 @kinds
@@ -134,12 +132,10 @@ def test_exact_numbers_are_the_reference(kind):
 def test_near_identical_rows_keep_their_digits(kind):
     teacher = torch.randn(6, 4096)
     student = teacher * (1 + 1e-4 * torch.randn(6, 4096))
+    check(student, teacher, kind)
     want = exact_hidden(student, teacher, kind)
-    got = hidden_divergence(student, teacher, kind)
-    torch.testing.assert_close(got.double(), want.loss, rtol=2e-6, atol=0)
-    naive = reference.hidden_divergence(student, teacher, kind)
-    if kind == "cosine":  # 5e-9, of which float32 has no digit beside one
-        assert ((naive - want.loss).abs() > 0.1 * want.loss).any()
+    # so that the rule allows float32 a few millionths of it
+    assert (want.loss_magnitude < 10 * want.loss).all()
     assert not hidden_divergence(teacher, teacher, kind).any()
 
 
@@ -147,9 +143,9 @@ def by_one_less_a_product(s: Tensor, t: Tensor) -> Tensor:
     return reference.hidden_divergence(s, t, "cosine")
 
 
-def with_eps_added(s: Tensor, t: Tensor) -> Tensor:
-    a, b = (x.norm(dim=-1) + NORM_MIN for x in (s, t))
-    return 1 - ((s / a[:, None]) * (t / b[:, None])).sum(-1)
+def of_any_length(s: Tensor, t: Tensor) -> Tensor:
+    s, t = (x.double() / x.double().norm(dim=-1, keepdim=True).clamp_min(1e-30) for x in (s, t))
+    return 1 - (s * t).sum(-1)
 
 
 WRONG: dict[str, tuple[str, str, Callable[[Tensor, Tensor], Tensor]]] = {
@@ -161,7 +157,7 @@ WRONG: dict[str, tuple[str, str, Callable[[Tensor, Tensor], Tensor]]] = {
     ),
     "in bfloat16": ("mse", "randn", lambda s, t: (s.bfloat16() - t).square().mean(-1).float()),
     "one less a product": ("cosine", "near", by_one_less_a_product),
-    "no rows of zeros": ("cosine", "lengths", with_eps_added),
+    "short rows as long ones": ("cosine", "lengths", of_any_length),
     "sign": ("cosine", "randn", lambda s, t: reference.hidden_divergence(t.abs(), s, "cosine")),
 }
 
