@@ -37,10 +37,12 @@ class Kernel(NamedTuple):
     meta: dict[str, Any]
 
 
-def kernels(dtype: torch.dtype, kinds: tuple[str, ...]) -> Iterator[Kernel]:
+def kernels(
+    dtype: torch.dtype, kinds: tuple[str, ...], clips: tuple[bool, ...]
+) -> Iterator[Kernel]:
     """All of them."""
     block, fold = backend._block(151_936)[0], backend._fold(dtype)
-    for kind, clip in product(kinds, (False, True)):
+    for kind, clip in product(kinds, clips):
         rows = {"KIND": kind, "CLIP": clip, "BLOCK": block}
         for splits in (1, 32):
             yield Kernel(triton_kernels.forward, rows | {"SPLITS": splits, "FOLD": fold})
@@ -94,13 +96,14 @@ def resources(cubin: bytes) -> dict[str, int]:
 def main() -> None:
     """Compile everything for every target named."""
     every, targets = "--all" in sys.argv, [x for x in sys.argv[1:] if x != "--all"]
+    kinds, clips = (KINDS, (False, True)) if every else (("jsd",), (True,))
     for text in targets:
         name, arch = text.split(":")
         target = GPUTarget(
             name, int(arch) if name == "cuda" else arch, 32 if name == "cuda" else 64
         )
         for dtype in TYPES if every else (torch.bfloat16,):
-            for kernel in kernels(dtype, KINDS if every else ("jsd",)):
+            for kernel in kernels(dtype, kinds, clips):
                 built = build(kernel, dtype, target)
                 assembly = built.asm["ptx" if name == "cuda" else "amdgcn"]
                 line = {

@@ -11,7 +11,7 @@ from tests.ops import test_values as values
 from tests.ops.again import again, run
 from tests.triton import on_device
 
-SAMPLE = 61
+SAMPLE = 89
 
 
 @pytest.mark.parametrize(("test", "arguments"), again(every=SAMPLE))
@@ -42,9 +42,9 @@ def narrow(monkeypatch: pytest.MonkeyPatch, units: int, block: int = 32) -> None
 
 @pytest.mark.parametrize("i", range(len(values.SPECS)), ids=[values.name(s) for s in values.SPECS])
 def test_many_blocks(i, monkeypatch):
-    """Rows of 9 blocks, whole or split over as many programs, the last of them ragged."""
+    """Rows of 4 blocks, whole or split over as many programs, the last of them ragged."""
     narrow(monkeypatch, units=64 * (i % 3 > 0))
-    monkeypatch.setattr(values, "SHAPES", [(4, 33), (2, 257)])
+    monkeypatch.setattr(values, "SHAPES", [(3, 97)])
     arguments = {
         "spec": values.SPECS[i],
         "dtype": (torch.float32, torch.bfloat16, torch.float16)[i % 3],
