@@ -24,7 +24,7 @@ from metal_ops.backends._machine import describe
 from metal_ops.spec import DivergenceSpec
 
 # the first that supports the tensors wins; each is a module of metal_ops.backends
-BACKENDS = ("metal", "chunked")
+BACKENDS = ("metal", "triton", "chunked")
 
 logger = logging.getLogger("metal_ops")
 

@@ -28,7 +28,7 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def ours(h: Tensor, w: Tensor, th: Tensor, tw: Tensor, kind: str) -> Tensor:
-    weights = torch.full((len(h),), 1 / len(h))
+    weights = torch.full((len(h),), 1 / len(h), device=h.device)
     return linear_divergence(h, w, th, tw, DivergenceSpec(kind), weights=weights)
 
 
@@ -44,7 +44,7 @@ def trl(h: Tensor, w: Tensor, th: Tensor, tw: Tensor, kind: str) -> Tensor:
 def liger(h: Tensor, w: Tensor, th: Tensor, tw: Tensor, kind: str, compiled: bool) -> Tensor:
     """A mean over the labels that are not -100, whose own loss weighs nothing."""
     assert Liger is not None
-    labels = torch.zeros(len(h), dtype=torch.int64)
+    labels = torch.zeros(len(h), dtype=torch.int64, device=h.device)
     settings = (0.0, 1.0, BETAS[kind], -100, 1.0, compiled, LIGER_CHUNK)
     return Liger.apply(h, w, th, tw, labels, None, None, *settings)
 

@@ -54,6 +54,7 @@ class Backend(ModuleType):
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_refusals", {})
     monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(dispatch, "BACKENDS", ("chunked",))  # and what a test installs
     for name in ("METAL_OPS_STRICT", "METAL_OPS_CHECK"):
         monkeypatch.delenv(name, raising=False)
 
