@@ -73,15 +73,15 @@ def test_documented_fields_and_defaults(config: type):
             assert str(getattr(made, name)) == str(words.get(default, default)), name
 
 
-def test_table_of_losses_and_backends():
-    rows = re.findall(
-        r"^\| `(\w+)` \| .* \| (\S.*?) \| (\S.*?) \| (\S.*?) \|$", README, re.MULTILINE
-    )
-    assert {kind: cells for kind, *cells in rows} == {
-        k: ["yes", "not yet", "not yet"] for k in KINDS
-    }
-    assert available_backends() == {"chunked": None}
-    assert [DivergenceSpec(kind).kind for kind, *_ in rows] == list(KINDS)
+def test_table_of_losses():
+    rows = re.findall(r"^\| `(\w+)` \| \S.* \|$", README, re.MULTILINE)
+    assert [kind for kind in rows if kind in KINDS] == list(KINDS)
+
+
+def test_backends_that_are_named_exist():
+    assert "Metal kernels on Apple GPUs, Triton kernels" in README
+    assert list(available_backends()) == ["metal", "triton", "chunked"]
+    assert available_backends()["chunked"] is None
 
 
 def test_make_targets_that_are_named_exist():
