@@ -36,7 +36,9 @@ class Kernels(Protocol):
     def forward(
         self, student: Tensor, teacher: Tensor, weights: Tensor, spec: DivergenceSpec
     ) -> Tensor:
-        """[NUM_VALUES, N] float32 over the full vocabulary, before token clips and scaling.
+        """[NUM_VALUES or more, N] float32 over the full vocabulary, before token clips and scaling.
+
+        What follows the NUM_VALUES rows is for the same backend's `backward`.
 
         LOSS is sum(f), H_SUM is sum(h) of `_terms`, the log-sums are of logits / temperature.
         Rows whose weight [N] is 0 give zeros and are not read.
