@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 TINY = tl.constexpr(1.1754943508222875e-38)  # the least normal number: GPUs may flush what is less
+UP = tl.constexpr(2.0**64)  # times a probability: room for a mixture far below the least of them
 
 
 @triton.jit
@@ -45,10 +46,11 @@ def _difference(p, q, ratio):
 
 @triton.jit
 def _mixture(a, b, beta, rest):
-    """M = beta a + rest b, and (a - b) / m, with 0 / 0 = 0."""
+    """A, b and m = beta a + rest b, all times UP; and (a - b) / m, with 0 / 0 = 0."""
+    a, b = a * UP, b * UP
     m = beta * a + rest * b
     m = tl.where(m < TINY, TINY, m)
-    return m, (a - b) / m
+    return a, b, m, (a - b) / m
 
 
 @triton.jit
@@ -70,25 +72,25 @@ def _kl(p, q, ratio, beta, rest, KIND: tl.constexpr, WHOLE: tl.constexpr):
 
 @triton.jit
 def _jsd(p, q, beta, rest):
-    m, relative = _mixture(p, q, beta, rest)
-    h = rest * q * _log_share(q, m, -beta * relative)
-    f = beta * p * _log_share(p, m, rest * relative)
+    p_up, q_up, m, relative = _mixture(p, q, beta, rest)
+    h = rest * q * _log_share(q_up, m, -beta * relative)
+    f = beta * p * _log_share(p_up, m, rest * relative)
     return f + h, h
 
 
 @triton.jit
 def _skew_kl(p, q, beta, rest, WHOLE: tl.constexpr):
-    m, relative = _mixture(p, q, beta, rest)
-    f = p * _log_share(p, m, rest * relative)
-    h = -rest * q * (p / m) if WHOLE else -rest * rest * q * relative
+    p_up, _, m, relative = _mixture(p, q, beta, rest)
+    f = p * _log_share(p_up, m, rest * relative)
+    h = -rest * q * (p_up / m) if WHOLE else -rest * rest * q * relative
     return f, rest * (q - p), h
 
 
 @triton.jit
 def _skew_reverse_kl(p, q, beta, rest, WHOLE: tl.constexpr):
-    m, relative = _mixture(q, p, beta, rest)
-    f = q * _log_share(q, m, rest * relative)
-    h = f + (rest * q * (p / m) if WHOLE else -beta * rest * q * relative)
+    q_up, p_up, m, relative = _mixture(q, p, beta, rest)
+    f = q * _log_share(q_up, m, rest * relative)
+    h = f + (rest * q * (p_up / m) if WHOLE else -beta * rest * q * relative)
     return f, rest * (p - q), h
 
 

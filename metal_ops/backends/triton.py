@@ -59,8 +59,8 @@ def _units(device: torch.device) -> int:
 def _block(columns: int) -> tuple[int, int]:
     """(columns a step, warps a program), with 8 columns a thread.
 
-    The kernels for sums then need 64 to 105 registers (ptxas, sm_90): with programs of 8 warps
-    two to four fit a multiprocessor, which have 16 KiB of 16-bit logits under way, or more.
+    The kernels for sums then need 48 to 107 registers (ptxas, sm_90): with programs of 8 warps
+    two to five fit a multiprocessor, which have 16 KiB of 16-bit logits under way, or more.
     """
     power = 1 << max(columns - 1, MIN_BLOCK - 1).bit_length()
     block = min(power, MAX_BLOCK)

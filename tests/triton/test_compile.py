@@ -28,7 +28,7 @@ def check(lines: list[dict]) -> None:
         assert line["wide rows"], line
         if "reg" in line:
             assert line["reg"] <= REGISTERS, line
-            assert line["stack"] <= 64, line  # bytes: a few registers kept in memory
+            assert line["stack"] <= 16, line  # bytes: a few registers kept in memory
 
 
 def test_one_kind(tmp_path, monkeypatch):

@@ -55,6 +55,10 @@ def clips(patch: pytest.MonkeyPatch) -> None:
     values.test_clip_is_autograd_of_the_definition("jsd", "vocab_entry", torch.float32)
 
 
+def ends_of_beta(_: pytest.MonkeyPatch) -> None:
+    special.test_jsd_near_the_ends_of_beta(1 - 1e-9, "peaked")
+
+
 def statistics(patch: pytest.MonkeyPatch) -> None:
     narrow(patch, 64)
     special.test_stats("peaked", torch.float32)
@@ -119,6 +123,7 @@ def far(kind: str, **options: object) -> Check:
 
 ID = "tl.program_id(0).to(tl.int64), tl.program_id(1)"
 MUTANTS = {
+    "mixture: no room below": Mutant(TERMS, "2.0**64", "1.0", ends_of_beta),
     "0 * inf": Mutant(
         TERMS,
         "tl.where(weight == 0, 0.0, weight * value)",

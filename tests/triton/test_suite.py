@@ -11,7 +11,7 @@ from tests.ops import test_values as values
 from tests.ops.again import again, run
 from tests.triton import on_device
 
-SAMPLE = 89
+SAMPLE = 149
 
 
 @pytest.mark.parametrize(("test", "arguments"), again(every=SAMPLE))
