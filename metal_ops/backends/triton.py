@@ -113,7 +113,7 @@ def _launch(
         guard = getattr(torch, device.type).device(device)
     try:
         with guard:
-            function = getattr(importlib.import_module(f"metal_ops.backends.{module}"), kernel)
+            function = getattr(importlib.import_module(f"{__package__}.{module}"), kernel)
             function[grid](*args, **meta, num_warps=warps)
     except Exception as error:  # of Triton, ptxas, a C compiler or the driver
         raise KernelError(f"triton {kernel}", f"{type(error).__name__}: {error}") from error
