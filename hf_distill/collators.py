@@ -234,6 +234,12 @@ class HintCollator:
                 f"the completion must have a reply to score ({self.scored!r}), got roles "
                 f"{[m['role'] for m in completion]} and {len(hints)} hints"
             )
+        for hint in hints:
+            if hint.at + (hint.hint.where == "after") > replies[-1]:
+                raise ValueError(
+                    f"a hint must stand before a reply that is scored, the last is message "
+                    f"{replies[-1]}; got {hint.hint.where!r} of message {hint.at}"
+                )
         student = render(messages, replies, self._template, self.eos_token_id)
         length = len(self.context_ids(prompt))
         self._check(prompt, "prompt", length, self.max_prompt_length)
@@ -262,14 +268,21 @@ class HintCollator:
         while (excess := len(made.ids) - len(student.ids) - budget) > 0:
             offsets = [self._offsets(hint.text) for hint in hints]
             longest = max(range(len(hints)), key=lambda i: len(offsets[i]))
-            kept = max(1, len(offsets[longest]) - excess)
-            if len(offsets[longest]) <= 1:  # nothing is left to cut
+            text = hints[longest].text
+            text = text[: self._end(offsets[longest], max(1, len(offsets[longest]) - excess))]
+            if len(text) in (0, len(hints[longest].text)):  # nothing is left to cut
                 self._check(prompt, "hint", budget + excess, budget)
-            end = offsets[longest][kept - 1][1]
             hints = [*hints]
-            hints[longest] = hints[longest]._replace(text=hints[longest].text[:end])
+            hints[longest] = hints[longest]._replace(text=text)
             made = teacher(hints)
         return Made(student, made, True)
+
+    @staticmethod
+    def _end(offsets: Sequence[tuple[int, int]], kept: int) -> int:
+        """Where a text ends after so many tokens; the bytes of a character stay together."""
+        while kept and kept < len(offsets) and offsets[kept][0] < offsets[kept - 1][1]:
+            kept -= 1
+        return offsets[kept - 1][1] if kept else 0
 
     def _offsets(self, text: str) -> list[tuple[int, int]]:
         """Where in a text its tokens begin and end."""

@@ -97,6 +97,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def kept_rng(device: torch.device) -> Iterator[None]:
+    """The random state of the CPU and of a device is afterwards as it was."""
+    module = None if device.type == "cpu" else getattr(torch, device.type)
+    state = None if module is None else module.get_rng_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            if module is not None:
+                module.set_rng_state(state)
+
+
+@contextmanager
 def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     had = module.__dict__.get("forward")
     module.forward = forward

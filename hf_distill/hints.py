@@ -1,7 +1,10 @@
 """Hints: text that only the teacher sees, and where it stands in the teacher's context."""
 
+import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from string import Formatter
 from typing import Any, NamedTuple
 
 Messages = list[dict[str, Any]]
@@ -20,7 +23,8 @@ class Hint:
         text: a column's name; or a template with columns in braces ("The answer is {answer}."); or
             a function from the row to the text, which may be None for a row without this hint.
         where: "user" appends the hint to a user message (after a text prompt), "system" adds it to
-            the system message, which is made if there is none (before a text prompt); "before" and
+            the system message, which is made if there is none (before a text prompt) and then
+            takes the place of one that the chat template writes by itself; "before" and
             "after" make it a message of its own beside message `turn`.
         separator: between the hint and the text it joins.
         turn: the message that "user", "before" and "after" mean, counted over prompt and
@@ -57,18 +61,24 @@ class Hint:
             if text is None:
                 return None
         else:
-            template = self.text if "{" in self.text else "{" + self.text + "}"
-            try:
-                text = template.format_map(row)
-            except KeyError as error:
-                raise ValueError(
-                    f"the hint needs column {error.args[0]!r}, the row has {sorted(row)}"
-                ) from None
-            if template == "{" + self.text + "}" and not isinstance(row[self.text], str):
-                raise ValueError(f"the hint must be a string, got {row[self.text]!r}")
+            text = self._filled(row)
         if not isinstance(text, str) or not text:
             raise ValueError(f"the hint must be a non-empty string, got {text!r}")
         return text
+
+    def _filled(self, row: Row) -> Any:
+        assert isinstance(self.text, str)
+        is_template = "{" in self.text
+        names = [self.text]
+        if is_template:  # of {a.b[0]:>3} the column is a
+            fields = [name for _, name, _, _ in Formatter().parse(self.text) if name is not None]
+            names = [re.split(r"[.\[]", name)[0] for name in fields]
+        for name in names:
+            if name not in row:
+                raise ValueError(f"the hint needs column {name!r}, the row has {sorted(row)}")
+            if row[name] is None:
+                raise ValueError(f"the hint's column {name!r} must not be None")
+        return self.text.format_map(row) if is_template else row[self.text]
 
     def index(self, row: Row, messages: Messages, num_prompt: int) -> int:
         """The message of a dialogue beside which, or in which, the hint stands.
@@ -93,11 +103,11 @@ class Hint:
             )
         turn = self.turn(row) if callable(self.turn) else self.turn
         turn = row[turn] if isinstance(turn, str) else turn
-        if not isinstance(turn, int) or not -len(messages) <= turn < len(messages):
+        if not hasattr(turn, "__index__") or not -len(messages) <= turn < len(messages):
             raise ValueError(
                 f"the hint's turn must name one of {len(messages)} messages, got {turn!r}"
             )
-        turn %= len(messages)
+        turn = operator.index(turn) % len(messages)
         if self.where == "user" and messages[turn]["role"] != "user":
             raise ValueError(
                 f"a hint in the user turn needs a user message, got {messages[turn]!r} at {turn}"
@@ -142,6 +152,16 @@ def placed(hint: Hint, row: Row, text: str, messages: Messages, num_prompt: int)
     return Placed(hint, text, at)
 
 
+def _appended(message: dict[str, Any], text: str) -> dict[str, Any]:
+    """The message with more text; its content is a string or a list of parts."""
+    content = message["content"]
+    if isinstance(content, str):
+        return message | {"content": content + text}
+    if isinstance(content, list):
+        return message | {"content": [*content, {"type": "text", "text": text}]}
+    raise ValueError(f"a hint needs a message with content to append to, got {message!r}")
+
+
 def insert_all(messages: Messages, hints: Sequence[Placed]) -> Hinted:
     """The dialogue with all hints; `messages` is left as it is, also its indices' meaning."""
     before: list[Messages] = [[] for _ in messages]
@@ -153,9 +173,10 @@ def insert_all(messages: Messages, hints: Sequence[Placed]) -> Hinted:
             side = before if hint.where == "before" else after
             side[at].append({"role": hint.role, "content": text})
         elif hint.where == "user":
-            changed[at]["content"] += hint.separator + text
+            changed[at] = _appended(changed[at], hint.separator + text)
         elif first or (changed and changed[0]["role"] == "system"):
-            (first or changed)[0]["content"] += hint.separator + text
+            target = first or changed
+            target[0] = _appended(target[0], hint.separator + text)
         else:
             first = [{"role": "system", "content": text}]
     result, moved = first, []

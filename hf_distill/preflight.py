@@ -1,8 +1,8 @@
 """A check before training: a self-teacher without a hint must say what the student says.
 
-Most silent faults of self-distillation show here, as a divergence that should be zero: contexts
-that differ by more than the hint, padding or positions that reach the logits, a teacher that is not
-the student, an adapter that was trained before, dropout.
+Several silent faults of self-distillation show here, as a divergence that should be zero: contexts
+that a collator of one's own builds differently, padding or positions that reach the logits, a
+teacher that is not the student, an adapter that was trained before, dropout.
 """
 
 import logging
@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from hf_distill.alignment import Rendered, Side, pad
-from hf_distill.heads import Reader, evaluating, unwrap
+from hf_distill.heads import Reader, evaluating, kept_rng, unwrap
 from hf_distill.teachers import Teacher, adapters_off
 from metal_ops import DivergenceSpec, divergence
 
@@ -68,6 +68,7 @@ def check_empty_hint(
     student_rows: Sequence[Rendered],
     teacher_rows: Sequence[Rendered],
     pad_token_id: int,
+    in_16_bit: bool = False,
 ) -> float:
     """The largest JSD of a token between student and teacher, in nats, on rows without a hint.
 
@@ -77,6 +78,7 @@ def check_empty_hint(
         student_rows: its rows, of different lengths.
         teacher_rows: the same rows as the teacher's side is built.
         pad_token_id: for padding.
+        in_16_bit: whether the model computes in 16 bits though its logits may be float32.
 
     Raises:
         EmptyHintError: it is not zero, or depends on padding; the message names what differs.
@@ -94,7 +96,8 @@ def check_empty_hint(
         padded = {"right": reader.logits(model, right)}
         left = _side(student_rows, pad_token_id, "left", device)
         padded["left"] = reader.logits(model, left)
-    tolerance = TOLERANCE.get(alone.dtype, TOLERANCE_16_BIT)
+    in_16_bit = in_16_bit or any(p.dtype not in TOLERANCE for p in unwrap(model).parameters())
+    tolerance = TOLERANCE_16_BIT if in_16_bit else TOLERANCE.get(alone.dtype, TOLERANCE_16_BIT)
     for where, logits in padded.items():
         found = _apart(logits, alone)
         if not found <= tolerance:
@@ -139,8 +142,7 @@ def _warn_of_dropout(
     model: nn.Module, reader: Reader, side: Side, calm: Tensor, tolerance: float
 ) -> None:
     was_training, device = model.training, calm.device
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
+    with kept_rng(device):
         model.train()
         try:
             found = _apart(reader.logits(model, side), calm)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from hf_distill.alignment import pad
-from hf_distill.heads import causal_lm, evaluating, unwrap
+from hf_distill.heads import causal_lm, evaluating, kept_rng, unwrap
 
 
 def end_token_ids(model: nn.Module, eos_token_id: int | None) -> list[int]:
@@ -90,8 +90,7 @@ def generate(
     )
     ids = pad(prompts, pad_token_id, side="left").to(device)
     mask = pad([[1] * len(prompt) for prompt in prompts], 0, side="left").to(device)
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), evaluating(lm), _no_generation_defaults(lm):
+    with kept_rng(device), evaluating(lm), _no_generation_defaults(lm):
         torch.manual_seed(seed)
         output = lm.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     return [cut(row, end_ids) for row in output[:, ids.shape[1] :].tolist()]

@@ -153,7 +153,11 @@ class SelfTeacher:
         elif self.kind == "base":
             logger.info("teacher base: the student with its adapters off, no extra weights")
         elif self.kind == "ema":
-            self._average = {n: p.detach().clone() for n, p in _trainable(student)}
+            # in float32: a step of 1 - ema_decay would be lost in 16 bits
+            self._average = {
+                n: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+                for n, p in _trainable(student)
+            }
             logger.info(
                 "teacher ema: decay %g, %d averaged tensors", self.ema_decay, len(self._average)
             )
@@ -182,7 +186,7 @@ class SelfTeacher:
         kept = {name: parameter.data for name, parameter in _trainable(model)}
         try:
             for name, parameter in _trainable(model):
-                parameter.data = self._average[name]
+                parameter.data = self._average[name].to(parameter.dtype)
             yield
         finally:
             for name, parameter in _trainable(model):
@@ -193,7 +197,8 @@ class SelfTeacher:
         """Move the average towards the student by 1 - ema_decay."""
         if self.kind == "ema":
             for name, parameter in _trainable(unwrap(student)):
-                self._average[name].lerp_(parameter, 1 - self.ema_decay)
+                average = self._average[name]
+                average.lerp_(parameter.to(average.dtype), 1 - self.ema_decay)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The average, by parameter name; empty for the other kinds."""

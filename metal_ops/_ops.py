@@ -19,7 +19,9 @@ def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
     # a tensor of one element with dimensions takes part in type promotion, one without does not
     upstream = upstream.reshape([1] * grad.ndim) if upstream.ndim == 0 else upstream
     plain = type(grad) is Tensor and not torch.compiler.is_compiling()
-    autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+    internals: Any = torch._C
+    plain = plain and not internals._functorch.is_legacy_batchedtensor(upstream)
+    autograd = internals._autograd
     if not plain or autograd._get_current_graph_task_keep_graph():  # retain_graph=True
         return (grad * upstream).to(grad.dtype)
     if grad.device.type == "cpu":

@@ -3,7 +3,11 @@
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from transformers import PreTrainedTokenizerFast
 
 from hf_distill import Hint, HintCollator
 from tests.trainers import models
@@ -218,3 +222,70 @@ def test_the_longest_hint_is_cut_first_and_none_to_nothing():
     options["max_hint_length"] = 1
     with pytest.raises(ValueError, match=r"the hint of .* has 2 tokens, max_hint_length is 1"):
         HintCollator(models.tokenizer(), hints, **options)([row])
+
+
+def bytewise() -> PreTrainedTokenizerFast:
+    """A token for each byte, as where a vocabulary lacks a character."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<end>": 0} | {byte: i + 1 for i, byte in enumerate(alphabet)}
+    tokenizer = Tokenizer(tokenizer_models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+@pytest.mark.parametrize(
+    ("hint", "budget", "kept"), [("ab\U0001f642c", 5, "ab"), ("\u6570\u5b66", 5, "\u6570")]
+)
+def test_a_character_of_several_tokens_is_cut_as_a_whole(hint, budget, kept):
+    options = {"truncation": "hint", "max_hint_length": budget}
+    collator = HintCollator(bytewise(), Hint(lambda row: hint, separator=""), **options)
+    ids = collator.contexts([{"prompt": "hi"}])["teacher_prompt_ids"][0]
+    assert collator.tokenizer.decode(ids) == "hi" + kept
+
+
+def test_a_character_longer_than_the_budget_is_an_error():
+    options = {"truncation": "hint", "max_hint_length": 2}
+    collator = HintCollator(bytewise(), Hint(lambda row: "\U0001f642", separator=""), **options)
+    with pytest.raises(ValueError, match="has 4 tokens, max_hint_length is 2"):
+        collator.contexts([{"prompt": "hi"}])
+
+
+@pytest.mark.parametrize("text", ["wrong", "Hint : {wrong}", "{wrong[0]}", "{wrong.a:>3}"])
+def test_a_column_that_is_none_is_an_error(text):
+    row = ROW | {"wrong": None}
+    with pytest.raises(ValueError, match="the hint's column 'wrong' must not be None"):
+        HintCollator(models.tokenizer(), Hint(text))([row])
+
+
+def test_a_column_may_have_any_name():
+    row = {"prompt": "What ?", "meta.hint:v2": "Hint : 5"}
+    ids = HintCollator(models.tokenizer(), "meta.hint:v2").contexts([row])["teacher_prompt_ids"]
+    assert words(ids[0]) == "What ? Hint : 5"
+
+
+@pytest.mark.parametrize("where", ["user", "system"])
+def test_content_in_parts_gets_a_part_more(where):
+    parts = [{"type": "text", "text": "What ?"}]
+    prompt = [{"role": "system", "content": parts}, {"role": "user", "content": parts}]
+    before = copy.deepcopy(prompt)
+    hinted = Hint(where=where).insert(prompt, "5")
+    assert prompt == before
+    at = 0 if where == "system" else 1
+    assert hinted[at]["content"] == [*parts, {"type": "text", "text": "\n\n5"}]
+    assert hinted[1 - at] == prompt[1 - at]
+    with pytest.raises(ValueError, match="needs a message with content to append to"):
+        Hint().insert([{"role": "user", "content": None}], "5")
+
+
+def test_a_turn_of_numpy():
+    row = ROW | {"wrong": np.int64(4)}
+    _, teacher, _ = sides(HintCollator(models.tokenizer(), Hint(where="before", turn="wrong")), row)
+    assert teacher == text(inserted(4))
+
+
+def test_a_hint_that_no_scored_reply_reads_is_an_error():
+    row = ROW | {"completion": [*COMPLETION, user("What ?")]}
+    for hint in (Hint(turn=-1), [Hint(), Hint(where="after", turn=6)]):
+        with pytest.raises(ValueError, match="must stand before a reply that is scored, the last"):
+            HintCollator(models.tokenizer(), hint)([row])

@@ -1,11 +1,14 @@
 """Completions sampled from a model: where they end, what decides them, and what is left behind."""
 
+import contextlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from hf_distill.heads import kept_rng
 from hf_distill.rollouts import cut, end_token_ids, generate
 from tests.trainers import models
 
@@ -194,3 +197,19 @@ def test_adapted_models_sample_from_the_adapted_policy() -> None:
     assert rollout(student, temperature=0.0) != rollout(base, temperature=0.0)
     merged = models.copied(student).merge_and_unload()
     assert rollout(student, temperature=0.0) == rollout(merged, temperature=0.0)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_random_state_of_a_device_is_kept(monkeypatch, fails):
+    """Of one that this machine need not have: seeding seeds them all."""
+    states = ["before"]
+    fake = SimpleNamespace(get_rng_state=lambda: states[-1], set_rng_state=states.append)
+    monkeypatch.setattr(torch, "mps", fake)
+    before = torch.get_rng_state()
+    with contextlib.suppress(KeyError), kept_rng(torch.device("mps")):
+        states.append("changed")
+        torch.rand(1)
+        if fails:
+            raise KeyError
+    assert states == ["before", "changed", "before"]
+    assert torch.equal(torch.get_rng_state(), before)

@@ -235,3 +235,23 @@ def test_a_model_teacher_from_a_folder(tmp_path) -> None:
 def test_bad_arguments_are_named(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SelfTeacher(*arguments)
+
+
+def test_ema_of_16_bit_weights_moves() -> None:
+    """A step of 0.005 of a difference of a twentieth is less than bfloat16 can tell."""
+    student = models.llama().bfloat16()
+    teacher = prepared(SelfTeacher("ema", 0.995), student)
+    before = {name: p.detach().float().clone() for name, p in student.named_parameters()}
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.05)
+    for _ in range(100):
+        teacher.update(student)
+    for name, parameter in student.named_parameters():
+        want = torch.lerp(before[name], parameter.detach().float(), 1 - 0.995**100)
+        got = teacher.state_dict()[name]
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+    assert student.lm_head.weight.dtype == torch.bfloat16
+    said = teacher.signal(student, SIDE).dense()
+    assert said.dtype == torch.bfloat16
+    assert student.lm_head.weight.dtype == torch.bfloat16

@@ -37,7 +37,10 @@ class DistillConfig(TrainingArguments):
     )
     divergence: str = field(
         default="forward_kl",
-        metadata={"help": "forward_kl = KL(teacher||student), reverse_kl, or jsd (with beta)."},
+        metadata={
+            "help": "forward_kl = KL(teacher||student), reverse_kl, jsd (with beta), or another "
+            "kind of metal_ops.DivergenceSpec."
+        },
     )
     beta: float = field(
         default=0.5,

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers.trainer_utils import has_length
 
 from hf_distill import alignment, rollouts
@@ -42,7 +42,11 @@ class OPSDConfig(DistillConfig):
         },
     )
     divergence: str = field(
-        default="jsd", metadata={"help": "forward_kl = KL(teacher||student), reverse_kl, or jsd."}
+        default="jsd",
+        metadata={
+            "help": "jsd, forward_kl = KL(teacher||student), reverse_kl, or another kind of "
+            "metal_ops.DivergenceSpec."
+        },
     )
     temperature_scaling: str = field(
         default="none", metadata={"help": "'none' is the convention of OPSD and TRL; or 't2'."}
@@ -211,7 +215,7 @@ class OPSDTrainer(DistillTrainer):
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
         """As in `Trainer`; a new run first checks a self-teacher without hints, see `preflight`."""
-        if not resume_from_checkpoint:
+        if not resume_from_checkpoint and self.state.global_step == 0:
             self._check_empty_hint()
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
@@ -221,17 +225,24 @@ class OPSDTrainer(DistillTrainer):
             reason = "the teacher is another model"
         elif self.is_fsdp_enabled or self.is_deepspeed_enabled:
             reason = "the model is not placed before training"
-        elif not (has_length(self.train_dataset) and hasattr(self.train_dataset, "__getitem__")):
-            reason = "the dataset cannot be read twice"
+        elif isinstance(self.train_dataset, IterableDataset) or not (
+            has_length(self.train_dataset) and hasattr(self.train_dataset, "__getitem__")
+        ):
+            reason = "the dataset has no rows to look up"
+        elif not len(self.train_dataset):
+            reason = "the dataset is empty"
         if reason is not None or self.teacher is None:
             logger.info("no check without hints: %s", reason)
             return
         dataset: Any = self.train_dataset
         rows = [dataset[i] for i in range(min(NUM_CHECKED, len(dataset)))]
         model, collator = cast(nn.Module, self.model), self.hint_collator
-        with self.compute_loss_context_manager():
+        student, teacher = collator.without_hints(rows)
+        # before training the model has no autocast of its own; as in training, products are 16-bit
+        in_16_bit = self.args.bf16 or self.args.fp16 or getattr(model, "is_quantized", False)
+        with self.accelerator.autocast():
             found = check_empty_hint(
-                model, self.teacher, *collator.without_hints(rows), collator.pad_token_id
+                model, self.teacher, student, teacher, collator.pad_token_id, in_16_bit
             )
         logger.info("without a hint student and teacher are %.1e nats apart", found)
 

@@ -111,12 +111,12 @@ def _with_rows(x: Tensor) -> Tensor:
 
 def _log_probs(
     kernels: Kernels, logits: Tensor, kept: _support.Kept, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of the kept entries [N, K] and of the rest [N, 1]; the rest's log-sum."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities, of the kept entries [N, K] and the rest [N, 1]; log-sums, rest first."""
     log_sum, log_rest = kernels.log_sums(logits, kept.ascending, temperature)
     inside = logits.gather(-1, kept.ids).float().mul_(1 / temperature).sub_(log_sum[:, None])
     inside.masked_fill_(~kept.valid, -torch.inf)
-    return inside, (log_rest - log_sum)[:, None], log_rest
+    return inside, (log_rest - log_sum)[:, None], log_rest, log_sum
 
 
 class _Part(NamedTuple):
@@ -124,7 +124,7 @@ class _Part(NamedTuple):
 
     logits: Tensor
     kept: _support.Kept
-    log_probs: tuple[Tensor, Tensor, Tensor]
+    log_probs: tuple[Tensor, Tensor, Tensor, Tensor]
 
     def weigh(
         self,
@@ -136,15 +136,14 @@ class _Part(NamedTuple):
         out: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """(loss, clipped) [N] against the teacher's log-probabilities; the gradient to `out`."""
-        inside, tail, log_rest = self.log_probs
+        inside, tail, log_rest, log_all = self.log_probs
         factor, counts = weight * (alpha * spec.scale / spec.temperature), weight != 0
         weighed = _support.weigh(log_p, (inside, tail), spec, factor)
         if out is not None:
-            log_sum, outside = log_rest, torch.zeros_like(weight)
+            log_sum = log_all if spec.missing == "zero" else log_rest
+            outside = torch.zeros_like(weight)
             if weighed.outside is not None:
                 outside = weighed.outside[:, 0]
-            if spec.missing == "zero":
-                log_sum = log_rest - tail[:, 0]
             absent = factor == 0  # where the loss may be infinite
             outside = outside.masked_fill(absent | (log_sum == -torch.inf), 0.0)
             kernels.spread(self.logits, log_sum, outside, spec.temperature, out)

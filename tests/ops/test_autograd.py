@@ -229,3 +229,14 @@ def test_a_scaled_16_bit_loss_is_scaled_in_full_precision():
         grads += torch.autograd.grad(loss.loss * scale, student)
     assert torch.equal(grads[1], (grads[0].float() * third).bfloat16())
     assert not torch.equal(grads[1], grads[0] * third.bfloat16())
+
+
+def test_batched_upstream_gradients():
+    """As `torch.autograd.grad(is_grads_batched=True)` gives, for a Jacobian in one call."""
+    student, teacher = torch.randn(2, 3, 33)
+    student.requires_grad_()
+    loss = divergence(student, teacher, DivergenceSpec("jsd"))
+    eye = torch.eye(3)
+    want = [torch.autograd.grad(loss, student, row, retain_graph=True)[0] for row in eye]
+    (got,) = torch.autograd.grad(loss, student, eye, is_grads_batched=True)
+    assert torch.equal(got, torch.stack(want))

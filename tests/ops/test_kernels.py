@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from metal_ops import DivergenceSpec, linear_divergence_with_stats
+from metal_ops import DivergenceSpec, divergence, linear_divergence_with_stats
 from metal_ops.backends import chunked
 from tests.ops import test_linear as linear
 from tests.ops import torch_kernels
@@ -48,3 +48,19 @@ def test_an_infinite_divergence_without_a_share_is_silent(monkeypatch):
         grads = torch.autograd.grad(out.loss, case.leaves())
         for got, e in zip((out.loss, *grads), (want.loss, *want.grads), strict=True):
             torch.testing.assert_close(got.double(), e, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("missing", ["tail", "renormalise", "zero"])
+def test_a_support_with_nothing_outside(missing, monkeypatch):
+    """All other entries are -inf, as padding of a vocabulary is."""
+    student, teacher = torch.randn(2, 3, 10)
+    student[:, 4:], teacher[:, 4:] = -torch.inf, -torch.inf
+    spec = DivergenceSpec("forward_kl", support="teacher_topk", top_k=4, missing=missing)
+    results = []
+    for backend in (chunked, torch_kernels.MODULE):
+        use(backend, monkeypatch)
+        leaf = student.clone().requires_grad_()
+        loss = divergence(leaf, teacher, spec)
+        results.append((loss.detach(), *torch.autograd.grad(loss.sum(), leaf)))
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)

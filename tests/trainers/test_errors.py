@@ -65,8 +65,8 @@ def opsd(folder: Path, **changes: Any) -> OPSDTrainer:
         ),
         ({"completion": []}, r"row 1 of the batch: the completion must not be empty, got \[\]"),
         ({"hint": ""}, "row 1 of the batch: the hint must be a non-empty string, got ''"),
-        ({"hint": None}, "row 1 of the batch: the hint must be a string, got None"),
-        ({"hint": 3}, "row 1 of the batch: the hint must be a string, got 3"),
+        ({"hint": None}, "row 1 of the batch: the hint's column 'hint' must not be None"),
+        ({"hint": 3}, "row 1 of the batch: the hint must be a non-empty string, got 3"),
     ],
 )
 def test_bad_rows(changes: dict, message: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_distill import Hint, HintCollator, OPSDConfig, OPSDTrainer
+from hf_distill import Hint, HintCollator, OPSDConfig, OPSDTrainer, preflight
 from hf_distill.preflight import EmptyHintError
 from tests.trainers import models
 
@@ -144,3 +144,35 @@ def test_another_model_as_the_teacher_is_not_checked(tmp_path, caplog):
         teacher=models.llama(1),
     )
     assert "no check without hints: the teacher is another model" in log(caplog, other)
+
+
+@pytest.mark.parametrize("teacher", ["base", "ema"])
+def test_a_second_train_goes_on_without_a_check(tmp_path, caplog, teacher):
+    opsd = trainer(tmp_path, models.llama(), teacher=teacher, learning_rate=0.05)
+    assert FOUND in log(caplog, opsd)
+    assert FOUND not in log(caplog, opsd)
+
+
+@pytest.mark.parametrize("teacher", ["base", "live"])
+def test_16_bit_products_are_no_fault(tmp_path, caplog, teacher, monkeypatch):
+    """Also where evaluation has wrapped the model's forward, whose logits are then float32."""
+    monkeypatch.setattr(preflight, "TOLERANCE", {torch.float32: 1e-12})
+    opsd = trainer(tmp_path, models.llama(), teacher=teacher, bf16=True)
+    opsd.evaluate(models.problems(2, chat=True))
+    assert FOUND in log(caplog, opsd)
+
+
+class Rows(torch.utils.data.IterableDataset):
+    """Has a length, and a __getitem__ that only raises."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __iter__(self):
+        return iter(models.problems(8, chat=True))
+
+
+def test_a_dataset_without_rows_to_look_up_is_not_checked(tmp_path, caplog):
+    opsd = trainer(tmp_path, models.llama())
+    opsd.train_dataset = Rows()
+    assert "no check without hints: the dataset has no rows to look up" in log(caplog, opsd)
