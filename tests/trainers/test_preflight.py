@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_distill import Hint, HintCollator, OPSDConfig, OPSDTrainer, preflight
+from hf_distill import Hint, HintCollator, OPSDConfig, OPSDTrainer
 from hf_distill.preflight import EmptyHintError
 from tests.trainers import models
 
@@ -153,12 +153,15 @@ def test_a_second_train_goes_on_without_a_check(tmp_path, caplog, teacher):
     assert FOUND not in log(caplog, opsd)
 
 
-@pytest.mark.parametrize("teacher", ["base", "live"])
-def test_16_bit_products_are_no_fault(tmp_path, caplog, teacher, monkeypatch):
-    """Also where evaluation has wrapped the model's forward, whose logits are then float32."""
-    monkeypatch.setattr(preflight, "TOLERANCE", {torch.float32: 1e-12})
-    opsd = trainer(tmp_path, models.llama(), teacher=teacher, bf16=True)
+def test_16_bit_products_are_no_fault(tmp_path, caplog):
+    """Also where evaluation has wrapped the model's forward, whose logits are then float32.
+
+    A difference as bfloat16 makes it is planted.
+    """
+    opsd = trainer(tmp_path, models.llama(), bf16=True)
     opsd.evaluate(models.problems(2, chat=True))
+    with torch.no_grad():
+        opsd.teacher._copy.lm_head.weight.mul_(1.003)
     assert FOUND in log(caplog, opsd)
 
 
