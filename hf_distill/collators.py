@@ -106,13 +106,12 @@ class HintCollator:
             teacher]; int64.
         """
         made = [self._in_row(i, self._contexts, row) for i, row in enumerate(rows)]
+        sides = ([x.student.ids for x in made], [x.teacher.ids for x in made])
         batch = {}
-        for name in ("student", "teacher"):
-            ids = [getattr(x, name).ids for x in made]
-            key = "prompt" if name == "student" else "teacher_prompt"
-            batch[f"{key}_ids"] = alignment.pad(ids, self.pad_token_id, side="left")
+        for name, ids in zip(("prompt", "teacher_prompt"), sides, strict=True):
+            batch[f"{name}_ids"] = alignment.pad(ids, self.pad_token_id, side="left")
             ones = [[1] * len(row) for row in ids]
-            batch[f"{key}_mask"] = alignment.pad(ones, 0, side="left")
+            batch[f"{name}_mask"] = alignment.pad(ones, 0, side="left")
         return self._with_count(batch, made)
 
     def without_hints(self, rows: Sequence[Row]) -> tuple[list[Rendered], list[Rendered]]:
@@ -133,7 +132,7 @@ class HintCollator:
         )
         return student, teacher
 
-    def _with_count(self, batch: dict[str, Tensor], made: Sequence["Made"]) -> dict[str, Tensor]:
+    def _with_count(self, batch: dict[str, Tensor], made: Sequence[Made]) -> dict[str, Tensor]:
         if self.truncation == "hint":
             batch[TRUNCATED] = torch.tensor([x.truncated for x in made])
         return batch
@@ -167,7 +166,7 @@ class HintCollator:
         )
         return encoded["input_ids"]
 
-    def _in_row(self, i: int, make: Callable[[Row], "Made"], row: Row) -> "Made":
+    def _in_row(self, i: int, make: Callable[[Row], Made], row: Row) -> Made:
         try:
             return make(row)
         except ValueError as error:
@@ -178,22 +177,21 @@ class HintCollator:
             raise ValueError(f"there is no {column!r}; the row has {sorted(row)}")
         return row[column]
 
-    def _placed(self, row: Row, messages: Messages, num_prompt: int) -> list[Placed]:
+    def _rendered(self, row: Row) -> list[tuple[Hint, str]]:
         rendered = [(hint, hint.render(row)) for hint in self.hints]
-        return [
-            placed(hint, row, text, messages, num_prompt)
-            for hint, text in rendered
-            if text is not None
-        ]
+        return [(hint, text) for hint, text in rendered if text is not None]
 
-    def _contexts(self, row: Row, hinted: bool = True) -> "Made":
+    def _placed(self, row: Row, messages: Messages, num_prompt: int) -> list[Placed]:
+        return [placed(h, row, text, messages, num_prompt) for h, text in self._rendered(row)]
+
+    def _contexts(self, row: Row, hinted: bool = True) -> Made:
         """Both contexts; nothing is scored yet."""
         prompt = self._column(row, self.prompt_column)
         ids = self.context_ids(prompt)
         self._check(prompt, "prompt", len(ids), self.max_prompt_length)
         hints: list[Placed] = []
         if hinted and isinstance(prompt, str):
-            hints = [Placed(h, text, 0) for h in self.hints if (text := h.render(row)) is not None]
+            hints = [Placed(hint, text, 0) for hint, text in self._rendered(row)]
         elif hinted:
             hints = self._placed(row, prompt, len(prompt))
 
@@ -207,7 +205,7 @@ class HintCollator:
 
         return self._fit(prompt, Rendered(ids, []), hints, teacher)
 
-    def _row(self, row: Row) -> "Made":
+    def _row(self, row: Row) -> Made:
         """Both rows, from a row with a completion."""
         prompt = self._column(row, self.prompt_column)
         completion = self._column(row, self.completion_column)
@@ -223,7 +221,7 @@ class HintCollator:
         student, teacher = (alignment.completed(side.ids, ids) for side in made[:2])
         return Made(student, teacher, made.truncated)
 
-    def _dialogue(self, row: Row, prompt: Prompt, completion: Messages) -> "Made":
+    def _dialogue(self, row: Row, prompt: Prompt, completion: Messages) -> Made:
         if isinstance(prompt, str):
             raise ValueError("a text prompt needs a text completion")
         messages = [*prompt, *completion]
@@ -235,7 +233,7 @@ class HintCollator:
                 f"{[m['role'] for m in completion]} and {len(hints)} hints"
             )
         for hint in hints:
-            if hint.at + (hint.hint.where == "after") > replies[-1]:
+            if hint.start > replies[-1]:
                 raise ValueError(
                     f"a hint must stand before a reply that is scored, the last is message "
                     f"{replies[-1]}; got {hint.hint.where!r} of message {hint.at}"
@@ -258,7 +256,7 @@ class HintCollator:
         student: Rendered,
         hints: list[Placed],
         teacher: Callable[[Sequence[Placed]], Rendered],
-    ) -> "Made":
+    ) -> Made:
         """Both rows, with hints short enough for their budget."""
         made, budget = teacher(hints), self.max_hint_length
         added = len(made.ids) - len(student.ids)

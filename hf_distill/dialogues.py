@@ -27,7 +27,7 @@ def scored_messages(
     if scored == "all":
         return replies
     # a message of its own in front of a reply, or in the turn before it, concerns that reply
-    starts = [hint.at + (hint.hint.where == "after") for hint in hints]
+    starts = [hint.start for hint in hints]
     if scored == "after_hint":
         return [i for i in replies if starts and i >= min(starts)]
     found = {next((i for i in replies if i >= start), None) for start in starts}

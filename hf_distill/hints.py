@@ -138,6 +138,11 @@ class Placed(NamedTuple):
     text: str
     at: int
 
+    @property
+    def start(self) -> int:
+        """The first message that comes behind the hint, or holds it."""
+        return self.at + (self.hint.where == "after")
+
 
 class Hinted(NamedTuple):
     """A dialogue with its hints; message i of the one without is now message moved[i]."""

@@ -12,6 +12,12 @@ from metal_ops.functional import LinearTerms
 MEANS = ("soft", "hard", "student_entropy", "teacher_entropy", "top1_agreement", "clipped")
 
 
+def _total(sums: Sequence[int], accelerator: Accelerator) -> list[int]:
+    """Sums over all processes."""
+    total: Any = accelerator.reduce(torch.tensor(sums, device=accelerator.device), reduction="sum")
+    return total.tolist()
+
+
 class CompletionMeter:
     """Lengths of sampled completions since the last reading, over all processes.
 
@@ -30,10 +36,8 @@ class CompletionMeter:
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
         """The metrics; starts anew. Every process must call it."""
-        sums = torch.tensor(self._sums, device=accelerator.device)
+        count, length, ended = _total(self._sums, accelerator)
         self._sums = [0, 0, 0]
-        total: Any = accelerator.reduce(sums, reduction="sum")
-        count, length, ended = total.tolist()
         if not count:
             return {}
         return {"completion_length": length / count, "completion_ended": ended / count}
@@ -53,10 +57,8 @@ class ShareMeter:
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
         """The metric; starts anew. Every process must call it."""
-        sums = torch.tensor(self._sums, device=accelerator.device)
+        flagged, count = _total(self._sums, accelerator)
         self._sums = [0, 0]
-        total: Any = accelerator.reduce(sums, reduction="sum")
-        flagged, count = total.tolist()
         return {self.name: flagged / count} if count else {}
 
 

@@ -44,7 +44,7 @@ def _side(rows: Sequence[Rendered], pad_token_id: int, padding: str, device: tor
 
 def _apart(one: Tensor, other: Tensor) -> float:
     """The largest JSD of a token, in nats, of logits [N, V]."""
-    return float(divergence(one.float(), other.float(), DivergenceSpec("jsd")).max())
+    return float(divergence(one, other, DivergenceSpec("jsd")).max())
 
 
 def _check_contexts(student: Sequence[Rendered], teacher: Sequence[Rendered]) -> None:

@@ -20,17 +20,21 @@ class DivergenceStats(NamedTuple):
     clipped: Tensor
 
 
-def check_logits(student: Tensor, teacher: Tensor) -> None:
+def check_pair(student: Tensor, teacher: Tensor, names: str, last: str) -> None:
+    """One shape [..., last] and one device, or a ValueError that calls the two by `names`."""
     if student.shape != teacher.shape or student.ndim < 1 or student.shape[-1] == 0:
         raise ValueError(
-            "student_logits and teacher_logits must both be [..., vocab] with vocab > 0, got "
+            f"{names} must both be [..., {last}] with {last} > 0, got "
             f"{tuple(student.shape)} and {tuple(teacher.shape)}"
         )
     if student.device != teacher.device:
         raise ValueError(
-            "student_logits and teacher_logits must be on one device, got "
-            f"{student.device} and {teacher.device}"
+            f"{names} must be on one device, got {student.device} and {teacher.device}"
         )
+
+
+def check_logits(student: Tensor, teacher: Tensor) -> None:
+    check_pair(student, teacher, "student_logits and teacher_logits", "vocab")
 
 
 def flat_mask(mask: Tensor | None, shape: torch.Size) -> Tensor | None:

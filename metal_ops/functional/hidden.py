@@ -4,22 +4,8 @@ import torch
 from torch import Tensor
 
 from metal_ops import _ops
-from metal_ops.functional._arguments import flat_mask, form_gradient, once
+from metal_ops.functional._arguments import check_pair, flat_mask, form_gradient, once
 from metal_ops.reference import HIDDEN_KINDS
-
-
-def _check(student: Tensor, teacher: Tensor, kind: str) -> None:
-    if kind not in HIDDEN_KINDS:
-        raise ValueError(f"kind must be one of {HIDDEN_KINDS}, got {kind!r}")
-    if student.shape != teacher.shape or student.ndim < 1 or student.shape[-1] == 0:
-        raise ValueError(
-            "student and teacher must both be [..., hidden] with hidden > 0, got "
-            f"{tuple(student.shape)} and {tuple(teacher.shape)}"
-        )
-    if student.device != teacher.device:
-        raise ValueError(
-            f"student and teacher must be on one device, got {student.device} and {teacher.device}"
-        )
 
 
 def hidden_divergence(
@@ -58,7 +44,9 @@ def hidden_divergence(
     Source:
         As `torch.nn.functional.mse_loss` and `cosine_similarity`; `metal_ops.reference`.
     """
-    _check(student, teacher, kind)
+    if kind not in HIDDEN_KINDS:
+        raise ValueError(f"kind must be one of {HIDDEN_KINDS}, got {kind!r}")
+    check_pair(student, teacher, "student and teacher", "hidden")
     shape, hidden = student.shape[:-1], student.shape[-1]
     mask = flat_mask(mask, shape)
     loss, _ = _ops.hidden_divergence(
