@@ -1,5 +1,6 @@
 """What the README shows is run, in miniature."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests.trainers.models import PEFT_WARNING
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+WORDS = {"none": None, "true": True, "false": False}
 
 
 def replace(text: str, old: str, new: str) -> str:
@@ -66,11 +68,27 @@ def test_documented_fields_and_defaults(config: type):
     if config is OPSDConfig:
         own -= set(DistillConfig.__annotations__)
     assert set(documented) == own
-    words = {"none": None, "true": True, "false": False}
+    assert len(own) <= 12
     made = config(output_dir="out", report_to="none")
     for name, default in documented.items():
-        if name != "clip_level":
-            assert str(getattr(made, name)) == str(words.get(default, default)), name
+        if default:
+            assert str(getattr(made, name)) == str(WORDS.get(default, default)), name
+        else:
+            assert dataclasses.is_dataclass(getattr(made, name)), name
+
+
+def test_documented_groups_and_defaults():
+    made = OPSDConfig(output_dir="out", report_to="none")
+    expected = {
+        f"{name}.{key}": str(value)
+        for name in OPSDConfig.__annotations__ | DistillConfig.__annotations__
+        if dataclasses.is_dataclass(group := getattr(made, name))
+        for key, value in dataclasses.asdict(group).items()
+    }
+    table = README[README.index("| field of a group") :].split("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    values = {name.strip("`"): value.strip('`"') for name, value, _ in cells}
+    assert {name: str(WORDS.get(value, value)) for name, value in values.items()} == expected
 
 
 def test_table_of_losses():

@@ -2,73 +2,25 @@
 
 import logging
 import os
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_distill import alignment, losses
 from hf_distill.heads import Head, Reader, causal_lm
 from hf_distill.monitors import TokenMeter
 from hf_distill.teachers import Teacher, as_teacher
-from metal_ops import DivergenceSpec
+from hf_distill.trainers.configs import DistillConfig
 from metal_ops.functional import LinearTerms
 
 logger = logging.getLogger(__name__)
 
 TEACHER_FILE = "teacher.safetensors"
-
-
-@dataclass
-class DistillConfig(TrainingArguments):
-    """TrainingArguments and what defines the objective, alpha * soft + (1 - alpha) * hard."""
-
-    temperature: float = field(
-        default=2.0, metadata={"help": "Softmax temperature of both sides in the soft loss, > 0."}
-    )
-    alpha: float = field(
-        default=0.5,
-        metadata={"help": "Share of the soft loss in [0, 1]; the rest is cross-entropy."},
-    )
-    divergence: str = field(
-        default="forward_kl",
-        metadata={
-            "help": "forward_kl = KL(teacher||student), reverse_kl, jsd (with beta), or another "
-            "kind of metal_ops.DivergenceSpec."
-        },
-    )
-    beta: float = field(
-        default=0.5,
-        metadata={
-            "help": "Weight of the teacher in the JSD's mixture, in [0, 1]; 0 and 1 mean forward "
-            "and reverse KL, as in GKD."
-        },
-    )
-    temperature_scaling: str = field(
-        default="t2",
-        metadata={
-            "help": "'t2' multiplies the soft loss by temperature², so that its gradients keep "
-            "their size beside the hard loss; 'none' does not."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        """Check the values where they are given."""
-        super().__post_init__()
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
-        self.divergence_spec()
-
-    def divergence_spec(self) -> DivergenceSpec:
-        """The divergence of the soft loss."""
-        return DivergenceSpec(
-            self.divergence, self.beta, self.temperature, self.temperature_scaling
-        )
 
 
 class _UpdateTeacher(TrainerCallback):

@@ -4,12 +4,11 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_utils import has_length
 
 from hf_distill import alignment, rollouts
@@ -18,129 +17,16 @@ from hf_distill.heads import causal_lm, unwrap
 from hf_distill.monitors import CompletionMeter, ShareMeter
 from hf_distill.preflight import check_empty_hint
 from hf_distill.teachers import SelfTeacher, Teacher
-from hf_distill.trainers.distill import DistillConfig, DistillTrainer
-from metal_ops import DivergenceSpec
+from hf_distill.trainers.configs import ClipConfig, OPSDConfig
+from hf_distill.trainers.distill import DistillTrainer
+from hf_distill.trainers.groups import RolloutConfig
+from hf_distill.trainers.samplers import RepeatSampler
 
 logger = logging.getLogger(__name__)
 
 ROLLOUT_FILE = "rollout-{rank}.json"
 NUM_CHECKED = 4  # rows of the check before training
 EVAL_STEP = 10**9  # eval rollouts draw from seeds that no training step uses
-
-
-@dataclass
-class OPSDConfig(DistillConfig):
-    """DistillConfig with the defaults of on-policy self-distillation, and its own settings."""
-
-    temperature: float = field(
-        default=1.0, metadata={"help": "Softmax temperature of both sides in the loss, > 0."}
-    )
-    alpha: float = field(
-        default=1.0,
-        metadata={
-            "help": "Share of the soft loss in [0, 1]; the rest is the completions' cross-entropy."
-        },
-    )
-    divergence: str = field(
-        default="jsd",
-        metadata={
-            "help": "jsd, forward_kl = KL(teacher||student), reverse_kl, or another kind of "
-            "metal_ops.DivergenceSpec."
-        },
-    )
-    temperature_scaling: str = field(
-        default="none", metadata={"help": "'none' is the convention of OPSD and TRL; or 't2'."}
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "False: the collator reads hints from any column."}
-    )
-    teacher: str = field(
-        default="base",
-        metadata={
-            "help": "base: the model before training (adapters off, or a frozen copy); ema: a "
-            "moving average; live: the model as it is, which tends to collapse."
-        },
-    )
-    ema_decay: float = field(
-        default=0.995, metadata={"help": "Decay per optimizer step of teacher ema, in [0, 1)."}
-    )
-    on_policy: bool = field(
-        default=True,
-        metadata={"help": "Sample completions from the student; False takes them from the data."},
-    )
-    max_completion_length: int = field(
-        default=256, metadata={"help": "Tokens of a sampled completion, >= 1."}
-    )
-    rollout_temperature: float = field(
-        default=0.7, metadata={"help": "Sampling temperature of completions, >= 0; 0 is greedy."}
-    )
-    steps_per_rollout: int = field(
-        default=1, metadata={"help": "Optimizer steps taken on each batch of completions, >= 1."}
-    )
-    generation_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "More fields of GenerationConfig, e.g. '{\"top_p\": 0.95}'."},
-    )
-    token_clip: float | None = field(
-        default=None, metadata={"help": "Upper bound in nats, > 0, at clip_level; None is no clip."}
-    )
-    clip_level: str = field(
-        default="vocab_entry",
-        metadata={
-            "help": "What token_clip bounds: vocab_entry as in the OPSD release (can reverse "
-            "gradients), token, or token_rescale (keeps their direction)."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        """Check the values where they are given."""
-        super().__post_init__()
-        SelfTeacher(self.teacher, self.ema_decay)
-        for name in ("max_completion_length", "steps_per_rollout"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.rollout_temperature < 0:
-            raise ValueError(
-                f"rollout_temperature must not be negative, got {self.rollout_temperature}"
-            )
-        if isinstance(self.generation_kwargs, str):
-            self.generation_kwargs = json.loads(self.generation_kwargs)
-
-    def divergence_spec(self) -> DivergenceSpec:
-        """The divergence of the soft loss, with the clip."""
-        return replace(super().divergence_spec(), clip=self.token_clip, clip_level=self.clip_level)
-
-
-class RepeatSampler(Sampler[int]):
-    """Every window of indices `repeats` times in a row, in an order shuffled anew each epoch.
-
-    A window is what one optimizer step takes on all processes; an incomplete last one is left out.
-    """
-
-    def __init__(self, num_rows: int, window: int, repeats: int, seed: int, shuffle: bool) -> None:
-        if num_rows < window:
-            raise ValueError(
-                f"steps_per_rollout {repeats} > 1 needs at least one optimizer step of rows "
-                f"({window}), got {num_rows}"
-            )
-        self.num_rows, self.window, self.repeats = num_rows, window, repeats
-        self.seed, self.shuffle, self.epoch = seed, shuffle, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer before each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.num_rows // self.window * self.window * self.repeats
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.arange(self.num_rows)
-        if self.shuffle:
-            order = torch.randperm(self.num_rows, generator=generator)
-        for start in range(0, self.num_rows - self.window + 1, self.window):
-            for _ in range(self.repeats):
-                yield from order[start : start + self.window].tolist()
 
 
 class OPSDTrainer(DistillTrainer):
@@ -188,6 +74,7 @@ class OPSDTrainer(DistillTrainer):
                 f"data_collator must be a HintCollator, got {type(data_collator).__name__}"
             )
         self.hint_collator = data_collator
+        self.rollout = cast(RolloutConfig, args.rollout)
         self._completions: list[list[list[int]]] | None = None
         self._completion_meters = {True: CompletionMeter(), False: CompletionMeter()}
         self._truncated_meters = {x: ShareMeter("hints_truncated") for x in (True, False)}
@@ -198,14 +85,15 @@ class OPSDTrainer(DistillTrainer):
             train_dataset,
             eval_dataset,
             processing_class,
-            teacher=SelfTeacher(args.teacher, args.ema_decay) if teacher is None else teacher,
+            teacher=args.make_teacher() if teacher is None else teacher,
             **kwargs,
         )
-        if args.token_clip is not None and args.clip_level == "vocab_entry":
+        clip = cast(ClipConfig, args.clip)
+        if clip.bound is not None and clip.level == "vocab_entry":
             logger.warning(
-                "token_clip %g at vocab_entry can lower tokens that the teacher wants raised; "
-                "clip_level='token_rescale' keeps the gradient's direction",
-                args.token_clip,
+                "clip bound %g at vocab_entry can lower tokens that the teacher wants raised; "
+                "level 'token_rescale' keeps the gradient's direction",
+                clip.bound,
             )
 
     def train(
@@ -256,7 +144,7 @@ class OPSDTrainer(DistillTrainer):
         if not self.args.on_policy or not batches:
             return batches, count
         step = self.state.global_step
-        if self._completions is None or step % self.args.steps_per_rollout == 0:
+        if self._completions is None or step % self.rollout.steps_per_rollout == 0:
             self._completions = self._rollout(batches, step, training=True)
         batches = [self._rows(b, c) for b, c in zip(batches, self._completions, strict=True)]
         return batches, self._get_num_items_in_batch(batches, device)
@@ -273,10 +161,10 @@ class OPSDTrainer(DistillTrainer):
             pad_token_id=self.hint_collator.pad_token_id,
             eos_token_id=eos_token_id,
             max_completion_length=self.args.max_completion_length,
-            temperature=self.args.rollout_temperature,
+            temperature=self.rollout.temperature,
             # a large odd multiplier keeps steps and processes of neighbouring seeds apart
             seed=(self.args.seed * 1_000_003 + step) * 65_537 + self.args.process_index,
-            generation_kwargs=cast("dict[str, Any] | None", self.args.generation_kwargs),
+            generation_kwargs=self.rollout.generation_kwargs,
         )
         end_ids = rollouts.end_token_ids(unwrap(model), eos_token_id)
         self._completion_meters[training].add(completions, end_ids)
@@ -335,7 +223,7 @@ class OPSDTrainer(DistillTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """As in `Trainer`; rows are repeated if `steps_per_rollout` asks for it."""
-        repeats, strategy = self.args.steps_per_rollout, self.args.train_sampling_strategy
+        repeats, strategy = self.rollout.steps_per_rollout, self.args.train_sampling_strategy
         repeatable = has_length(self.train_dataset) and strategy in ("random", "sequential")
         if repeats > 1 and self.args.on_policy and not repeatable:
             raise ValueError(
@@ -347,7 +235,7 @@ class OPSDTrainer(DistillTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        repeats, strategy = self.args.steps_per_rollout, self.args.train_sampling_strategy
+        repeats, strategy = self.rollout.steps_per_rollout, self.args.train_sampling_strategy
         if repeats == 1 or not self.args.on_policy:
             return super()._get_train_sampler(train_dataset)
         window = (
@@ -361,7 +249,10 @@ class OPSDTrainer(DistillTrainer):
 
     def _save_extra(self, folder: str) -> None:
         super()._save_extra(folder)
-        if self._completions is None or self.state.global_step % self.args.steps_per_rollout == 0:
+        if (
+            self._completions is None
+            or self.state.global_step % self.rollout.steps_per_rollout == 0
+        ):
             return  # the next step samples anew
         name = ROLLOUT_FILE.format(rank=self.args.process_index)
         with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
@@ -377,5 +268,5 @@ class OPSDTrainer(DistillTrainer):
         if os.path.isfile(path):
             with open(path, encoding="utf-8") as file:
                 self._completions = json.load(file)
-        elif self.args.on_policy and self.args.steps_per_rollout > 1:
+        elif self.args.on_policy and self.rollout.steps_per_rollout > 1:
             logger.info("no %s in the checkpoint: completions are sampled anew", name)

@@ -50,7 +50,7 @@ def distill_nothing_to_score(folder: Path, num_processes: int) -> DistillTrainer
 
 
 def _opsd(folder: Path, num_processes: int, model: Any, **changes: Any) -> OPSDTrainer:
-    settings = {"max_completion_length": 8, "rollout_temperature": 0.0} | changes
+    settings = {"max_completion_length": 8, "rollout": {"temperature": 0.0}} | changes
     args = OPSDConfig(**_options(folder, num_processes, **settings))
     data, tokenizer = models.problems(), models.tokenizer()
     return OPSDTrainer(model, args, train_dataset=data, processing_class=tokenizer)
@@ -72,8 +72,8 @@ def opsd_repeated(folder: Path, num_processes: int) -> OPSDTrainer:
         num_processes,
         models.llama(),
         teacher="ema",
-        ema_decay=0.5,
-        steps_per_rollout=2,
+        self_teacher={"ema_decay": 0.5},
+        rollout={"temperature": 0.0, "steps_per_rollout": 2},
         max_steps=10,
         train_sampling_strategy="random",
     )

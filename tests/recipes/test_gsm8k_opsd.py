@@ -113,7 +113,7 @@ def test_two_processes_end_in_the_weights_of_one(tmp_path: Path, checkpoint: Pat
         out = tmp_path / str(rows * processes) / str(processes)
         source = ["--model_name_or_path", checkpoint, "--dataset", gsm8k, "--output_dir", out]
         steps = ["--max_steps", 2, "--per_device_train_batch_size", rows, "--warmup_steps", 0]
-        greedy = ["--rollout_temperature", 0, "--adam_epsilon", 1e-4]
+        greedy = ["--rollout", '{"temperature": 0}', "--adam_epsilon", 1e-4]
         launch(tmp_path, processes, *source, *steps, *greedy)
         return load_file(out / "model.safetensors")
 

@@ -129,7 +129,7 @@ def test_accumulation_does_not_change_what_is_learnt_from_rollouts(tmp_path: Pat
             ending(),
             kind=kind,
             on_policy=True,
-            rollout_temperature=0.0,
+            rollout={"temperature": 0.0},
             per_device_train_batch_size=rows,
             gradient_accumulation_steps=steps,
         )

@@ -126,12 +126,12 @@ def test_bad_settings(tmp_path: Path, kind: type, changes: dict, message: str) -
     ("changes", "message"),
     [
         ({"teacher": "frozen"}, r"teacher must be one of \('base', 'live', 'ema'\), got 'frozen'"),
-        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
+        ({"self_teacher": {"ema_decay": 1.0}}, r"ema_decay must be in \[0, 1\), got 1.0"),
         ({"max_completion_length": 0}, "max_completion_length must be at least 1, got 0"),
-        ({"steps_per_rollout": 0}, "steps_per_rollout must be at least 1, got 0"),
-        ({"rollout_temperature": -1.0}, "rollout_temperature must not be negative, got -1.0"),
-        ({"token_clip": 0.0}, "clip must be positive and finite, or None, got 0.0"),
-        ({"clip_level": "row"}, "clip_level must be one of"),
+        ({"rollout": {"steps_per_rollout": 0}}, "steps_per_rollout must be at least 1, got 0"),
+        ({"rollout": {"temperature": -1.0}}, "rollout temperature must not be negative, got -1.0"),
+        ({"clip": {"bound": 0.0}}, "clip must be positive and finite, or None, got 0.0"),
+        ({"clip": {"level": "row"}}, "clip_level must be one of"),
     ],
 )
 def test_bad_opsd_settings(tmp_path: Path, changes: dict, message: str) -> None:
@@ -187,11 +187,13 @@ class Stream(IterableDataset):
 
 def test_repeated_rollouts_need_a_length(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="steps_per_rollout 2 > 1 needs a dataset with a length"):
-        opsd(tmp_path, data=Stream(), steps_per_rollout=2).train()
+        opsd(tmp_path, data=Stream(), rollout={"steps_per_rollout": 2}).train()
 
 
 def test_repeated_rollouts_need_a_plain_order(tmp_path: Path) -> None:
-    trainer = opsd(tmp_path, steps_per_rollout=2, train_sampling_strategy="group_by_length")
+    trainer = opsd(
+        tmp_path, rollout={"steps_per_rollout": 2}, train_sampling_strategy="group_by_length"
+    )
     with pytest.raises(ValueError, match="'random' or 'sequential', got list and 'group"):
         trainer.train()
 

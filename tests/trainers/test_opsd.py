@@ -70,7 +70,7 @@ def test_trained_rows_are_the_prompts_generated_from_and_the_completions(
         chat=chat,
         gradient_accumulation_steps=2,
         tokenizer=models.tokenizer(pad_is_eos),
-        rollout_temperature=2.0,
+        rollout={"temperature": 2.0},
     )
     collator, data = trainer.hint_collator, models.problems(chat=chat)
     trainer.train()
@@ -111,7 +111,10 @@ def test_completion_metrics_are_those_of_the_samples(tmp_path: Path, generated: 
 @pytest.mark.parametrize("repeats", [1, 2, 3])
 def test_one_generate_call_per_rollout(tmp_path: Path, generated: list, repeats: int) -> None:
     trainer = watched(
-        tmp_path, steps_per_rollout=repeats, gradient_accumulation_steps=2, max_steps=6
+        tmp_path,
+        rollout={"steps_per_rollout": repeats},
+        gradient_accumulation_steps=2,
+        max_steps=6,
     )
     trainer.train()
     assert len(generated) == 6 // repeats
@@ -124,7 +127,9 @@ def test_one_generate_call_per_rollout(tmp_path: Path, generated: list, repeats:
 
 
 def test_the_teacher_follows_every_optimizer_step(tmp_path: Path) -> None:
-    trainer = watched(tmp_path, teacher="ema", ema_decay=0.0, gradient_accumulation_steps=2)
+    trainer = watched(
+        tmp_path, teacher="ema", self_teacher={"ema_decay": 0.0}, gradient_accumulation_steps=2
+    )
     before = trainer.teacher.state_dict()["lm_head.weight"].clone()
     trainer.train()
     for name, average in trainer.teacher.state_dict().items():  # decay 0: the last step's weights
@@ -133,7 +138,7 @@ def test_the_teacher_follows_every_optimizer_step(tmp_path: Path) -> None:
 
 
 def test_off_policy_generates_nothing(tmp_path: Path, generated: list) -> None:
-    trainer = watched(tmp_path, on_policy=False, steps_per_rollout=2)
+    trainer = watched(tmp_path, on_policy=False, rollout={"steps_per_rollout": 2})
     trainer.train()
     assert generated == []
     want = HintCollator(models.tokenizer())(models.problems()[:2])
@@ -162,7 +167,7 @@ def test_rollouts_do_not_disturb_the_training_noise(tmp_path: Path) -> None:
     """However much is sampled, the random state of the training is where it would have been."""
 
     def run(length: int) -> torch.Tensor:
-        trainer = watched(tmp_path, rollout_temperature=1.0, max_completion_length=length)
+        trainer = watched(tmp_path, rollout={"temperature": 1.0}, max_completion_length=length)
         torch.manual_seed(0)
         trainer.train()
         return torch.get_rng_state()
@@ -171,7 +176,9 @@ def test_rollouts_do_not_disturb_the_training_noise(tmp_path: Path) -> None:
 
 
 def test_the_student_is_sampled_not_the_teacher(tmp_path: Path, generated: list) -> None:
-    trainer = watched(tmp_path, models.lora(models.llama()), rollout_temperature=0.0, max_steps=1)
+    trainer = watched(
+        tmp_path, models.lora(models.llama()), rollout={"temperature": 0.0}, max_steps=1
+    )
     trainer.train()
     student = models.lora(models.llama())
     for prompt, completion in zip(*generated[0][:2], strict=True):
@@ -183,8 +190,8 @@ def test_the_student_is_sampled_not_the_teacher(tmp_path: Path, generated: list)
 
 def test_clip_reaches_the_loss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     plain = watched(tmp_path, max_steps=1, on_policy=False)
-    clipped = watched(tmp_path, max_steps=1, on_policy=False, token_clip=1e-4)
-    assert "token_clip 0.0001 at vocab_entry can lower tokens" in caplog.text
+    clipped = watched(tmp_path, max_steps=1, on_policy=False, clip={"bound": 1e-4})
+    assert "clip bound 0.0001 at vocab_entry can lower tokens" in caplog.text
     for trainer in (plain, clipped):
         trainer.train()
     one, other = plain.state.log_history[0], clipped.state.log_history[0]
@@ -194,7 +201,10 @@ def test_clip_reaches_the_loss(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 
 
 def test_generation_kwargs_from_the_command_line(tmp_path: Path, generated: list) -> None:
-    for settings in ({"generation_kwargs": '{"top_k": 1}'}, {"rollout_temperature": 0.0}):
+    for settings in (
+        {"rollout": '{"generation_kwargs": {"top_k": 1}}'},
+        {"rollout": {"temperature": 0.0}},
+    ):
         watched(tmp_path, max_steps=1, **settings).train()
     assert generated[0][1] == generated[1][1]
 
@@ -236,7 +246,7 @@ def test_repeat_sampler_needs_a_window() -> None:
 def test_epochs_of_repeated_rollouts_are_shuffled_differently(tmp_path: Path) -> None:
     trainer = watched(
         tmp_path,
-        steps_per_rollout=2,
+        rollout={"steps_per_rollout": 2},
         max_steps=32,
         train_sampling_strategy="random",
         max_completion_length=1,

@@ -32,7 +32,7 @@ def distill(folder: Path) -> DistillTrainer:
 
 
 def opsd(folder: Path, model: nn.Module, **changes: Any) -> OPSDTrainer:
-    settings = SAVING | {"max_completion_length": 8, "rollout_temperature": 1.0} | changes
+    settings = SAVING | {"max_completion_length": 8, "rollout": {"temperature": 1.0}} | changes
     args = OPSDConfig(**models.options(folder, **settings))
     tokenizer = models.tokenizer()
     return OPSDTrainer(model, args, train_dataset=models.problems(), processing_class=tokenizer)
@@ -43,12 +43,17 @@ def opsd_lora(folder: Path) -> OPSDTrainer:
 
 
 def opsd_ema(folder: Path) -> OPSDTrainer:
-    return opsd(folder, student(), teacher="ema", ema_decay=0.5)
+    return opsd(folder, student(), teacher="ema", self_teacher={"ema_decay": 0.5})
 
 
 def opsd_window(folder: Path) -> OPSDTrainer:
     """Each rollout serves two steps: the checkpoint of step 3 lies between them."""
-    return opsd(folder, student(), steps_per_rollout=2, gradient_accumulation_steps=2)
+    return opsd(
+        folder,
+        student(),
+        rollout={"temperature": 1.0, "steps_per_rollout": 2},
+        gradient_accumulation_steps=2,
+    )
 
 
 SETUPS = {f.__name__: f for f in (distill, opsd_lora, opsd_ema, opsd_window)}

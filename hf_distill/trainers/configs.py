@@ -1,0 +1,146 @@
+"""The trainers' configs: TrainingArguments, what defines the objective, and groups of the rest."""
+
+import dataclasses
+from dataclasses import dataclass, field, fields
+from typing import Any, cast
+
+from transformers import TrainingArguments
+
+from hf_distill.teachers import SelfTeacher
+from hf_distill.trainers.groups import ClipConfig, RolloutConfig, SelfTeacherConfig, as_group
+from metal_ops import DivergenceSpec
+
+
+@dataclass
+class DistillConfig(TrainingArguments):
+    """TrainingArguments and what defines the objective, alpha * soft + (1 - alpha) * hard.
+
+    A group (`clip`) is its dataclass, a mapping with some of its fields (as in YAML), or the same
+    as JSON text (as on a command line); it is the dataclass afterwards.
+    """
+
+    temperature: float = field(
+        default=2.0, metadata={"help": "Softmax temperature of both sides in the soft loss, > 0."}
+    )
+    alpha: float = field(
+        default=0.5,
+        metadata={"help": "Share of the soft loss in [0, 1]; the rest is cross-entropy."},
+    )
+    divergence: str = field(
+        default="forward_kl",
+        metadata={
+            "help": "forward_kl = KL(teacher||student), reverse_kl, jsd (with beta), or another "
+            "kind of metal_ops.DivergenceSpec."
+        },
+    )
+    beta: float = field(
+        default=0.5,
+        metadata={
+            "help": "Weight of the teacher in the JSD's mixture, in [0, 1]; 0 and 1 mean forward "
+            "and reverse KL, as in GKD."
+        },
+    )
+    temperature_scaling: str = field(
+        default="t2",
+        metadata={
+            "help": "'t2' multiplies the soft loss by temperature², so that its gradients keep "
+            "their size beside the hard loss; 'none' does not."
+        },
+    )
+    clip: ClipConfig | str | dict[str, Any] | None = field(
+        default=None, metadata={"help": "A bound on the soft loss: bound, level."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values where they are given."""
+        super().__post_init__()
+        if not 0.0 <= self.alpha <= 1.0:
+            raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
+        self.clip = as_group("clip", ClipConfig, self.clip)
+        self.divergence_spec()
+
+    def divergence_spec(self) -> DivergenceSpec:
+        """The divergence of the soft loss."""
+        clip = cast(ClipConfig, self.clip)
+        return DivergenceSpec(
+            self.divergence,
+            self.beta,
+            self.temperature,
+            self.temperature_scaling,
+            clip=clip.bound,
+            clip_level=clip.level,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in `TrainingArguments`; groups are dicts."""
+        result = super().to_dict()
+        for name in (x.name for x in fields(self) if x.name in result):
+            value = result[name]
+            if dataclasses.is_dataclass(value) and type(value).__module__ == ClipConfig.__module__:
+                result[name] = dataclasses.asdict(cast(Any, value))
+        return result
+
+
+@dataclass
+class OPSDConfig(DistillConfig):
+    """DistillConfig with the defaults of on-policy self-distillation, and its own settings."""
+
+    temperature: float = field(
+        default=1.0, metadata={"help": "Softmax temperature of both sides in the loss, > 0."}
+    )
+    alpha: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the soft loss in [0, 1]; the rest is the completions' cross-entropy."
+        },
+    )
+    divergence: str = field(
+        default="jsd",
+        metadata={
+            "help": "jsd, forward_kl = KL(teacher||student), reverse_kl, or another kind of "
+            "metal_ops.DivergenceSpec."
+        },
+    )
+    temperature_scaling: str = field(
+        default="none", metadata={"help": "'none' is the convention of OPSD and TRL; or 't2'."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "False: the collator reads hints from any column."}
+    )
+    teacher: str = field(
+        default="base",
+        metadata={
+            "help": "base: the model before training (adapters off, or a frozen copy); ema: a "
+            "moving average; live: the model as it is, which tends to collapse."
+        },
+    )
+    on_policy: bool = field(
+        default=True,
+        metadata={"help": "Sample completions from the student; False takes them from the data."},
+    )
+    max_completion_length: int = field(
+        default=256, metadata={"help": "Tokens of a sampled completion, >= 1."}
+    )
+    self_teacher: SelfTeacherConfig | str | dict[str, Any] | None = field(
+        default=None, metadata={"help": "How the teacher follows the student: ema_decay."}
+    )
+    rollout: RolloutConfig | str | dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Sampling: temperature, steps_per_rollout, generation_kwargs."},
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values where they are given."""
+        super().__post_init__()
+        self.self_teacher = as_group("self_teacher", SelfTeacherConfig, self.self_teacher)
+        self.rollout = as_group("rollout", RolloutConfig, self.rollout)
+        self.make_teacher()
+        if self.max_completion_length < 1:
+            raise ValueError(
+                f"max_completion_length must be at least 1, got {self.max_completion_length}"
+            )
+
+    def make_teacher(self) -> SelfTeacher:
+        """The teacher that `teacher` names."""
+        follow = cast(SelfTeacherConfig, self.self_teacher)
+        return SelfTeacher(self.teacher, follow.ema_decay)
