@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_distill import alignment, losses
 from hf_distill.heads import Head, Reader, causal_lm
 from hf_distill.monitors import TokenMeter
+from hf_distill.rollouts import end_token_ids
 from hf_distill.teachers import Teacher, as_teacher
 from hf_distill.trainers.configs import DistillConfig
 from metal_ops.functional import LinearTerms
@@ -94,6 +95,9 @@ class DistillTrainer(Trainer):
         refusal = self._hidden_states_refusal()
         self._reader = Reader("student", refusal)
         self._meters = {True: TokenMeter(), False: TokenMeter()}
+        eos_token_id = getattr(processing_class, "eos_token_id", None)
+        end_ids = end_token_ids(causal_lm(cast(nn.Module, self.model)), eos_token_id)
+        self._alignment = alignment.AlignmentMeter(end_ids)
         self.teacher.prepare(self.accelerator, cast(nn.Module, self.model), refusal)
         self.add_callback(_UpdateTeacher(self.teacher))
 
@@ -140,6 +144,7 @@ class DistillTrainer(Trainer):
         """Teacher's signal, student's terms, normalised over the whole optimizer step."""
         if self.teacher is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._alignment.add(inputs)
         side = alignment.student_side(inputs)
         signal = self.teacher.signal(model, alignment.teacher_side(inputs, side))
         targets = alignment.targets(inputs["labels"], side.predicts)
@@ -221,6 +226,7 @@ class DistillTrainer(Trainer):
     def _read_metrics(self, training: bool) -> dict[str, float]:
         if self.teacher is None:
             return {}
+        self._alignment.read(self.accelerator)
         unused = ("hard",) if self.args.alpha == 1.0 else ()
         if self.objective.spec.clip is None:
             unused += ("clipped",)
@@ -230,6 +236,8 @@ class DistillTrainer(Trainer):
         """As in `Trainer`; training logs also hold the metrics of the scored tokens."""
         if "loss" in logs:
             logs.update(self._read_metrics(training=True))
+        elif "train_loss" in logs and self.teacher is not None:
+            self._alignment.read(self.accelerator)  # the run ends; it may not have logged before
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

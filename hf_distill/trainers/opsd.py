@@ -186,9 +186,11 @@ class OPSDTrainer(DistillTrainer):
         prompts = alignment.unpad(batch["prompt_ids"], batch["prompt_mask"])
         teacher_prompts = alignment.unpad(batch["teacher_prompt_ids"], batch["teacher_prompt_mask"])
         self._check_context(teacher_prompts, completions)
-        return alignment.build_batch(
+        rows = alignment.build_batch(
             prompts, teacher_prompts, completions, self.hint_collator.pad_token_id
         )
+        alignment.assert_completions(rows, completions)
+        return rows
 
     def _check_context(self, contexts: list[list[int]], completions: list[list[int]]) -> None:
         config = getattr(causal_lm(cast(nn.Module, self.model)), "config", None)
