@@ -16,6 +16,7 @@ from hf_distill.heads import Head, Reader, causal_lm
 from hf_distill.monitors import TokenMeter
 from hf_distill.rollouts import end_token_ids
 from hf_distill.teachers import Teacher, as_teacher
+from hf_distill.trainers import checkpoints
 from hf_distill.trainers.configs import DistillConfig
 from metal_ops.functional import LinearTerms
 
@@ -240,12 +241,35 @@ class DistillTrainer(Trainer):
             self._alignment.read(self.accelerator)  # the run ends; it may not have logged before
         super().log(logs, start_time)
 
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """As in `Trainer`; checkpoints that were not written to the end are passed over.
+
+        Raises:
+            ValueError: the checkpoint that is named, or every one there is, is such a one.
+        """
+        if resume_from_checkpoint is True:
+            found = checkpoints.last_whole(cast(str, self.args.output_dir))
+            resume_from_checkpoint = True if found is None else found
+        elif resume_from_checkpoint:
+            checkpoints.assert_whole(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            checkpoints.unmark(os.path.join(self._get_output_dir(trial), folder))
         super()._save_checkpoint(model, trial)
-        if self.args.save_only_model:
-            return
-        folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._save_extra(os.path.join(self._get_output_dir(trial), folder))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # the Trainer's last file before trainer_state.json, the upload and the removal of old ones
+        super()._save_rng_state(output_dir)
+        self._save_extra(output_dir)
+        self.accelerator.wait_for_everyone()
 
     def _save_extra(self, folder: str) -> None:
         """Write what resuming needs besides the Trainer's own files."""
@@ -253,13 +277,16 @@ class DistillTrainer(Trainer):
         if state and self.args.should_save:
             save_file(state, os.path.join(folder, TEACHER_FILE))
 
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._load_extra(checkpoint)
+
+    def _load_extra(self, folder: str) -> None:
+        """Read what `_save_extra` wrote; the state is the checkpoint's."""
         if self.teacher is None or not self.teacher.state_dict():
             return
-        path = os.path.join(resume_from_checkpoint, TEACHER_FILE)
+        path = os.path.join(folder, TEACHER_FILE)
         if not os.path.isfile(path):
             raise FileNotFoundError(f"the teacher's state must be in the checkpoint: no {path}")
         self.teacher.load_state_dict(load_file(path))

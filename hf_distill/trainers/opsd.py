@@ -251,24 +251,32 @@ class OPSDTrainer(DistillTrainer):
 
     def _save_extra(self, folder: str) -> None:
         super()._save_extra(folder)
-        if (
-            self._completions is None
-            or self.state.global_step % self.rollout.steps_per_rollout == 0
-        ):
-            return  # the next step samples anew
-        name = ROLLOUT_FILE.format(rank=self.args.process_index)
-        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
-            json.dump(self._completions, file)
+        path = self._rollout_path(folder)
+        if self._completions is not None and self._inside_a_rollout():
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(self._completions, file)
+        elif os.path.isfile(path):
+            os.remove(path)  # of a run before this one
 
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        name = ROLLOUT_FILE.format(rank=self.args.process_index)
-        path = os.path.join(resume_from_checkpoint, name)
+    def _load_extra(self, folder: str) -> None:
+        super()._load_extra(folder)
+        path = self._rollout_path(folder)
         self._completions = None
         if os.path.isfile(path):
             with open(path, encoding="utf-8") as file:
                 self._completions = json.load(file)
-        elif self.args.on_policy and self.rollout.steps_per_rollout > 1:
-            logger.info("no %s in the checkpoint: completions are sampled anew", name)
+        elif self._inside_a_rollout():
+            logger.warning(
+                "there is no %s, though step %d is one of %d on the same completions: they are "
+                "sampled anew, and the run is not the one that was interrupted",
+                path,
+                self.state.global_step,
+                self.rollout.steps_per_rollout,
+            )
+
+    def _rollout_path(self, folder: str) -> str:
+        return os.path.join(folder, ROLLOUT_FILE.format(rank=self.args.process_index))
+
+    def _inside_a_rollout(self) -> bool:
+        """Whether the next step uses completions that are there already."""
+        return self.args.on_policy and self.state.global_step % self.rollout.steps_per_rollout != 0
