@@ -145,7 +145,7 @@ class DistillTrainer(Trainer):
         """Teacher's signal, student's terms, normalised over the whole optimizer step."""
         if self.teacher is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self._alignment.add(inputs)
+        self._check_batch(inputs)
         side = alignment.student_side(inputs)
         signal = self.teacher.signal(model, alignment.teacher_side(inputs, side))
         targets = alignment.targets(inputs["labels"], side.predicts)
@@ -168,6 +168,10 @@ class DistillTrainer(Trainer):
         losses.assert_finite(terms)
         self._meters[model.training].add(terms)
         return (terms.loss, outputs) if return_outputs else terms.loss
+
+    def _check_batch(self, inputs: dict[str, Any]) -> None:
+        """Called with every batch before it is used."""
+        self._alignment.add(inputs)
 
     def _num_averaged(self, num_items_in_batch: Tensor | int | None) -> int:
         """Processes whose gradients will be averaged though the count is of all of them."""

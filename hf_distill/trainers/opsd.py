@@ -15,7 +15,7 @@ from hf_distill import alignment, rollouts
 from hf_distill.collators import TRUNCATED, HintCollator
 from hf_distill.heads import causal_lm, unwrap
 from hf_distill.monitors import CompletionMeter, ShareMeter
-from hf_distill.preflight import check_empty_hint
+from hf_distill.preflight import check_empty_hint, warn_of_lost_context
 from hf_distill.teachers import SelfTeacher, Teacher
 from hf_distill.trainers.configs import ClipConfig, OPSDConfig
 from hf_distill.trainers.distill import DistillTrainer
@@ -125,7 +125,7 @@ class OPSDTrainer(DistillTrainer):
         dataset: Any = self.train_dataset
         rows = [dataset[i] for i in range(min(NUM_CHECKED, len(dataset)))]
         model, collator = cast(nn.Module, self.model), self.hint_collator
-        student, teacher = collator.without_hints(rows)
+        student, teacher = collator.without_hints(rows, completed=not self.args.on_policy)
         # before training the model has no autocast of its own; as in training, products are 16-bit
         in_16_bit = self.args.bf16 or self.args.fp16 or getattr(model, "is_quantized", False)
         with self.accelerator.autocast():
@@ -133,6 +133,12 @@ class OPSDTrainer(DistillTrainer):
                 model, self.teacher, student, teacher, collator.pad_token_id, in_16_bit
             )
         logger.info("without a hint student and teacher are %.1e nats apart", found)
+
+    def _check_batch(self, inputs: dict[str, Any]) -> None:
+        is_first = not self._alignment.started
+        super()._check_batch(inputs)
+        if is_first and self.args.process_index == 0:
+            warn_of_lost_context(inputs, self.hint_collator.tokenizer, NUM_CHECKED)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
