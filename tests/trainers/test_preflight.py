@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -155,13 +156,13 @@ class SecondTurn(OtherContext):
         (Greets, "token 1 is the first to differ"),
         (NoGenerationPrompt, r"first to differ: \[3, 7, \d+\]"),  # <|im_start|> assistant
         (TwoBeginnings, r"first to differ: \[6, \d+, \d+\] and \[3, 6, \d+\]"),
-        (Thinks, r"and \[35, "),  # think
+        (Thinks, r"first to differ: .* and \[30, "),  # think
     ],
 )
 @pytest.mark.parametrize("on_policy", [True, False])
 def test_another_template_is_an_error(tmp_path, kind, where, on_policy):
     opsd = trainer(tmp_path, models.llama(), kind(models.tokenizer()), on_policy=on_policy)
-    if not on_policy:
+    if not on_policy and kind is not Thinks:  # text is all that can stand behind other kwargs
         opsd.train_dataset = [dialogue() for _ in range(4)]
     with pytest.raises(EmptyHintError, match=rf"template: without a hint row 0 .* {where}"):
         opsd.train()
@@ -268,9 +269,11 @@ def test_a_system_message_that_a_hint_replaces_is_named(
     opsd.args.max_steps = 2
     text = log(caplog, opsd)
     assert FOUND in text
-    said = "context: the teacher must read what the student reads, and the hint; row 0 of the batch"
-    assert text.count("context:") == is_lost
-    assert (said + " has 'You are brief .' for the student, and 'Hint : 5'" in text) == is_lost
+    assert text.count("context: the teacher must read what the student reads, and the") == is_lost
+    lost = (
+        r"row 0 of the batch has '[^']*You are brief[^']*' for the student, and '[^']+' in its pl"
+    )
+    assert (re.search(lost, text) is not None) == is_lost
 
 
 class Pieces:
