@@ -72,7 +72,6 @@ def test_no_whole_checkpoint_is_an_error(folder: Path) -> None:
     ):
         trainer(folder).train(resume_from_checkpoint=True)
     empty = trainer(folder / "empty")
-    (folder / "empty").mkdir()
     with pytest.raises(ValueError, match="No valid checkpoint found"):  # the Trainer's own
         empty.train(resume_from_checkpoint=True)
 
