@@ -1,5 +1,6 @@
 """HintCollator: one model's two views of a problem, with and without a hint."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar, cast
@@ -154,23 +155,27 @@ class HintCollator:
             batch[f"{name}_mask"] = alignment.pad(ones, 0, side="left")
         return self._with_count(batch, made)
 
-    def without_hints(self, rows: Sequence[Row]) -> tuple[list[Rendered], list[Rendered]]:
+    def without_hints(
+        self, rows: Sequence[Row], completed: bool = False
+    ) -> tuple[list[Rendered], list[Rendered]]:
         """Student's and teacher's rows as if there were no hints, to compare the two sides.
 
-        The last tokens of each prompt stand for its completion.
+        Args:
+            rows: of the data.
+            completed: whether to take their completions; else the last tokens of each prompt and
+                the end token stand for one, behind both contexts.
         """
-        made = [
-            self._in_row(i, lambda row: self._contexts(row, hinted=False), row)
-            for i, row in enumerate(rows)
-        ]
-        student, teacher = (
-            [
-                Rendered(side.ids, range(max(1, len(side.ids) - SHOWN_TOKENS), len(side.ids)))
-                for side in sides
-            ]
-            for sides in zip(*(x[:2] for x in made), strict=True)
-        )
-        return student, teacher
+        bare = copy.copy(self)
+        bare.hints, bare.scored = (), "all"
+        make = bare._row if completed else bare._with_tail
+        made = [self._in_row(i, make, row) for i, row in enumerate(rows)]
+        return [x.student for x in made], [x.teacher for x in made]
+
+    def _with_tail(self, row: Row) -> Made:
+        made, eos = self._contexts(row), self.eos_token_id
+        tail = [*made.student.ids[-SHOWN_TOKENS:], *([] if eos is None else [eos])]
+        student, teacher = (alignment.completed(side.ids, tail) for side in made[:2])
+        return Made(student, teacher, False)
 
     def _with_count(self, batch: dict[str, Tensor], made: Sequence[Made]) -> dict[str, Tensor]:
         if self.truncation == "hint":
@@ -232,13 +237,12 @@ class HintCollator:
         self._check(prompt, "prompt", len(ids), self.max_prompt_length)
         return ids
 
-    def _contexts(self, row: Row, hinted: bool = True) -> Made:
+    def _contexts(self, row: Row) -> Made:
         """Both contexts; nothing is scored yet."""
         prompt, ids = self._column(row, self.prompt_column), self._prompt(row)
-        hints: list[Placed] = []
-        if hinted and isinstance(prompt, str):
+        if isinstance(prompt, str):
             hints = [Placed(hint, text, 0) for hint, text in self._rendered(row)]
-        elif hinted:
+        else:
             hints = self._placed(row, prompt, len(prompt))
 
         def teacher(hints: Sequence[Placed]) -> Rendered:

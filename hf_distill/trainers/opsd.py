@@ -17,7 +17,7 @@ from hf_distill.collators import TRUNCATED, HintCollator
 from hf_distill.episodes import Environment, Episode, play, share_siblings
 from hf_distill.heads import causal_lm, unwrap
 from hf_distill.monitors import CompletionMeter, ShareMeter
-from hf_distill.preflight import check_empty_hint
+from hf_distill.preflight import check_empty_hint, warn_of_lost_context
 from hf_distill.teachers import SelfTeacher, Teacher
 from hf_distill.trainers.configs import ClipConfig, OPSDConfig
 from hf_distill.trainers.distill import DistillTrainer
@@ -160,14 +160,25 @@ class OPSDTrainer(DistillTrainer):
         dataset: Any = self.train_dataset
         rows = [dataset[i] for i in range(min(NUM_CHECKED, len(dataset)))]
         model, collator = cast(nn.Module, self.model), self.hint_collator
-        student, teacher = collator.without_hints(rows)
+        student, teacher = collator.without_hints(rows, completed=not self.args.on_policy)
         # before training the model has no autocast of its own; as in training, products are 16-bit
         in_16_bit = self.args.bf16 or self.args.fp16 or getattr(model, "is_quantized", False)
         with self.accelerator.autocast():
             found = check_empty_hint(
-                model, self.teacher, student, teacher, collator.pad_token_id, in_16_bit
+                model,
+                cast(SelfTeacher, self.teacher),
+                student,
+                teacher,
+                collator.pad_token_id,
+                in_16_bit,
             )
         logger.info("without a hint student and teacher are %.1e nats apart", found)
+
+    def _check_batch(self, inputs: dict[str, Any]) -> None:
+        is_first = not self._alignment.started
+        super()._check_batch(inputs)
+        if is_first and self.args.process_index == 0:
+            warn_of_lost_context(inputs, self.hint_collator.tokenizer, NUM_CHECKED)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -265,6 +276,9 @@ class OPSDTrainer(DistillTrainer):
     def _rows(self, episodes: list[Episode]) -> dict[str, Tensor]:
         """The student's and the teacher's rows of one micro-batch."""
         batch, _ = self.hint_collator.from_episodes(episodes)
+        if self.hint_collator.scored == "all":
+            written = [[token for reply in e.completions for token in reply] for e in episodes]
+            alignment.assert_completions(batch, written)
         config = getattr(causal_lm(cast(nn.Module, self.model)), "config", None)
         limit = getattr(config, "max_position_embeddings", None)
         lengths = batch["teacher_attention_mask"].sum(1).tolist()
@@ -338,26 +352,33 @@ class OPSDTrainer(DistillTrainer):
 
     def _save_extra(self, folder: str) -> None:
         super()._save_extra(folder)
-        if (
-            self._window is None
-            or not self._window.episodes
-            or self.state.global_step % self.rollout.steps_per_rollout == 0
-        ):
-            return  # the next step samples anew
-        name = ROLLOUT_FILE.format(rank=self.args.process_index)
-        states = [[episode.state() for episode in batch] for batch in self._window.episodes]
-        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
-            json.dump(states, file)
+        path = self._rollout_path(folder)
+        if self._window is not None and self._window.episodes and self._inside_a_rollout():
+            states = [[episode.state() for episode in batch] for batch in self._window.episodes]
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(states, file)
+        elif os.path.isfile(path):
+            os.remove(path)  # of a run before this one
 
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        name = ROLLOUT_FILE.format(rank=self.args.process_index)
-        path = os.path.join(resume_from_checkpoint, name)
+    def _load_extra(self, folder: str) -> None:
+        super()._load_extra(folder)
+        path = self._rollout_path(folder)
         self._window = self._resumed = None
         if os.path.isfile(path):
             with open(path, encoding="utf-8") as file:
                 self._resumed = json.load(file)
-        elif self.args.on_policy and self.rollout.steps_per_rollout > 1:
-            logger.info("no %s in the checkpoint: completions are sampled anew", name)
+        elif self._inside_a_rollout() and self.rollout.on_policy_fraction == 1.0:
+            logger.warning(
+                "there is no %s, though step %d is one of %d on the same completions: they are "
+                "sampled anew, and the run is not the one that was interrupted",
+                path,
+                self.state.global_step,
+                self.rollout.steps_per_rollout,
+            )
+
+    def _rollout_path(self, folder: str) -> str:
+        return os.path.join(folder, ROLLOUT_FILE.format(rank=self.args.process_index))
+
+    def _inside_a_rollout(self) -> bool:
+        """Whether the next step uses completions that are there already."""
+        return self.args.on_policy and self.state.global_step % self.rollout.steps_per_rollout != 0

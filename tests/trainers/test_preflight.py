@@ -91,8 +91,8 @@ def test_a_dead_teacher_is_an_error(tmp_path):
 class OtherTemplate(HintCollator):
     """Its teacher has a system message even where there is no hint."""
 
-    def _contexts(self, row: Any, hinted: bool = True) -> Any:
-        made = super()._contexts(row, hinted)
+    def _contexts(self, row: Any) -> Any:
+        made = super()._contexts(row)
         greeting = self.tokenizer("<|im_start|> system You are brief . <|im_end|>")["input_ids"]
         return made._replace(teacher=made.teacher._replace(ids=[*greeting, *made.teacher.ids]))
 
@@ -119,7 +119,7 @@ def test_padding_that_reaches_the_logits_is_an_error(tmp_path):
     model = models.llama()
     model.model = Deaf(model.model)
     opsd = trainer(tmp_path, model, on_policy=False)
-    with pytest.raises(EmptyHintError, match="padding or position ids: rows padded on the left"):
+    with pytest.raises(EmptyHintError, match="padding: rows padded on the left"):
         opsd.train()
 
 
