@@ -13,6 +13,7 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 NO_TOKEN = -1  # padding of an index map
+SHOWN = 3  # ids in an error
 
 TEACHER_PREFIX = "teacher_"
 INDEX_MAPS = ("completion_index", "teacher_completion_index")
@@ -210,25 +211,32 @@ def assert_aligned(batch: Mapping[str, Any], end_ids: Sequence[int] = ()) -> Non
             raise AlignmentError(f"{RULES[rule]}: {_detail(batch, rule, row, column)}")
 
 
-def assert_completions(batch: Mapping[str, Tensor], completions: Sequence[Sequence[int]]) -> None:
-    """Check that the scored tokens of each row are the ids of its completion, end token included.
+def assert_completions(
+    batch: Mapping[str, Tensor], completions: Sequence[Sequence[Sequence[int]]]
+) -> None:
+    """Check that each row scores replies as they were sampled: whole, with their end tokens.
+
+    Args:
+        batch: with labels [B, T].
+        completions: the ids of the replies of each row; not all need be scored.
 
     Raises:
-        AlignmentError: naming the first row and token that differ.
+        AlignmentError: naming the first row that scores something else.
     """
     labels = batch["labels"]
     predicts = predicts_from_labels(labels)
-    for i, completion in enumerate(completions):
+    for i, replies in enumerate(completions):
         scored = targets(labels[i : i + 1], predicts[i : i + 1]).tolist()
-        if scored == list(completion):
-            continue
-        pairs = enumerate(zip(scored, completion, strict=False))
-        at = next((k for k, (a, b) in pairs if a != b), min(len(scored), len(completion)))
-        raise AlignmentError(
-            f"row {i} must score the completion that was sampled, of {len(completion)} tokens; it "
-            f"scores {len(scored)}, and token {at} is the first to differ: ids "
-            f"{scored[at : at + 3]} for {list(completion[at : at + 3])}"
-        )
+        ends = {0}  # where, in what is scored, a reply may begin
+        for reply in replies:
+            ends |= {at + len(reply) for at in ends if scored[at : at + len(reply)] == list(reply)}
+        if len(scored) not in ends:
+            sampled = [list(reply[-SHOWN:]) for reply in replies]
+            raise AlignmentError(
+                f"row {i} must score replies as they were sampled, whole and with their end token; "
+                f"it scores {len(scored)} tokens that end in {scored[-SHOWN:]}, the replies have "
+                f"{[len(reply) for reply in replies]} and end in {sampled}"
+            )
 
 
 class AlignmentMeter:

@@ -163,7 +163,7 @@ class HintCollator:
         Args:
             rows: of the data.
             completed: whether to take their completions; else the last tokens of each prompt and
-                the end token stand for one, behind both contexts.
+                the end token stand for a reply.
         """
         bare = copy.copy(self)
         bare.hints, bare.scored = (), "all"
@@ -172,10 +172,10 @@ class HintCollator:
         return [x.student for x in made], [x.teacher for x in made]
 
     def _with_tail(self, row: Row) -> Made:
-        made, eos = self._contexts(row), self.eos_token_id
-        tail = [*made.student.ids[-SHOWN_TOKENS:], *([] if eos is None else [eos])]
-        student, teacher = (alignment.completed(side.ids, tail) for side in made[:2])
-        return Made(student, teacher, False)
+        end = [] if self.eos_token_id is None else [self.eos_token_id]
+        tail = [*self._prompt(row)[-SHOWN_TOKENS:], *end]
+        prompt = row[self.prompt_column]
+        return self._episode(Episode(row, prompt, completions=[tail], texts=[self.text(tail)]))
 
     def _with_count(self, batch: dict[str, Tensor], made: Sequence[Made]) -> dict[str, Tensor]:
         if self.truncation == "hint":

@@ -154,7 +154,7 @@ class OPSDTrainer(DistillTrainer):
             reason = "the dataset has no rows to look up"
         elif not len(self.train_dataset):
             reason = "the dataset is empty"
-        if reason is not None or self.teacher is None:
+        if reason is not None or not isinstance(self.teacher, SelfTeacher):
             logger.info("no check without hints: %s", reason)
             return
         dataset: Any = self.train_dataset
@@ -207,6 +207,12 @@ class OPSDTrainer(DistillTrainer):
         if not sampled:
             return Window([], [self.hint_collator(batch["rows"]) for batch in batches])
         if resumed is None:
+            if self._inside_a_rollout():
+                logger.warning(
+                    "the checkpoint has no completions of this process, though step %d is not the "
+                    "first on them: they are sampled anew, and the run is not the one it was",
+                    step,
+                )
             episodes = self._play(batches, step, training=True)
         else:
             episodes = self._episodes(batches)
@@ -276,9 +282,7 @@ class OPSDTrainer(DistillTrainer):
     def _rows(self, episodes: list[Episode]) -> dict[str, Tensor]:
         """The student's and the teacher's rows of one micro-batch."""
         batch, _ = self.hint_collator.from_episodes(episodes)
-        if self.hint_collator.scored == "all":
-            written = [[token for reply in e.completions for token in reply] for e in episodes]
-            alignment.assert_completions(batch, written)
+        alignment.assert_completions(batch, [episode.completions for episode in episodes])
         config = getattr(causal_lm(cast(nn.Module, self.model)), "config", None)
         limit = getattr(config, "max_position_embeddings", None)
         lengths = batch["teacher_attention_mask"].sum(1).tolist()
@@ -364,21 +368,13 @@ class OPSDTrainer(DistillTrainer):
         super()._load_extra(folder)
         path = self._rollout_path(folder)
         self._window = self._resumed = None
-        if os.path.isfile(path):
+        if os.path.isfile(path) and self._inside_a_rollout():
             with open(path, encoding="utf-8") as file:
                 self._resumed = json.load(file)
-        elif self._inside_a_rollout() and self.rollout.on_policy_fraction == 1.0:
-            logger.warning(
-                "there is no %s, though step %d is one of %d on the same completions: they are "
-                "sampled anew, and the run is not the one that was interrupted",
-                path,
-                self.state.global_step,
-                self.rollout.steps_per_rollout,
-            )
+
+    def _inside_a_rollout(self) -> bool:
+        """Whether the next step is not the first on its completions."""
+        return self.state.global_step % self.rollout.steps_per_rollout != 0
 
     def _rollout_path(self, folder: str) -> str:
         return os.path.join(folder, ROLLOUT_FILE.format(rank=self.args.process_index))
-
-    def _inside_a_rollout(self) -> bool:
-        """Whether the next step uses completions that are there already."""
-        return self.args.on_policy and self.state.global_step % self.rollout.steps_per_rollout != 0

@@ -191,17 +191,23 @@ def test_a_batch_without_a_part_is_an_error(name: str) -> None:
         alignment.assert_aligned(batch)
 
 
-def test_completions_are_the_scored_tokens() -> None:
-    alignment.assert_completions(made(), COMPLETIONS)
-    for wrong, message in (
+def test_scored_tokens_are_replies_as_sampled() -> None:
+    """Some of them or all, but whole."""
+    for replies in ([[8, 2]], [[8], [2]], [[7], [8, 2]], [[8], [8, 2], [9]]):
+        alignment.assert_completions(made(), [replies, [[9, 10, 11]]])
+    for row, replies, message in (
         (
-            [[8], [9, 10, 11]],
-            r"row 0 .* of 1 tokens; it scores 2, and token 1 .* ids \[2\] for \[\]",
+            0,
+            [[8]],
+            r"row 0 .* scores 2 tokens that end in \[8, 2\], the replies have \[1\] and end",
         ),
-        ([[8, 2], [9, 12, 11]], r"row 1 .* and token 1 .* ids \[10, 11\] for \[12, 11\]"),
+        (0, [[2], [8]], r"the replies have \[1, 1\] and end in \[\[2\], \[8\]\]"),
+        (1, [[9, 10, 11, 2]], r"row 1 .* the replies have \[4\] and end in \[\[10, 11, 2\]\]"),
+        (1, [[9, 12, 11]], "row 1 must score replies as they were sampled"),
     ):
+        replies = [replies, [[9, 10, 11]]] if row == 0 else [[[8, 2]], replies]
         with pytest.raises(AlignmentError, match=message):
-            alignment.assert_completions(made(), wrong)
+            alignment.assert_completions(made(), replies)
 
 
 class Waits(TorchDispatchMode):

@@ -150,7 +150,7 @@ def test_a_missing_rollout_is_logged(folder: Path, caplog: pytest.LogCaptureFixt
         caplog.clear()
         run = trainer(folder, rollout={"steps_per_rollout": steps_per_rollout}, save_strategy="no")
         run.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
-        text = "rollout-0.json, though step 1 is one of 2 on the same completions: they are sampled"
+        text = "no completions of this process, though step 1 is not the first on them: they are"
         assert (text in caplog.text) == logged
 
 
