@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_distill.alignment import Rendered, Side, pad
 from hf_distill.heads import Reader, evaluating, kept_rng, unwrap
-from hf_distill.teachers import Teacher, adapters_off
+from hf_distill.teachers import SelfTeacher, Teacher, adapters_off
 from metal_ops import DivergenceSpec, divergence
 
 logger = logging.getLogger(__name__)
@@ -110,24 +110,31 @@ def check_empty_hint(
     said = teacher.signal(model, side).dense()
     found = _apart(padded["right"], said)
     if not found <= tolerance:
-        _explain(model, reader, right, said, found, tolerance)
+        _explain(model, teacher, reader, right, said, found, tolerance)
     _warn_of_dropout(model, reader, right, padded["right"], tolerance)
     return found
 
 
 def _explain(
-    model: nn.Module, reader: Reader, side: Side, said: Tensor, found: float, tolerance: float
+    model: nn.Module,
+    teacher: Teacher,
+    reader: Reader,
+    side: Side,
+    said: Tensor,
+    found: float,
+    tolerance: float,
 ) -> None:
     """Warn where an adapter is the reason, raise where none is known."""
     bare = unwrap(model)
     if isinstance(bare, PeftModel):
         with evaluating(model), adapters_off(bare):
             without = reader.logits(model, side)
-        if _apart(without, said) <= tolerance:
+        weaker = isinstance(teacher, SelfTeacher) and teacher.kind == "lora_scale"
+        if weaker or _apart(without, said) <= tolerance:
             logger.warning(
                 "adapter: without a hint the student and its teacher, the model with its adapters "
-                "off, are %.2g nats apart: the adapter was trained before, and is pulled back "
-                "towards the base where hints say nothing",
+                "off or weaker, are %.2g nats apart: the adapter was trained before, and is pulled "
+                "back towards the base where hints say nothing",
                 found,
             )
             return
