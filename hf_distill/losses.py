@@ -19,6 +19,7 @@ from metal_ops import (
 from metal_ops.functional import LinearTerms, WeightedTerms, linear_divergence_with_stats
 
 STATS_ROWS = 64  # of logits at a time: statistics of a sparse teacher's tokens
+CLIP_SEEN = 1e-5  # nats: with and without a clip the same sum is rounded otherwise
 
 
 def token_weights(
@@ -139,7 +140,7 @@ def _sparse_stats(
     clipped = torch.zeros_like(per_token)
     if spec.clip is not None:
         free = sparse_divergence(logits, teacher, replace(spec, clip=None))
-        clipped = (free > per_token).to(per_token.dtype)
+        clipped = (free - per_token > CLIP_SEEN * spec.scale).to(per_token.dtype)
     teacher_entropy = -torch.special.xlogy(known.exp(), known.exp()).sum(-1)
     return DivergenceStats(
         torch.cat([*student_entropy, per_token[:0]]), teacher_entropy, agreement, clipped

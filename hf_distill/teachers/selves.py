@@ -80,8 +80,7 @@ def _check_config(name: str, config: Any) -> None:
 def _check_layer(path: str, layer: LoraLayer, active: list[str]) -> None:
     variants = [layer.lora_variant[name] for name in active if name in layer.lora_variant]
     if variants:
-        kind: Any = variants[0]
-        raise ValueError(f"{PLAIN_LORA}, got {getattr(kind, '__name__', kind)} in {path}")
+        raise ValueError(f"{PLAIN_LORA}, got {type(variants[0]).__name__} in {path}")
     if layer.merged:
         raise ValueError(f"{PLAIN_LORA}, not merged into the weights; {path} is merged")
 
