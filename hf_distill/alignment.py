@@ -16,6 +16,7 @@ NO_TOKEN = -1  # padding of an index map
 SHOWN = 3  # ids in an error
 
 TEACHER_PREFIX = "teacher_"
+TEACHER_ROUTE = "teacher_route"
 INDEX_MAPS = ("completion_index", "teacher_completion_index")
 
 
@@ -28,10 +29,12 @@ class Side(NamedTuple):
 
     inputs: keyword arguments of the model's forward.
     predicts: [B, T] bool, True where the output predicts a scored token; N are True.
+    route: [B] int64, the number of the teacher that each row asks, or None if there is one teacher.
     """
 
     inputs: dict[str, Tensor]
     predicts: Tensor
+    route: Tensor | None = None
 
 
 def predicts_from_labels(labels: Tensor) -> Tensor:
@@ -74,11 +77,12 @@ def student_side(batch: Mapping[str, Any]) -> Side:
 
 def teacher_side(batch: Mapping[str, Any], student: Side) -> Side:
     """The teacher's part: its own rows if the batch has them, else the student's."""
-    ids = batch.get("teacher_input_ids")
+    ids, route = batch.get("teacher_input_ids"), batch.get(TEACHER_ROUTE)
     if ids is None:
-        return student
+        return student if route is None else student._replace(route=route)
     inputs = {"input_ids": ids, "attention_mask": batch["teacher_attention_mask"]}
-    return Side(inputs, predicts_from_index(batch["teacher_completion_index"], ids.shape[1]))
+    predicts = predicts_from_index(batch["teacher_completion_index"], ids.shape[1])
+    return Side(inputs, predicts, route)
 
 
 class _Rows(NamedTuple):

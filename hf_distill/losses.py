@@ -1,6 +1,6 @@
 """From per-token divergences to the scalar the optimizer sees."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -8,8 +8,18 @@ from torch.nn import functional as F
 
 from hf_distill.alignment import IGNORE_INDEX
 from hf_distill.heads import Head, Signal
-from metal_ops import DivergenceSpec, reference, weighted_divergence
-from metal_ops.functional import LinearTerms, linear_divergence_with_stats
+from metal_ops import (
+    DivergenceSpec,
+    DivergenceStats,
+    SparseTeacher,
+    reference,
+    sparse_divergence,
+    weighted_divergence,
+)
+from metal_ops.functional import LinearTerms, WeightedTerms, linear_divergence_with_stats
+
+STATS_ROWS = 64  # of logits at a time: statistics of a sparse teacher's tokens
+CLIP_SEEN = 1e-5  # nats: with and without a clip the same sum is rounded otherwise
 
 
 def token_weights(
@@ -81,7 +91,10 @@ class Objective:
         hard_loss, a scalar already normalised over the optimizer step, replaces the cross-entropy
         (label smoothing, the user's compute_loss_func).
         """
-        soft = weighted_divergence(logits, teacher.dense(), self.spec, weights=weights)
+        if teacher.sparse is not None:
+            soft = self.from_sparse(logits, teacher.sparse, weights)
+        else:
+            soft = weighted_divergence(logits, teacher.dense(), self.spec, weights=weights)
         loss = self.alpha * soft.loss
         hard = torch.zeros_like(soft.per_token)
         if self.alpha < 1.0:
@@ -90,6 +103,48 @@ class Objective:
                 hard_loss = (weights * hard).sum()
             loss = loss + (1 - self.alpha) * hard_loss
         return LinearTerms(loss, soft.per_token, hard.detach(), soft.stats)
+
+    def from_sparse(self, logits: Tensor, teacher: SparseTeacher, weights: Tensor) -> WeightedTerms:
+        """The soft terms of N tokens from the student's logits [N, V] and a sparse teacher.
+
+        The teacher's entropy is that of its entries and of the rest as one: a lower bound.
+
+        Raises:
+            ValueError: the loss's temperature is not the one of the teacher's log-probabilities.
+        """
+        if teacher.temperature != self.spec.temperature:
+            raise ValueError(
+                f"the teacher's log-probabilities are at temperature {teacher.temperature:g} and "
+                "cannot be taken at another: set the loss's temperature to it, got "
+                f"{self.spec.temperature:g}"
+            )
+        per_token = sparse_divergence(logits, teacher, self.spec)
+        stats = _sparse_stats(logits.detach(), teacher, self.spec, per_token.detach())
+        return WeightedTerms((weights * per_token).sum(), per_token.detach(), stats)
+
+
+@torch.no_grad()
+def _sparse_stats(
+    logits: Tensor, teacher: SparseTeacher, spec: DivergenceSpec, per_token: Tensor
+) -> DivergenceStats:
+    """What `divergence_with_stats` would say, as far as the teacher is known."""
+    student_entropy = [
+        -torch.special.xlogy(q, q).sum(-1)
+        for rows in logits.split(STATS_ROWS)
+        for q in [(rows.to(per_token.dtype) / spec.temperature).softmax(-1)]
+    ]
+    log_p = teacher.log_probs.masked_fill(teacher.ids < 0, -torch.inf)
+    known = torch.cat([log_p, teacher.log_tail[..., None]], dim=-1).to(per_token.dtype)
+    best = teacher.ids.gather(-1, log_p.argmax(-1, keepdim=True))
+    agreement = (best[..., 0] == logits.argmax(-1)).to(per_token.dtype)
+    clipped = torch.zeros_like(per_token)
+    if spec.clip is not None:
+        free = sparse_divergence(logits, teacher, replace(spec, clip=None))
+        clipped = (free - per_token > CLIP_SEEN * spec.scale).to(per_token.dtype)
+    teacher_entropy = -torch.special.xlogy(known.exp(), known.exp()).sum(-1)
+    return DivergenceStats(
+        torch.cat([*student_entropy, per_token[:0]]), teacher_entropy, agreement, clipped
+    )
 
 
 def assert_finite(terms: LinearTerms) -> None:

@@ -111,7 +111,8 @@ class OPSDConfig(DistillConfig):
         default="base",
         metadata={
             "help": "base: the model before training (adapters off, or a frozen copy); ema: a "
-            "moving average; live: the model as it is, which tends to collapse."
+            "moving average; lora_scale: the model with weaker adapters; live: the model as it is, "
+            "which tends to collapse."
         },
     )
     on_policy: bool = field(
@@ -122,7 +123,8 @@ class OPSDConfig(DistillConfig):
         default=256, metadata={"help": "Tokens of a sampled completion, >= 1."}
     )
     self_teacher: SelfTeacherConfig | str | dict[str, Any] | None = field(
-        default=None, metadata={"help": "How the teacher follows the student: ema_decay."}
+        default=None,
+        metadata={"help": "How the teacher follows the student: ema_decay, lora_scale."},
     )
     rollout: RolloutConfig | str | dict[str, Any] | None = field(
         default=None,
@@ -143,4 +145,4 @@ class OPSDConfig(DistillConfig):
     def make_teacher(self) -> SelfTeacher:
         """The teacher that `teacher` names."""
         follow = cast(SelfTeacherConfig, self.self_teacher)
-        return SelfTeacher(self.teacher, follow.ema_decay)
+        return SelfTeacher(self.teacher, follow.ema_decay, follow.lora_scale)

@@ -15,7 +15,7 @@ from hf_distill import alignment, losses
 from hf_distill.heads import Head, Reader, causal_lm
 from hf_distill.monitors import TokenMeter
 from hf_distill.rollouts import end_token_ids
-from hf_distill.teachers import Teacher, as_teacher
+from hf_distill.teachers import RemoteTeacher, RoutedCollator, Teacher, as_teacher
 from hf_distill.trainers import checkpoints
 from hf_distill.trainers.configs import DistillConfig
 from metal_ops.functional import LinearTerms
@@ -116,6 +116,11 @@ class DistillTrainer(Trainer):
                 "set up; `accelerate launch --multi_gpu --num_processes N` with --use_cpu in "
                 "the training arguments starts N processes on the CPU"
             )
+        if isinstance(self.teacher, RemoteTeacher) and self.args.temperature != 1.0:
+            raise ValueError(
+                "a remote teacher's log-probabilities are at temperature 1: set temperature=1.0, "
+                f"got {self.args.temperature}"
+            )
         config = getattr(causal_lm(cast(nn.Module, self.model)), "config", None)
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError("the student must be a decoder-only causal LM, got an encoder-decoder")
@@ -124,6 +129,13 @@ class DistillTrainer(Trainer):
                 "prompt-learning adapters put virtual tokens before the text, so labels and "
                 f"logits do not line up; got {self.model.active_peft_config.peft_type}"
             )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """As in `Trainer`, with the columns that a routed collator reads."""
+        super()._set_signature_columns_if_needed()
+        columns: list[str] = cast(Any, self)._signature_columns
+        if isinstance(self.data_collator, RoutedCollator):
+            columns.extend(name for name in self.data_collator.columns if name not in columns)
 
     def _hidden_states_refusal(self) -> str | None:
         """Why this run must read logits, or None."""

@@ -75,10 +75,17 @@ class SelfTeacherConfig:
     ema_decay: float = field(
         default=0.995, metadata={"help": "Decay per optimizer step of teacher ema, in [0, 1)."}
     )
+    lora_scale: float | str = field(
+        default=0.5,
+        metadata={
+            "help": "Share of the adapters' effect that teacher lora_scale has, in [0, 1]; a "
+            "number, or a schedule such as 'linear:0.0->1.0@100' (from, to, optimizer steps)."
+        },
+    )
 
     def __post_init__(self) -> None:
         """Check the values where they are given."""
-        SelfTeacher("ema", self.ema_decay)
+        SelfTeacher("ema", self.ema_decay, self.lora_scale)
 
 
 @dataclass
