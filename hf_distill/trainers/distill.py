@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_distill import alignment, losses
-from hf_distill.heads import Head, Reader, causal_lm
-from hf_distill.monitors import TokenMeter
+from hf_distill import alignment, losses, token_weights
+from hf_distill.heads import Reader, causal_lm
+from hf_distill.monitors import MeanMeter, TokenMeter
 from hf_distill.teachers import Teacher, as_teacher
+from hf_distill.token_weights import TokenWeights
 from hf_distill.trainers.configs import DistillConfig
-from metal_ops.functional import LinearTerms
+from hf_distill.trainers.groups import ClassWeightsConfig
+from hf_distill.trainers.scoring import Scoring, Share
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +85,14 @@ class DistillTrainer(Trainer):
             model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
         )
         self.teacher = None if teacher is None else as_teacher(teacher)
-        self.objective = losses.Objective(args.divergence_spec(), args.alpha)
+        self.objective = args.objective()
+        class_weights = cast(ClassWeightsConfig, args.class_weights).active()
         if self.teacher is None:
+            if class_weights is not None:
+                raise ValueError("class_weights need a teacher; without one this is a Trainer")
             return
+        self._weigh = TokenWeights(class_weights, self.processing_class)
+        self._scoring = Scoring(self._weigh, args.loss_settings())
         self._check_setup()
         # this class divides by num_items_in_batch itself, whatever the model's forward accepts
         self.model_accepts_loss_kwargs = True
@@ -94,6 +102,7 @@ class DistillTrainer(Trainer):
         refusal = self._hidden_states_refusal()
         self._reader = Reader("student", refusal)
         self._meters = {True: TokenMeter(), False: TokenMeter()}
+        self._mean_meters = {x: MeanMeter(self._mean_names()) for x in (True, False)}
         self.teacher.prepare(self.accelerator, cast(nn.Module, self.model), refusal)
         self.add_callback(_UpdateTeacher(self.teacher))
 
@@ -120,6 +129,13 @@ class DistillTrainer(Trainer):
                 f"logits do not line up; got {self.model.active_peft_config.peft_type}"
             )
 
+        settings = self._scoring.settings
+        if settings.anchor_weight > 0 and self._has_own_hard_loss():
+            raise ValueError(
+                f"anchor_weight {settings.anchor_weight} > 0 is a plain cross-entropy; it cannot "
+                "be combined with label smoothing or compute_loss_func"
+            )
+
     def _hidden_states_refusal(self) -> str | None:
         """Why this run must read logits, or None."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -139,45 +155,69 @@ class DistillTrainer(Trainer):
     ) -> Any:
         """Teacher's signal, student's terms, normalised over the whole optimizer step."""
         if self.teacher is None:
+            self._check_without_teacher(inputs)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         side = alignment.student_side(inputs)
         signal = self.teacher.signal(model, alignment.teacher_side(inputs, side))
-        targets = alignment.targets(inputs["labels"], side.predicts)
-        weights = self._token_weights(targets, num_items_in_batch)
+        share = Share(num_items_in_batch, self._num_averaged(num_items_in_batch), self._num_ranks())
+        side, scored, counts = self._scoring.work(inputs, side, share, model.training)
+
+        def terms_of(student: losses.Student) -> losses.Terms:
+            return losses.step_terms(student, self.objective, signal, scored)
+
         outputs = None
         if return_outputs or self._has_own_hard_loss():
             outputs = model(**self._reader.forward_inputs(model, side.inputs))
             hard_loss = self._own_hard_loss(outputs, inputs["labels"], num_items_in_batch)
-            logits = outputs.logits[side.predicts]
-            terms = self.objective.from_logits(logits, signal, targets, weights, hard_loss)
+            terms = terms_of(losses.StudentLogits(outputs.logits[side.predicts], hard_loss))
         elif signal.hidden is not None and self._reader.reads_hidden(model, side.inputs):
-
-            def read(hidden: Tensor, head: Head) -> LinearTerms:
-                return self.objective.from_hidden(hidden, head, signal, targets, weights)
-
-            terms = self._reader.at_head(model, side, read)
+            terms = self._reader.at_head(model, side, lambda *x: terms_of(losses.StudentHidden(*x)))
         else:
-            logits = self._reader.logits(model, side)
-            terms = self.objective.from_logits(logits, signal, targets, weights)
+            terms = terms_of(losses.StudentLogits(self._reader.logits(model, side)))
         losses.assert_finite(terms)
-        self._meters[model.training].add(terms)
+        self._meters[model.training].add(terms.counted(counts))
+        self._mean_meters[model.training].add(terms.extra)
         return (terms.loss, outputs) if return_outputs else terms.loss
+
+    @staticmethod
+    def _check_without_teacher(inputs: Mapping[str, Any]) -> None:
+        if token_weights.KEY in inputs:
+            raise ValueError(f"{token_weights.KEY} need a teacher; without one this is a Trainer")
+
+    def _num_ranks(self) -> int:
+        """Processes with rows of their own, whose gradients are averaged."""
+        return self.accelerator.num_processes // self.get_tp_size()
 
     def _num_averaged(self, num_items_in_batch: Tensor | int | None) -> int:
         """Processes whose gradients will be averaged though the count is of all of them."""
         if num_items_in_batch is None or not self.args.average_tokens_across_devices:
             return 1
-        return self.accelerator.num_processes // self.get_tp_size()
+        return self._num_ranks()
 
-    def _token_weights(self, targets: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-        count = len(targets) if num_items_in_batch is None else num_items_in_batch
-        if count == 0:
+    def _get_num_items_in_batch(
+        self, batch_samples: list[Any], device: torch.device
+    ) -> Tensor | int | None:
+        """As in `Trainer`; if tokens have weights, the sum of theirs."""
+        if self.teacher is None:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        weights = [self._weigh(batch) for batch in batch_samples]
+        if all(each is None for each in weights):
+            return super()._get_num_items_in_batch(batch_samples, device)
+        if self._has_own_hard_loss():
             raise ValueError(
-                "a step needs a token to score, got none: all labels are -100 "
-                "(the first token of a row is never scored)"
+                "weights of tokens reach neither label smoothing nor compute_loss_func, got both"
             )
-        num_averaged = self._num_averaged(num_items_in_batch)
-        return losses.token_weights(len(targets), count, num_averaged, targets.device)
+        count = token_weights.total(batch_samples, weights).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = cast(Tensor, self.accelerator.gather(count)).sum()
+        # processes that share rows have counted them several times
+        return count / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = cast("list[str]", self._signature_columns)
+        if self.teacher is not None and token_weights.KEY not in columns:
+            columns.append(token_weights.KEY)
 
     def _has_own_hard_loss(self) -> bool:
         return self.label_smoother is not None or self.compute_loss_func is not None
@@ -221,10 +261,15 @@ class DistillTrainer(Trainer):
     def _read_metrics(self, training: bool) -> dict[str, float]:
         if self.teacher is None:
             return {}
-        unused = ("hard",) if self.args.alpha == 1.0 else ()
-        if self.objective.spec.clip is None:
-            unused += ("clipped",)
-        return self._meters[training].read(self.accelerator, unused)
+        metrics = self._meters[training].read(self.accelerator, self.objective.unmeasured)
+        return metrics | self._mean_meters[training].read(self.accelerator)
+
+    def _mean_names(self) -> tuple[str, ...]:
+        """What is logged of `Terms.extra` in this run."""
+        settings = self._scoring.settings
+        reused = () if settings.importance_clip is None else losses.IMPORTANCE_NAMES
+        anchor = (losses.ANCHOR_NAME,) if settings.anchor_weight > 0 else ()
+        return (*self.objective.extra_names, *reused, *anchor)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `Trainer`; training logs also hold the metrics of the scored tokens."""
