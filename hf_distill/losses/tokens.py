@@ -8,11 +8,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_distill.heads import Head
 from metal_ops import reference
-from metal_ops.functional.linear import local
+from metal_ops.functional.linear import local, once
 
 CHUNK_ENTRIES = 2**24
 """Logits of a chunk: 64 MiB in float32."""
@@ -108,8 +107,7 @@ class _Sum(torch.autograd.Function):
         return total, joined
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         size, *kept = ctx.saved_tensors
         factor = upstream[0] * size
         pairs = zip(kept, ctx.needs, strict=True)
@@ -156,9 +154,9 @@ def sum_over_chunks(
     """
     size = wide(weights.detach()).abs().amax() if len(weights) else wide(weights).new_ones(())
     size = torch.where(size > 0, size, 1.0)
+    trained = (None if x is None else once(x) for x in (hidden, *_local(head)))
     settings = (size, head, piece, torch.is_grad_enabled())
-    loss, values = cast("tuple[Tensor, Tensor]", _Sum.apply(hidden, *_local(head), *settings))
-    return loss, values
+    return cast("tuple[Tensor, Tensor]", _Sum.apply(*trained, *settings))
 
 
 def cross_entropy(

@@ -19,7 +19,7 @@ from hf_distill.teachers import Teacher, as_teacher
 from hf_distill.token_weights import TokenWeights
 from hf_distill.trainers.configs import DistillConfig
 from hf_distill.trainers.groups import ClassWeightsConfig
-from hf_distill.trainers.scoring import Scoring, Share
+from hf_distill.trainers.scoring import Scoring, Share, Work
 
 logger = logging.getLogger(__name__)
 
@@ -159,8 +159,7 @@ class DistillTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         side = alignment.student_side(inputs)
         signal = self.teacher.signal(model, alignment.teacher_side(inputs, side))
-        share = Share(num_items_in_batch, self._num_averaged(num_items_in_batch), self._num_ranks())
-        side, scored, counts = self._scoring.work(inputs, side, share, model.training)
+        side, scored, counts = self._work(inputs, side, num_items_in_batch, model.training)
 
         def terms_of(student: losses.Student) -> losses.Terms:
             return losses.step_terms(student, self.objective, signal, scored)
@@ -174,10 +173,32 @@ class DistillTrainer(Trainer):
             terms = self._reader.at_head(model, side, lambda *x: terms_of(losses.StudentHidden(*x)))
         else:
             terms = terms_of(losses.StudentLogits(self._reader.logits(model, side)))
-        losses.assert_finite(terms)
-        self._meters[model.training].add(terms.counted(counts))
-        self._mean_meters[model.training].add(terms.extra)
+        self._note(terms, counts, model.training)
         return (terms.loss, outputs) if return_outputs else terms.loss
+
+    def _work(
+        self,
+        inputs: Mapping[str, Any],
+        side: alignment.Side,
+        num_items_in_batch: Tensor | int | None,
+        training: bool,
+    ) -> Work:
+        num_averaged = self._num_averaged(num_items_in_batch)
+        share = Share(num_items_in_batch, num_averaged, self._num_ranks())
+        return self._scoring.work(inputs, side, share, training)
+
+    def _note(self, terms: losses.Terms, counts: Tensor | None, training: bool) -> None:
+        """Stop at a loss that is not a number; count the metrics."""
+        losses.assert_finite(terms)
+        self._meters[training].add(terms.counted(counts))
+        self._mean_meters[training].add(terms.extra)
+
+    def behaviour_log_probs(self, batch: dict[str, Tensor]) -> Tensor:
+        """[B, T] log-probabilities of a batch's scored tokens under the student as it is now.
+
+        See `losses.behaviour_log_probs`; the batch must be on the student's device.
+        """
+        return losses.behaviour_log_probs(self._reader, cast(nn.Module, self.model_wrapped), batch)
 
     @staticmethod
     def _check_without_teacher(inputs: Mapping[str, Any]) -> None:
