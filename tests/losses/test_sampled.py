@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_distill.heads import Head, Signal
 from hf_distill.losses import SAMPLED_KINDS, SampledObjective, Terms, assert_finite, tokens
 from metal_ops import reference
+from tests.ops.watching import Watch
 
 N, V, H = 7, 11, 8
 
@@ -183,31 +183,18 @@ def test_a_token_without_weight_may_be_impossible(kind: str) -> None:
         assert_finite(terms)
 
 
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operator returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for each in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(each, Tensor):
-                self.elements = max(self.elements, each.numel())
-        return out
-
-
 def test_logits_exist_for_a_chunk_of_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
     count, vocab = 256, 300
     monkeypatch.setattr(tokens, "CHUNK_ENTRIES", 10 * vocab)
     given = draw(torch.float32, vocab, count)
     objective = SampledObjective("k3", 0.5)
-    with Largest() as watch:
+    with Watch() as watch:
         run(objective, given, "hidden")
         tokens.log_probs(given["hidden"], Head(given["weight"], None), given["targets"])
-    assert watch.elements == 10 * vocab
-    with Largest() as watch:
+    assert max(watch.sizes) == 10 * vocab
+    with Watch() as watch:
         run(objective, given, "logits")
-    assert watch.elements == count * vocab
+    assert max(watch.sizes) == count * vocab
 
 
 def test_log_probs_of_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
