@@ -17,7 +17,9 @@ SHOWN = 3  # ids in an error
 
 TEACHER_PREFIX = "teacher_"
 TEACHER_ROUTE = "teacher_route"
+ANCHOR_PREFIX = "anchor_"
 INDEX_MAPS = ("completion_index", "teacher_completion_index")
+TOKEN_VALUES = ("token_weights", "behaviour_log_probs")  # [B, T] float, aligned with the labels
 
 
 class AlignmentError(ValueError):
@@ -53,12 +55,12 @@ def predicts_from_index(index: Tensor, num_positions: int) -> Tensor:
 
 
 def targets(labels: Tensor, predicts: Tensor) -> Tensor:
-    """[N] int64: the scored tokens, row by row."""
+    """[N]: the scored tokens of labels [B, T], or of values aligned with them, row by row."""
     return labels[:, 1:][predicts[:, :-1]]
 
 
 def student_side(batch: Mapping[str, Any]) -> Side:
-    """The student's part: everything but labels, index maps and the teacher's rows.
+    """The student's part: what is not labels, values of them, index maps or rows of others.
 
     Raises:
         ValueError: labels are missing or not [B, T].
@@ -67,10 +69,11 @@ def student_side(batch: Mapping[str, Any]) -> Side:
     if labels is None or labels.ndim != 2:
         got = "none" if labels is None else f"shape {tuple(labels.shape)}"
         raise ValueError(f"a batch needs labels of shape [rows, positions], got {got}")
+    others = ("labels", *INDEX_MAPS, *TOKEN_VALUES)
     inputs = {
         key: value
         for key, value in batch.items()
-        if key != "labels" and key not in INDEX_MAPS and not key.startswith(TEACHER_PREFIX)
+        if key not in others and not key.startswith((TEACHER_PREFIX, ANCHOR_PREFIX))
     }
     return Side(inputs, predicts_from_labels(labels))
 

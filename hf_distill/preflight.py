@@ -155,8 +155,8 @@ class _Checked:
             if teacher.kind == "lora_scale" or _apart(without, said) <= self.tolerance:
                 logger.warning(
                     "adapter: without a hint the student and its teacher, the model with its "
-                    "adapters off or weaker, are %.2g nats apart: the adapter was trained before, and is "
-                    "pulled back towards the base where hints say nothing",
+                    "adapters off or weaker, are %.2g nats apart: the adapter was trained before, "
+                    "and is pulled back towards the base where hints say nothing",
                     found,
                 )
                 return
