@@ -16,7 +16,10 @@ NO_TOKEN = -1  # padding of an index map
 SHOWN = 3  # ids in an error
 
 TEACHER_PREFIX = "teacher_"
+TEACHER_ROUTE = "teacher_route"
+ANCHOR_PREFIX = "anchor_"
 INDEX_MAPS = ("completion_index", "teacher_completion_index")
+TOKEN_VALUES = ("token_weights", "behaviour_log_probs")  # [B, T] float, aligned with the labels
 
 
 class AlignmentError(ValueError):
@@ -28,10 +31,12 @@ class Side(NamedTuple):
 
     inputs: keyword arguments of the model's forward.
     predicts: [B, T] bool, True where the output predicts a scored token; N are True.
+    route: [B] int64, the number of the teacher that each row asks, or None if there is one teacher.
     """
 
     inputs: dict[str, Tensor]
     predicts: Tensor
+    route: Tensor | None = None
 
 
 def predicts_from_labels(labels: Tensor) -> Tensor:
@@ -50,12 +55,12 @@ def predicts_from_index(index: Tensor, num_positions: int) -> Tensor:
 
 
 def targets(labels: Tensor, predicts: Tensor) -> Tensor:
-    """[N] int64: the scored tokens, row by row."""
+    """[N]: the scored tokens of labels [B, T], or of values aligned with them, row by row."""
     return labels[:, 1:][predicts[:, :-1]]
 
 
 def student_side(batch: Mapping[str, Any]) -> Side:
-    """The student's part: everything but labels, index maps and the teacher's rows.
+    """The student's part: what is not labels, values of them, index maps or rows of others.
 
     Raises:
         ValueError: labels are missing or not [B, T].
@@ -64,21 +69,23 @@ def student_side(batch: Mapping[str, Any]) -> Side:
     if labels is None or labels.ndim != 2:
         got = "none" if labels is None else f"shape {tuple(labels.shape)}"
         raise ValueError(f"a batch needs labels of shape [rows, positions], got {got}")
+    others = ("labels", *INDEX_MAPS, *TOKEN_VALUES)
     inputs = {
         key: value
         for key, value in batch.items()
-        if key != "labels" and key not in INDEX_MAPS and not key.startswith(TEACHER_PREFIX)
+        if key not in others and not key.startswith((TEACHER_PREFIX, ANCHOR_PREFIX))
     }
     return Side(inputs, predicts_from_labels(labels))
 
 
 def teacher_side(batch: Mapping[str, Any], student: Side) -> Side:
     """The teacher's part: its own rows if the batch has them, else the student's."""
-    ids = batch.get("teacher_input_ids")
+    ids, route = batch.get("teacher_input_ids"), batch.get(TEACHER_ROUTE)
     if ids is None:
-        return student
+        return student if route is None else student._replace(route=route)
     inputs = {"input_ids": ids, "attention_mask": batch["teacher_attention_mask"]}
-    return Side(inputs, predicts_from_index(batch["teacher_completion_index"], ids.shape[1]))
+    predicts = predicts_from_index(batch["teacher_completion_index"], ids.shape[1])
+    return Side(inputs, predicts, route)
 
 
 class _Rows(NamedTuple):

@@ -147,16 +147,16 @@ class _Checked:
                 f"{self.tolerance:g}): the adapter is not switched off"
             )
 
-    def explain(self, said: Tensor, found: float) -> None:
+    def explain(self, teacher: SelfTeacher, said: Tensor, found: float) -> None:
         """Warn where an adapter is the reason, raise where none is known."""
         if isinstance(self.bare, PeftModel):
             with evaluating(self.model), adapters_off(self.bare):
                 without = self.reader.logits(self.model, self.side)
-            if _apart(without, said) <= self.tolerance:
+            if teacher.kind == "lora_scale" or _apart(without, said) <= self.tolerance:
                 logger.warning(
                     "adapter: without a hint the student and its teacher, the model with its "
-                    "adapters off, are %.2g nats apart: the adapter was trained before, and is "
-                    "pulled back towards the base where hints say nothing",
+                    "adapters off or weaker, are %.2g nats apart: the adapter was trained before, "
+                    "and is pulled back towards the base where hints say nothing",
                     found,
                 )
                 return
@@ -214,8 +214,8 @@ def check_empty_hint(
     said = teacher.signal(model, checked.side).dense()
     found = _apart(checked.calm, said)
     if not found <= checked.tolerance:
-        checked.explain(said, found)
-    if teacher.kind != "live":
+        checked.explain(teacher, said, found)
+    if teacher.kind in ("base", "ema"):
         checked.check_frozen(teacher, said)
     checked.warn_of_dropout()
     return found

@@ -165,7 +165,12 @@ class OPSDTrainer(DistillTrainer):
         in_16_bit = self.args.bf16 or self.args.fp16 or getattr(model, "is_quantized", False)
         with self.accelerator.autocast():
             found = check_empty_hint(
-                model, self.teacher, student, teacher, collator.pad_token_id, in_16_bit
+                model,
+                cast(SelfTeacher, self.teacher),
+                student,
+                teacher,
+                collator.pad_token_id,
+                in_16_bit,
             )
         logger.info("without a hint student and teacher are %.1e nats apart", found)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_distill import DistillConfig, DistillTrainer, OPSDConfig, OPSDTrainer
+from hf_distill.alignment import unpad
 from tests.trainers import models
 
 ROWS_PER_STEP = 4
@@ -26,9 +27,15 @@ def _options(folder: Path, num_processes: int, **changes: Any) -> dict[str, Any]
 def distill(folder: Path, num_processes: int, **changes: Any) -> DistillTrainer:
     """All weights; rows of uneven lengths, two micro-batches a step."""
     settings = {"gradient_accumulation_steps": 2, "max_steps": 2} | changes
+    tokenizer = settings.pop("processing_class", None)
     args = DistillConfig(**_options(folder, num_processes, **settings))
     return DistillTrainer(
-        models.llama(), args, models.Pad(), models.rows(longest=30), teacher=models.llama(1)
+        models.llama(),
+        args,
+        models.Pad(),
+        models.rows(longest=30),
+        processing_class=tokenizer,
+        teacher=models.llama(1),
     )
 
 
@@ -50,11 +57,17 @@ def distill_nothing_to_score(folder: Path, num_processes: int) -> DistillTrainer
     return trainer
 
 
-def _opsd(folder: Path, num_processes: int, model: Any, **changes: Any) -> OPSDTrainer:
+def _opsd(
+    folder: Path,
+    num_processes: int,
+    model: Any,
+    kind: type[OPSDTrainer] = OPSDTrainer,
+    **changes: Any,
+) -> OPSDTrainer:
     settings = {"max_completion_length": 8, "rollout": {"temperature": 0.0}} | changes
     args = OPSDConfig(**_options(folder, num_processes, **settings))
     data, tokenizer = models.problems(), models.tokenizer()
-    return OPSDTrainer(model, args, train_dataset=data, processing_class=tokenizer)
+    return kind(model, args, train_dataset=data, processing_class=tokenizer)
 
 
 def opsd_off_policy(folder: Path, num_processes: int) -> OPSDTrainer:
@@ -80,11 +93,63 @@ def opsd_repeated(folder: Path, num_processes: int) -> OPSDTrainer:
     )
 
 
+class _Weighted(models.Pad):
+    def __call__(self, batch: Any) -> dict[str, Tensor]:
+        made = super().__call__(batch)
+        return made | {"token_weights": (made["input_ids"] % 4) * 0.75}
+
+
+def distill_weighted(folder: Path, num_processes: int) -> DistillTrainer:
+    """Weights of tokens, some 0; a loss of single tokens; classes count too."""
+    trainer = distill(
+        folder,
+        num_processes,
+        divergence="policy_gradient",
+        class_weights={"number": 3.0},
+        processing_class=models.tokenizer(),
+    )
+    trainer.data_collator = _Weighted()
+    return trainer
+
+
+class _Anchored(OPSDTrainer):
+    """Batches with anchor rows, longer and shorter than the others; some have nothing scored."""
+
+    def get_batch_samples(self, *args: Any) -> Any:
+        batches, count = super().get_batch_samples(*args)
+        own = torch.zeros((), dtype=torch.long)
+        for batch in batches:
+            rows = []
+            for ids in unpad(batch["input_ids"], batch["attention_mask"]):
+                ids = (ids[:5] * 4)[: 4 + sum(ids[:5]) % 16]
+                labels = [i if i % 5 < 2 and ids[0] % 2 == 0 else -100 for i in ids]
+                mask = [1] * len(ids)
+                rows.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+            made = models.Pad()(rows)
+            own += (made["labels"][:, 1:] != -100).sum()
+            batch |= {f"anchor_{name}": value for name, value in made.items()}
+        total = self.accelerator.reduce(own, reduction="sum")
+        return [batch | {"anchor_count": total} for batch in batches], count
+
+
+def opsd_anchored(folder: Path, num_processes: int) -> OPSDTrainer:
+    return _opsd(
+        folder,
+        num_processes,
+        models.lora(models.llama()),
+        kind=_Anchored,
+        anchor_weight=0.5,
+        gradient_accumulation_steps=2,
+    )
+
+
 SETUPS = (
     distill,
     distill_local_mean,
     distill_logits,
     distill_nothing_to_score,
+    distill_weighted,
+    opsd_anchored,
     opsd_off_policy,
     opsd_on_policy,
     opsd_repeated,

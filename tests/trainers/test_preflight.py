@@ -67,6 +67,7 @@ def test_an_adapter_trained_before_is_named(tmp_path, caplog):
     model = models.lora(models.llama())
     fill_adapter(model, 0.1)
     assert "adapter: without a hint" in log(caplog, trainer(tmp_path, model))
+    assert "adapter: without a hint" in log(caplog, trainer(tmp_path, model, teacher="lora_scale"))
     assert "adapter: without" not in log(caplog, trainer(tmp_path, model, teacher="live"))
 
 
