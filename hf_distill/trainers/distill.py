@@ -14,7 +14,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_distill import alignment, losses
 from hf_distill.heads import Head, Reader, causal_lm
 from hf_distill.monitors import TokenMeter
+from hf_distill.rollouts import end_token_ids
 from hf_distill.teachers import RemoteTeacher, RoutedCollator, Teacher, as_teacher
+from hf_distill.trainers import checkpoints
 from hf_distill.trainers.configs import DistillConfig
 from metal_ops.functional import LinearTerms
 
@@ -94,6 +96,9 @@ class DistillTrainer(Trainer):
         refusal = self._hidden_states_refusal()
         self._reader = Reader("student", refusal)
         self._meters = {True: TokenMeter(), False: TokenMeter()}
+        eos_token_id = getattr(processing_class, "eos_token_id", None)
+        end_ids = end_token_ids(causal_lm(cast(nn.Module, self.model)), eos_token_id)
+        self._alignment = alignment.AlignmentMeter(end_ids)
         self.teacher.prepare(self.accelerator, cast(nn.Module, self.model), refusal)
         self.add_callback(_UpdateTeacher(self.teacher))
 
@@ -152,6 +157,7 @@ class DistillTrainer(Trainer):
         """Teacher's signal, student's terms, normalised over the whole optimizer step."""
         if self.teacher is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._check_batch(inputs)
         side = alignment.student_side(inputs)
         signal = self.teacher.signal(model, alignment.teacher_side(inputs, side))
         targets = alignment.targets(inputs["labels"], side.predicts)
@@ -174,6 +180,10 @@ class DistillTrainer(Trainer):
         losses.assert_finite(terms)
         self._meters[model.training].add(terms)
         return (terms.loss, outputs) if return_outputs else terms.loss
+
+    def _check_batch(self, inputs: dict[str, Any]) -> None:
+        """Called with every batch before it is used."""
+        self._alignment.add(inputs)
 
     def _num_averaged(self, num_items_in_batch: Tensor | int | None) -> int:
         """Processes whose gradients will be averaged though the count is of all of them."""
@@ -233,6 +243,7 @@ class DistillTrainer(Trainer):
     def _read_metrics(self, training: bool) -> dict[str, float]:
         if self.teacher is None:
             return {}
+        self._alignment.read(self.accelerator)
         unused = ("hard",) if self.args.alpha == 1.0 else ()
         if self.objective.spec.clip is None:
             unused += ("clipped",)
@@ -242,14 +253,39 @@ class DistillTrainer(Trainer):
         """As in `Trainer`; training logs also hold the metrics of the scored tokens."""
         if "loss" in logs:
             logs.update(self._read_metrics(training=True))
+        elif "train_loss" in logs and self.teacher is not None:
+            self._alignment.read(self.accelerator)  # the run ends; it may not have logged before
         super().log(logs, start_time)
 
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """As in `Trainer`; checkpoints that were not written to the end are passed over.
+
+        Raises:
+            ValueError: the checkpoint that is named, or every one there is, is such a one.
+        """
+        if resume_from_checkpoint is True:
+            found = checkpoints.last_whole(cast(str, self.args.output_dir))
+            resume_from_checkpoint = True if found is None else found
+        elif resume_from_checkpoint:
+            checkpoints.assert_whole(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            checkpoints.unmark(os.path.join(self._get_output_dir(trial), folder))
         super()._save_checkpoint(model, trial)
-        if self.args.save_only_model:
-            return
-        folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._save_extra(os.path.join(self._get_output_dir(trial), folder))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # the Trainer's last file before trainer_state.json, the upload and the removal of old ones
+        super()._save_rng_state(output_dir)
+        self._save_extra(output_dir)
+        self.accelerator.wait_for_everyone()
 
     def _save_extra(self, folder: str) -> None:
         """Write what resuming needs besides the Trainer's own files."""
@@ -257,13 +293,16 @@ class DistillTrainer(Trainer):
         if state and self.args.should_save:
             save_file(state, os.path.join(folder, TEACHER_FILE))
 
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._load_extra(checkpoint)
+
+    def _load_extra(self, folder: str) -> None:
+        """Read what `_save_extra` wrote; the state is the checkpoint's."""
         if self.teacher is None or not self.teacher.state_dict():
             return
-        path = os.path.join(resume_from_checkpoint, TEACHER_FILE)
+        path = os.path.join(folder, TEACHER_FILE)
         if not os.path.isfile(path):
             raise FileNotFoundError(f"the teacher's state must be in the checkpoint: no {path}")
         self.teacher.load_state_dict(load_file(path))

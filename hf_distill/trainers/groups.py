@@ -99,8 +99,22 @@ class RolloutConfig:
     temperature: float = field(
         default=0.7, metadata={"help": "Of sampling, >= 0; 0 is greedy. Not the loss's."}
     )
+    num_completions: int = field(
+        default=1,
+        metadata={"help": "Completions of each prompt, >= 1; must divide the rows of a batch."},
+    )
+    max_turns: int = field(
+        default=8, metadata={"help": "Replies of a dialogue with an environment, >= 1."}
+    )
     steps_per_rollout: int = field(
         default=1, metadata={"help": "Optimizer steps taken on each batch of completions, >= 1."}
+    )
+    on_policy_fraction: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of rollouts in [0, 1] that are sampled; the others take the data's "
+            "completions (lambda of GKD)."
+        },
     )
     generation_kwargs: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "More fields of GenerationConfig."}
@@ -108,7 +122,10 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         """Check the values where they are given."""
-        if self.steps_per_rollout < 1:
-            raise ValueError(f"steps_per_rollout must be at least 1, got {self.steps_per_rollout}")
+        for name in ("num_completions", "max_turns", "steps_per_rollout"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0.0 <= self.on_policy_fraction <= 1.0:
+            raise ValueError(f"on_policy_fraction must be in [0, 1], got {self.on_policy_fraction}")
         if self.temperature < 0:
             raise ValueError(f"rollout temperature must not be negative, got {self.temperature}")
