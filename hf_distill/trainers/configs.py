@@ -126,7 +126,7 @@ class OPSDConfig(DistillConfig):
     )
     rollout: RolloutConfig | str | dict[str, Any] | None = field(
         default=None,
-        metadata={"help": "Sampling: temperature, steps_per_rollout, generation_kwargs."},
+        metadata={"help": "Sampling: temperature, steps_per_rollout, engine, batch_size, ..."},
     )
 
     def __post_init__(self) -> None:

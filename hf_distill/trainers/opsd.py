@@ -88,6 +88,9 @@ class OPSDTrainer(DistillTrainer):
             teacher=args.make_teacher() if teacher is None else teacher,
             **kwargs,
         )
+        self.engine = self._make_engine() if args.on_policy else None
+        if self.engine is not None:
+            self.add_callback(rollouts.TellEngine(self.engine))
         clip = cast(ClipConfig, args.clip)
         if clip.bound is not None and clip.level == "vocab_entry":
             logger.warning(
@@ -95,6 +98,25 @@ class OPSDTrainer(DistillTrainer):
                 "level 'token_rescale' keeps the gradient's direction",
                 clip.bound,
             )
+
+    def _make_engine(self) -> rollouts.Engine:
+        rollout = self.rollout
+        sampling = rollouts.Sampling(
+            self.hint_collator.pad_token_id,
+            self.hint_collator.eos_token_id,
+            self.args.max_completion_length,
+            rollout.temperature,
+            rollout.generation_kwargs,
+        )
+        return rollouts.make_engine(
+            rollout.engine,
+            sampling,
+            batch_size=rollout.batch_size,
+            engine_kwargs=rollout.engine_kwargs,
+            model=cast(nn.Module, self.model),
+            accelerator=self.accelerator,
+            processing_class=self.hint_collator.tokenizer,
+        )
 
     def train(
         self,
@@ -155,17 +177,11 @@ class OPSDTrainer(DistillTrainer):
         """One list of completions per micro-batch, all generated in one call."""
         model, eos_token_id = cast(nn.Module, self.model_wrapped), self.hint_collator.eos_token_id
         prompts = [alignment.unpad(b["prompt_ids"], b["prompt_mask"]) for b in batches]
-        completions = rollouts.generate(
-            model,
-            [prompt for batch in prompts for prompt in batch],
-            pad_token_id=self.hint_collator.pad_token_id,
-            eos_token_id=eos_token_id,
-            max_completion_length=self.args.max_completion_length,
-            temperature=self.rollout.temperature,
-            # a large odd multiplier keeps steps and processes of neighbouring seeds apart
-            seed=(self.args.seed * 1_000_003 + step) * 65_537 + self.args.process_index,
-            generation_kwargs=self.rollout.generation_kwargs,
-        )
+        assert self.engine is not None
+        # a large odd multiplier keeps steps and processes of neighbouring seeds apart
+        seed = (self.args.seed * 1_000_003 + step) * 65_537 + self.args.process_index
+        flat = [prompt for batch in prompts for prompt in batch]
+        completions = self.engine.sample(model, flat, seed)
         end_ids = rollouts.end_token_ids(unwrap(model), eos_token_id)
         self._completion_meters[training].add(completions, end_ids)
         rest = iter(completions)
