@@ -7,7 +7,6 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import GenerationConfig
@@ -83,7 +82,8 @@ def _batches(prompts: Sequence[Sequence[int]], batch_size: int | None) -> list[l
 
 
 def _check_calls(number: int) -> None:
-    numbers = gather_object([number])
+    numbers: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(numbers, number)
     if len(set(numbers)) > 1:
         raise ValueError(
             "with sharded parameters every process must generate as often as the others; they "
@@ -135,19 +135,19 @@ def generate(
     )
     config = generation_config(sampling, end_ids)
     batches = _batches(prompts, batch_size)
-    sharded = is_sharded(model)
-    if sharded:
+    options = {}
+    if is_sharded(model):
         _check_calls(len(batches))
+        # a process that has ended goes on with the others, who need its parameters
+        options["synced_gpus"] = torch.distributed.get_world_size() > 1
     found: dict[int, list[int]] = {}
     with kept_rng(device), evaluating(lm), _no_generation_defaults(lm), _whole_root(model):
         for number, rows in enumerate(batches):
             ids = pad([prompts[i] for i in rows], pad_token_id, side="left").to(device)
             mask = pad([[1] * len(prompts[i]) for i in rows], 0, side="left").to(device)
             manual_seed(seed if batch_size is None else _seed_of(seed, number))
-            # a process that has ended goes on with the others, who need its parameters
-            synced = {"synced_gpus": torch.distributed.get_world_size() > 1} if sharded else {}
             output = lm.generate(
-                input_ids=ids, attention_mask=mask, generation_config=config, **synced
+                input_ids=ids, attention_mask=mask, generation_config=config, **options
             )
             completions = output[:, ids.shape[1] :].tolist()
             found |= {i: cut(row, end_ids) for i, row in zip(rows, completions, strict=True)}
