@@ -128,6 +128,10 @@ class OPSDConfig(DistillConfig):
         default=None,
         metadata={"help": "Sampling: temperature, steps_per_rollout, engine, batch_size, ..."},
     )
+    log_completions: int = field(
+        default=0,
+        metadata={"help": "Sampled rows shown per log, >= 0; with 0 none are collected either."},
+    )
 
     def __post_init__(self) -> None:
         """Check the values where they are given."""
@@ -138,6 +142,12 @@ class OPSDConfig(DistillConfig):
         if self.max_completion_length < 1:
             raise ValueError(
                 f"max_completion_length must be at least 1, got {self.max_completion_length}"
+            )
+        if self.log_completions < 0:
+            raise ValueError(f"log_completions must not be negative, got {self.log_completions}")
+        if self.log_completions and not self.on_policy:
+            raise ValueError(
+                f"log_completions {self.log_completions} > 0 needs on_policy: else none are sampled"
             )
 
     def make_teacher(self) -> SelfTeacher:

@@ -16,6 +16,7 @@ from hf_distill.collators import TRUNCATED, HintCollator
 from hf_distill.heads import causal_lm, unwrap
 from hf_distill.monitors import CompletionMeter, ShareMeter
 from hf_distill.preflight import check_empty_hint
+from hf_distill.tables import CompletionTable, WriteTable
 from hf_distill.teachers import SelfTeacher, Teacher
 from hf_distill.trainers.configs import ClipConfig, OPSDConfig
 from hf_distill.trainers.distill import DistillTrainer
@@ -91,6 +92,17 @@ class OPSDTrainer(DistillTrainer):
         self.engine = self._make_engine() if args.on_policy else None
         if self.engine is not None:
             self.add_callback(rollouts.TellEngine(self.engine))
+        self.table: CompletionTable | None = None
+        if args.log_completions:
+            tokenizer, report_to = data_collator.tokenizer, cast(list[str], args.report_to)
+            self.table = CompletionTable(
+                cast(str, args.output_dir),
+                report_to,
+                tokenizer,
+                args.log_completions,
+                self.accelerator,
+            )
+            self.add_callback(WriteTable(self.table))
         clip = cast(ClipConfig, args.clip)
         if clip.bound is not None and clip.level == "vocab_entry":
             logger.warning(
@@ -184,8 +196,15 @@ class OPSDTrainer(DistillTrainer):
         completions = self.engine.sample(model, flat, seed)
         end_ids = rollouts.end_token_ids(unwrap(model), eos_token_id)
         self._completion_meters[training].add(completions, end_ids)
+        if training and self.table is not None:
+            contexts = [self._text(c) for b in batches for c in _teacher_prompts(b)]
+            no_hints: list[list[str]] = [[] for _ in flat]  # they are in the teacher's context
+            self.table.add(step, flat, no_hints, completions, {"teacher_prompt": contexts})
         rest = iter(completions)
         return [[next(rest) for _ in batch] for batch in prompts]
+
+    def _text(self, ids: list[int]) -> str:
+        return cast(str, self.hint_collator.tokenizer.decode(ids, skip_special_tokens=False))
 
     def _count_truncated(self, batch: dict[str, Tensor], training: bool) -> None:
         if TRUNCATED in batch:
@@ -200,7 +219,7 @@ class OPSDTrainer(DistillTrainer):
     def _rows(self, batch: dict[str, Tensor], completions: list[list[int]]) -> dict[str, Tensor]:
         """The student's and the teacher's rows of one micro-batch of contexts."""
         prompts = alignment.unpad(batch["prompt_ids"], batch["prompt_mask"])
-        teacher_prompts = alignment.unpad(batch["teacher_prompt_ids"], batch["teacher_prompt_mask"])
+        teacher_prompts = _teacher_prompts(batch)
         self._check_context(teacher_prompts, completions)
         return alignment.build_batch(
             prompts, teacher_prompts, completions, self.hint_collator.pad_token_id
@@ -286,3 +305,7 @@ class OPSDTrainer(DistillTrainer):
                 self._completions = json.load(file)
         elif self.args.on_policy and self.rollout.steps_per_rollout > 1:
             logger.info("no %s in the checkpoint: completions are sampled anew", name)
+
+
+def _teacher_prompts(batch: dict[str, Tensor]) -> list[list[int]]:
+    return alignment.unpad(batch["teacher_prompt_ids"], batch["teacher_prompt_mask"])
