@@ -1,11 +1,13 @@
 """Continuous batching, on the CPU: the tokens of `generate`, and where it refuses."""
 
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
@@ -103,8 +105,16 @@ def test_bfloat16(adapted: bool) -> None:
     assert checks.greedy_gap(model, PROMPTS, found) <= checks.GAPS[torch.bfloat16]
 
 
+@pytest.fixture
+def new_precision() -> Iterator[None]:
+    """An `Accelerator` of another precision than one made before in this process."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "lora"])
-def test_mixed_precision_is_off_while_it_samples(adapted: bool) -> None:
+def test_mixed_precision_is_off_while_it_samples(new_precision: None, adapted: bool) -> None:
     model: Any = models.lora(models.llama()) if adapted else models.llama()
     want = plain(model)
     prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
