@@ -7,7 +7,13 @@ from typing import Any, cast
 from transformers import TrainingArguments
 
 from hf_distill.teachers import SelfTeacher
-from hf_distill.trainers.groups import ClipConfig, RolloutConfig, SelfTeacherConfig, as_group
+from hf_distill.trainers.groups import (
+    ClipConfig,
+    RolloutConfig,
+    SelfTeacherConfig,
+    WatchdogConfig,
+    as_group,
+)
 from metal_ops import DivergenceSpec
 
 
@@ -50,6 +56,10 @@ class DistillConfig(TrainingArguments):
     clip: ClipConfig | str | dict[str, Any] | None = field(
         default=None, metadata={"help": "A bound on the soft loss: bound, level."}
     )
+    watchdog: WatchdogConfig | str | dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "What happens at faults: action, window, and a limit per fault."},
+    )
 
     def __post_init__(self) -> None:
         """Check the values where they are given."""
@@ -57,6 +67,7 @@ class DistillConfig(TrainingArguments):
         if not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
         self.clip = as_group("clip", ClipConfig, self.clip)
+        self.watchdog = as_group("watchdog", WatchdogConfig, self.watchdog)
         self.divergence_spec()
 
     def divergence_spec(self) -> DivergenceSpec:

@@ -8,14 +8,17 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_distill import alignment, losses
-from hf_distill.heads import Head, Reader, causal_lm
+from hf_distill.heads import Head, Reader, causal_lm, vocab_size
 from hf_distill.monitors import TokenMeter
+from hf_distill.probes import make_probe
 from hf_distill.teachers import Teacher, as_teacher
+from hf_distill.token_classes import token_classes
 from hf_distill.trainers.configs import DistillConfig
+from hf_distill.trainers.groups import WatchdogConfig
 from metal_ops.functional import LinearTerms
 
 logger = logging.getLogger(__name__)
@@ -93,9 +96,30 @@ class DistillTrainer(Trainer):
         self.label_names = ["labels"]  # PEFT's forward hides them from the Trainer
         refusal = self._hidden_states_refusal()
         self._reader = Reader("student", refusal)
-        self._meters = {True: TokenMeter(), False: TokenMeter()}
+        classes = self._token_classes()
+        self._meters = {True: TokenMeter(classes), False: TokenMeter(classes)}
         self.teacher.prepare(self.accelerator, cast(nn.Module, self.model), refusal)
         self.add_callback(_UpdateTeacher(self.teacher))
+        self._probe = None
+        self._add_watchdog(self.teacher)
+
+    def _token_classes(self) -> Tensor | None:
+        """[V] the class of each token, where the processing class is a tokenizer."""
+        size = vocab_size(causal_lm(cast(nn.Module, self.model)))
+        if not isinstance(self.processing_class, PreTrainedTokenizerBase) or size is None:
+            return None
+        return token_classes(self.processing_class, size)
+
+    def _add_watchdog(self, teacher: Teacher) -> None:
+        config = cast(WatchdogConfig, self.args.watchdog)
+        if config.action == "off":
+            return
+        # before the callbacks that report, so that they see its metrics
+        self.callback_handler.callbacks.insert(0, config.make())
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            logger.info("the watchdog does not probe the teacher: parameters are sharded")
+        else:
+            self._probe = make_probe(teacher, self.accelerator)
 
     def _check_setup(self) -> None:
         if self.args.n_gpu > 1:
@@ -141,7 +165,10 @@ class DistillTrainer(Trainer):
         if self.teacher is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         side = alignment.student_side(inputs)
-        signal = self.teacher.signal(model, alignment.teacher_side(inputs, side))
+        teacher_side = alignment.teacher_side(inputs, side)
+        if self._probe is not None and model.training:
+            self._probe.keep(model, teacher_side)
+        signal = self.teacher.signal(model, teacher_side)
         targets = alignment.targets(inputs["labels"], side.predicts)
         weights = self._token_weights(targets, num_items_in_batch)
         outputs = None
@@ -160,7 +187,7 @@ class DistillTrainer(Trainer):
             logits = self._reader.logits(model, side)
             terms = self.objective.from_logits(logits, signal, targets, weights)
         losses.assert_finite(terms)
-        self._meters[model.training].add(terms)
+        self._meters[model.training].add(terms, targets)
         return (terms.loss, outputs) if return_outputs else terms.loss
 
     def _num_averaged(self, num_items_in_batch: Tensor | int | None) -> int:
@@ -230,6 +257,8 @@ class DistillTrainer(Trainer):
         """As in `Trainer`; training logs also hold the metrics of the scored tokens."""
         if "loss" in logs:
             logs.update(self._read_metrics(training=True))
+            if self.teacher is not None and self._probe is not None:
+                logs.update(self._probe.read(cast(nn.Module, self.model)))
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from hf_distill.faults import Limits
 from hf_distill.teachers import SelfTeacher
+from hf_distill.watchdog import Watchdog
 from metal_ops import DivergenceSpec
 
 Group = TypeVar("Group")
@@ -105,3 +107,29 @@ class RolloutConfig:
             raise ValueError(f"steps_per_rollout must be at least 1, got {self.steps_per_rollout}")
         if self.temperature < 0:
             raise ValueError(f"rollout temperature must not be negative, got {self.temperature}")
+
+
+@dataclass
+class WatchdogConfig(Limits):
+    """What is watched during training, and what happens at a fault; the limits are `Limits`.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    action: str = field(
+        default="warn",
+        metadata={"help": "At a fault: warn, stop (ends the training), raise, or off."},
+    )
+    window: int = field(
+        default=3, metadata={"help": "Logs whose median is a start or a present value, >= 1."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values where they are given."""
+        super().__post_init__()
+        self.make()
+
+    def make(self) -> Watchdog:
+        """The callback."""
+        return Watchdog(self.action, self.window, self)
