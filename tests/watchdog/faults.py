@@ -170,9 +170,12 @@ def shared_weights(folder: Path) -> DistillTrainer:
 LONG = {"learning_rate": 0.05, "max_steps": 10, "per_device_train_batch_size": 16}
 
 
+SLOWLY = {"learning_rate": 2e-3, "max_completion_length": 16}
+
+
 def never_ends(folder: Path) -> OPSDTrainer:
     """The teacher gives the end token no probability."""
-    return opsd(folder, biased(9.0), biased(-20.0), **LONG | {"learning_rate": 3e-3})
+    return opsd(folder, biased(9.0), biased(-20.0), **LONG | SLOWLY)
 
 
 def ends_at_once(folder: Path) -> OPSDTrainer:
