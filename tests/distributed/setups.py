@@ -49,6 +49,16 @@ def distill_nothing_to_score(folder: Path, num_processes: int) -> DistillTrainer
     return trainer
 
 
+def stopped_by_one(folder: Path, num_processes: int) -> DistillTrainer:
+    """The teacher of the second of two processes has the student's head."""
+    watchdog = {"action": "stop", "teacher_uniform": None}  # random models are nearly uniform
+    settings = {"watchdog": watchdog, "learning_rate": 0.01}
+    trainer = distill(folder, num_processes, **settings)
+    if trainer.accelerator.process_index == 1:
+        trainer.teacher.model.lm_head.weight.data = trainer.model.lm_head.weight.data
+    return trainer
+
+
 def _opsd(folder: Path, num_processes: int, model: Any, **changes: Any) -> OPSDTrainer:
     settings = {"max_completion_length": 8, "rollout": {"temperature": 0.0}} | changes
     args = OPSDConfig(**_options(folder, num_processes, **settings))
@@ -84,6 +94,7 @@ SETUPS = (
     distill_local_mean,
     distill_logits,
     distill_nothing_to_score,
+    stopped_by_one,
     opsd_off_policy,
     opsd_on_policy,
     opsd_repeated,

@@ -178,8 +178,8 @@ def never_ends(folder: Path) -> OPSDTrainer:
     return opsd(folder, biased(9.0), biased(-20.0), **LONG | SLOWLY)
 
 
-def ends_at_once(folder: Path) -> OPSDTrainer:
-    return opsd(folder, biased(-1.0), biased(20.0), **LONG)
+def ends_at_once(folder: Path, **changes: Any) -> OPSDTrainer:
+    return opsd(folder, biased(-1.0), biased(20.0), **LONG | changes)
 
 
 class Overlap(OPSDTrainer):
@@ -249,28 +249,33 @@ def tight_clip(folder: Path) -> DistillTrainer:
     return distil(folder, sharp(), sharp(1), clip=clip)
 
 
-def distilled(folder: Path) -> DistillTrainer:
-    return distil(folder, sharp(), sharp(1), max_steps=20)
+SHORT = {"max_steps": 20}
+MANY = SHORT | {"per_device_train_batch_size": 16}
 
 
-def distilled_lora(folder: Path) -> DistillTrainer:
-    return distil(folder, models.lora(sharp()), sharp(1), max_steps=20)
+def distilled(folder: Path, **changes: Any) -> DistillTrainer:
+    return distil(folder, sharp(), sharp(1), **SHORT | changes)
 
 
-def base(folder: Path) -> OPSDTrainer:
-    return opsd(folder, sharp(), max_steps=20, per_device_train_batch_size=16)
+def distilled_lora(folder: Path, **changes: Any) -> DistillTrainer:
+    return distil(folder, models.lora(sharp()), sharp(1), **SHORT | changes)
 
 
-def base_lora(folder: Path) -> OPSDTrainer:
-    return opsd(folder, models.lora(sharp()), max_steps=20, per_device_train_batch_size=16)
+def base(folder: Path, **changes: Any) -> OPSDTrainer:
+    return opsd(folder, sharp(), **MANY | changes)
 
 
-def ema(folder: Path) -> OPSDTrainer:
-    return opsd(folder, sharp(), teacher="ema", max_steps=20, per_device_train_batch_size=16)
+def base_lora(folder: Path, **changes: Any) -> OPSDTrainer:
+    return opsd(folder, models.lora(sharp()), **MANY | changes)
 
 
-def clipped(folder: Path) -> DistillTrainer:
-    return distil(folder, sharp(), sharp(1), clip={"bound": 8.0, "level": "token"})
+def ema(folder: Path, **changes: Any) -> OPSDTrainer:
+    return opsd(folder, sharp(), **MANY | {"teacher": "ema"} | changes)
+
+
+def clipped(folder: Path, **changes: Any) -> DistillTrainer:
+    clip = {"bound": 8.0, "level": "token"}
+    return distil(folder, sharp(), sharp(1), **SHORT | {"clip": clip} | changes)
 
 
 HEALTHY = (distilled, distilled_lora, base, base_lora, ema, clipped)
