@@ -47,7 +47,7 @@ class CompletionMeter:
 
 
 def _ngrams(ids: Sequence[int], length: int = HINT_NGRAM) -> list[tuple[int, ...]]:
-    return [tuple(ids[i : i + length]) for i in range(len(ids) - length + 1)]
+    return list(zip(*(ids[i:] for i in range(length)), strict=False))
 
 
 class HintOverlapMeter:

@@ -107,7 +107,8 @@ class Watchdog(TrainerCallback, ExportableState):
 
     def _warn_of_few_logs(self, args: Any, state: Any) -> None:
         steps = self.window * state.logging_steps
-        if args.logging_strategy == "steps" and state.max_steps <= steps:
+        few = args.logging_strategy == "steps" and state.max_steps <= steps
+        if few and state.is_world_process_zero:
             logger.warning(
                 "the watchdog reads logs: with logging_steps %d its window of %d logs takes %d of "
                 "%d steps, so it sees little; lower logging_steps",

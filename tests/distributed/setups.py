@@ -55,7 +55,7 @@ def stopped_by_one(folder: Path, num_processes: int) -> DistillTrainer:
     settings = {"watchdog": watchdog, "learning_rate": 0.01}
     trainer = distill(folder, num_processes, **settings)
     if trainer.accelerator.process_index == 1:
-        trainer.teacher.model.lm_head.weight.data = trainer.model.lm_head.weight.data
+        trainer.teacher.model.lm_head = trainer.model.lm_head
     return trainer
 
 
