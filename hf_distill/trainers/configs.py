@@ -14,6 +14,7 @@ from hf_distill.trainers.groups import (
     ClipConfig,
     RolloutConfig,
     SelfTeacherConfig,
+    WatchdogConfig,
     as_group,
 )
 from metal_ops import DivergenceSpec
@@ -69,6 +70,10 @@ class DistillConfig(TrainingArguments):
         default=None,
         metadata={"help": "Weights of tokens by class: special, number, punctuation, space, word."},
     )
+    watchdog: WatchdogConfig | str | dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "What happens at faults: action, window, and a limit per fault."},
+    )
 
     def __post_init__(self) -> None:
         """Check the values where they are given."""
@@ -77,6 +82,7 @@ class DistillConfig(TrainingArguments):
             raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
         self.clip = as_group("clip", ClipConfig, self.clip)
         self.class_weights = as_group("class_weights", ClassWeightsConfig, self.class_weights)
+        self.watchdog = as_group("watchdog", WatchdogConfig, self.watchdog)
         self.objective()
 
     def objective(self) -> Objective | SampledObjective:

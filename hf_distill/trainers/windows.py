@@ -14,7 +14,7 @@ from hf_distill.collators import TRUNCATED, HintCollator
 from hf_distill.episodes import Environment, Episode, play, share_siblings
 from hf_distill.heads import causal_lm, unwrap
 from hf_distill.hints import Row
-from hf_distill.monitors import CompletionMeter, ShareMeter
+from hf_distill.monitors import CompletionMeter, HintOverlapMeter, ShareMeter
 from hf_distill.tables import CompletionTable
 from hf_distill.trainers.configs import OPSDConfig
 from hf_distill.trainers.groups import RolloutConfig
@@ -59,6 +59,7 @@ class Rollouts:
         self.accelerator, self.route, self.table = accelerator, route, table
         self._completions = {training: CompletionMeter() for training in (True, False)}
         self._sampled = ShareMeter("on_policy")
+        self._overlap = HintOverlapMeter()
 
     def is_first_step(self, step: int) -> bool:
         """Whether a step needs new completions."""
@@ -107,6 +108,7 @@ class Rollouts:
         found = [self.batch(model, x) for x in episodes]
         if self.args.anchor_weight > 0:
             self._add_anchors(found, rows)
+        self._compare_with_hints(episodes)
         if self.table is not None and resumed is None:
             self._tabulate(self.table, step, found, episodes)
         return Window(episodes, found)
@@ -177,6 +179,16 @@ class Rollouts:
             batch |= {f"{alignment.ANCHOR_PREFIX}{name}": x for name, x in reference.items()}
             batch[f"{alignment.ANCHOR_PREFIX}count"] = count
 
+    def _compare_with_hints(self, episodes: list[list[Episode]]) -> None:
+        tokenizer = self.collator.tokenizer
+        for episode in (episode for batch in episodes for episode in batch):
+            encoded = tokenizer("\n".join(episode.hints), add_special_tokens=False)
+            self._overlap.add(
+                [[token for reply in episode.completions for token in reply]],
+                [self.collator.context_ids(episode.prompt)],
+                [cast(list[int], encoded["input_ids"])],
+            )
+
     def _tabulate(
         self,
         table: CompletionTable,
@@ -203,6 +215,8 @@ class Rollouts:
     def read(self, training: bool) -> dict[str, float]:
         """Metrics since the last reading. Every process must call it."""
         metrics = self._completions[training].read(self.accelerator)
+        if training:
+            metrics |= self._overlap.read(self.accelerator)
         if training and self.config.on_policy_fraction < 1.0:
             metrics |= self._sampled.read(self.accelerator)
         return metrics
