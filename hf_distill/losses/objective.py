@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from hf_distill.heads import Head, Signal
 from hf_distill.losses import tokens
+from hf_distill.losses.sparse import sparse_terms
 from metal_ops import DivergenceSpec, weighted_divergence
 from metal_ops.functional import LinearTerms, linear_divergence_with_stats
 from metal_ops.functional.linear import DivergenceStats
@@ -130,7 +131,10 @@ class Objective:
         hard_loss, a scalar already normalised over the optimizer step, replaces the cross-entropy
         (label smoothing, the user's compute_loss_func).
         """
-        soft = weighted_divergence(logits, teacher.dense(), self.spec, weights=weights)
+        if teacher.sparse is not None:
+            soft = sparse_terms(logits, teacher.sparse, self.spec, weights)
+        else:
+            soft = weighted_divergence(logits, teacher.dense(), self.spec, weights=weights)
         if self.alpha == 1.0:
             return Terms(*soft[:2], torch.zeros_like(soft.per_token), soft.stats, {})
         hard_weights = weights if hard_weights is None else hard_weights

@@ -153,7 +153,8 @@ class OPSDConfig(DistillConfig):
         default="base",
         metadata={
             "help": "base: the model before training (adapters off, or a frozen copy); ema: a "
-            "moving average; live: the model as it is, which tends to collapse."
+            "moving average; lora_scale: the model with weaker adapters; live: the model as it is, "
+            "which tends to collapse."
         },
     )
     on_policy: bool = field(
@@ -164,13 +165,12 @@ class OPSDConfig(DistillConfig):
         default=256, metadata={"help": "Tokens of a sampled completion, >= 1."}
     )
     self_teacher: SelfTeacherConfig | str | dict[str, Any] | None = field(
-        default=None, metadata={"help": "How the teacher follows the student: ema_decay."}
+        default=None,
+        metadata={"help": "How the teacher follows the student: ema_decay, lora_scale."},
     )
     rollout: RolloutConfig | str | dict[str, Any] | None = field(
         default=None,
-        metadata={
-            "help": "Sampling: temperature, steps_per_rollout, generation_kwargs, importance_clip."
-        },
+        metadata={"help": "Sampling: temperature, steps_per_rollout, engine, batch_size, ..."},
     )
     anchor_weight: float = field(
         default=0.0,
@@ -178,6 +178,10 @@ class OPSDConfig(DistillConfig):
             "help": "Weight, >= 0, of the mean cross-entropy of the data's own completions beside "
             "the loss of the sampled ones; needs on_policy."
         },
+    )
+    log_completions: int = field(
+        default=0,
+        metadata={"help": "Sampled rows shown per log, >= 0; with 0 none are collected either."},
     )
 
     def __post_init__(self) -> None:
@@ -197,6 +201,12 @@ class OPSDConfig(DistillConfig):
             raise ValueError(
                 f"max_completion_length must be at least 1, got {self.max_completion_length}"
             )
+        if self.log_completions < 0:
+            raise ValueError(f"log_completions must not be negative, got {self.log_completions}")
+        if self.log_completions and not self.on_policy:
+            raise ValueError(
+                f"log_completions {self.log_completions} > 0 needs on_policy: else none are sampled"
+            )
 
     def loss_settings(self) -> LossSettings:
         """What the loss knows of rollouts."""
@@ -206,4 +216,4 @@ class OPSDConfig(DistillConfig):
     def make_teacher(self) -> SelfTeacher:
         """The teacher that `teacher` names."""
         follow = cast(SelfTeacherConfig, self.self_teacher)
-        return SelfTeacher(self.teacher, follow.ema_decay)
+        return SelfTeacher(self.teacher, follow.ema_decay, follow.lora_scale)

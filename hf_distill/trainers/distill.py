@@ -15,8 +15,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_distill import alignment, losses, token_weights
 from hf_distill.heads import Reader, causal_lm
 from hf_distill.monitors import MeanMeter, TokenMeter
-from hf_distill.teachers import Teacher, as_teacher
+from hf_distill.rollouts import end_token_ids
+from hf_distill.teachers import RemoteTeacher, RoutedCollator, Teacher, as_teacher
 from hf_distill.token_weights import TokenWeights
+from hf_distill.trainers import checkpoints
 from hf_distill.trainers.configs import DistillConfig
 from hf_distill.trainers.groups import ClassWeightsConfig
 from hf_distill.trainers.scoring import Scoring, Share, Work
@@ -103,6 +105,9 @@ class DistillTrainer(Trainer):
         self._reader = Reader("student", refusal)
         self._meters = {True: TokenMeter(), False: TokenMeter()}
         self._mean_meters = {x: MeanMeter(self._mean_names()) for x in (True, False)}
+        eos_token_id = getattr(processing_class, "eos_token_id", None)
+        end_ids = end_token_ids(causal_lm(cast(nn.Module, self.model)), eos_token_id)
+        self._alignment = alignment.AlignmentMeter(end_ids)
         self.teacher.prepare(self.accelerator, cast(nn.Module, self.model), refusal)
         self.add_callback(_UpdateTeacher(self.teacher))
 
@@ -119,6 +124,11 @@ class DistillTrainer(Trainer):
                 "`accelerate launch --cpu --num_processes N` starts one process unless MPI is "
                 "set up; `accelerate launch --multi_gpu --num_processes N` with --use_cpu in "
                 "the training arguments starts N processes on the CPU"
+            )
+        if isinstance(self.teacher, RemoteTeacher) and self.args.temperature != 1.0:
+            raise ValueError(
+                "a remote teacher's log-probabilities are at temperature 1: set temperature=1.0, "
+                f"got {self.args.temperature}"
             )
         config = getattr(causal_lm(cast(nn.Module, self.model)), "config", None)
         if getattr(config, "is_encoder_decoder", False):
@@ -157,6 +167,7 @@ class DistillTrainer(Trainer):
         if self.teacher is None:
             self._check_without_teacher(inputs)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._check_batch(inputs)
         side = alignment.student_side(inputs)
         signal = self.teacher.signal(model, alignment.teacher_side(inputs, side))
         side, scored, counts = self._work(inputs, side, num_items_in_batch, model.training)
@@ -175,6 +186,10 @@ class DistillTrainer(Trainer):
             terms = terms_of(losses.StudentLogits(self._reader.logits(model, side)))
         self._note(terms, counts, model.training)
         return (terms.loss, outputs) if return_outputs else terms.loss
+
+    def _check_batch(self, inputs: dict[str, Any]) -> None:
+        """Called with every batch before it is used."""
+        self._alignment.add(inputs)
 
     def _work(
         self,
@@ -235,10 +250,13 @@ class DistillTrainer(Trainer):
         return count / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
 
     def _set_signature_columns_if_needed(self) -> None:
+        """As in `Trainer`, with the columns that this class and its collators read."""
         super()._set_signature_columns_if_needed()
         columns = cast("list[str]", self._signature_columns)
-        if self.teacher is not None and token_weights.KEY not in columns:
-            columns.append(token_weights.KEY)
+        read = [token_weights.KEY] if self.teacher is not None else []
+        if isinstance(self.data_collator, RoutedCollator):
+            read += self.data_collator.columns
+        columns.extend(name for name in read if name not in columns)
 
     def _has_own_hard_loss(self) -> bool:
         return self.label_smoother is not None or self.compute_loss_func is not None
@@ -282,6 +300,7 @@ class DistillTrainer(Trainer):
     def _read_metrics(self, training: bool) -> dict[str, float]:
         if self.teacher is None:
             return {}
+        self._alignment.read(self.accelerator)
         metrics = self._meters[training].read(self.accelerator, self.objective.unmeasured)
         return metrics | self._mean_meters[training].read(self.accelerator)
 
@@ -296,14 +315,39 @@ class DistillTrainer(Trainer):
         """As in `Trainer`; training logs also hold the metrics of the scored tokens."""
         if "loss" in logs:
             logs.update(self._read_metrics(training=True))
+        elif "train_loss" in logs and self.teacher is not None:
+            self._alignment.read(self.accelerator)  # the run ends; it may not have logged before
         super().log(logs, start_time)
 
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """As in `Trainer`; checkpoints that were not written to the end are passed over.
+
+        Raises:
+            ValueError: the checkpoint that is named, or every one there is, is such a one.
+        """
+        if resume_from_checkpoint is True:
+            found = checkpoints.last_whole(cast(str, self.args.output_dir))
+            resume_from_checkpoint = True if found is None else found
+        elif resume_from_checkpoint:
+            checkpoints.assert_whole(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            checkpoints.unmark(os.path.join(self._get_output_dir(trial), folder))
         super()._save_checkpoint(model, trial)
-        if self.args.save_only_model:
-            return
-        folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._save_extra(os.path.join(self._get_output_dir(trial), folder))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # the Trainer's last file before trainer_state.json, the upload and the removal of old ones
+        super()._save_rng_state(output_dir)
+        self._save_extra(output_dir)
+        self.accelerator.wait_for_everyone()
 
     def _save_extra(self, folder: str) -> None:
         """Write what resuming needs besides the Trainer's own files."""
@@ -311,13 +355,16 @@ class DistillTrainer(Trainer):
         if state and self.args.should_save:
             save_file(state, os.path.join(folder, TEACHER_FILE))
 
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._load_extra(checkpoint)
+
+    def _load_extra(self, folder: str) -> None:
+        """Read what `_save_extra` wrote; the state is the checkpoint's."""
         if self.teacher is None or not self.teacher.state_dict():
             return
-        path = os.path.join(resume_from_checkpoint, TEACHER_FILE)
+        path = os.path.join(folder, TEACHER_FILE)
         if not os.path.isfile(path):
             raise FileNotFoundError(f"the teacher's state must be in the checkpoint: no {path}")
         self.teacher.load_state_dict(load_file(path))

@@ -11,22 +11,24 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_utils import has_length
 
-from hf_distill import alignment, rollouts
-from hf_distill.collators import TRUNCATED, HintCollator
-from hf_distill.heads import causal_lm, unwrap
-from hf_distill.monitors import CompletionMeter, ShareMeter
-from hf_distill.preflight import check_empty_hint
-from hf_distill.teachers import SelfTeacher, Teacher
+from hf_distill import alignment
+from hf_distill.collators import HintCollator
+from hf_distill.episodes import Environment
+from hf_distill.preflight import check_empty_hint, warn_of_lost_context
+from hf_distill.rollouts import Sampling, TellEngine, make_engine
+from hf_distill.tables import CompletionTable, WriteTable
+from hf_distill.teachers import RoutedTeacher, SelfTeacher, Teacher, as_teacher, routed
 from hf_distill.trainers.configs import ClipConfig, OPSDConfig
 from hf_distill.trainers.distill import DistillTrainer
 from hf_distill.trainers.groups import RolloutConfig
 from hf_distill.trainers.samplers import RepeatSampler
+from hf_distill.trainers.scoring import BEHAVIOUR
+from hf_distill.trainers.windows import EVAL_STEP, Rollouts, TruncatedMeter, Window
 
 logger = logging.getLogger(__name__)
 
 ROLLOUT_FILE = "rollout-{rank}.json"
 NUM_CHECKED = 4  # rows of the check before training
-EVAL_STEP = 10**9  # eval rollouts draw from seeds that no training step uses
 
 
 class OPSDTrainer(DistillTrainer):
@@ -43,11 +45,14 @@ class OPSDTrainer(DistillTrainer):
         eval_dataset: the same; completions are sampled for it too, with fixed seeds.
         processing_class: the tokenizer.
         teacher: a teacher to use instead of the one that `args.teacher` names.
+        environment: judges the completions, and may go on with the dialogue: see `Environment`.
+            What it says can be read by hints.
         **kwargs: the other arguments of `Trainer`.
 
     Raises:
         TypeError: args or data_collator have another type.
-        ValueError: as `DistillTrainer`; or `steps_per_rollout` > 1 with a dataset without a length.
+        ValueError: as `DistillTrainer`; or an environment without `on_policy`; or completions that
+            are used more than once, or several for a prompt, with a dataset without a length.
     """
 
     args: OPSDConfig  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -62,6 +67,7 @@ class OPSDTrainer(DistillTrainer):
         processing_class: Any = None,
         *,
         teacher: Teacher | nn.Module | str | None = None,
+        environment: Environment | None = None,
         **kwargs: Any,
     ) -> None:
         args = OPSDConfig(output_dir="tmp_trainer") if args is None else args
@@ -73,21 +79,26 @@ class OPSDTrainer(DistillTrainer):
             raise TypeError(
                 f"data_collator must be a HintCollator, got {type(data_collator).__name__}"
             )
-        self.hint_collator = data_collator
-        self.rollout = cast(RolloutConfig, args.rollout)
-        self._completions: list[list[list[int]]] | None = None
-        self._completion_meters = {True: CompletionMeter(), False: CompletionMeter()}
-        self._truncated_meters = {x: ShareMeter("hints_truncated") for x in (True, False)}
+        self._check_rollout(args, environment)
+        self.hint_collator, self.environment = data_collator, environment
+        self._window: Window | None = None
+        self._resumed: dict[str, Any] | None = None
+        self._truncated = {training: TruncatedMeter() for training in (True, False)}
+        teacher = args.make_teacher() if teacher is None else as_teacher(teacher)
+        collate: Any = data_collator.prompts if args.on_policy else data_collator
+        if isinstance(teacher, RoutedTeacher) and not args.on_policy:
+            collate = routed(data_collator, teacher)
         super().__init__(
             model,
             args,
-            data_collator.contexts if args.on_policy else data_collator,
+            collate,
             train_dataset,
             eval_dataset,
             processing_class,
-            teacher=args.make_teacher() if teacher is None else teacher,
+            teacher=teacher,
             **kwargs,
         )
+        self.rollouts = self._make_rollouts(environment) if args.on_policy else None
         clip = cast(ClipConfig, args.clip)
         if clip.bound is not None and clip.level == "vocab_entry":
             logger.warning(
@@ -95,6 +106,53 @@ class OPSDTrainer(DistillTrainer):
                 "level 'token_rescale' keeps the gradient's direction",
                 clip.bound,
             )
+
+    @staticmethod
+    def _check_rollout(args: OPSDConfig, environment: Environment | None) -> None:
+        if environment is not None and not args.on_policy:
+            raise ValueError("an environment judges sampled completions, got on_policy=False")
+        loader: Any = args.accelerator_config
+        if args.on_policy and loader.dispatch_batches:
+            raise ValueError(
+                "dispatch_batches cuts tensors only, and a batch holds rows: set False"
+            )
+        if args.on_policy:
+            loader.dispatch_batches = False
+        copies = cast(RolloutConfig, args.rollout).num_completions
+        if args.on_policy and args.per_device_train_batch_size % copies:
+            raise ValueError(
+                f"num_completions must divide per_device_train_batch_size, got {copies} and "
+                f"{args.per_device_train_batch_size}"
+            )
+
+    def _make_rollouts(self, environment: Environment | None) -> Rollouts:
+        args, collator = self.args, self.hint_collator
+        config = cast(RolloutConfig, args.rollout)
+        engine = make_engine(
+            config.engine,
+            Sampling(
+                collator.pad_token_id,
+                collator.eos_token_id,
+                args.max_completion_length,
+                config.temperature,
+                config.generation_kwargs,
+            ),
+            batch_size=config.batch_size,
+            engine_kwargs=config.engine_kwargs,
+            model=cast(nn.Module, self.model),
+            accelerator=self.accelerator,
+            processing_class=collator.tokenizer,
+        )
+        self.add_callback(TellEngine(engine))
+        table = None
+        if args.log_completions:
+            folder, report_to = cast(str, args.output_dir), cast(list[str], args.report_to)
+            table = CompletionTable(
+                folder, report_to, collator.tokenizer, args.log_completions, self.accelerator
+            )
+            self.add_callback(WriteTable(table))
+        route = self.teacher.route if isinstance(self.teacher, RoutedTeacher) else None
+        return Rollouts(args, collator, environment, engine, self.accelerator, route, table)
 
     def train(
         self,
@@ -119,87 +177,67 @@ class OPSDTrainer(DistillTrainer):
             reason = "the dataset has no rows to look up"
         elif not len(self.train_dataset):
             reason = "the dataset is empty"
-        if reason is not None or self.teacher is None:
+        if reason is not None or not isinstance(self.teacher, SelfTeacher):
             logger.info("no check without hints: %s", reason)
             return
         dataset: Any = self.train_dataset
         rows = [dataset[i] for i in range(min(NUM_CHECKED, len(dataset)))]
         model, collator = cast(nn.Module, self.model), self.hint_collator
-        student, teacher = collator.without_hints(rows)
+        student, teacher = collator.without_hints(rows, completed=not self.args.on_policy)
         # before training the model has no autocast of its own; as in training, products are 16-bit
         in_16_bit = self.args.bf16 or self.args.fp16 or getattr(model, "is_quantized", False)
         with self.accelerator.autocast():
             found = check_empty_hint(
-                model, self.teacher, student, teacher, collator.pad_token_id, in_16_bit
+                model,
+                cast(SelfTeacher, self.teacher),
+                student,
+                teacher,
+                collator.pad_token_id,
+                in_16_bit,
             )
         logger.info("without a hint student and teacher are %.1e nats apart", found)
+
+    def _check_batch(self, inputs: dict[str, Any]) -> None:
+        is_first = not self._alignment.started
+        super()._check_batch(inputs)
+        if is_first and self.args.process_index == 0:
+            warn_of_lost_context(inputs, self.hint_collator.tokenizer, NUM_CHECKED)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """The micro-batches of an optimizer step, with completions, and their number of tokens."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.rollouts is not None and batches:
+            step = self.state.global_step
+            if self._window is None or self.rollouts.is_first_step(step):
+                self._window = self._new_window(self.rollouts, batches, step)
+            batches = [dict(batch) for batch in self._window.batches]
+            count = self._get_num_items_in_batch(batches, device)
+            if count is not None and not count:  # no reply with a hint, say: a step of no loss
+                count = count + 1
         for batch in batches:
-            self._count_truncated(batch, training=True)
-        if not self.args.on_policy or not batches:
-            return batches, count
-        step = self.state.global_step
-        if self._completions is None or step % self.rollout.steps_per_rollout == 0:
-            self._completions = self._rollout(batches, step, training=True)
-        batches = [self._rows(b, c) for b, c in zip(batches, self._completions, strict=True)]
-        return batches, self._get_num_items_in_batch(batches, device)
+            self._truncated[True].count(batch)
+        return batches, count
 
-    def _rollout(
-        self, batches: list[dict[str, Tensor]], step: int, training: bool
-    ) -> list[list[list[int]]]:
-        """One list of completions per micro-batch, all generated in one call."""
-        model, eos_token_id = cast(nn.Module, self.model_wrapped), self.hint_collator.eos_token_id
-        prompts = [alignment.unpad(b["prompt_ids"], b["prompt_mask"]) for b in batches]
-        completions = rollouts.generate(
-            model,
-            [prompt for batch in prompts for prompt in batch],
-            pad_token_id=self.hint_collator.pad_token_id,
-            eos_token_id=eos_token_id,
-            max_completion_length=self.args.max_completion_length,
-            temperature=self.rollout.temperature,
-            # a large odd multiplier keeps steps and processes of neighbouring seeds apart
-            seed=(self.args.seed * 1_000_003 + step) * 65_537 + self.args.process_index,
-            generation_kwargs=self.rollout.generation_kwargs,
-        )
-        end_ids = rollouts.end_token_ids(unwrap(model), eos_token_id)
-        self._completion_meters[training].add(completions, end_ids)
-        rest = iter(completions)
-        return [[next(rest) for _ in batch] for batch in prompts]
-
-    def _count_truncated(self, batch: dict[str, Tensor], training: bool) -> None:
-        if TRUNCATED in batch:
-            self._truncated_meters[training].add(batch[TRUNCATED])
+    def _new_window(self, rollouts: Rollouts, batches: list[Any], step: int) -> Window:
+        model = cast(nn.Module, self.model_wrapped)
+        resumed, self._resumed = self._resumed or {}, None
+        window = rollouts.window(model, batches, step, resumed.get("episodes"))
+        reused = rollouts.config.steps_per_rollout > 1 and window.episodes
+        if reused and rollouts.config.importance_clip is not None:
+            known = resumed.get(BEHAVIOUR) or [None] * len(window.batches)
+            for batch, values in zip(window.batches, known, strict=True):
+                if values is None:
+                    placed = self._prepare_inputs(dict(batch))
+                    batch[BEHAVIOUR] = self.behaviour_log_probs(placed).cpu()
+                else:
+                    batch[BEHAVIOUR] = torch.tensor(values)
+        return window
 
     def _read_metrics(self, training: bool) -> dict[str, float]:
-        metrics = super()._read_metrics(training)
-        for meters in (self._completion_meters, self._truncated_meters):
-            metrics |= meters[training].read(self.accelerator)
-        return metrics
-
-    def _rows(self, batch: dict[str, Tensor], completions: list[list[int]]) -> dict[str, Tensor]:
-        """The student's and the teacher's rows of one micro-batch of contexts."""
-        prompts = alignment.unpad(batch["prompt_ids"], batch["prompt_mask"])
-        teacher_prompts = alignment.unpad(batch["teacher_prompt_ids"], batch["teacher_prompt_mask"])
-        self._check_context(teacher_prompts, completions)
-        return alignment.build_batch(
-            prompts, teacher_prompts, completions, self.hint_collator.pad_token_id
-        )
-
-    def _check_context(self, contexts: list[list[int]], completions: list[list[int]]) -> None:
-        config = getattr(causal_lm(cast(nn.Module, self.model)), "config", None)
-        limit = getattr(config, "max_position_embeddings", None)
-        for i, (context, completion) in enumerate(zip(contexts, completions, strict=True)):
-            length = len(context) + len(completion)
-            if limit is not None and length > limit:
-                raise ValueError(
-                    f"row {i} of the batch: the teacher's row has {length} tokens (context "
-                    f"{len(context)}, completion {len(completion)}), the model takes {limit}"
-                )
+        metrics = super()._read_metrics(training) | self._truncated[training].read(self.accelerator)
+        return metrics if self.rollouts is None else metrics | self.rollouts.read(training)
 
     def prediction_step(
         self,
@@ -209,11 +247,14 @@ class OPSDTrainer(DistillTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """As in `DistillTrainer`, with completions sampled from the student if on-policy."""
-        self._count_truncated(inputs, training=False)
-        if self.args.on_policy:
-            (completions,) = self._rollout([inputs], EVAL_STEP + self._eval_batches, training=False)
+        if self.rollouts is not None:
+            step = EVAL_STEP + self._eval_batches
+            (episodes,) = self.rollouts.play(model, [inputs], step, training=False)
             self._eval_batches += 1
-            inputs = self._rows(inputs, completions)
+            inputs = self.rollouts.batch(model, episodes)
+        self._truncated[False].count(inputs)
+        if not (inputs["labels"] != alignment.IGNORE_INDEX).any():  # no reply with a hint, say
+            return torch.zeros((), device=self.args.device), None, None
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -222,51 +263,69 @@ class OPSDTrainer(DistillTrainer):
         return super().evaluation_loop(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
-        """As in `Trainer`; rows are repeated if `steps_per_rollout` asks for it."""
-        repeats, strategy = self.rollout.steps_per_rollout, self.args.train_sampling_strategy
+        """As in `Trainer`; rows are repeated if the rollout asks for it."""
+        strategy = self.args.train_sampling_strategy
         repeatable = has_length(self.train_dataset) and strategy in ("random", "sequential")
-        if repeats > 1 and self.args.on_policy and not repeatable:
+        if self._repeats() and not repeatable:
             raise ValueError(
-                f"steps_per_rollout {repeats} > 1 needs a dataset with a length and "
+                f"{self._repeats()} needs a dataset with a length and "
                 "train_sampling_strategy 'random' or 'sequential', got "
                 f"{type(self.train_dataset).__name__} and {strategy!r}"
             )
         return super().get_train_dataloader()
 
+    def _repeats(self) -> str:
+        """Which setting repeats rows, or nothing."""
+        config = cast(RolloutConfig, self.args.rollout)
+        for name in ("steps_per_rollout", "num_completions"):
+            if self.args.on_policy and getattr(config, name) > 1:
+                return f"{name} {getattr(config, name)} > 1"
+        return ""
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        repeats, strategy = self.rollout.steps_per_rollout, self.args.train_sampling_strategy
-        if repeats == 1 or not self.args.on_policy:
+        if not self._repeats():
             return super()._get_train_sampler(train_dataset)
         window = (
             self._train_batch_size
             * self.args.gradient_accumulation_steps
             * self.accelerator.num_processes
         )
+        config = cast(RolloutConfig, self.args.rollout)
         return RepeatSampler(
-            len(dataset), window, repeats, self.args.seed, shuffle=strategy == "random"
+            len(dataset),
+            window,
+            config.steps_per_rollout,
+            self.args.seed,
+            shuffle=self.args.train_sampling_strategy == "random",
+            copies=config.num_completions,
         )
 
     def _save_extra(self, folder: str) -> None:
         super()._save_extra(folder)
-        if (
-            self._completions is None
-            or self.state.global_step % self.rollout.steps_per_rollout == 0
-        ):
-            return  # the next step samples anew
-        name = ROLLOUT_FILE.format(rank=self.args.process_index)
-        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
-            json.dump(self._completions, file)
+        path = self._rollout_path(folder)
+        if self._window is not None and self._window.episodes and self._inside_a_rollout():
+            state: dict[str, Any] = {
+                "episodes": [[episode.state() for episode in x] for x in self._window.episodes]
+            }
+            if BEHAVIOUR in self._window.batches[0]:
+                state[BEHAVIOUR] = [batch[BEHAVIOUR].tolist() for batch in self._window.batches]
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(state, file)
+        elif os.path.isfile(path):
+            os.remove(path)  # of a run before this one
 
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        name = ROLLOUT_FILE.format(rank=self.args.process_index)
-        path = os.path.join(resume_from_checkpoint, name)
-        self._completions = None
-        if os.path.isfile(path):
+    def _load_extra(self, folder: str) -> None:
+        super()._load_extra(folder)
+        path = self._rollout_path(folder)
+        self._window = self._resumed = None
+        if os.path.isfile(path) and self._inside_a_rollout():
             with open(path, encoding="utf-8") as file:
-                self._completions = json.load(file)
-        elif self.args.on_policy and self.rollout.steps_per_rollout > 1:
-            logger.info("no %s in the checkpoint: completions are sampled anew", name)
+                self._resumed = json.load(file)
+
+    def _inside_a_rollout(self) -> bool:
+        """Whether the next step is not the first on its completions."""
+        return self.rollouts is not None and not self.rollouts.is_first_step(self.state.global_step)
+
+    def _rollout_path(self, folder: str) -> str:
+        return os.path.join(folder, ROLLOUT_FILE.format(rank=self.args.process_index))

@@ -15,6 +15,7 @@ from hf_distill.alignment import unpad
 from tests.trainers import models
 
 ROWS_PER_STEP = 4
+SAVED_AT = 3
 Result = tuple[dict[str, Tensor], list[dict[str, float]]]
 
 
@@ -74,8 +75,8 @@ def opsd_off_policy(folder: Path, num_processes: int) -> OPSDTrainer:
 
 
 def opsd_on_policy(folder: Path, num_processes: int) -> OPSDTrainer:
-    """Greedy, for samples depend on the rows that share a process."""
-    return _opsd(folder, num_processes, models.lora(models.llama()))
+    """Greedy, for samples depend on the rows that share a process. Completions are kept."""
+    return _opsd(folder, num_processes, models.lora(models.llama()), log_completions=1)
 
 
 def opsd_repeated(folder: Path, num_processes: int) -> OPSDTrainer:
@@ -155,11 +156,27 @@ SETUPS = (
 )
 
 
-def train(setup: Any, folder: Path, num_processes: int) -> Result:
+def opsd_saved(folder: Path, num_processes: int) -> OPSDTrainer:
+    """Samples of each process, a moving average, a checkpoint between two steps of a rollout."""
+    return _opsd(
+        folder,
+        num_processes,
+        models.llama(attention_dropout=0.2),
+        teacher="ema",
+        self_teacher={"ema_decay": 0.5},
+        rollout={"temperature": 1.0, "steps_per_rollout": 2},
+        max_steps=SAVED_AT + 2,
+        save_strategy="steps",
+        save_steps=SAVED_AT,
+        train_sampling_strategy="random",
+    )
+
+
+def train(setup: Any, folder: Path, num_processes: int, resume_from: str | None = None) -> Result:
     """Final weights, and the logs of all steps."""
     trainer = setup(folder, num_processes)
     assert trainer.accelerator.num_processes == num_processes
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume_from)
     steps = [logs for logs in trainer.state.log_history if "loss" in logs]
     return models.weights(trainer.accelerator.unwrap_model(trainer.model)), steps
 
@@ -167,10 +184,16 @@ def train(setup: Any, folder: Path, num_processes: int) -> Result:
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    for setup in SETUPS:
-        result = train(setup, folder, 2)
+    checkpoint = str(folder / "saved" / f"checkpoint-{SAVED_AT}")
+    runs = [(setup.__name__, setup, folder, None) for setup in SETUPS]
+    runs += [
+        ("straight", opsd_saved, folder / "saved", None),
+        ("resumed", opsd_saved, folder / "again", checkpoint),
+    ]
+    for name, setup, to, resume_from in runs:
+        result = train(setup, to, 2, resume_from)
         if torch.distributed.get_rank() == 0:
-            torch.save(result, folder / f"{setup.__name__}.pt")
+            torch.save(result, folder / f"{name}.pt")
     torch.distributed.destroy_process_group()
 
 
