@@ -240,6 +240,18 @@ def test_only_what_is_trained_gets_a_gradient() -> None:
         assert not tokens.cross_entropy(hidden, Head(given["weight"], None), *rest)[0].requires_grad
 
 
+def test_evaluation_forms_no_gradient() -> None:
+    given = draw(torch.float32)
+    hidden, weight = (given[name].requires_grad_() for name in ("hidden", "weight"))
+    rest = (Head(weight, None), given["targets"], given["weights"])
+    with torch.no_grad(), Watch() as watch:
+        tokens.cross_entropy(hidden, *rest)
+    assert watch.products == 1
+    with Watch() as watch:
+        tokens.cross_entropy(hidden, *rest)
+    assert watch.products == 3
+
+
 def test_a_second_derivative_is_an_error() -> None:
     given = draw()
     hidden = given["hidden"].requires_grad_()
