@@ -146,13 +146,6 @@ class DistillTrainer(Trainer):
                 "be combined with label smoothing or compute_loss_func"
             )
 
-    def _set_signature_columns_if_needed(self) -> None:
-        """As in `Trainer`, with the columns that a routed collator reads."""
-        super()._set_signature_columns_if_needed()
-        columns: list[str] = cast(Any, self)._signature_columns
-        if isinstance(self.data_collator, RoutedCollator):
-            columns.extend(name for name in self.data_collator.columns if name not in columns)
-
     def _hidden_states_refusal(self) -> str | None:
         """Why this run must read logits, or None."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -257,10 +250,13 @@ class DistillTrainer(Trainer):
         return count / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
 
     def _set_signature_columns_if_needed(self) -> None:
+        """As in `Trainer`, with the columns that this class and its collators read."""
         super()._set_signature_columns_if_needed()
         columns = cast("list[str]", self._signature_columns)
-        if self.teacher is not None and token_weights.KEY not in columns:
-            columns.append(token_weights.KEY)
+        read = [token_weights.KEY] if self.teacher is not None else []
+        if isinstance(self.data_collator, RoutedCollator):
+            read += self.data_collator.columns
+        columns.extend(name for name in read if name not in columns)
 
     def _has_own_hard_loss(self) -> bool:
         return self.label_smoother is not None or self.compute_loss_func is not None

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hf_distill import (
     DistillConfig,
@@ -16,6 +17,7 @@ from hf_distill import (
     RoutedTeacher,
 )
 from hf_distill.alignment import Side
+from hf_distill.heads import Signal
 from hf_distill.losses import Objective, assert_finite
 from metal_ops import DivergenceSpec
 from tests.teachers.asking import IDS, PREDICTS, SIDE, prepared, scored_logits
@@ -220,6 +222,19 @@ def test_clipped_tokens_are_counted(remote: Ask) -> None:
         ].stats.clipped.sum()
         < N
     )
+
+
+def test_padding_of_a_sparse_teacher_says_nothing(remote: Ask) -> None:
+    sparse = prepared(remote(3), models.llama()).signal(models.llama(), SIDE).sparse
+    padded = sparse._replace(
+        ids=F.pad(sparse.ids, (1, 1), value=-1), log_probs=F.pad(sparse.log_probs, (1, 1))
+    )
+    spec = DivergenceSpec("jsd")
+    got, want = (losses(Signal(sparse=teacher), spec) for teacher in (padded, sparse))
+    for mine, other in zip(got[0].stats, want[0].stats, strict=True):
+        torch.testing.assert_close(mine, other)
+    torch.testing.assert_close(got[0].soft, want[0].soft)
+    torch.testing.assert_close(got[1], want[1])
 
 
 def test_the_temperature_is_one(remote: Ask, tmp_path: Path) -> None:

@@ -95,6 +95,17 @@ def test_a_head_that_is_scaled_otherwise_is_another() -> None:
     torch.testing.assert_close(signal.dense(), by_rows([one, other], route), **CLOSE)
 
 
+def test_a_head_with_another_bias_is_another() -> None:
+    one, other = models.phi(1), models.phi(1)
+    other.lm_head.weight = one.lm_head.weight
+    torch.nn.init.normal_(other.lm_head.bias)
+    teacher = prepared(of_models(one, other, names=("a", "b")), models.phi())
+    route = ROUTE.clamp(max=1)
+    signal = teacher.signal(models.phi(), side(route))
+    assert signal.hidden is None
+    torch.testing.assert_close(signal.dense(), by_rows([one, other], route), **CLOSE)
+
+
 def test_teachers_of_one_memory_share_a_head() -> None:
     one = models.llama(1)
     other = models.llama(2)
