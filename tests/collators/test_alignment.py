@@ -258,6 +258,22 @@ def test_what_was_counted_on_a_device_is_raised_when_read(meter: AlignmentMeter)
     meter.read(Accelerator(cpu=True))  # starts anew
 
 
+class OneOfTwo:
+    """A process whose neighbour has counted one broken rule of each kind."""
+
+    device = torch.device("cpu")
+
+    def reduce(self, sums: Tensor, reduction: str) -> Tensor:
+        assert reduction == "sum"
+        return sums + 1
+
+
+def test_what_another_process_has_counted_is_raised_here_too(meter: AlignmentMeter) -> None:
+    with pytest.raises(AlignmentError, match=r"must be scored \(1 times\)") as caught:
+        meter.read(OneOfTwo())
+    assert str(caught.value).count("(1 times)") == len(alignment.RULES)
+
+
 @pytest.mark.parametrize("change", [change for change, _ in BROKEN] + [without_its_end])
 def test_every_rule_is_counted(change: Any, meter: AlignmentMeter) -> None:
     batch = made()

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_distill import HintCollator, OPSDConfig, OPSDTrainer, SelfTeacher, teachers
+from hf_distill import HintCollator, OPSDConfig, OPSDTrainer, SelfTeacher
 from hf_distill.alignment import INDEX_MAPS, AlignmentError, Rendered, build_rows
 from hf_distill.collators import Made
 from hf_distill.preflight import EmptyHintError
+from hf_distill.teachers import selves
 from tests.trainers import models
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
@@ -295,7 +296,7 @@ def test_an_adapter_that_is_not_off(
     run = trainer(
         tmp_path, HintCollator(models.tokenizer()), model=models.lora(models.llama()), teacher=kind
     )
-    monkeypatch.setattr(teachers.selves, "adapters_off", contextlib.nullcontext)
+    monkeypatch.setattr(selves, "adapters_off", contextlib.nullcontext)
     monkeypatch.setattr(SelfTeacher, "_swapped", contextlib.nullcontext)
     with pytest.raises(EmptyHintError, match="adapter: the teacher must not change"):
         run.train()

@@ -57,29 +57,26 @@ def assert_bit_equal(one: Path, other: Path) -> None:
     assert all(log["soft"] > 0 for log in logs)
 
 
-@pytest.mark.parametrize(
-    ("setup", "stops"),
-    [
-        ("lora", [Stop(3, "loss"), Stop(4, "teacher"), Stop(4, "mark")]),
-        ("full", [Stop(2, "loss"), Stop(3, "weights"), Stop(3, "rollout")]),
-    ],
-)
-def test_a_killed_run_goes_on_bit_for_bit(
-    tmp_path: Path, processes: Any, setup: str, stops: list[Stop]
-) -> None:
+CHAINS = {
+    "lora": [Stop(3, "loss"), Stop(4, "teacher"), Stop(4, "mark")],
+    "full": [Stop(2, "loss"), Stop(3, "weights"), Stop(3, "rollout")],
+}
+
+
+def test_killed_runs_go_on_bit_for_bit(tmp_path: Path, processes: Any) -> None:
     """In the middle of a step, and in the middle of a file of a checkpoint."""
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    start(processes, straight, setup)
-    for stop in stops:
-        start(processes, killed, setup, stop)
-        if stop.place != "loss":
-            torn = str(killed / f"checkpoint-{stop.step}")
-            assert trainer_utils.get_last_checkpoint(killed) == torn  # what the Trainer would take
-            assert checkpoints.flaw(torn) is not None
-    start(processes, killed, setup)
-    assert_bit_equal(straight, killed)
-    text = (killed / LOG).read_text()
-    assert text.count("is passed over: it") == len(stops) - 1
+    for setup, stops in CHAINS.items():  # one test: the imports take longer than the runs
+        straight, killed = tmp_path / f"{setup}-straight", tmp_path / f"{setup}-killed"
+        start(processes, straight, setup)
+        for stop in stops:
+            start(processes, killed, setup, stop)
+            if stop.place != "loss":
+                torn = str(killed / f"checkpoint-{stop.step}")
+                assert trainer_utils.get_last_checkpoint(killed) == torn  # the Trainer's choice
+                assert checkpoints.flaw(torn) is not None
+        start(processes, killed, setup)
+        assert_bit_equal(straight, killed)
+        assert (killed / LOG).read_text().count("is passed over: it") == len(stops) - 1
 
 
 @pytest.mark.slow
