@@ -170,9 +170,7 @@ class OPSDConfig(DistillConfig):
     )
     rollout: RolloutConfig | str | dict[str, Any] | None = field(
         default=None,
-        metadata={
-            "help": "Sampling: temperature, steps_per_rollout, generation_kwargs, importance_clip."
-        },
+        metadata={"help": "Sampling: temperature, steps_per_rollout, engine, batch_size, ..."},
     )
     anchor_weight: float = field(
         default=0.0,
@@ -180,6 +178,10 @@ class OPSDConfig(DistillConfig):
             "help": "Weight, >= 0, of the mean cross-entropy of the data's own completions beside "
             "the loss of the sampled ones; needs on_policy."
         },
+    )
+    log_completions: int = field(
+        default=0,
+        metadata={"help": "Sampled rows shown per log, >= 0; with 0 none are collected either."},
     )
 
     def __post_init__(self) -> None:
@@ -198,6 +200,12 @@ class OPSDConfig(DistillConfig):
         if self.max_completion_length < 1:
             raise ValueError(
                 f"max_completion_length must be at least 1, got {self.max_completion_length}"
+            )
+        if self.log_completions < 0:
+            raise ValueError(f"log_completions must not be negative, got {self.log_completions}")
+        if self.log_completions and not self.on_policy:
+            raise ValueError(
+                f"log_completions {self.log_completions} > 0 needs on_policy: else none are sampled"
             )
 
     def loss_settings(self) -> LossSettings:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from hf_distill.rollouts import check_engine
 from hf_distill.teachers import SelfTeacher
 from hf_distill.token_classes import CLASSES
 from metal_ops import DivergenceSpec
@@ -149,7 +150,25 @@ class RolloutConfig:
         },
     )
     generation_kwargs: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "More fields of GenerationConfig."}
+        default_factory=dict,
+        metadata={"help": "More fields of GenerationConfig; with vllm, of SamplingParams."},
+    )
+    batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Prompts of one call of `generate`, >= 1; None is all of a rollout."},
+    )
+    engine: str = field(
+        default="generate",
+        metadata={
+            "help": "generate, continuous (Transformers' continuous batching) or vllm (TRL's)."
+        },
+    )
+    engine_kwargs: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Options of the engine: fields of ContinuousBatchingConfig, or arguments of "
+            "TRL's VLLMGeneration (mode, ...)."
+        },
     )
 
     importance_clip: float | None = field(
@@ -171,3 +190,4 @@ class RolloutConfig:
             raise ValueError(f"importance_clip must be positive, got {self.importance_clip}")
         if self.temperature < 0:
             raise ValueError(f"rollout temperature must not be negative, got {self.temperature}")
+        check_engine(self.engine, self.engine_kwargs, self.generation_kwargs, self.batch_size)

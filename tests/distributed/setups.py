@@ -75,8 +75,8 @@ def opsd_off_policy(folder: Path, num_processes: int) -> OPSDTrainer:
 
 
 def opsd_on_policy(folder: Path, num_processes: int) -> OPSDTrainer:
-    """Greedy, for samples depend on the rows that share a process."""
-    return _opsd(folder, num_processes, models.lora(models.llama()))
+    """Greedy, for samples depend on the rows that share a process. Completions are kept."""
+    return _opsd(folder, num_processes, models.lora(models.llama()), log_completions=1)
 
 
 def opsd_repeated(folder: Path, num_processes: int) -> OPSDTrainer:

@@ -47,7 +47,19 @@ def test_two_processes_are_one(two_processes: Path, tmp_path: Path, setup) -> No
     assert [step["tokens"] for step in logs] == [step["tokens"] for step in expected_logs]
     for step, want in zip(logs, expected_logs, strict=True):
         assert step["soft"] == pytest.approx(want["soft"], rel=1e-4)  # weights differ after step 1
+        for name in {"anchor", "advantage"} & want.keys():
+            assert step[name] == pytest.approx(want[name], rel=1e-4, abs=1e-5)
     assert models.difference(weights, expected) <= TOLERANCE
+
+
+def test_the_table_of_completions_has_the_rows_of_both(two_processes: Path, tmp_path: Path) -> None:
+    setups.train(setups.opsd_on_policy, tmp_path, 1)
+    found, expected = (
+        sorted((folder / "completions.jsonl").read_text().splitlines())
+        for folder in (two_processes, tmp_path)
+    )
+    assert found == expected
+    assert len(found) == 3 * setups.ROWS_PER_STEP
 
 
 def test_a_mean_over_each_process_would_show(two_processes: Path) -> None:

@@ -218,6 +218,14 @@ def test_no_tokens_have_a_loss_of_zero_with_a_gradient() -> None:
     assert all(g.abs().sum() == 0 for g in grads)
 
 
+def test_weights_that_are_all_zero_have_a_gradient_of_zero() -> None:
+    given = draw()
+    given["weights"] = given["hard_weights"] = torch.zeros(N, dtype=torch.float64)
+    terms, grads = run(SampledObjective("k3", 0.5), given, "hidden")
+    assert terms.loss == 0
+    assert all(g.abs().sum() == 0 for g in grads)
+
+
 def test_only_what_is_trained_gets_a_gradient() -> None:
     given = draw()
     hidden = given["hidden"].requires_grad_()

@@ -295,7 +295,7 @@ def test_an_adapter_that_is_not_off(
     run = trainer(
         tmp_path, HintCollator(models.tokenizer()), model=models.lora(models.llama()), teacher=kind
     )
-    monkeypatch.setattr(teachers, "adapters_off", contextlib.nullcontext)
+    monkeypatch.setattr(teachers.selves, "adapters_off", contextlib.nullcontext)
     monkeypatch.setattr(SelfTeacher, "_swapped", contextlib.nullcontext)
     with pytest.raises(EmptyHintError, match="adapter: the teacher must not change"):
         run.train()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_distill import Hint, HintCollator, OPSDConfig, OPSDTrainer, SelfTeacher
+from hf_distill import Hint, HintCollator, OPSDConfig, OPSDTrainer, SelfTeacher, teachers
 from hf_distill.alignment import Rendered
 from hf_distill.preflight import EmptyHintError, lost_context
 from tests.trainers import models
@@ -235,7 +235,7 @@ def test_an_adapter_that_is_not_off_is_an_error(tmp_path, monkeypatch, teacher):
     model = models.lora(models.llama())
     fill_adapter(model, 0.0)
     opsd = trainer(tmp_path, model, teacher=teacher)
-    monkeypatch.setattr("hf_distill.teachers.selves.adapters_off", contextlib.nullcontext)
+    monkeypatch.setattr(teachers.selves, "adapters_off", contextlib.nullcontext)
     monkeypatch.setattr(SelfTeacher, "_swapped", contextlib.nullcontext)
     with pytest.raises(EmptyHintError, match="adapter: the teacher must not change with the stud"):
         opsd.train()
