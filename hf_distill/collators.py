@@ -1,15 +1,18 @@
 """HintCollator: one model's two views of a problem, with and without a hint."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hf_distill import alignment
+from hf_distill import alignment, budgets
 from hf_distill.alignment import Rendered
-from hf_distill.dialogues import SCORED, render, scored_messages
+from hf_distill.dialogues import SCORED, continuation, render, scored_messages, splice
+from hf_distill.episodes import Episode
 from hf_distill.hints import Hint, Messages, Placed, Prompt, Row, insert_all, placed
 
 SHOWN_CHARACTERS = 60
@@ -17,6 +20,8 @@ SHOWN_TOKENS = 8
 TRUNCATIONS = ("error", "hint")
 TRUNCATED = "teacher_hint_truncated"  # [B] bool, in batches of a collator that shortens hints
 
+Given = TypeVar("Given")
+Result = TypeVar("Result")
 Hints = Hint | str | Callable[[Row], str | None] | Sequence[Hint]
 
 
@@ -26,6 +31,7 @@ class Made(NamedTuple):
     student: Rendered
     teacher: Rendered
     truncated: bool  # whether hints were
+    hints: Sequence[str] = ()  # as they stand in the teacher's row
 
 
 class HintCollator:
@@ -92,11 +98,46 @@ class HintCollator:
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """A training batch from rows with completions: see `alignment.build_batch`."""
-        made = [self._in_row(i, self._row, row) for i, row in enumerate(rows)]
-        batch = alignment.build_rows(
-            [x.student for x in made], [x.teacher for x in made], self.pad_token_id
-        )
-        return self._with_count(batch, made)
+        return self._batch([self._in_row(i, self._row, row) for i, row in enumerate(rows)])
+
+    def _batch(self, made: Sequence[Made]) -> dict[str, Tensor]:
+        students, teachers = [x.student for x in made], [x.teacher for x in made]
+        return self._with_count(alignment.build_rows(students, teachers, self.pad_token_id), made)
+
+    def prompts(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """The rows as they are, and the student's contexts, for completions yet to be generated.
+
+        Returns:
+            rows: the list; prompt_ids, prompt_mask: [B, T] int64, padded on the left.
+        """
+        prompts = [self._in_row(i, self._prompt, row) for i, row in enumerate(rows)]
+        ones = [[1] * len(ids) for ids in prompts]
+        return {
+            "prompt_ids": alignment.pad(prompts, self.pad_token_id, side="left"),
+            "prompt_mask": alignment.pad(ones, 0, side="left"),
+            "rows": list(rows),
+        }
+
+    def from_episodes(
+        self, episodes: Sequence[Episode]
+    ) -> tuple[dict[str, Tensor], list[Sequence[str]]]:
+        """A training batch of dialogues that the student has written, and the hints of each.
+
+        Hints may read the columns of `Episode.seen`. The replies' ids are those that were sampled.
+        An episode may have nothing to score.
+        """
+        made = [self._in_row(i, self._episode, episode) for i, episode in enumerate(episodes)]
+        return self._batch(made), [x.hints for x in made]
+
+    def next_context(self, episode: Episode) -> list[int]:
+        """The student's ids up to its next reply, behind what an environment has said."""
+        between = self._between(episode.messages, episode.replies(), last=True)
+        nothing = [False] * len(between)
+        return list(splice(between, [*episode.completions, []], nothing, self.eos_token_id).ids)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """A completion to be read, without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def contexts(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Both contexts of each row, padded on the left, for completions yet to be generated.
@@ -114,23 +155,27 @@ class HintCollator:
             batch[f"{name}_mask"] = alignment.pad(ones, 0, side="left")
         return self._with_count(batch, made)
 
-    def without_hints(self, rows: Sequence[Row]) -> tuple[list[Rendered], list[Rendered]]:
+    def without_hints(
+        self, rows: Sequence[Row], completed: bool = False
+    ) -> tuple[list[Rendered], list[Rendered]]:
         """Student's and teacher's rows as if there were no hints, to compare the two sides.
 
-        The last tokens of each prompt stand for its completion.
+        Args:
+            rows: of the data.
+            completed: whether to take their completions; else the last tokens of each prompt and
+                the end token stand for a reply.
         """
-        made = [
-            self._in_row(i, lambda row: self._contexts(row, hinted=False), row)
-            for i, row in enumerate(rows)
-        ]
-        student, teacher = (
-            [
-                Rendered(side.ids, range(max(1, len(side.ids) - SHOWN_TOKENS), len(side.ids)))
-                for side in sides
-            ]
-            for sides in zip(*(x[:2] for x in made), strict=True)
-        )
-        return student, teacher
+        bare = copy.copy(self)
+        bare.hints, bare.scored = (), "all"
+        make = bare._row if completed else bare._with_tail
+        made = [self._in_row(i, make, row) for i, row in enumerate(rows)]
+        return [x.student for x in made], [x.teacher for x in made]
+
+    def _with_tail(self, row: Row) -> Made:
+        end = [] if self.eos_token_id is None else [self.eos_token_id]
+        tail = [*self._prompt(row)[-SHOWN_TOKENS:], *end]
+        prompt = row[self.prompt_column]
+        return self._episode(Episode(row, prompt, completions=[tail], texts=[self.text(tail)]))
 
     def _with_count(self, batch: dict[str, Tensor], made: Sequence[Made]) -> dict[str, Tensor]:
         if self.truncation == "hint":
@@ -166,7 +211,8 @@ class HintCollator:
         )
         return encoded["input_ids"]
 
-    def _in_row(self, i: int, make: Callable[[Row], Made], row: Row) -> Made:
+    @staticmethod
+    def _in_row(i: int, make: Callable[[Given], Result], row: Given) -> Result:
         try:
             return make(row)
         except ValueError as error:
@@ -184,15 +230,19 @@ class HintCollator:
     def _placed(self, row: Row, messages: Messages, num_prompt: int) -> list[Placed]:
         return [placed(h, row, text, messages, num_prompt) for h, text in self._rendered(row)]
 
-    def _contexts(self, row: Row, hinted: bool = True) -> Made:
-        """Both contexts; nothing is scored yet."""
+    def _prompt(self, row: Row) -> list[int]:
+        """The student's context."""
         prompt = self._column(row, self.prompt_column)
         ids = self.context_ids(prompt)
         self._check(prompt, "prompt", len(ids), self.max_prompt_length)
-        hints: list[Placed] = []
-        if hinted and isinstance(prompt, str):
+        return ids
+
+    def _contexts(self, row: Row) -> Made:
+        """Both contexts; nothing is scored yet."""
+        prompt, ids = self._column(row, self.prompt_column), self._prompt(row)
+        if isinstance(prompt, str):
             hints = [Placed(hint, text, 0) for hint, text in self._rendered(row)]
-        elif hinted:
+        else:
             hints = self._placed(row, prompt, len(prompt))
 
         def teacher(hints: Sequence[Placed]) -> Rendered:
@@ -219,7 +269,41 @@ class HintCollator:
         ids = ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
         self._check(prompt, "completion", len(ids), self.max_completion_length)
         student, teacher = (alignment.completed(side.ids, ids) for side in made[:2])
-        return Made(student, teacher, made.truncated)
+        return made._replace(student=student, teacher=teacher)
+
+    def _between(self, messages: Messages, replies: Sequence[int], last: bool) -> list[list[int]]:
+        """Token ids in front of each reply; with `last`, also in front of one to come."""
+        ends = [*replies, len(messages)] if last else replies
+        pieces = [self.context_ids(messages[: ends[0]])]
+        for start, end in pairwise(ends):
+            between = messages[start + 1 : end]
+            pieces.append(continuation(between, self._template, self.eos_token_id))
+        return pieces
+
+    def _episode(self, episode: Episode) -> Made:
+        """Both rows, from a dialogue that the student has written."""
+        row, prompt = episode.seen(), episode.prompt
+        if isinstance(prompt, str):
+            made, ids = self._contexts(row), episode.completions[0]
+            one, other = (alignment.completed(side.ids, ids) for side in made[:2])
+            if self.scored != "all" and not made.hints:
+                one, other = one._replace(scored=[]), other._replace(scored=[])
+            return made._replace(student=one, teacher=other)
+        messages, replies = episode.messages, episode.replies()
+        hints = self._placed(row, messages, len(prompt))
+        self._check_before(hints, replies[-1])
+        chosen = scored_messages(messages, len(prompt), hints, self.scored)
+        counts = [reply in chosen for reply in replies]
+
+        def rendered(messages: Messages, replies: Sequence[int]) -> Rendered:
+            between = self._between(messages, replies, last=False)
+            return splice(between, episode.completions, counts, self.eos_token_id)
+
+        def teacher(hints: Sequence[Placed]) -> Rendered:
+            hinted = insert_all(messages, hints)
+            return rendered(hinted.messages, [hinted.moved[i] for i in replies])
+
+        return self._fit(prompt, rendered(messages, replies), hints, teacher)
 
     def _dialogue(self, row: Row, prompt: Prompt, completion: Messages) -> Made:
         if isinstance(prompt, str):
@@ -232,12 +316,7 @@ class HintCollator:
                 f"the completion must have a reply to score ({self.scored!r}), got roles "
                 f"{[m['role'] for m in completion]} and {len(hints)} hints"
             )
-        for hint in hints:
-            if hint.start > replies[-1]:
-                raise ValueError(
-                    f"a hint must stand before a reply that is scored, the last is message "
-                    f"{replies[-1]}; got {hint.hint.where!r} of message {hint.at}"
-                )
+        self._check_before(hints, replies[-1])
         student = render(messages, replies, self._template, self.eos_token_id)
         length = len(self.context_ids(prompt))
         self._check(prompt, "prompt", length, self.max_prompt_length)
@@ -262,34 +341,23 @@ class HintCollator:
         added = len(made.ids) - len(student.ids)
         if budget is None or added <= budget or self.truncation == "error":
             self._check(prompt, "hint", added, budget)
-            return Made(student, made, False)
+            return Made(student, made, False, [hint.text for hint in hints])
         while (excess := len(made.ids) - len(student.ids) - budget) > 0:
-            offsets = [self._offsets(hint.text) for hint in hints]
-            longest = max(range(len(hints)), key=lambda i: len(offsets[i]))
-            text = hints[longest].text
-            text = text[: self._end(offsets[longest], max(1, len(offsets[longest]) - excess))]
-            if len(text) in (0, len(hints[longest].text)):  # nothing is left to cut
+            shorter = budgets.shortened(hints, excess, self.tokenizer)
+            if shorter is None:  # nothing is left to cut
                 self._check(prompt, "hint", budget + excess, budget)
-            hints = [*hints]
-            hints[longest] = hints[longest]._replace(text=text)
-            made = teacher(hints)
-        return Made(student, made, True)
+                break
+            hints, made = shorter, teacher(shorter)
+        return Made(student, made, True, [hint.text for hint in hints])
 
     @staticmethod
-    def _end(offsets: Sequence[tuple[int, int]], kept: int) -> int:
-        """Where a text ends after so many tokens; the bytes of a character stay together."""
-        while kept and kept < len(offsets) and offsets[kept][0] < offsets[kept - 1][1]:
-            kept -= 1
-        return offsets[kept - 1][1] if kept else 0
-
-    def _offsets(self, text: str) -> list[tuple[int, int]]:
-        """Where in a text its tokens begin and end."""
-        if not self.tokenizer.is_fast:
-            raise ValueError(
-                "truncation 'hint' needs a fast tokenizer, got " + type(self.tokenizer).__name__
-            )
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return cast(list[tuple[int, int]], encoded["offset_mapping"])
+    def _check_before(hints: Sequence[Placed], reply: int) -> None:
+        for hint in hints:
+            if hint.start > reply:
+                raise ValueError(
+                    "a hint must stand before a reply that is scored, the last is message "
+                    f"{reply}; got {hint.hint.where!r} of message {hint.at}"
+                )
 
     @staticmethod
     def _check(prompt: Prompt, what: str, length: int, budget: int | None) -> None:

@@ -1,6 +1,7 @@
 """Dialogues as token ids: which tokens of a rendered chat are whose message."""
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 from hf_distill.alignment import Rendered
 from hf_distill.hints import Messages, Placed
@@ -32,6 +33,49 @@ def scored_messages(
         return [i for i in replies if starts and i >= min(starts)]
     found = {next((i for i in replies if i >= start), None) for start in starts}
     return sorted(i for i in found if i is not None)
+
+
+def continuation(messages: Messages, template: Template, eos_token_id: int | None) -> list[int]:
+    """Token ids between the end token of a reply and the next reply: messages, then its prompt.
+
+    They do not depend on the dialogue before them: the messages are rendered behind a stand-in for
+    it, so that replies which are token ids are never rendered.
+
+    Raises:
+        ValueError: the template does not end replies with the tokenizer's end token.
+    """
+    opening = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+    ends_of_opening = template(opening, False).count(cast(int, eos_token_id))
+    ids = template([*opening, *messages], True)
+    ends = [i for i, token in enumerate(ids) if token == eos_token_id]
+    if not ends_of_opening or len(ends) < ends_of_opening:
+        raise ValueError(
+            "a dialogue goes on behind the end token of a reply, and the chat template writes "
+            f"none of id {eos_token_id}"
+        )
+    return ids[ends[ends_of_opening - 1] + 1 :]
+
+
+def splice(
+    between: Sequence[Sequence[int]],
+    replies: Sequence[Sequence[int]],
+    scored: Sequence[bool],
+    eos_token_id: int | None,
+) -> Rendered:
+    """A row from what stands in front of each reply, and the replies as they were sampled.
+
+    A reply that was cut off gets an end token, unscored, if something follows.
+    """
+    ids: list[int] = []
+    at: list[int] = []
+    for piece, reply, counts in zip(between, replies, scored, strict=True):
+        if ids and eos_token_id is not None and ids[-1] != eos_token_id:
+            ids.append(eos_token_id)
+        ids += piece
+        if counts:
+            at += range(len(ids), len(ids) + len(reply))
+        ids += reply
+    return Rendered(ids, at)
 
 
 def render(

@@ -21,7 +21,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from hf_distill.alignment import Side
-from metal_ops import reference
+from metal_ops import SparseTeacher, reference
 
 logger = logging.getLogger(__name__)
 
@@ -40,19 +40,30 @@ class Head:
 
 @dataclass(frozen=True)
 class Signal:
-    """What a model says about the N scored tokens: `logits` [N, V], or `hidden` [N, H] and `head`.
+    """What a model says about the N scored tokens, in one of three forms.
 
-    Exactly one of the two forms is set.
+    `logits` [N, V]; `hidden` [N, H] and `head`; or `sparse`, the log-probabilities of a few entries
+    and the mass of the rest. Exactly one form is set.
     """
 
     logits: Tensor | None = None
     hidden: Tensor | None = None
     head: Head | None = None
+    sparse: SparseTeacher | None = None
 
     def dense(self) -> Tensor:
-        """[N, V] logits, projected now if they were not."""
+        """[N, V] logits, projected now if they were not.
+
+        Raises:
+            ValueError: the signal is sparse.
+        """
         if self.logits is not None:
             return self.logits
+        if self.sparse is not None:
+            raise ValueError(
+                f"a sparse signal has no logits: it knows {self.sparse.ids.shape[-1]} entries of "
+                "the vocabulary"
+            )
         assert self.hidden is not None
         assert self.head is not None
         h = self.head

@@ -32,6 +32,7 @@ class Hint:
             of the row. None is the last user message of the prompt; for "before" and "after" the
             last message of the prompt.
         role: of a message of its own.
+        optional: a row whose columns are None has no such hint; otherwise that is an error.
 
     Raises:
         ValueError: `where` is unknown, or `turn` is given for "system".
@@ -42,6 +43,7 @@ class Hint:
     separator: str = "\n\n"
     turn: int | str | Callable[[Row], int] | None = None
     role: str = "user"
+    optional: bool = False
 
     def __post_init__(self) -> None:
         """Check the place."""
@@ -51,7 +53,7 @@ class Hint:
             raise ValueError(f"a hint in the system message has no turn, got {self.turn!r}")
 
     def render(self, row: Row) -> str | None:
-        """The hint's text for one row; None if a function gave none.
+        """The hint's text for one row; None if there is none for it.
 
         Raises:
             ValueError: a column is missing, or the hint is empty or not a string.
@@ -62,6 +64,8 @@ class Hint:
                 return None
         else:
             text = self._filled(row)
+            if text is None:
+                return None
         if not isinstance(text, str) or not text:
             raise ValueError(f"the hint must be a non-empty string, got {text!r}")
         return text
@@ -76,6 +80,8 @@ class Hint:
         for name in names:
             if name not in row:
                 raise ValueError(f"the hint needs column {name!r}, the row has {sorted(row)}")
+            if row[name] is None and self.optional:
+                return None
             if row[name] is None:
                 raise ValueError(f"the hint's column {name!r} must not be None")
         return self.text.format_map(row) if is_template else row[self.text]

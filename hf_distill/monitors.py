@@ -1,6 +1,6 @@
 """Metrics, summed where they arise and read once per log."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -93,3 +93,33 @@ class TokenMeter:
             return {}
         means = {k: v / tokens for k, v in zip(MEANS, sums, strict=True) if k not in unused}
         return {**means, "tokens": tokens}
+
+
+class MeanMeter:
+    """Means of values, by name, since the last reading, over all processes.
+
+    Args:
+        names: of the means; a name without values is left out of a reading.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Count values [n], by name; a NaN is none. No synchronisation with the device."""
+        for name, each in values.items():
+            dtype = torch.float32 if each.device.type == "mps" else torch.float64
+            pair = torch.stack([each.nansum(dtype=dtype), (~each.isnan()).sum(dtype=dtype)])
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means; starts anew. Every process must call it."""
+        if not self.names:
+            return {}
+        dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        zero = torch.zeros(2, dtype=dtype, device=accelerator.device)
+        pairs = torch.stack([self._sums.pop(name, zero) for name in self.names])
+        total: Any = accelerator.reduce(pairs, reduction="sum")
+        found = zip(self.names, total.tolist(), strict=True)
+        return {name: value / count for name, (value, count) in found if count}

@@ -6,15 +6,18 @@ teacher that is not the student, an adapter that was trained before, dropout.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from hf_distill.alignment import Rendered, Side, pad
+from hf_distill.alignment import Rendered, Side, pad, unpad
 from hf_distill.heads import Reader, evaluating, kept_rng, unwrap
-from hf_distill.teachers import Teacher, adapters_off
+from hf_distill.teachers import SelfTeacher, Teacher, adapters_off
 from metal_ops import DivergenceSpec, divergence
 
 logger = logging.getLogger(__name__)
@@ -23,20 +26,21 @@ logger = logging.getLogger(__name__)
 # logits are off by a hundredth; the faults give more than 1e-2.
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-6}
 TOLERANCE_16_BIT = 5e-3
+FEW = 16  # tokens at either end of a completion
 
 
 class EmptyHintError(ValueError):
     """Without a hint the teacher does not say what the student says."""
 
 
-def _side(rows: Sequence[Rendered], pad_token_id: int, padding: str, device: torch.device) -> Side:
+def _side(rows: Sequence[Rendered], fill: int, padding: str, device: torch.device) -> Side:
     width = max(len(row.ids) for row in rows)
     predicts = torch.zeros(len(rows), width, dtype=torch.bool)
     for i, row in enumerate(rows):
         shift = width - len(row.ids) if padding == "left" else 0
         predicts[i, [position - 1 + shift for position in row.scored]] = True
     inputs = {
-        "input_ids": pad([row.ids for row in rows], pad_token_id, padding).to(device),
+        "input_ids": pad([row.ids for row in rows], fill, padding).to(device),
         "attention_mask": pad([[1] * len(row.ids) for row in rows], 0, padding).to(device),
     }
     return Side(inputs, predicts.to(device))
@@ -45,6 +49,12 @@ def _side(rows: Sequence[Rendered], pad_token_id: int, padding: str, device: tor
 def _apart(one: Tensor, other: Tensor) -> float:
     """The largest JSD of a token, in nats, of logits [N, V]."""
     return float(divergence(one, other, DivergenceSpec("jsd")).max())
+
+
+def _few(row: Rendered) -> Rendered:
+    """The row with its first and last scored tokens only: a completion's logits can be large."""
+    scored = [position for position in row.scored if position > 0]
+    return Rendered(row.ids, sorted({*scored[:FEW], *scored[-FEW:]}))
 
 
 def _check_contexts(student: Sequence[Rendered], teacher: Sequence[Rendered]) -> None:
@@ -61,10 +71,121 @@ def _check_contexts(student: Sequence[Rendered], teacher: Sequence[Rendered]) ->
         )
 
 
+class _Checked:
+    """The student and its rows.
+
+    Args:
+        model: the student.
+        rows: with few scored tokens.
+        pad_token_id: for padding.
+        in_16_bit: whether the model computes in 16 bits though its logits may be float32.
+    """
+
+    def __init__(
+        self, model: nn.Module, rows: Sequence[Rendered], pad_token_id: int, in_16_bit: bool
+    ) -> None:
+        self.model, self.rows, self.pad_token_id = model, rows, pad_token_id
+        self.bare = unwrap(model)
+        self.reader = Reader("student", "read once, before training")
+        self.device = next(self.bare.parameters()).device
+        self.side = self.padded("right", pad_token_id)
+        self.calm = self.logits(self.side)
+        wide = all(p.dtype in TOLERANCE for p in self.bare.parameters()) and not in_16_bit
+        self.tolerance = (
+            TOLERANCE.get(self.calm.dtype, TOLERANCE_16_BIT) if wide else TOLERANCE_16_BIT
+        )
+
+    def padded(self, padding: str, fill: int) -> Side:
+        return _side(self.rows, fill, padding, self.device)
+
+    def logits(self, side: Side) -> Tensor:
+        """[N, V], without dropout."""
+        with evaluating(self.model):
+            return self.reader.logits(self.model, side)
+
+    def check_padding(self) -> None:
+        """Rows padded on either side give the logits of rows alone."""
+        sides = [_side([row], self.pad_token_id, "right", self.device) for row in self.rows]
+        alone = torch.cat([self.logits(side) for side in sides])
+        for where in ("right", "left"):
+            padded = self.logits(self.padded(where, self.pad_token_id))
+            found = _apart(padded, alone)
+            if found <= self.tolerance:
+                continue
+            other = next(i for i in range(2) if i != self.pad_token_id)
+            read = _apart(padded, self.logits(self.padded(where, other)))
+            cause = (
+                "position ids: other ids in the padding change nothing, so the model counts "
+                "positions from it: does it use position_ids?"
+                if read <= self.tolerance
+                else "padding: other ids in it change them: does the model use attention_mask?"
+            )
+            name, why = cause.split(": ", 1)
+            raise EmptyHintError(
+                f"{name}: rows padded on the {where} must give the logits of rows alone, they are "
+                f"{found:.2g} nats apart (limit {self.tolerance:g}); {why}"
+            )
+
+    def check_frozen(self, teacher: Teacher, said: Tensor) -> None:
+        """A teacher that is not the live student says the same whatever the adapter's weights."""
+        if not isinstance(self.bare, PeftModel):
+            return
+        trainable = [p for p in self.bare.parameters() if p.requires_grad]
+        kept = [p.detach().clone() for p in trainable]
+        with kept_rng(self.device):
+            try:
+                for parameter in trainable:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+                found = _apart(teacher.signal(self.model, self.side).dense(), said)
+            finally:
+                for parameter, value in zip(trainable, kept, strict=True):
+                    parameter.copy_(value)
+        if not found <= self.tolerance:
+            raise EmptyHintError(
+                "adapter: the teacher must not change with the student's adapter; once its weights "
+                f"are others the teacher is {found:.2g} nats from itself (limit "
+                f"{self.tolerance:g}): the adapter is not switched off"
+            )
+
+    def explain(self, teacher: SelfTeacher, said: Tensor, found: float) -> None:
+        """Warn where an adapter is the reason, raise where none is known."""
+        if isinstance(self.bare, PeftModel):
+            with evaluating(self.model), adapters_off(self.bare):
+                without = self.reader.logits(self.model, self.side)
+            if teacher.kind == "lora_scale" or _apart(without, said) <= self.tolerance:
+                logger.warning(
+                    "adapter: without a hint the student and its teacher, the model with its "
+                    "adapters off or weaker, are %.2g nats apart: the adapter was trained before, "
+                    "and is pulled back towards the base where hints say nothing",
+                    found,
+                )
+                return
+        raise EmptyHintError(
+            f"teacher: without a hint it must say what the student says, they are {found:.2g} nats "
+            f"apart (limit {self.tolerance:g}) on the same rows in eval mode: its weights or its "
+            "adapters are others"
+        )
+
+    def warn_of_dropout(self) -> None:
+        was_training = self.model.training
+        with kept_rng(self.device):
+            self.model.train()
+            try:
+                found = _apart(self.reader.logits(self.model, self.side), self.calm)
+            finally:
+                self.model.train(was_training)
+        if not found <= self.tolerance:
+            logger.warning(
+                "dropout: in training the student is %.2g nats from itself without dropout, which "
+                "the loss cannot tell from what the hint says; consider no dropout",
+                found,
+            )
+
+
 @torch.no_grad()
 def check_empty_hint(
     model: nn.Module,
-    teacher: Teacher,
+    teacher: SelfTeacher,
     student_rows: Sequence[Rendered],
     teacher_rows: Sequence[Rendered],
     pad_token_id: int,
@@ -74,83 +195,76 @@ def check_empty_hint(
 
     Args:
         model: the student, before training.
-        teacher: prepared; a teacher that is the student itself.
-        student_rows: its rows, of different lengths.
+        teacher: prepared.
+        student_rows: its rows, of different lengths, with completions.
         teacher_rows: the same rows as the teacher's side is built.
         pad_token_id: for padding.
         in_16_bit: whether the model computes in 16 bits though its logits may be float32.
 
     Raises:
-        EmptyHintError: it is not zero, or depends on padding; the message names what differs.
+        EmptyHintError: it is not zero, or depends on padding; the message begins with what differs:
+            template, padding, position ids, adapter or teacher.
     """
     _check_contexts(student_rows, teacher_rows)
-    if not any(len(row.scored) for row in student_rows):
-        return 0.0  # prompts of one token
-    parameter = next(unwrap(model).parameters())
-    reader, device = Reader("student", "read once, before training"), parameter.device
-    right = _side(student_rows, pad_token_id, "right", device)
-    with evaluating(model):
-        alone = torch.cat(
-            [reader.logits(model, _side([r], pad_token_id, "right", device)) for r in student_rows]
-        )
-        padded = {"right": reader.logits(model, right)}
-        left = _side(student_rows, pad_token_id, "left", device)
-        padded["left"] = reader.logits(model, left)
-    in_16_bit = in_16_bit or any(p.dtype not in TOLERANCE for p in unwrap(model).parameters())
-    tolerance = TOLERANCE_16_BIT if in_16_bit else TOLERANCE.get(alone.dtype, TOLERANCE_16_BIT)
-    for where, logits in padded.items():
-        found = _apart(logits, alone)
-        if not found <= tolerance:
-            raise EmptyHintError(
-                f"padding or position ids: rows padded on the {where} must give the logits of rows "
-                f"alone, they are {found:.2g} nats apart (limit {tolerance:g}): does the model use "
-                "attention_mask and position_ids?"
-            )
-    side = _side(teacher_rows, pad_token_id, "right", device)
-    said = teacher.signal(model, side).dense()
-    found = _apart(padded["right"], said)
-    if not found <= tolerance:
-        _explain(model, reader, right, said, found, tolerance)
-    _warn_of_dropout(model, reader, right, padded["right"], tolerance)
+    rows = [_few(row) for row in student_rows]
+    if not any(row.scored for row in rows):
+        return 0.0  # empty rows
+    checked = _Checked(model, rows, pad_token_id, in_16_bit)
+    checked.check_padding()
+    said = teacher.signal(model, checked.side).dense()
+    found = _apart(checked.calm, said)
+    if not found <= checked.tolerance:
+        checked.explain(teacher, said, found)
+    if teacher.kind in ("base", "ema"):
+        checked.check_frozen(teacher, said)
+    checked.warn_of_dropout()
     return found
 
 
-def _explain(
-    model: nn.Module, reader: Reader, side: Side, said: Tensor, found: float, tolerance: float
+def lost_context(
+    student: Sequence[int], teacher: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, str] | None:
+    """The first text of the student's row that the teacher's has not, and what it has instead.
+
+    Token ids may be others where a hint touches a word: what counts is the text.
+    """
+    rest = iter(teacher)
+    if all(token in rest for token in student):
+        return None
+    for tag, a, b, c, d in SequenceMatcher(None, student, teacher, autojunk=False).get_opcodes():
+        if tag in ("replace", "delete"):
+            lost, instead = (str(tokenizer.decode(list(x))) for x in (student[a:b], teacher[c:d]))
+            if lost.strip() not in instead:
+                return lost, instead
+    return None
+
+
+def warn_of_lost_context(
+    batch: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, num_rows: int
 ) -> None:
-    """Warn where an adapter is the reason, raise where none is known."""
-    bare = unwrap(model)
-    if isinstance(bare, PeftModel):
-        with evaluating(model), adapters_off(bare):
-            without = reader.logits(model, side)
-        if _apart(without, said) <= tolerance:
+    """Log one warning if the teacher's row has not all that the student's has.
+
+    Rows without hints do not show it: a hint in the system message takes the place of one that the
+    chat template writes by itself. Nor do they show another example's context, or one cut short.
+
+    Args:
+        batch: with teacher rows.
+        tokenizer: of its ids.
+        num_rows: how many of its rows to look at.
+    """
+    sides = (("input_ids", "attention_mask"), ("teacher_input_ids", "teacher_attention_mask"))
+    if batch.get("teacher_input_ids") is None:
+        return
+    rows = [unpad(batch[ids][:num_rows], batch[mask][:num_rows]) for ids, mask in sides]
+    for i, (student, teacher) in enumerate(zip(*rows, strict=True)):
+        lost = lost_context(student, teacher, tokenizer)
+        if lost is not None:
             logger.warning(
-                "adapter: without a hint the student and its teacher, the model with its adapters "
-                "off, are %.2g nats apart: the adapter was trained before, and is pulled back "
-                "towards the base where hints say nothing",
-                found,
+                "context: the teacher must read what the student reads, and the hint; row %d of "
+                "the batch has %r for the student, and %r in its place for the teacher (a hint in "
+                "the system message replaces one that the chat template writes by itself: give "
+                "such prompts their own)",
+                i,
+                *lost,
             )
             return
-    raise EmptyHintError(
-        f"teacher: without a hint it must say what the student says, they are {found:.2g} nats "
-        f"apart (limit {tolerance:g}) on the same rows in eval mode: its weights or its adapters "
-        "are others"
-    )
-
-
-def _warn_of_dropout(
-    model: nn.Module, reader: Reader, side: Side, calm: Tensor, tolerance: float
-) -> None:
-    was_training, device = model.training, calm.device
-    with kept_rng(device):
-        model.train()
-        try:
-            found = _apart(reader.logits(model, side), calm)
-        finally:
-            model.train(was_training)
-    if not found <= tolerance:
-        logger.warning(
-            "dropout: in training the student is %.2g nats from itself without dropout, which the "
-            "loss cannot tell from what the hint says; consider no dropout",
-            found,
-        )

@@ -13,12 +13,12 @@ training rows nor the warm-up ever contain a held-out text, whatever the seeds.
 import random
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from warm_up import IGNORED_LABEL, fit
 
 HINT_TEMPLATE = "hint : {hint}"
 """System message by which a teacher sees the hint of a problem."""
@@ -46,7 +46,6 @@ _OTHER_WORDS = "has how many ? start = + - * ; #### . hint wrong line correct : 
 
 _TEST_SEED = "held-out"
 _HELD_OUT_ONE_IN = 8
-_IGNORED_LABEL = -100
 
 _UNAIDED_SHARE = 0.3
 _PLANTED_ERROR_SHARE = 0.3
@@ -242,33 +241,14 @@ def warm_up(
     Raises:
         ValueError: If `steps` or `batch_size` is below 1.
     """
-    for name, value in (("steps", steps), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    examples = _warm_up_examples(WordEncoder(tokenizer), _token_id(tokenizer, END), seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 50) * max(0.1, 1 - step / steps)
+    fit(
+        model,
+        _warm_up_examples(WordEncoder(tokenizer), _token_id(tokenizer, END), seed),
+        steps=steps,
+        batch_size=batch_size,
+        pad_token_id=_token_id(tokenizer, PAD),
+        progress=progress,
     )
-    was_training = model.training
-    model.train()
-    bar = tqdm(range(steps), desc="warm-up", disable=not progress)
-    for step in bar:
-        batch = [next(examples) for _ in range(batch_size)]
-        input_ids, labels = _right_pad(batch, _token_id(tokenizer, PAD))
-        # Padding lies on the right, so causal attention needs no mask to keep real tokens from it.
-        loss = model(
-            input_ids=input_ids.to(model.device), labels=labels.to(model.device), use_cache=False
-        ).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 25 == 0 or step == steps - 1:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-    model.zero_grad(set_to_none=True)
-    model.train(was_training)
 
 
 def _draw_steps(
@@ -279,7 +259,7 @@ def _draw_steps(
     for _ in range(num_steps):
         operator = rng.choice("+-*")
         operand = rng.randint(*_OPERANDS[operator])
-        result = _apply(operator, value, operand)
+        result = apply(operator, value, operand)
         if not 0 < result <= MAX_VALUE:
             return None
         sentence = rng.choice(_PHRASES[operator]).format(k=operand)
@@ -288,7 +268,8 @@ def _draw_steps(
     return steps
 
 
-def _apply(operator: str, left: int, right: int) -> int:
+def apply(operator: str, left: int, right: int) -> int:
+    """The result of one step."""
     return {"+": left + right, "-": left - right, "*": left * right}[operator]
 
 
@@ -316,7 +297,7 @@ def _as_row(example: Mapping[str, str]) -> dict:
 def _warm_up_examples(
     encoder: WordEncoder, end_id: int, seed: int
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Yields (context ids, ids to train on) without end."""
+    """Yields ids and labels without end; the context has none."""
     rng = random.Random(f"warm-up {seed}")
     while True:
         example = make_problem(rng)
@@ -330,7 +311,8 @@ def _warm_up_examples(
             if rng.random() < _PLANTED_ERROR_SHARE:
                 given, target = _plant_error(rng, target) or (given, target)
         context = encoder.encode_prompt(messages) + encoder.encode_text(given)
-        yield context, [*encoder.encode_text(target), end_id]
+        trained = [*encoder.encode_text(target), end_id]
+        yield [*context, *trained], [IGNORED_LABEL] * len(context) + trained
 
 
 def _plant_error(rng: random.Random, solution: str) -> tuple[str, str] | None:
@@ -343,12 +325,12 @@ def _plant_error(rng: random.Random, solution: str) -> tuple[str, str] | None:
     start, *equations, _ = solution.split(" ; ")
     position = rng.randrange(len(equations))
     left, right = equations[position].split(" = ")
-    value = _wrong_value(rng, int(right))
+    value = wrong_value(rng, int(right))
     given = [start, *equations[:position], f"{left} = {value} ;"]
     rest = []
     for equation in equations[position + 1 :]:
         _, operator, operand, _, _ = equation.split()
-        result = _apply(operator, value, int(operand))
+        result = apply(operator, value, int(operand))
         if not 0 < result <= MAX_VALUE:
             return None
         rest.append(f"{value} {operator} {operand} = {result}")
@@ -356,21 +338,8 @@ def _plant_error(rng: random.Random, solution: str) -> tuple[str, str] | None:
     return " ; ".join(given), " ; ".join([*rest, f"#### {value}"])
 
 
-def _wrong_value(rng: random.Random, right: int) -> int:
+def wrong_value(rng: random.Random, right: int) -> int:
+    """A result that a slip could give, in the range of the task."""
     near = [right + slip for slip in (-10, -2, -1, 1, 2, 10)]
     anywhere = rng.randint(1, MAX_VALUE)
     return rng.choice([v for v in (*near, anywhere) if 0 < v <= MAX_VALUE and v != right])
-
-
-def _right_pad(
-    batch: Sequence[tuple[list[int], list[int]]], pad_id: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns input ids and labels, both (batch, longest), with only the targets labelled."""
-    longest = max(len(context) + len(target) for context, target in batch)
-    input_ids = torch.full((len(batch), longest), pad_id)
-    labels = torch.full((len(batch), longest), _IGNORED_LABEL)
-    for row, (context, target) in enumerate(batch):
-        end = len(context) + len(target)
-        input_ids[row, :end] = torch.tensor(context + target)
-        labels[row, len(context) : end] = torch.tensor(target)
-    return input_ids, labels

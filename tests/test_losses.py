@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from hf_distill import generalized_jsd_loss
 from hf_distill.heads import Head, Signal
-from hf_distill.losses import Objective, token_weights
+from hf_distill.losses import Objective
 from metal_ops import DivergenceSpec
 
 B, T, V = 2, 5, 11
@@ -153,13 +153,6 @@ def test_labels_that_are_all_ignored_give_nan() -> None:
 def test_bad_arguments_are_named(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generalized_jsd_loss(*inputs(), **settings)
-
-
-def test_token_weights_sum_to_this_micro_batchs_share() -> None:
-    cpu = torch.device("cpu")
-    both = token_weights(3, torch.tensor(12), 2, cpu), token_weights(3, 6, 1, cpu)
-    for weights in both:
-        assert weights.tolist() == pytest.approx([1 / 6] * 3, rel=EPS)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import hf_distill
-from hf_distill import DistillConfig, OPSDConfig
+from hf_distill import DistillConfig, Hint, OPSDConfig
 from metal_ops import available_backends
 from metal_ops.spec import KINDS
 from tests.trainers.models import PEFT_WARNING
@@ -27,7 +27,7 @@ def replace(text: str, old: str, new: str) -> str:
 
 @pytest.mark.filterwarnings(PEFT_WARNING)
 def test_self_distillation_example(tmp_path: Path):
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    code, _, environment = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     tokenizer = word_problems.build_tokenizer()
     word_problems.build_model(tokenizer, seed=0).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -41,6 +41,12 @@ def test_self_distillation_example(tmp_path: Path):
     assert names["trainer"].state.global_step == 2
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     PeftModel.from_pretrained(base, tmp_path / "out")
+    small = "max_steps=2, per_device_train_batch_size=4, max_completion_length=4, report_to='none'"
+    settings = f"output_dir={str(tmp_path / 'judged')!r}, use_cpu=True, {small}"
+    names |= {"Hint": Hint, "model": names["trainer"].model}
+    exec(replace(environment, 'output_dir="out"', settings), names)
+    names["trainer"].train()
+    assert names["trainer"].state.global_step == 2
 
 
 def test_changed_lines_of_a_trainer_script():

@@ -1,14 +1,29 @@
 """The trainers' configs: TrainingArguments, what defines the objective, and groups of the rest."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field, fields
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from transformers import TrainingArguments
 
+from hf_distill.losses import SAMPLED_KINDS, Objective, SampledObjective
 from hf_distill.teachers import SelfTeacher
-from hf_distill.trainers.groups import ClipConfig, RolloutConfig, SelfTeacherConfig, as_group
+from hf_distill.trainers.groups import (
+    ClassWeightsConfig,
+    ClipConfig,
+    RolloutConfig,
+    SelfTeacherConfig,
+    as_group,
+)
 from metal_ops import DivergenceSpec
+
+
+class LossSettings(NamedTuple):
+    """What a loss knows of rollouts: `rollout.importance_clip`, and `anchor_weight`."""
+
+    importance_clip: float | None = None
+    anchor_weight: float = 0.0
 
 
 @dataclass
@@ -29,8 +44,8 @@ class DistillConfig(TrainingArguments):
     divergence: str = field(
         default="forward_kl",
         metadata={
-            "help": "forward_kl = KL(teacher||student), reverse_kl, jsd (with beta), or another "
-            "kind of metal_ops.DivergenceSpec."
+            "help": "forward_kl = KL(teacher||student), reverse_kl, jsd (with beta), another kind "
+            "of metal_ops.DivergenceSpec, or policy_gradient or k3, of the tokens alone."
         },
     )
     beta: float = field(
@@ -50,6 +65,10 @@ class DistillConfig(TrainingArguments):
     clip: ClipConfig | str | dict[str, Any] | None = field(
         default=None, metadata={"help": "A bound on the soft loss: bound, level."}
     )
+    class_weights: ClassWeightsConfig | str | dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Weights of tokens by class: special, number, punctuation, space, word."},
+    )
 
     def __post_init__(self) -> None:
         """Check the values where they are given."""
@@ -57,10 +76,33 @@ class DistillConfig(TrainingArguments):
         if not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
         self.clip = as_group("clip", ClipConfig, self.clip)
-        self.divergence_spec()
+        self.class_weights = as_group("class_weights", ClassWeightsConfig, self.class_weights)
+        self.objective()
+
+    def objective(self) -> Objective | SampledObjective:
+        """The loss of a token.
+
+        Raises:
+            ValueError: a value is out of range, or the clip is not one of this divergence.
+        """
+        if self.divergence not in SAMPLED_KINDS:
+            return Objective(self.divergence_spec(), self.alpha)
+        clip = cast(ClipConfig, self.clip)
+        if clip.bound is not None and clip.level != "token":
+            raise ValueError(
+                f"the clip of {self.divergence} must have level 'token', got {clip.level!r}: it "
+                "reads single tokens, not the vocabulary"
+            )
+        return SampledObjective(
+            self.divergence, self.alpha, self.temperature, self.temperature_scaling, clip.bound
+        )
+
+    def loss_settings(self) -> LossSettings:
+        """What the loss knows of rollouts: here nothing."""
+        return LossSettings()
 
     def divergence_spec(self) -> DivergenceSpec:
-        """The divergence of the soft loss."""
+        """The divergence of the soft loss, unless it is one of sampled tokens."""
         clip = cast(ClipConfig, self.clip)
         return DivergenceSpec(
             self.divergence,
@@ -97,8 +139,8 @@ class OPSDConfig(DistillConfig):
     divergence: str = field(
         default="jsd",
         metadata={
-            "help": "jsd, forward_kl = KL(teacher||student), reverse_kl, or another kind of "
-            "metal_ops.DivergenceSpec."
+            "help": "jsd, forward_kl = KL(teacher||student), reverse_kl, another kind of "
+            "metal_ops.DivergenceSpec, or policy_gradient or k3, of the tokens alone."
         },
     )
     temperature_scaling: str = field(
@@ -111,7 +153,8 @@ class OPSDConfig(DistillConfig):
         default="base",
         metadata={
             "help": "base: the model before training (adapters off, or a frozen copy); ema: a "
-            "moving average; live: the model as it is, which tends to collapse."
+            "moving average; lora_scale: the model with weaker adapters; live: the model as it is, "
+            "which tends to collapse."
         },
     )
     on_policy: bool = field(
@@ -122,7 +165,8 @@ class OPSDConfig(DistillConfig):
         default=256, metadata={"help": "Tokens of a sampled completion, >= 1."}
     )
     self_teacher: SelfTeacherConfig | str | dict[str, Any] | None = field(
-        default=None, metadata={"help": "How the teacher follows the student: ema_decay."}
+        default=None,
+        metadata={"help": "How the teacher follows the student: ema_decay, lora_scale."},
     )
     rollout: RolloutConfig | str | dict[str, Any] | None = field(
         default=None,
@@ -132,6 +176,13 @@ class OPSDConfig(DistillConfig):
         default=0,
         metadata={"help": "Sampled rows shown per log, >= 0; with 0 none are collected either."},
     )
+    anchor_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight, >= 0, of the mean cross-entropy of the data's own completions beside "
+            "the loss of the sampled ones; needs on_policy."
+        },
+    )
 
     def __post_init__(self) -> None:
         """Check the values where they are given."""
@@ -139,6 +190,13 @@ class OPSDConfig(DistillConfig):
         self.self_teacher = as_group("self_teacher", SelfTeacherConfig, self.self_teacher)
         self.rollout = as_group("rollout", RolloutConfig, self.rollout)
         self.make_teacher()
+        if not (math.isfinite(self.anchor_weight) and self.anchor_weight >= 0):
+            raise ValueError(f"anchor_weight must be at least 0, got {self.anchor_weight}")
+        if self.anchor_weight > 0 and not self.on_policy:
+            raise ValueError(
+                f"anchor_weight {self.anchor_weight} > 0 needs on_policy: the data's completions "
+                "are scored already, and alpha < 1 adds their cross-entropy"
+            )
         if self.max_completion_length < 1:
             raise ValueError(
                 f"max_completion_length must be at least 1, got {self.max_completion_length}"
@@ -150,7 +208,12 @@ class OPSDConfig(DistillConfig):
                 f"log_completions {self.log_completions} > 0 needs on_policy: else none are sampled"
             )
 
+    def loss_settings(self) -> LossSettings:
+        """What the loss knows of rollouts."""
+        rollout = cast(RolloutConfig, self.rollout)
+        return LossSettings(rollout.importance_clip, self.anchor_weight)
+
     def make_teacher(self) -> SelfTeacher:
         """The teacher that `teacher` names."""
         follow = cast(SelfTeacherConfig, self.self_teacher)
-        return SelfTeacher(self.teacher, follow.ema_decay)
+        return SelfTeacher(self.teacher, follow.ema_decay, follow.lora_scale)

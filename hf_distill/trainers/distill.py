@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -11,12 +12,16 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_distill import alignment, losses
-from hf_distill.heads import Head, Reader, causal_lm
-from hf_distill.monitors import TokenMeter
-from hf_distill.teachers import Teacher, as_teacher
+from hf_distill import alignment, losses, token_weights
+from hf_distill.heads import Reader, causal_lm
+from hf_distill.monitors import MeanMeter, TokenMeter
+from hf_distill.rollouts import end_token_ids
+from hf_distill.teachers import RemoteTeacher, RoutedCollator, Teacher, as_teacher
+from hf_distill.token_weights import TokenWeights
+from hf_distill.trainers import checkpoints
 from hf_distill.trainers.configs import DistillConfig
-from metal_ops.functional import LinearTerms
+from hf_distill.trainers.groups import ClassWeightsConfig
+from hf_distill.trainers.scoring import Scoring, Share, Work
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +87,14 @@ class DistillTrainer(Trainer):
             model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
         )
         self.teacher = None if teacher is None else as_teacher(teacher)
-        self.objective = losses.Objective(args.divergence_spec(), args.alpha)
+        self.objective = args.objective()
+        class_weights = cast(ClassWeightsConfig, args.class_weights).active()
         if self.teacher is None:
+            if class_weights is not None:
+                raise ValueError("class_weights need a teacher; without one this is a Trainer")
             return
+        self._weigh = TokenWeights(class_weights, self.processing_class)
+        self._scoring = Scoring(self._weigh, args.loss_settings())
         self._check_setup()
         # this class divides by num_items_in_batch itself, whatever the model's forward accepts
         self.model_accepts_loss_kwargs = True
@@ -94,6 +104,10 @@ class DistillTrainer(Trainer):
         refusal = self._hidden_states_refusal()
         self._reader = Reader("student", refusal)
         self._meters = {True: TokenMeter(), False: TokenMeter()}
+        self._mean_meters = {x: MeanMeter(self._mean_names()) for x in (True, False)}
+        eos_token_id = getattr(processing_class, "eos_token_id", None)
+        end_ids = end_token_ids(causal_lm(cast(nn.Module, self.model)), eos_token_id)
+        self._alignment = alignment.AlignmentMeter(end_ids)
         self.teacher.prepare(self.accelerator, cast(nn.Module, self.model), refusal)
         self.add_callback(_UpdateTeacher(self.teacher))
 
@@ -111,6 +125,11 @@ class DistillTrainer(Trainer):
                 "set up; `accelerate launch --multi_gpu --num_processes N` with --use_cpu in "
                 "the training arguments starts N processes on the CPU"
             )
+        if isinstance(self.teacher, RemoteTeacher) and self.args.temperature != 1.0:
+            raise ValueError(
+                "a remote teacher's log-probabilities are at temperature 1: set temperature=1.0, "
+                f"got {self.args.temperature}"
+            )
         config = getattr(causal_lm(cast(nn.Module, self.model)), "config", None)
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError("the student must be a decoder-only causal LM, got an encoder-decoder")
@@ -118,6 +137,13 @@ class DistillTrainer(Trainer):
             raise ValueError(
                 "prompt-learning adapters put virtual tokens before the text, so labels and "
                 f"logits do not line up; got {self.model.active_peft_config.peft_type}"
+            )
+
+        settings = self._scoring.settings
+        if settings.anchor_weight > 0 and self._has_own_hard_loss():
+            raise ValueError(
+                f"anchor_weight {settings.anchor_weight} > 0 is a plain cross-entropy; it cannot "
+                "be combined with label smoothing or compute_loss_func"
             )
 
     def _hidden_states_refusal(self) -> str | None:
@@ -139,45 +165,98 @@ class DistillTrainer(Trainer):
     ) -> Any:
         """Teacher's signal, student's terms, normalised over the whole optimizer step."""
         if self.teacher is None:
+            self._check_without_teacher(inputs)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._check_batch(inputs)
         side = alignment.student_side(inputs)
         signal = self.teacher.signal(model, alignment.teacher_side(inputs, side))
-        targets = alignment.targets(inputs["labels"], side.predicts)
-        weights = self._token_weights(targets, num_items_in_batch)
+        side, scored, counts = self._work(inputs, side, num_items_in_batch, model.training)
+
+        def terms_of(student: losses.Student) -> losses.Terms:
+            return losses.step_terms(student, self.objective, signal, scored)
+
         outputs = None
         if return_outputs or self._has_own_hard_loss():
             outputs = model(**self._reader.forward_inputs(model, side.inputs))
             hard_loss = self._own_hard_loss(outputs, inputs["labels"], num_items_in_batch)
-            logits = outputs.logits[side.predicts]
-            terms = self.objective.from_logits(logits, signal, targets, weights, hard_loss)
+            terms = terms_of(losses.StudentLogits(outputs.logits[side.predicts], hard_loss))
         elif signal.hidden is not None and self._reader.reads_hidden(model, side.inputs):
-
-            def read(hidden: Tensor, head: Head) -> LinearTerms:
-                return self.objective.from_hidden(hidden, head, signal, targets, weights)
-
-            terms = self._reader.at_head(model, side, read)
+            terms = self._reader.at_head(model, side, lambda *x: terms_of(losses.StudentHidden(*x)))
         else:
-            logits = self._reader.logits(model, side)
-            terms = self.objective.from_logits(logits, signal, targets, weights)
-        losses.assert_finite(terms)
-        self._meters[model.training].add(terms)
+            terms = terms_of(losses.StudentLogits(self._reader.logits(model, side)))
+        self._note(terms, counts, model.training)
         return (terms.loss, outputs) if return_outputs else terms.loss
+
+    def _check_batch(self, inputs: dict[str, Any]) -> None:
+        """Called with every batch before it is used."""
+        self._alignment.add(inputs)
+
+    def _work(
+        self,
+        inputs: Mapping[str, Any],
+        side: alignment.Side,
+        num_items_in_batch: Tensor | int | None,
+        training: bool,
+    ) -> Work:
+        num_averaged = self._num_averaged(num_items_in_batch)
+        share = Share(num_items_in_batch, num_averaged, self._num_ranks())
+        return self._scoring.work(inputs, side, share, training)
+
+    def _note(self, terms: losses.Terms, counts: Tensor | None, training: bool) -> None:
+        """Stop at a loss that is not a number; count the metrics."""
+        losses.assert_finite(terms)
+        self._meters[training].add(terms.counted(counts))
+        self._mean_meters[training].add(terms.extra)
+
+    def behaviour_log_probs(self, batch: dict[str, Tensor]) -> Tensor:
+        """[B, T] log-probabilities of a batch's scored tokens under the student as it is now.
+
+        See `losses.behaviour_log_probs`; the batch must be on the student's device.
+        """
+        return losses.behaviour_log_probs(self._reader, cast(nn.Module, self.model_wrapped), batch)
+
+    @staticmethod
+    def _check_without_teacher(inputs: Mapping[str, Any]) -> None:
+        if token_weights.KEY in inputs:
+            raise ValueError(f"{token_weights.KEY} need a teacher; without one this is a Trainer")
+
+    def _num_ranks(self) -> int:
+        """Processes with rows of their own, whose gradients are averaged."""
+        return self.accelerator.num_processes // self.get_tp_size()
 
     def _num_averaged(self, num_items_in_batch: Tensor | int | None) -> int:
         """Processes whose gradients will be averaged though the count is of all of them."""
         if num_items_in_batch is None or not self.args.average_tokens_across_devices:
             return 1
-        return self.accelerator.num_processes // self.get_tp_size()
+        return self._num_ranks()
 
-    def _token_weights(self, targets: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-        count = len(targets) if num_items_in_batch is None else num_items_in_batch
-        if count == 0:
+    def _get_num_items_in_batch(
+        self, batch_samples: list[Any], device: torch.device
+    ) -> Tensor | int | None:
+        """As in `Trainer`; if tokens have weights, the sum of theirs."""
+        if self.teacher is None:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        weights = [self._weigh(batch) for batch in batch_samples]
+        if all(each is None for each in weights):
+            return super()._get_num_items_in_batch(batch_samples, device)
+        if self._has_own_hard_loss():
             raise ValueError(
-                "a step needs a token to score, got none: all labels are -100 "
-                "(the first token of a row is never scored)"
+                "weights of tokens reach neither label smoothing nor compute_loss_func, got both"
             )
-        num_averaged = self._num_averaged(num_items_in_batch)
-        return losses.token_weights(len(targets), count, num_averaged, targets.device)
+        count = token_weights.total(batch_samples, weights).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = cast(Tensor, self.accelerator.gather(count)).sum()
+        # processes that share rows have counted them several times
+        return count / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """As in `Trainer`, with the columns that this class and its collators read."""
+        super()._set_signature_columns_if_needed()
+        columns = cast("list[str]", self._signature_columns)
+        read = [token_weights.KEY] if self.teacher is not None else []
+        if isinstance(self.data_collator, RoutedCollator):
+            read += self.data_collator.columns
+        columns.extend(name for name in read if name not in columns)
 
     def _has_own_hard_loss(self) -> bool:
         return self.label_smoother is not None or self.compute_loss_func is not None
@@ -221,23 +300,54 @@ class DistillTrainer(Trainer):
     def _read_metrics(self, training: bool) -> dict[str, float]:
         if self.teacher is None:
             return {}
-        unused = ("hard",) if self.args.alpha == 1.0 else ()
-        if self.objective.spec.clip is None:
-            unused += ("clipped",)
-        return self._meters[training].read(self.accelerator, unused)
+        self._alignment.read(self.accelerator)
+        metrics = self._meters[training].read(self.accelerator, self.objective.unmeasured)
+        return metrics | self._mean_meters[training].read(self.accelerator)
+
+    def _mean_names(self) -> tuple[str, ...]:
+        """What is logged of `Terms.extra` in this run."""
+        settings = self._scoring.settings
+        reused = () if settings.importance_clip is None else losses.IMPORTANCE_NAMES
+        anchor = (losses.ANCHOR_NAME,) if settings.anchor_weight > 0 else ()
+        return (*self.objective.extra_names, *reused, *anchor)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `Trainer`; training logs also hold the metrics of the scored tokens."""
         if "loss" in logs:
             logs.update(self._read_metrics(training=True))
+        elif "train_loss" in logs and self.teacher is not None:
+            self._alignment.read(self.accelerator)  # the run ends; it may not have logged before
         super().log(logs, start_time)
 
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """As in `Trainer`; checkpoints that were not written to the end are passed over.
+
+        Raises:
+            ValueError: the checkpoint that is named, or every one there is, is such a one.
+        """
+        if resume_from_checkpoint is True:
+            found = checkpoints.last_whole(cast(str, self.args.output_dir))
+            resume_from_checkpoint = True if found is None else found
+        elif resume_from_checkpoint:
+            checkpoints.assert_whole(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            checkpoints.unmark(os.path.join(self._get_output_dir(trial), folder))
         super()._save_checkpoint(model, trial)
-        if self.args.save_only_model:
-            return
-        folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._save_extra(os.path.join(self._get_output_dir(trial), folder))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # the Trainer's last file before trainer_state.json, the upload and the removal of old ones
+        super()._save_rng_state(output_dir)
+        self._save_extra(output_dir)
+        self.accelerator.wait_for_everyone()
 
     def _save_extra(self, folder: str) -> None:
         """Write what resuming needs besides the Trainer's own files."""
@@ -245,13 +355,16 @@ class DistillTrainer(Trainer):
         if state and self.args.should_save:
             save_file(state, os.path.join(folder, TEACHER_FILE))
 
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._load_extra(checkpoint)
+
+    def _load_extra(self, folder: str) -> None:
+        """Read what `_save_extra` wrote; the state is the checkpoint's."""
         if self.teacher is None or not self.teacher.state_dict():
             return
-        path = os.path.join(resume_from_checkpoint, TEACHER_FILE)
+        path = os.path.join(folder, TEACHER_FILE)
         if not os.path.isfile(path):
             raise FileNotFoundError(f"the teacher's state must be in the checkpoint: no {path}")
         self.teacher.load_state_dict(load_file(path))

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from hf_distill.rollouts import check_engine
 from hf_distill.teachers import SelfTeacher
+from hf_distill.token_classes import CLASSES
 from metal_ops import DivergenceSpec
 
 Group = TypeVar("Group")
@@ -66,6 +68,36 @@ class ClipConfig:
 
 
 @dataclass
+class ClassWeightsConfig:
+    """How much a token counts by the class of its text, see `hf_distill.token_classes`.
+
+    Raises:
+        ValueError: a weight is negative or not finite.
+    """
+
+    special: float = field(default=1.0, metadata={"help": "Special tokens, >= 0."})
+    number: float = field(default=1.0, metadata={"help": "Digits without a letter, >= 0."})
+    punctuation: float = field(default=1.0, metadata={"help": "No letter and no digit, >= 0."})
+    space: float = field(default=1.0, metadata={"help": "Only whitespace, >= 0."})
+    word: float = field(default=1.0, metadata={"help": "The rest, >= 0."})
+
+    def __post_init__(self) -> None:
+        """Check the values where they are given."""
+        for name, value in zip(CLASSES, self.by_class(), strict=True):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"class_weights.{name} must be at least 0, got {value}")
+
+    def by_class(self) -> list[float]:
+        """The weights in the order of `CLASSES`."""
+        return [getattr(self, name) for name in CLASSES]
+
+    def active(self) -> list[float] | None:
+        """`by_class`, or None if all are 1."""
+        weights = self.by_class()
+        return None if all(weight == 1.0 for weight in weights) else weights
+
+
+@dataclass
 class SelfTeacherConfig:
     """How a self-teacher follows the student.
 
@@ -76,10 +108,17 @@ class SelfTeacherConfig:
     ema_decay: float = field(
         default=0.995, metadata={"help": "Decay per optimizer step of teacher ema, in [0, 1)."}
     )
+    lora_scale: float | str = field(
+        default=0.5,
+        metadata={
+            "help": "Share of the adapters' effect that teacher lora_scale has, in [0, 1]; a "
+            "number, or a schedule such as 'linear:0.0->1.0@100' (from, to, optimizer steps)."
+        },
+    )
 
     def __post_init__(self) -> None:
         """Check the values where they are given."""
-        SelfTeacher("ema", self.ema_decay)
+        SelfTeacher("ema", self.ema_decay, self.lora_scale)
 
 
 @dataclass
@@ -93,8 +132,22 @@ class RolloutConfig:
     temperature: float = field(
         default=0.7, metadata={"help": "Of sampling, >= 0; 0 is greedy. Not the loss's."}
     )
+    num_completions: int = field(
+        default=1,
+        metadata={"help": "Completions of each prompt, >= 1; must divide the rows of a batch."},
+    )
+    max_turns: int = field(
+        default=8, metadata={"help": "Replies of a dialogue with an environment, >= 1."}
+    )
     steps_per_rollout: int = field(
         default=1, metadata={"help": "Optimizer steps taken on each batch of completions, >= 1."}
+    )
+    on_policy_fraction: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of rollouts in [0, 1] that are sampled; the others take the data's "
+            "completions (lambda of GKD)."
+        },
     )
     generation_kwargs: dict[str, Any] = field(
         default_factory=dict,
@@ -118,10 +171,23 @@ class RolloutConfig:
         },
     )
 
+    importance_clip: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest weight of a reused token: its soft loss counts as often as the "
+            "student has become more likely to write it, at most so often, > 0; None is off."
+        },
+    )
+
     def __post_init__(self) -> None:
         """Check the values where they are given."""
-        if self.steps_per_rollout < 1:
-            raise ValueError(f"steps_per_rollout must be at least 1, got {self.steps_per_rollout}")
+        for name in ("num_completions", "max_turns", "steps_per_rollout"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0.0 <= self.on_policy_fraction <= 1.0:
+            raise ValueError(f"on_policy_fraction must be in [0, 1], got {self.on_policy_fraction}")
+        if self.importance_clip is not None and not self.importance_clip > 0:
+            raise ValueError(f"importance_clip must be positive, got {self.importance_clip}")
         if self.temperature < 0:
             raise ValueError(f"rollout temperature must not be negative, got {self.temperature}")
         check_engine(self.engine, self.engine_kwargs, self.generation_kwargs, self.batch_size)

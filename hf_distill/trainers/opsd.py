@@ -3,8 +3,9 @@
 import json
 import logging
 import os
-from collections.abc import Iterator
-from typing import Any, cast
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,21 +14,30 @@ from transformers.trainer_utils import has_length
 
 from hf_distill import alignment, rollouts
 from hf_distill.collators import TRUNCATED, HintCollator
+from hf_distill.episodes import Environment, Episode, play, share_siblings
 from hf_distill.heads import causal_lm, unwrap
 from hf_distill.monitors import CompletionMeter, ShareMeter
-from hf_distill.preflight import check_empty_hint
-from hf_distill.tables import CompletionTable, WriteTable
+from hf_distill.preflight import check_empty_hint, warn_of_lost_context
+from hf_distill.tables import WriteTable
 from hf_distill.teachers import SelfTeacher, Teacher
 from hf_distill.trainers.configs import ClipConfig, OPSDConfig
 from hf_distill.trainers.distill import DistillTrainer
 from hf_distill.trainers.groups import RolloutConfig
 from hf_distill.trainers.samplers import RepeatSampler
+from hf_distill.trainers.sampling import make_engine, make_table
 
 logger = logging.getLogger(__name__)
 
 ROLLOUT_FILE = "rollout-{rank}.json"
 NUM_CHECKED = 4  # rows of the check before training
 EVAL_STEP = 10**9  # eval rollouts draw from seeds that no training step uses
+
+
+class Window(NamedTuple):
+    """The micro-batches that are trained on for one rollout, and where they come from."""
+
+    episodes: list[list[Episode]]
+    batches: list[dict[str, Tensor]]
 
 
 class OPSDTrainer(DistillTrainer):
@@ -44,11 +54,14 @@ class OPSDTrainer(DistillTrainer):
         eval_dataset: the same; completions are sampled for it too, with fixed seeds.
         processing_class: the tokenizer.
         teacher: a teacher to use instead of the one that `args.teacher` names.
+        environment: judges the completions, and may go on with the dialogue: see `Environment`.
+            What it says can be read by hints.
         **kwargs: the other arguments of `Trainer`.
 
     Raises:
         TypeError: args or data_collator have another type.
-        ValueError: as `DistillTrainer`; or `steps_per_rollout` > 1 with a dataset without a length.
+        ValueError: as `DistillTrainer`; or an environment without `on_policy`; or completions that
+            are used more than once, or several for a prompt, with a dataset without a length.
     """
 
     args: OPSDConfig  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -63,6 +76,7 @@ class OPSDTrainer(DistillTrainer):
         processing_class: Any = None,
         *,
         teacher: Teacher | nn.Module | str | None = None,
+        environment: Environment | None = None,
         **kwargs: Any,
     ) -> None:
         args = OPSDConfig(output_dir="tmp_trainer") if args is None else args
@@ -74,34 +88,30 @@ class OPSDTrainer(DistillTrainer):
             raise TypeError(
                 f"data_collator must be a HintCollator, got {type(data_collator).__name__}"
             )
+        self._check_rollout(args, environment)
         self.hint_collator = data_collator
         self.rollout = cast(RolloutConfig, args.rollout)
-        self._completions: list[list[list[int]]] | None = None
+        self.environment = environment
+        self._window: Window | None = None
+        self._resumed: list[list[dict[str, Any]]] | None = None
         self._completion_meters = {True: CompletionMeter(), False: CompletionMeter()}
+        self._sampled_meter = ShareMeter("on_policy")
         self._truncated_meters = {x: ShareMeter("hints_truncated") for x in (True, False)}
         super().__init__(
             model,
             args,
-            data_collator.contexts if args.on_policy else data_collator,
+            data_collator.prompts if args.on_policy else data_collator,
             train_dataset,
             eval_dataset,
             processing_class,
             teacher=args.make_teacher() if teacher is None else teacher,
             **kwargs,
         )
-        self.engine = self._make_engine() if args.on_policy else None
+        self.engine = make_engine(self, environment)
         if self.engine is not None:
             self.add_callback(rollouts.TellEngine(self.engine))
-        self.table: CompletionTable | None = None
-        if args.log_completions:
-            tokenizer, report_to = data_collator.tokenizer, cast(list[str], args.report_to)
-            self.table = CompletionTable(
-                cast(str, args.output_dir),
-                report_to,
-                tokenizer,
-                args.log_completions,
-                self.accelerator,
-            )
+        self.table = make_table(self)
+        if self.table is not None:
             self.add_callback(WriteTable(self.table))
         clip = cast(ClipConfig, args.clip)
         if clip.bound is not None and clip.level == "vocab_entry":
@@ -111,24 +121,23 @@ class OPSDTrainer(DistillTrainer):
                 clip.bound,
             )
 
-    def _make_engine(self) -> rollouts.Engine:
-        rollout = self.rollout
-        sampling = rollouts.Sampling(
-            self.hint_collator.pad_token_id,
-            self.hint_collator.eos_token_id,
-            self.args.max_completion_length,
-            rollout.temperature,
-            rollout.generation_kwargs,
-        )
-        return rollouts.make_engine(
-            rollout.engine,
-            sampling,
-            batch_size=rollout.batch_size,
-            engine_kwargs=rollout.engine_kwargs,
-            model=cast(nn.Module, self.model),
-            accelerator=self.accelerator,
-            processing_class=self.hint_collator.tokenizer,
-        )
+    @staticmethod
+    def _check_rollout(args: OPSDConfig, environment: Environment | None) -> None:
+        if environment is not None and not args.on_policy:
+            raise ValueError("an environment judges sampled completions, got on_policy=False")
+        loader: Any = args.accelerator_config
+        if args.on_policy and loader.dispatch_batches:
+            raise ValueError(
+                "dispatch_batches cuts tensors only, and a batch holds rows: set False"
+            )
+        if args.on_policy:
+            loader.dispatch_batches = False
+        copies = cast(RolloutConfig, args.rollout).num_completions
+        if args.on_policy and args.per_device_train_batch_size % copies:
+            raise ValueError(
+                f"num_completions must divide per_device_train_batch_size, got {copies} and "
+                f"{args.per_device_train_batch_size}"
+            )
 
     def train(
         self,
@@ -153,58 +162,117 @@ class OPSDTrainer(DistillTrainer):
             reason = "the dataset has no rows to look up"
         elif not len(self.train_dataset):
             reason = "the dataset is empty"
-        if reason is not None or self.teacher is None:
+        if reason is not None or not isinstance(self.teacher, SelfTeacher):
             logger.info("no check without hints: %s", reason)
             return
         dataset: Any = self.train_dataset
         rows = [dataset[i] for i in range(min(NUM_CHECKED, len(dataset)))]
         model, collator = cast(nn.Module, self.model), self.hint_collator
-        student, teacher = collator.without_hints(rows)
+        student, teacher = collator.without_hints(rows, completed=not self.args.on_policy)
         # before training the model has no autocast of its own; as in training, products are 16-bit
         in_16_bit = self.args.bf16 or self.args.fp16 or getattr(model, "is_quantized", False)
         with self.accelerator.autocast():
             found = check_empty_hint(
-                model, self.teacher, student, teacher, collator.pad_token_id, in_16_bit
+                model,
+                cast(SelfTeacher, self.teacher),
+                student,
+                teacher,
+                collator.pad_token_id,
+                in_16_bit,
             )
         logger.info("without a hint student and teacher are %.1e nats apart", found)
+
+    def _check_batch(self, inputs: dict[str, Any]) -> None:
+        is_first = not self._alignment.started
+        super()._check_batch(inputs)
+        if is_first and self.args.process_index == 0:
+            warn_of_lost_context(inputs, self.hint_collator.tokenizer, NUM_CHECKED)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """The micro-batches of an optimizer step, with completions, and their number of tokens."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.args.on_policy and batches:
+            step = self.state.global_step
+            if self._window is None or step % self.rollout.steps_per_rollout == 0:
+                self._window = self._make_window(batches, step)
+            batches = self._window.batches
+            count = self._get_num_items_in_batch(batches, device)
+            if count is not None and not count:  # no reply with a hint, say: a step of no loss
+                count = count + 1
         for batch in batches:
             self._count_truncated(batch, training=True)
-        if not self.args.on_policy or not batches:
-            return batches, count
-        step = self.state.global_step
-        if self._completions is None or step % self.rollout.steps_per_rollout == 0:
-            self._completions = self._rollout(batches, step, training=True)
-        batches = [self._rows(b, c) for b, c in zip(batches, self._completions, strict=True)]
-        return batches, self._get_num_items_in_batch(batches, device)
+        return [dict(batch) for batch in batches], count
 
-    def _rollout(
-        self, batches: list[dict[str, Tensor]], step: int, training: bool
-    ) -> list[list[list[int]]]:
-        """One list of completions per micro-batch, all generated in one call."""
+    def _make_window(self, batches: list[dict[str, Any]], step: int) -> Window:
+        """Micro-batches for one rollout; the completions are a checkpoint's if it had some."""
+        seed, period = self.args.seed, step // self.rollout.steps_per_rollout
+        resumed, self._resumed = self._resumed, None
+        # the same on all processes
+        sampled = random.Random(f"{seed} {period}").random() < self.rollout.on_policy_fraction
+        self._sampled_meter.add(torch.tensor([sampled]))
+        if not sampled:
+            return Window([], [self.hint_collator(batch["rows"]) for batch in batches])
+        if resumed is None:
+            if self._inside_a_rollout():
+                logger.warning(
+                    "the checkpoint has no completions of this process, though step %d is not the "
+                    "first on them: they are sampled anew, and the run is not the one it was",
+                    step,
+                )
+            episodes = self._play(batches, step, training=True)
+        else:
+            episodes = self._episodes(batches)
+            for one, states in zip(episodes, resumed, strict=True):
+                for episode, state in zip(one, states, strict=True):
+                    vars(episode).update(state)
+        made = [self._rows(x) for x in episodes]
+        if resumed is None and self.table is not None:
+            for batch, (rows, hints) in zip(batches, made, strict=True):
+                prompts = alignment.unpad(batch["prompt_ids"], batch["prompt_mask"])
+                ids = alignment.unpad(rows["input_ids"], rows["attention_mask"])
+                replies = [row[len(prompt) :] for row, prompt in zip(ids, prompts, strict=True)]
+                self.table.add(step, prompts, hints, replies)
+        return Window(episodes, [rows for rows, _ in made])
+
+    def _episodes(self, batches: list[dict[str, Any]]) -> list[list[Episode]]:
+        """New episodes for the rows of each micro-batch."""
+        column, size = self.hint_collator.prompt_column, self.rollout.num_completions
+        return [
+            [Episode(row, row[column], group=i // size) for i, row in enumerate(batch["rows"])]
+            for batch in batches
+        ]
+
+    def _play(
+        self, batches: list[dict[str, Any]], step: int, training: bool
+    ) -> list[list[Episode]]:
+        """The episodes of each micro-batch, the replies of a round generated in one call."""
         model, eos_token_id = cast(nn.Module, self.model_wrapped), self.hint_collator.eos_token_id
-        prompts = [alignment.unpad(b["prompt_ids"], b["prompt_mask"]) for b in batches]
-        assert self.engine is not None
-        # a large odd multiplier keeps steps and processes of neighbouring seeds apart
-        seed = (self.args.seed * 1_000_003 + step) * 65_537 + self.args.process_index
-        flat = [prompt for batch in prompts for prompt in batch]
-        completions = self.engine.sample(model, flat, seed)
         end_ids = rollouts.end_token_ids(unwrap(model), eos_token_id)
-        self._completion_meters[training].add(completions, end_ids)
-        if training and self.table is not None:
-            contexts = [self._text(c) for b in batches for c in _teacher_prompts(b)]
-            no_hints: list[list[str]] = [[] for _ in flat]  # they are in the teacher's context
-            self.table.add(step, flat, no_hints, completions, {"teacher_prompt": contexts})
-        rest = iter(completions)
-        return [[next(rest) for _ in batch] for batch in prompts]
 
-    def _text(self, ids: list[int]) -> str:
-        return cast(str, self.hint_collator.tokenizer.decode(ids, skip_special_tokens=False))
+        def sample(prompts: Sequence[Sequence[int]], turn: int) -> list[list[int]]:
+            # large odd multipliers keep steps, processes and rounds of neighbouring seeds apart
+            seed = (self.args.seed * 1_000_003 + step) * 65_537 + self.args.process_index
+            assert self.engine is not None
+            completions = self.engine.sample(model, prompts, seed + (turn << 50))
+            self._completion_meters[training].add(completions, end_ids)
+            return completions
+
+        episodes = self._episodes(batches)
+        prompts = [alignment.unpad(b["prompt_ids"], b["prompt_mask"]) for b in batches]
+        play(
+            [episode for batch in episodes for episode in batch],
+            [prompt for batch in prompts for prompt in batch],
+            sample,
+            self.hint_collator,
+            self.environment,
+            self.rollout.max_turns if self.environment else 1,
+            end_ids,
+        )
+        for batch in episodes if training else []:
+            share_siblings(batch)
+        return episodes
 
     def _count_truncated(self, batch: dict[str, Tensor], training: bool) -> None:
         if TRUNCATED in batch:
@@ -214,27 +282,25 @@ class OPSDTrainer(DistillTrainer):
         metrics = super()._read_metrics(training)
         for meters in (self._completion_meters, self._truncated_meters):
             metrics |= meters[training].read(self.accelerator)
+        if training and self.rollout.on_policy_fraction < 1.0:
+            metrics |= self._sampled_meter.read(self.accelerator)
         return metrics
 
-    def _rows(self, batch: dict[str, Tensor], completions: list[list[int]]) -> dict[str, Tensor]:
-        """The student's and the teacher's rows of one micro-batch of contexts."""
-        prompts = alignment.unpad(batch["prompt_ids"], batch["prompt_mask"])
-        teacher_prompts = _teacher_prompts(batch)
-        self._check_context(teacher_prompts, completions)
-        return alignment.build_batch(
-            prompts, teacher_prompts, completions, self.hint_collator.pad_token_id
-        )
-
-    def _check_context(self, contexts: list[list[int]], completions: list[list[int]]) -> None:
+    def _rows(self, episodes: list[Episode]) -> tuple[dict[str, Tensor], list[Sequence[str]]]:
+        """The student's and the teacher's rows of one micro-batch, and their hints."""
+        batch, hints = self.hint_collator.from_episodes(episodes)
+        alignment.assert_completions(batch, [episode.completions for episode in episodes])
         config = getattr(causal_lm(cast(nn.Module, self.model)), "config", None)
         limit = getattr(config, "max_position_embeddings", None)
-        for i, (context, completion) in enumerate(zip(contexts, completions, strict=True)):
-            length = len(context) + len(completion)
+        lengths = batch["teacher_attention_mask"].sum(1).tolist()
+        for i, length in enumerate(lengths):
             if limit is not None and length > limit:
+                written = sum(map(len, episodes[i].completions))
                 raise ValueError(
                     f"row {i} of the batch: the teacher's row has {length} tokens (context "
-                    f"{len(context)}, completion {len(completion)}), the model takes {limit}"
+                    f"{length - written}, completion {written}), the model takes {limit}"
                 )
+        return batch, hints
 
     def prediction_step(
         self,
@@ -244,11 +310,11 @@ class OPSDTrainer(DistillTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """As in `DistillTrainer`, with completions sampled from the student if on-policy."""
-        self._count_truncated(inputs, training=False)
         if self.args.on_policy:
-            (completions,) = self._rollout([inputs], EVAL_STEP + self._eval_batches, training=False)
+            (episodes,) = self._play([inputs], EVAL_STEP + self._eval_batches, training=False)
             self._eval_batches += 1
-            inputs = self._rows(inputs, completions)
+            inputs, _ = self._rows(episodes)
+        self._count_truncated(inputs, training=False)
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -257,21 +323,29 @@ class OPSDTrainer(DistillTrainer):
         return super().evaluation_loop(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
-        """As in `Trainer`; rows are repeated if `steps_per_rollout` asks for it."""
-        repeats, strategy = self.rollout.steps_per_rollout, self.args.train_sampling_strategy
+        """As in `Trainer`; rows are repeated if the rollout asks for it."""
+        strategy = self.args.train_sampling_strategy
         repeatable = has_length(self.train_dataset) and strategy in ("random", "sequential")
-        if repeats > 1 and self.args.on_policy and not repeatable:
+        if self._repeats() and not repeatable:
             raise ValueError(
-                f"steps_per_rollout {repeats} > 1 needs a dataset with a length and "
+                f"{self._repeats()} needs a dataset with a length and "
                 "train_sampling_strategy 'random' or 'sequential', got "
                 f"{type(self.train_dataset).__name__} and {strategy!r}"
             )
         return super().get_train_dataloader()
 
+    def _repeats(self) -> str:
+        """Which setting repeats rows, or nothing."""
+        if not self.args.on_policy:
+            return ""
+        for name in ("steps_per_rollout", "num_completions"):
+            if getattr(self.rollout, name) > 1:
+                return f"{name} {getattr(self.rollout, name)} > 1"
+        return ""
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        repeats, strategy = self.rollout.steps_per_rollout, self.args.train_sampling_strategy
-        if repeats == 1 or not self.args.on_policy:
+        if not self._repeats():
             return super()._get_train_sampler(train_dataset)
         window = (
             self._train_batch_size
@@ -279,33 +353,35 @@ class OPSDTrainer(DistillTrainer):
             * self.accelerator.num_processes
         )
         return RepeatSampler(
-            len(dataset), window, repeats, self.args.seed, shuffle=strategy == "random"
+            len(dataset),
+            window,
+            self.rollout.steps_per_rollout,
+            self.args.seed,
+            shuffle=self.args.train_sampling_strategy == "random",
+            copies=self.rollout.num_completions,
         )
 
     def _save_extra(self, folder: str) -> None:
         super()._save_extra(folder)
-        if (
-            self._completions is None
-            or self.state.global_step % self.rollout.steps_per_rollout == 0
-        ):
-            return  # the next step samples anew
-        name = ROLLOUT_FILE.format(rank=self.args.process_index)
-        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
-            json.dump(self._completions, file)
+        path = self._rollout_path(folder)
+        if self._window is not None and self._window.episodes and self._inside_a_rollout():
+            states = [[episode.state() for episode in batch] for batch in self._window.episodes]
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(states, file)
+        elif os.path.isfile(path):
+            os.remove(path)  # of a run before this one
 
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        name = ROLLOUT_FILE.format(rank=self.args.process_index)
-        path = os.path.join(resume_from_checkpoint, name)
-        self._completions = None
-        if os.path.isfile(path):
+    def _load_extra(self, folder: str) -> None:
+        super()._load_extra(folder)
+        path = self._rollout_path(folder)
+        self._window = self._resumed = None
+        if os.path.isfile(path) and self._inside_a_rollout():
             with open(path, encoding="utf-8") as file:
-                self._completions = json.load(file)
-        elif self.args.on_policy and self.rollout.steps_per_rollout > 1:
-            logger.info("no %s in the checkpoint: completions are sampled anew", name)
+                self._resumed = json.load(file)
 
+    def _inside_a_rollout(self) -> bool:
+        """Whether the next step is not the first on its completions."""
+        return self.state.global_step % self.rollout.steps_per_rollout != 0
 
-def _teacher_prompts(batch: dict[str, Tensor]) -> list[list[int]]:
-    return alignment.unpad(batch["teacher_prompt_ids"], batch["teacher_prompt_mask"])
+    def _rollout_path(self, folder: str) -> str:
+        return os.path.join(folder, ROLLOUT_FILE.format(rank=self.args.process_index))

@@ -9,16 +9,34 @@ from torch.utils.data import Sampler
 class RepeatSampler(Sampler[int]):
     """Every window of indices `repeats` times in a row, in an order shuffled anew each epoch.
 
-    A window is what one optimizer step takes on all processes; an incomplete last one is left out.
+    A window is what one optimizer step takes on all processes: each of its rows `copies` times, one
+    beside the other; an incomplete last window is left out.
+
+    Raises:
+        ValueError: there are fewer rows than a window needs.
     """
 
-    def __init__(self, num_rows: int, window: int, repeats: int, seed: int, shuffle: bool) -> None:
-        if num_rows < window:
+    def __init__(
+        self,
+        num_rows: int,
+        window: int,
+        repeats: int,
+        seed: int,
+        shuffle: bool,
+        copies: int = 1,
+    ) -> None:
+        distinct = window // copies
+        if num_rows < distinct:
             raise ValueError(
-                f"steps_per_rollout {repeats} > 1 needs at least one optimizer step of rows "
-                f"({window}), got {num_rows}"
+                f"completions that are repeated need at least one optimizer step of rows "
+                f"({distinct}), got {num_rows}"
             )
-        self.num_rows, self.window, self.repeats = num_rows, window, repeats
+        self.num_rows, self.distinct, self.repeats, self.copies = (
+            num_rows,
+            distinct,
+            repeats,
+            copies,
+        )
         self.seed, self.shuffle, self.epoch = seed, shuffle, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -26,13 +44,14 @@ class RepeatSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.num_rows // self.window * self.window * self.repeats
+        return self.num_rows // self.distinct * self.distinct * self.copies * self.repeats
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.arange(self.num_rows)
         if self.shuffle:
             order = torch.randperm(self.num_rows, generator=generator)
-        for start in range(0, self.num_rows - self.window + 1, self.window):
+        for start in range(0, self.num_rows - self.distinct + 1, self.distinct):
+            window = order[start : start + self.distinct].repeat_interleave(self.copies).tolist()
             for _ in range(self.repeats):
-                yield from order[start : start + self.window].tolist()
+                yield from window

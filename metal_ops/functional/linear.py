@@ -24,7 +24,7 @@ class LinearTerms(NamedTuple):
     stats: DivergenceStats
 
 
-def _local(x: Tensor) -> Tensor:
+def local(x: Tensor) -> Tensor:
     """A DTensor gathered, its gradient averaged over the mesh; any other tensor as it is.
 
     Under data parallelism (FSDP) every rank has tokens of its own and the average is the
@@ -120,11 +120,11 @@ def linear_divergence_with_stats(
     if labels is None and alpha < 1.0:
         raise ValueError(f"alpha {alpha} < 1 needs labels [tokens]; got None")
     shared = teacher_weight is student_weight and teacher_bias is student_bias
-    student_weight = _local(student_weight)
-    student_bias = None if student_bias is None else _local(student_bias)
+    student_weight = local(student_weight)
+    student_bias = None if student_bias is None else local(student_bias)
     if not shared:
-        teacher_weight = _local(teacher_weight)
-        teacher_bias = None if teacher_bias is None else _local(teacher_bias)
+        teacher_weight = local(teacher_weight)
+        teacher_bias = None if teacher_bias is None else local(teacher_bias)
     hidden, weight, bias = _autocast(student_hidden, student_weight, student_bias)
     assert hidden is not None
     assert weight is not None

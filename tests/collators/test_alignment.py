@@ -1,13 +1,19 @@
 """Index maps, labels and padding on rows written by hand."""
 
+from typing import Any
+
 import pytest
 import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_distill import alignment
-from hf_distill.alignment import AlignmentError, build_batch
+from hf_distill.alignment import AlignmentError, AlignmentMeter, Rendered, build_batch
 
 PROMPTS, TEACHER_PROMPTS = [[5, 6], [7]], [[5, 6, 40, 41], [7, 42]]
 COMPLETIONS = [[8, 2], [9, 10, 11]]
+TEACHERS = ("teacher_attention_mask", "teacher_completion_index")
 
 
 def test_a_batch_token_by_token() -> None:
@@ -66,30 +72,199 @@ def test_an_index_map_with_gaps() -> None:
     assert found.nonzero().tolist() == [[0, 0], [0, 3], [1, 2]]
 
 
-def test_other_ids_are_an_error() -> None:
-    batch = build_batch(PROMPTS, TEACHER_PROMPTS, COMPLETIONS, pad_token_id=0)
+def made() -> dict[str, Tensor]:
+    return build_batch(PROMPTS, TEACHER_PROMPTS, COMPLETIONS, pad_token_id=0)
+
+
+def other_id(batch: dict[str, Tensor]) -> None:
     batch["teacher_input_ids"][1, 3] = 33
-    with pytest.raises(
-        AlignmentError,
-        match=r"row 1, completion token 1 is id 10 for the student, 33 for the teacher",
-    ):
-        alignment.assert_same_tokens(batch)
 
 
-def test_another_number_of_tokens_in_a_row_is_an_error() -> None:
-    batch = build_batch(PROMPTS, TEACHER_PROMPTS, COMPLETIONS, pad_token_id=0)
+def one_token_less(batch: dict[str, Tensor]) -> None:
     batch["teacher_completion_index"][0, 1] = -1
-    with pytest.raises(
-        AlignmentError, match=r"row 0, completion token 1 is id 2 for the student, -1 for the tea"
-    ):
-        alignment.assert_same_tokens(batch)
 
 
-def test_maps_of_other_shapes_are_an_error() -> None:
-    batch = build_batch(PROMPTS, TEACHER_PROMPTS, COMPLETIONS, pad_token_id=0)
+def a_shorter_map(batch: dict[str, Tensor]) -> None:
     batch["teacher_completion_index"] = batch["teacher_completion_index"][:, :2]
-    with pytest.raises(AlignmentError, match=r"index maps of shapes \(2, 3\) and \(2, 2\)"):
-        alignment.assert_same_tokens(batch)
+
+
+def first_position(batch: dict[str, Tensor]) -> None:
+    batch["completion_index"][1, 0] = 0
+
+
+def behind_the_row(batch: dict[str, Tensor]) -> None:
+    batch["teacher_completion_index"][0, 1] = 6
+
+
+def far_before_the_row(batch: dict[str, Tensor]) -> None:
+    batch["teacher_completion_index"][0, 1] = -7
+
+
+def another_label(batch: dict[str, Tensor]) -> None:
+    batch["labels"][1, 2] = 33
+
+
+def a_label_outside_the_map(batch: dict[str, Tensor]) -> None:
+    batch["labels"][0, 1] = 6
+
+
+def a_label_missing(batch: dict[str, Tensor]) -> None:
+    batch["labels"][1, 3] = -100
+
+
+def shifted_on_both_sides(batch: dict[str, Tensor]) -> None:
+    """The ids still agree, for rows whose contexts end alike; the labels are other tokens."""
+    for name in alignment.INDEX_MAPS:
+        batch[name][0, :2] -= 1
+    batch["teacher_input_ids"][0, 3] = batch["input_ids"][0, 1]
+
+
+def scored_padding(batch: dict[str, Tensor]) -> None:
+    batch["attention_mask"][1, 3] = 0
+
+
+def predicted_by_padding(batch: dict[str, Tensor]) -> None:
+    batch["teacher_attention_mask"][1, 1] = 0
+
+
+def no_map(batch: dict[str, Tensor]) -> None:
+    del batch["completion_index"]
+    one_token_less(batch)
+
+
+BROKEN = [
+    (other_id, "row 1, completion token 1 is id 10 for the student, 33 for the teacher"),
+    (one_token_less, "row 0, completion token 1 is id 2 for the student, -1 for the teacher"),
+    (a_shorter_map, "row 1, completion token 2 is id 11 for the student, -1 for the teacher"),
+    (no_map, "row 0, completion token 1 is id 2 for the student, -1 for the teacher"),
+    (first_position, r"completion_index must .* \(nothing predicts .* row 1 names position 0 of 4"),
+    (behind_the_row, "teacher_completion_index must .* row 0 names position 6 of 6"),
+    (far_before_the_row, "teacher_completion_index must .* row 0 names position -7 of 6"),
+    (another_label, "labels must be the input_ids .* row 1, position 2 has label 33, and id 10"),
+    (a_label_outside_the_map, "that completion_index names, .* row 0, position 1"),
+    (a_label_missing, "that completion_index names, .* row 1, position 3"),
+    (shifted_on_both_sides, "that completion_index names, .* row 0, position 1"),
+    (scored_padding, "must not be padding for the student: row 1, position 3"),
+    (predicted_by_padding, "must not be padding for the teacher: row 1, position 2"),
+]
+IDS = [change.__name__ for change, _ in BROKEN]
+
+
+@pytest.mark.parametrize(("change", "message"), BROKEN, ids=IDS)
+def test_a_broken_batch_is_named(change: Any, message: str) -> None:
+    batch = made()
+    alignment.assert_aligned(batch, end_ids=[2])
+    change(batch)
+    with pytest.raises(AlignmentError, match=message):
+        alignment.assert_aligned(batch, end_ids=[2])
+
+
+def without_its_end(batch: dict[str, Tensor]) -> None:
+    for name in alignment.INDEX_MAPS:
+        batch[name][0, 1] = -1
+    batch["labels"][0, 3] = -100
+
+
+def test_an_end_token_that_is_not_scored_is_an_error() -> None:
+    batch = made()
+    without_its_end(batch)
+    alignment.assert_aligned(batch, end_ids=[4])
+    with pytest.raises(AlignmentError, match=r"end token behind .* row 0, position 3 has label"):
+        alignment.assert_aligned(batch, end_ids=[4, 2])
+
+
+def test_an_end_token_in_a_context_need_not_be_scored() -> None:
+    """A turn that the length limit cut is closed by the template; the dialogue goes on."""
+    closed = Rendered([5, 8, 9, 2, 6, 7], [1, 2, 5])
+    batch = alignment.build_rows([closed], [closed], pad_token_id=2)
+    alignment.assert_aligned(batch, end_ids=[2])
+    unscored = Rendered([5, 8, 2, 6, 2], [1, 2])  # behind the last scored token comes another one
+    batch = alignment.build_rows([unscored], [unscored], pad_token_id=2)
+    alignment.assert_aligned(batch, end_ids=[2])
+
+
+@pytest.mark.parametrize("name", ["input_ids", "labels", *TEACHERS])
+def test_a_batch_without_a_part_is_an_error(name: str) -> None:
+    batch = made()
+    del batch[name]
+    with pytest.raises(AlignmentError, match=f"with teacher_input_ids needs {name}, it has none"):
+        alignment.assert_aligned(batch)
+
+
+def test_scored_tokens_are_replies_as_sampled() -> None:
+    """Some of them or all, but whole."""
+    for replies in ([[8, 2]], [[8], [2]], [[7], [8, 2]], [[8], [8, 2], [9]]):
+        alignment.assert_completions(made(), [replies, [[9, 10, 11]]])
+    for row, replies, message in (
+        (
+            0,
+            [[8]],
+            r"row 0 .* scores 2 tokens that end in \[8, 2\], the replies have \[1\] and end",
+        ),
+        (0, [[2], [8]], r"the replies have \[1, 1\] and end in \[\[2\], \[8\]\]"),
+        (1, [[9, 10, 11, 2]], r"row 1 .* the replies have \[4\] and end in \[\[10, 11, 2\]\]"),
+        (1, [[9, 12, 11]], "row 1 must score replies as they were sampled"),
+    ):
+        replies = [replies, [[9, 10, 11]]] if row == 0 else [[[8, 2]], replies]
+        with pytest.raises(AlignmentError, match=message):
+            alignment.assert_completions(made(), replies)
+
+
+class Waits(TorchDispatchMode):
+    """Notes what would wait for a device: reading a value, a shape that depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = op.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "lift_fresh"):
+            self.found.append(name)
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def meter(monkeypatch: pytest.MonkeyPatch) -> AlignmentMeter:
+    """As on a device, with one batch seen."""
+    monkeypatch.setattr(AlignmentMeter, "_is_costly", staticmethod(lambda batch: True))
+    meter = AlignmentMeter([2])
+    meter.add(made())
+    return meter
+
+
+def test_on_a_device_only_the_first_batch_is_waited_for(meter: AlignmentMeter) -> None:
+    batch = made()
+    other_id(batch)
+    with Waits() as waits:
+        meter.add(batch)
+    assert waits.found == []
+    with Waits() as waits, pytest.raises(AlignmentError):
+        AlignmentMeter([2]).add(batch)
+    assert "_local_scalar_dense" in waits.found
+
+
+def test_what_was_counted_on_a_device_is_raised_when_read(meter: AlignmentMeter) -> None:
+    for change in (other_id, another_label, lambda batch: None, another_label):
+        batch = made()
+        change(batch)
+        meter.add(batch)
+    with pytest.raises(
+        AlignmentError, match=r"since the last log: labels must be .* \(2 times\); "
+    ) as e:
+        meter.read(Accelerator(cpu=True))
+    assert "must score the same tokens (1 times)" in str(e.value)
+    assert "padding" not in str(e.value)
+    meter.read(Accelerator(cpu=True))  # starts anew
+
+
+@pytest.mark.parametrize("change", [change for change, _ in BROKEN] + [without_its_end])
+def test_every_rule_is_counted(change: Any, meter: AlignmentMeter) -> None:
+    batch = made()
+    change(batch)
+    meter.add(batch)
+    with pytest.raises(AlignmentError, match="since the last log: "):
+        meter.read(Accelerator(cpu=True))
 
 
 @pytest.mark.parametrize(

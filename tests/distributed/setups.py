@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from hf_distill import DistillConfig, DistillTrainer, OPSDConfig, OPSDTrainer
+from hf_distill.alignment import unpad
 from tests.trainers import models
 
 ROWS_PER_STEP = 4
+SAVED_AT = 3
 Result = tuple[dict[str, Tensor], list[dict[str, float]]]
 
 
@@ -25,9 +27,15 @@ def _options(folder: Path, num_processes: int, **changes: Any) -> dict[str, Any]
 def distill(folder: Path, num_processes: int, **changes: Any) -> DistillTrainer:
     """All weights; rows of uneven lengths, two micro-batches a step."""
     settings = {"gradient_accumulation_steps": 2, "max_steps": 2} | changes
+    tokenizer = settings.pop("processing_class", None)
     args = DistillConfig(**_options(folder, num_processes, **settings))
     return DistillTrainer(
-        models.llama(), args, models.Pad(), models.rows(longest=30), teacher=models.llama(1)
+        models.llama(),
+        args,
+        models.Pad(),
+        models.rows(longest=30),
+        processing_class=tokenizer,
+        teacher=models.llama(1),
     )
 
 
@@ -49,11 +57,17 @@ def distill_nothing_to_score(folder: Path, num_processes: int) -> DistillTrainer
     return trainer
 
 
-def _opsd(folder: Path, num_processes: int, model: Any, **changes: Any) -> OPSDTrainer:
+def _opsd(
+    folder: Path,
+    num_processes: int,
+    model: Any,
+    kind: type[OPSDTrainer] = OPSDTrainer,
+    **changes: Any,
+) -> OPSDTrainer:
     settings = {"max_completion_length": 8, "rollout": {"temperature": 0.0}} | changes
     args = OPSDConfig(**_options(folder, num_processes, **settings))
     data, tokenizer = models.problems(), models.tokenizer()
-    return OPSDTrainer(model, args, train_dataset=data, processing_class=tokenizer)
+    return kind(model, args, train_dataset=data, processing_class=tokenizer)
 
 
 def opsd_off_policy(folder: Path, num_processes: int) -> OPSDTrainer:
@@ -79,22 +93,90 @@ def opsd_repeated(folder: Path, num_processes: int) -> OPSDTrainer:
     )
 
 
+class _Weighted(models.Pad):
+    def __call__(self, batch: Any) -> dict[str, Tensor]:
+        made = super().__call__(batch)
+        return made | {"token_weights": (made["input_ids"] % 4) * 0.75}
+
+
+def distill_weighted(folder: Path, num_processes: int) -> DistillTrainer:
+    """Weights of tokens, some 0; a loss of single tokens; classes count too."""
+    trainer = distill(
+        folder,
+        num_processes,
+        divergence="policy_gradient",
+        class_weights={"number": 3.0},
+        processing_class=models.tokenizer(),
+    )
+    trainer.data_collator = _Weighted()
+    return trainer
+
+
+class _Anchored(OPSDTrainer):
+    """Batches with anchor rows, longer and shorter than the others; some have nothing scored."""
+
+    def get_batch_samples(self, *args: Any) -> Any:
+        batches, count = super().get_batch_samples(*args)
+        own = torch.zeros((), dtype=torch.long)
+        for batch in batches:
+            rows = []
+            for ids in unpad(batch["input_ids"], batch["attention_mask"]):
+                ids = (ids[:5] * 4)[: 4 + sum(ids[:5]) % 16]
+                labels = [i if i % 5 < 2 and ids[0] % 2 == 0 else -100 for i in ids]
+                mask = [1] * len(ids)
+                rows.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+            made = models.Pad()(rows)
+            own += (made["labels"][:, 1:] != -100).sum()
+            batch |= {f"anchor_{name}": value for name, value in made.items()}
+        total = self.accelerator.reduce(own, reduction="sum")
+        return [batch | {"anchor_count": total} for batch in batches], count
+
+
+def opsd_anchored(folder: Path, num_processes: int) -> OPSDTrainer:
+    return _opsd(
+        folder,
+        num_processes,
+        models.lora(models.llama()),
+        kind=_Anchored,
+        anchor_weight=0.5,
+        gradient_accumulation_steps=2,
+    )
+
+
 SETUPS = (
     distill,
     distill_local_mean,
     distill_logits,
     distill_nothing_to_score,
+    distill_weighted,
+    opsd_anchored,
     opsd_off_policy,
     opsd_on_policy,
     opsd_repeated,
 )
 
 
-def train(setup: Any, folder: Path, num_processes: int) -> Result:
+def opsd_saved(folder: Path, num_processes: int) -> OPSDTrainer:
+    """Samples of each process, a moving average, a checkpoint between two steps of a rollout."""
+    return _opsd(
+        folder,
+        num_processes,
+        models.llama(attention_dropout=0.2),
+        teacher="ema",
+        self_teacher={"ema_decay": 0.5},
+        rollout={"temperature": 1.0, "steps_per_rollout": 2},
+        max_steps=SAVED_AT + 2,
+        save_strategy="steps",
+        save_steps=SAVED_AT,
+        train_sampling_strategy="random",
+    )
+
+
+def train(setup: Any, folder: Path, num_processes: int, resume_from: str | None = None) -> Result:
     """Final weights, and the logs of all steps."""
     trainer = setup(folder, num_processes)
     assert trainer.accelerator.num_processes == num_processes
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume_from)
     steps = [logs for logs in trainer.state.log_history if "loss" in logs]
     return models.weights(trainer.accelerator.unwrap_model(trainer.model)), steps
 
@@ -102,10 +184,16 @@ def train(setup: Any, folder: Path, num_processes: int) -> Result:
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    for setup in SETUPS:
-        result = train(setup, folder, 2)
+    checkpoint = str(folder / "saved" / f"checkpoint-{SAVED_AT}")
+    runs = [(setup.__name__, setup, folder, None) for setup in SETUPS]
+    runs += [
+        ("straight", opsd_saved, folder / "saved", None),
+        ("resumed", opsd_saved, folder / "again", checkpoint),
+    ]
+    for name, setup, to, resume_from in runs:
+        result = train(setup, to, 2, resume_from)
         if torch.distributed.get_rank() == 0:
-            torch.save(result, folder / f"{setup.__name__}.pt")
+            torch.save(result, folder / f"{name}.pt")
     torch.distributed.destroy_process_group()
 
 

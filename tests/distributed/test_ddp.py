@@ -64,3 +64,15 @@ def test_a_mean_over_each_process_would_show(two_processes: Path) -> None:
     right, _ = torch.load(two_processes / "distill.pt")
     wrong, _ = torch.load(two_processes / "distill_local_mean.pt")
     assert models.difference(right, wrong) > 100 * TOLERANCE
+
+
+def test_two_processes_resume_bit_for_bit(two_processes: Path) -> None:
+    """Each with its own samples, in the middle of a rollout."""
+    saved = two_processes / "saved" / f"checkpoint-{setups.SAVED_AT}"
+    one, other = ((saved / f"rollout-{rank}.json").read_text() for rank in range(2))
+    assert one != other
+    weights, logs = torch.load(two_processes / "straight.pt")
+    again, again_logs = torch.load(two_processes / "resumed.pt")
+    assert models.difference(weights, again) == 0.0
+    assert len(logs) == setups.SAVED_AT + 2
+    assert logs == again_logs

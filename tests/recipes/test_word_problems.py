@@ -1,9 +1,11 @@
+import itertools
 import random
 import re
 
 import pytest
 import torch
 import word_problems
+from warm_up import _right_pad
 from word_problems import (
     HINT_TEMPLATE,
     WordEncoder,
@@ -176,13 +178,13 @@ def test_model_size_and_seed(tokenizer):
     assert not torch.equal(model.lm_head.weight, other.lm_head.weight)
 
 
-def take_examples(tokenizer, count, seed=0):
-    encoder = WordEncoder(tokenizer)
-    stream = word_problems._warm_up_examples(encoder, tokenizer.eos_token_id, seed)
-    return [
-        (tokenizer.decode(context), tokenizer.decode(target))
-        for (context, target), _ in zip(stream, range(count), strict=False)
-    ]
+def take_examples(tokenizer, num_examples):
+    examples = word_problems._warm_up_examples(WordEncoder(tokenizer), tokenizer.eos_token_id, 0)
+    taken = []
+    for ids, labels in itertools.islice(examples, num_examples):
+        start = labels.count(-100)
+        taken.append((tokenizer.decode(ids[:start]), tokenizer.decode(labels[start:])))
+    return taken
 
 
 def join_digits(text):
@@ -249,18 +251,25 @@ def test_warm_up_is_deterministic_for_a_seed(tokenizer):
 
 
 def test_warm_up_trains_on_the_target_only(tokenizer):
-    batch = [([7, 8, 9], [10, 1]), ([7], [11, 12, 13, 1])]
-    input_ids, labels = word_problems._right_pad(batch, pad_id=0)
-    assert input_ids.tolist() == [[7, 8, 9, 10, 1], [7, 11, 12, 13, 1]]
-    assert labels.tolist() == [[-100, -100, -100, 10, 1], [-100, 11, 12, 13, 1]]
-    input_ids, labels = word_problems._right_pad([([7], [1]), ([7, 8], [9, 1])], pad_id=0)
-    assert input_ids.tolist() == [[7, 1, 0, 0], [7, 8, 9, 1]]
-    assert labels.tolist() == [[-100, 1, -100, -100], [-100, -100, 9, 1]]
+    examples = word_problems._warm_up_examples(WordEncoder(tokenizer), tokenizer.eos_token_id, 99)
+    for ids, labels in itertools.islice(examples, 50):
+        start = max(i for i, label in enumerate(labels) if label == -100) + 1
+        assert labels == [-100] * start + ids[start:]
+        text = tokenizer.decode(ids[:start])
+        assert text.startswith(("<system> hint :", "<user>"))
+        assert "<assistant>" in text
+        assert "####" in tokenizer.decode(ids[start:])
+
+
+def test_examples_are_padded_on_the_right():
+    input_ids, labels = _right_pad([([7, 1], [-100, 1]), ([7, 8, 9], [-100, -100, 9])], 0)
+    assert input_ids.tolist() == [[7, 1, 0], [7, 8, 9]]
+    assert labels.tolist() == [[-100, 1, -100], [-100, -100, 9]]
 
 
 def test_warm_up_lowers_the_loss(tokenizer):
     examples = word_problems._warm_up_examples(WordEncoder(tokenizer), tokenizer.eos_token_id, 99)
-    input_ids, labels = word_problems._right_pad([next(examples) for _ in range(16)], 0)
+    input_ids, labels = _right_pad([next(examples) for _ in range(16)], 0)
     model = build_model(tokenizer, seed=0)
     before = model(input_ids=input_ids, labels=labels).loss.item()
     warm_up(model, tokenizer, steps=40, batch_size=16, progress=False)

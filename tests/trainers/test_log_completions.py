@@ -42,7 +42,7 @@ def test_every_training_row_is_kept_and_some_are_shown(tmp_path: Path, printed: 
     assert [row["step"] for row in rows] == [0] * 4 + [1] * 4 + [2] * 4
     for row, problem in zip(rows, models.problems(), strict=False):
         assert row["prompt"] in (problem["prompt"], problem["prompt"] + " ")
-        assert problem["hint"] in row["teacher_prompt"]
+        assert row["hints"] == [problem["hint"]]
         assert 1 <= len(row["completion"].split()) <= 6
     # at step 2, and what is left at the end
     assert [(len(prompts), step) for prompts, _, _, _, step, _ in printed] == [(2, 2), (2, 3)]

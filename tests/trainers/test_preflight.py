@@ -1,6 +1,9 @@
 """The check before training: quiet where both sides agree, and what it says of each fault."""
 
+import contextlib
 import logging
+import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from hf_distill import Hint, HintCollator, OPSDConfig, OPSDTrainer
-from hf_distill.preflight import EmptyHintError
+from hf_distill import Hint, HintCollator, OPSDConfig, OPSDTrainer, SelfTeacher, teachers
+from hf_distill.alignment import Rendered
+from hf_distill.preflight import EmptyHintError, lost_context
 from tests.trainers import models
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
@@ -41,7 +45,7 @@ def log(caplog: pytest.LogCaptureFixture, opsd: OPSDTrainer) -> str:
 def test_sides_that_agree_are_quiet(tmp_path, caplog, make, teacher):
     text = log(caplog, trainer(tmp_path, make(), teacher=teacher))
     assert float(text.split(f"{FOUND} ")[1].split(" nats")[0]) < 1e-9
-    assert not any(word in text for word in ("adapter:", "dropout:", "padding"))
+    assert not any(word in text for word in ("adapter:", "dropout:", "padding", "context:"))
 
 
 def fill_adapter(model: nn.Module, value: float) -> None:
@@ -63,6 +67,7 @@ def test_an_adapter_trained_before_is_named(tmp_path, caplog):
     model = models.lora(models.llama())
     fill_adapter(model, 0.1)
     assert "adapter: without a hint" in log(caplog, trainer(tmp_path, model))
+    assert "adapter: without a hint" in log(caplog, trainer(tmp_path, model, teacher="lora_scale"))
     assert "adapter: without" not in log(caplog, trainer(tmp_path, model, teacher="live"))
 
 
@@ -88,19 +93,102 @@ def test_a_dead_teacher_is_an_error(tmp_path):
         opsd.train()
 
 
-class OtherTemplate(HintCollator):
-    """Its teacher has a system message even where there is no hint."""
+class OtherContext(HintCollator):
+    """Its teacher's rows are changed."""
 
-    def _contexts(self, row: Any, hinted: bool = True) -> Any:
-        made = super()._contexts(row, hinted)
+    def changed(self, teacher: Rendered) -> Rendered:
+        raise NotImplementedError
+
+    def _fit(self, prompt: Any, student: Rendered, hints: Any, teacher: Any) -> Any:
+        return super()._fit(prompt, student, hints, lambda hints: self.changed(teacher(hints)))
+
+
+def without(row: Rendered, start: int, count: int) -> Rendered:
+    """The row without some tokens of a context."""
+    return Rendered(
+        [*row.ids[:start], *row.ids[start + count :]],
+        [at if at < start else at - count for at in row.scored],
+    )
+
+
+class Greets(OtherContext):
+    """A system message even where there is no hint."""
+
+    def changed(self, teacher: Rendered) -> Rendered:
         greeting = self.tokenizer("<|im_start|> system You are brief . <|im_end|>")["input_ids"]
-        return made._replace(teacher=made.teacher._replace(ids=[*greeting, *made.teacher.ids]))
+        return Rendered([*greeting, *teacher.ids], [at + len(greeting) for at in teacher.scored])
 
 
-def test_another_template_is_an_error(tmp_path):
-    opsd = trainer(tmp_path, models.llama(), OtherTemplate(models.tokenizer()))
-    with pytest.raises(EmptyHintError, match=r"template: .* and token 1 is the first to differ"):
+class NoGenerationPrompt(OtherContext):
+    def changed(self, teacher: Rendered) -> Rendered:
+        return without(teacher, teacher.scored[0] - 2, 2)
+
+
+class TwoBeginnings(OtherContext):
+    def changed(self, teacher: Rendered) -> Rendered:
+        return Rendered([teacher.ids[0], *teacher.ids], [at + 1 for at in teacher.scored])
+
+
+class Thinks(HintCollator):
+    """Other template kwargs for the teacher."""
+
+    def _fit(self, prompt: Any, student: Rendered, hints: Any, teacher: Any) -> Any:
+        def other(hints: Any) -> Rendered:
+            kept, self.chat_template_kwargs = self.chat_template_kwargs, {"think": True}
+            try:
+                return teacher(hints)
+            finally:
+                self.chat_template_kwargs = kept
+
+        return super()._fit(prompt, student, hints, other)
+
+
+class SecondTurn(OtherContext):
+    """Right up to the first reply; a token behind it is lost."""
+
+    def changed(self, teacher: Rendered) -> Rendered:
+        starts = [b for a, b in pairwise(teacher.scored) if b != a + 1]
+        return without(teacher, starts[0] - 3, 1) if starts else teacher
+
+
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [
+        (Greets, "token 1 is the first to differ"),
+        (NoGenerationPrompt, r"first to differ: \[3, 7, \d+\]"),  # <|im_start|> assistant
+        (TwoBeginnings, r"first to differ: \[6, \d+, \d+\] and \[3, 6, \d+\]"),
+        (Thinks, r"first to differ: .* and \[30, "),  # think
+    ],
+)
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_another_template_is_an_error(tmp_path, kind, where, on_policy):
+    opsd = trainer(tmp_path, models.llama(), kind(models.tokenizer()), on_policy=on_policy)
+    if not on_policy and kind is not Thinks:  # text is all that can stand behind other kwargs
+        opsd.train_dataset = [dialogue() for _ in range(4)]
+    with pytest.raises(EmptyHintError, match=rf"template: without a hint row 0 .* {where}"):
         opsd.train()
+
+
+def dialogue() -> dict[str, Any]:
+    """Two replies; the hint stands before the second, which alone is scored in training."""
+    said = ("What is 1 + 2 ?", "3", "Sum of 1 and 4 ?", "The answer is 5 .")
+    turns = [
+        {"role": role, "content": text}
+        for role, text in zip(("user", "assistant") * 2, said, strict=True)
+    ]
+    return {"prompt": turns[:1], "completion": turns[1:], "hint": "Hint : 5"}
+
+
+def test_every_reply_of_the_data_is_compared(tmp_path, caplog):
+    for kind in (HintCollator, SecondTurn):
+        collator = kind(models.tokenizer(), Hint(turn=2), scored="hinted")
+        opsd = trainer(tmp_path, models.llama(), collator, on_policy=False)
+        opsd.train_dataset = [dialogue() for _ in range(4)]
+        if kind is HintCollator:
+            assert FOUND in log(caplog, opsd)
+            continue
+        with pytest.raises(EmptyHintError, match="template: without a hint row 0"):
+            opsd.train()
 
 
 class Deaf(nn.Module):
@@ -119,8 +207,94 @@ def test_padding_that_reaches_the_logits_is_an_error(tmp_path):
     model = models.llama()
     model.model = Deaf(model.model)
     opsd = trainer(tmp_path, model, on_policy=False)
-    with pytest.raises(EmptyHintError, match="padding or position ids: rows padded on the left"):
+    with pytest.raises(EmptyHintError, match="padding: rows padded on the left"):
         opsd.train()
+
+
+class FromThePadding(nn.Module):
+    """Stands in for a decoder that counts positions from the padding on."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
+        return self.inner(input_ids=input_ids, **kwargs | {"position_ids": None})
+
+
+def test_positions_counted_from_the_padding_are_an_error(tmp_path):
+    model = models.gpt2()
+    model.transformer = FromThePadding(model.transformer)
+    with pytest.raises(EmptyHintError, match="position ids: rows padded on the left must give"):
+        trainer(tmp_path, model).train()
+
+
+@pytest.mark.parametrize("teacher", ["base", "ema"])
+def test_an_adapter_that_is_not_off_is_an_error(tmp_path, monkeypatch, teacher):
+    """Also one that was not trained: then student and teacher agree all the same."""
+    model = models.lora(models.llama())
+    fill_adapter(model, 0.0)
+    opsd = trainer(tmp_path, model, teacher=teacher)
+    monkeypatch.setattr(teachers, "adapters_off", contextlib.nullcontext)
+    monkeypatch.setattr(SelfTeacher, "_swapped", contextlib.nullcontext)
+    with pytest.raises(EmptyHintError, match="adapter: the teacher must not change with the stud"):
+        opsd.train()
+
+
+def test_the_check_leaves_weights_and_random_state(tmp_path):
+    opsd = trainer(tmp_path, models.lora(models.llama()), teacher="ema")
+    weights, state = models.weights(opsd.model), torch.get_rng_state()
+    opsd._check_empty_hint()
+    assert models.difference(weights, models.weights(opsd.model)) == 0.0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [p.requires_grad for p in opsd.model.parameters()].count(True) > 0
+
+
+BY_ITSELF = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|> system You are brief . <|im_end|> ' }}{% endif %}" + models.TEMPLATE
+)
+
+
+@pytest.mark.parametrize("on_policy", [True, False])
+@pytest.mark.parametrize(("where", "is_lost"), [("system", True), ("user", False)])
+def test_a_system_message_that_a_hint_replaces_is_named(
+    tmp_path, caplog, where, is_lost, on_policy
+):
+    tokenizer = models.tokenizer()
+    tokenizer.chat_template = BY_ITSELF
+    collator = HintCollator(tokenizer, Hint(where=where))
+    opsd = trainer(tmp_path, models.llama(), collator, on_policy=on_policy)
+    if not on_policy:
+        opsd.train_dataset = [dialogue() for _ in range(4)]
+    opsd.args.max_steps = 2
+    text = log(caplog, opsd)
+    assert FOUND in text
+    assert text.count("context: the teacher must read what the student reads, and the") == is_lost
+    lost = (
+        r"row 0 of the batch has '[^']*You are brief[^']*' for the student, and '[^']+' in its pl"
+    )
+    assert (re.search(lost, text) is not None) == is_lost
+
+
+class Pieces:
+    """A tokenizer whose pieces can end in the middle of a word."""
+
+    def __init__(self, *pieces: str) -> None:
+        self.pieces = pieces
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(self.pieces[i] for i in ids)
+
+
+def test_lost_context_is_told_by_its_text():
+    words = Pieces("Sum", " of 3", "?", "?\n\nHint", " 4", "<end>", "Be", " brief")
+    kept = ([0, 1, 2, 5], [0, 1, 3, 4, 2, 5], [0, 1, 3, 4, 5], [6, 7, 0, 1, 2, 5])
+    for teacher in kept:
+        assert lost_context([0, 1, 2, 5], teacher, words) is None
+    assert lost_context([6, 7, 0, 5], [3, 4, 0, 5], words) == ("Be brief", "?\n\nHint 4")
+    assert lost_context([0, 1, 2, 5], [1, 2, 5], words) == ("Sum", "")
+    assert lost_context([0, 1, 2, 5], [0, 2, 1, 5], words) == ("?", "")
 
 
 def test_a_resumed_run_is_not_checked(tmp_path, caplog):

@@ -46,6 +46,16 @@ def opsd_ema(folder: Path) -> OPSDTrainer:
     return opsd(folder, student(), teacher="ema", self_teacher={"ema_decay": 0.5})
 
 
+def opsd_lora_scale(folder: Path) -> OPSDTrainer:
+    """The teacher is another one at each step, before the checkpoint and behind it."""
+    return opsd(
+        folder,
+        models.lora(student()),
+        teacher="lora_scale",
+        self_teacher={"lora_scale": "linear:0.0->1.0@5"},
+    )
+
+
 def opsd_window(folder: Path) -> OPSDTrainer:
     """Each rollout serves two steps: the checkpoint of step 3 lies between them."""
     return opsd(
@@ -56,7 +66,7 @@ def opsd_window(folder: Path) -> OPSDTrainer:
     )
 
 
-SETUPS = {f.__name__: f for f in (distill, opsd_lora, opsd_ema, opsd_window)}
+SETUPS = {f.__name__: f for f in (distill, opsd_lora, opsd_ema, opsd_lora_scale, opsd_window)}
 
 
 def resumed(setup: str, folder: Path) -> dict[str, torch.Tensor]:
@@ -81,13 +91,14 @@ def test_a_lost_rollout_would_show(tmp_path: Path) -> None:
     assert models.difference(models.weights(straight.model), end) > LEAST
 
 
+@pytest.mark.parametrize("setup", ["opsd_ema", "opsd_lora_scale"])
 def test_a_teacher_state_that_is_not_restored_would_show(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setup: str
 ) -> None:
-    straight = opsd_ema(tmp_path)
+    straight = SETUPS[setup](tmp_path)
     straight.train()
     monkeypatch.setattr(type(straight.teacher), "load_state_dict", lambda self, state: None)
-    assert models.difference(models.weights(straight.model), resumed("opsd_ema", tmp_path)) > LEAST
+    assert models.difference(models.weights(straight.model), resumed(setup, tmp_path)) > LEAST
 
 
 def test_resuming_without_the_teachers_state_is_an_error(tmp_path: Path) -> None:

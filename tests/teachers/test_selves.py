@@ -1,51 +1,40 @@
 """What each teacher says, what it keeps, and that the student is left as it was."""
 
 import logging
-from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from peft.tuners.lora import LoraLayer
+from torch import nn
 
 from hf_distill import ModelTeacher, SelfTeacher
 from hf_distill.alignment import Side
 from hf_distill.heads import Signal
 from hf_distill.teachers import adapters_off
+from tests.teachers.asking import (
+    FAR,
+    IDS,
+    PREDICTS,
+    ROUNDING,
+    SIDE,
+    prepared,
+    scored_logits,
+    step,
+)
 from tests.trainers import models
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
 
-IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
-PREDICTS = torch.tensor([[0, 1, 1, 0, 1, 0], [1, 0, 1, 0, 0, 0]]).bool()
-SIDE = Side({"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}, PREDICTS)
-# one path through the model against another: a few roundings of logits of order 1
-ROUNDING = {"rtol": 0, "atol": 2e-6}
-FAR = 1e-2  # what another teacher's logits differ by, at least
-
-
-def prepared(teacher: Any, student: nn.Module, refusal: str | None = None) -> Any:
-    teacher.prepare(Accelerator(cpu=True), student, refusal)
-    return teacher
-
-
-@torch.no_grad()
-def scored_logits(model: nn.Module) -> Tensor:
-    was_training = model.training
-    logits = model.eval()(input_ids=IDS).logits[PREDICTS]
-    model.train(was_training)
-    return logits
-
-
-def step(model: nn.Module, seed: int = 0) -> None:
-    """Stands for an optimizer step: every trainable weight moves."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.1 * torch.randn(p.shape, generator=generator))
-
-
+EMA_STUDENTS = {
+    "llama": models.llama,
+    "tied": models.tied,
+    "phi": models.phi,
+    "lora": lambda: models.lora(models.llama()),
+    "lora on a tied model": lambda: models.lora(models.tied()),
+    "lora and a saved head": lambda: models.lora(models.llama(), modules_to_save=["lm_head"]),
+    "lora and saved norms": lambda: models.lora(models.llama(), modules_to_save=["norm"]),
+    "lora on the head": lambda: models.lora(models.llama(), target_modules=["lm_head", "q_proj"]),
+}
 REFUSALS = pytest.mark.parametrize("refusal", [None, "the test asks for logits"])
 
 
@@ -99,10 +88,9 @@ def test_base_of_a_full_model_is_a_frozen_copy(
 
 
 @REFUSALS
-@pytest.mark.parametrize("family", ["llama", "tied", "phi", "adapted"])
+@pytest.mark.parametrize("family", EMA_STUDENTS)
 def test_ema_is_the_average_by_hand(family: str, refusal: str | None) -> None:
-    adapted = family == "adapted"
-    student = models.lora(models.llama()) if adapted else models.FAMILIES[family]()
+    student = EMA_STUDENTS[family]()
     average = models.copied(student)
     teacher = prepared(SelfTeacher("ema", ema_decay=0.75), student, refusal)
     for seed in range(3):
@@ -118,11 +106,16 @@ def test_ema_is_the_average_by_hand(family: str, refusal: str | None) -> None:
         # three products and sums of numbers of order 1
         torch.testing.assert_close(teacher.state_dict()[name], mine, rtol=0, atol=1e-6)
     signal = teacher.signal(student, SIDE)
-    assert (signal.hidden is None) == (refusal is not None)
+    # a head that PEFT has wrapped is read by its logits
+    assert (signal.hidden is None) == (refusal is not None or "head" in family)
     want = scored_logits(average)
     # the averages differ by roundings, and logits are sums over 32 of them
     torch.testing.assert_close(signal.dense(), want, rtol=0, atol=2e-5)
     assert (scored_logits(student) - want).abs().max() > FAR
+
+
+def lora_scalings(model: nn.Module) -> list[dict[str, float]]:
+    return [dict(m.scaling) for m in model.modules() if isinstance(m, LoraLayer)]
 
 
 def test_live_follows_the_student(caplog: pytest.LogCaptureFixture) -> None:
@@ -137,13 +130,14 @@ def test_live_follows_the_student(caplog: pytest.LogCaptureFixture) -> None:
     assert student.training
 
 
-@pytest.mark.parametrize("kind", ["base", "ema", "live"])
+@pytest.mark.parametrize("kind", ["base", "ema", "live", "lora_scale"])
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_student_is_left_as_it_was(kind: str, fails: bool) -> None:
     student = models.lora(models.llama(attention_dropout=0.5)).train()
-    teacher = prepared(SelfTeacher(kind, 0.5), student)
+    teacher = prepared(SelfTeacher(kind, 0.5, 0.3), student)
     step(student)
     before = models.weights(student)
+    scalings = lora_scalings(student)
     storage = {n: p.data_ptr() for n, p in student.named_parameters()}
     flags = {n: p.requires_grad for n, p in student.named_parameters()}
     adapted = scored_logits(student)
@@ -157,6 +151,7 @@ def test_the_student_is_left_as_it_was(kind: str, fails: bool) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert {n: p.data_ptr() for n, p in after.items()} == storage
     assert {n: p.requires_grad for n, p in after.items()} == flags
+    assert lora_scalings(student) == scalings
     assert student.training
     assert torch.equal(scored_logits(student), adapted)
 
@@ -206,30 +201,18 @@ def test_state_is_restored_and_another_is_refused() -> None:
         fresh.load_state_dict(lacking)
 
 
-def test_a_model_teacher_is_frozen_and_has_no_dropout() -> None:
-    teacher_model = models.llama(1, attention_dropout=0.9).train()
-    student = models.llama()
-    teacher = prepared(ModelTeacher(teacher_model), student)
-    first, second = (teacher.signal(student, SIDE).dense() for _ in range(2))
-    assert torch.equal(first, second)
-    torch.testing.assert_close(first, scored_logits(models.llama(1)), **ROUNDING)
-    assert not any(p.requires_grad for p in teacher_model.parameters())
-    assert teacher.state_dict() == {}
-
-
-def test_a_model_teacher_from_a_folder(tmp_path) -> None:
-    models.llama(1).save_pretrained(tmp_path)
-    teacher = prepared(ModelTeacher(str(tmp_path)), models.llama())
-    signal = teacher.signal(models.llama(), SIDE)
-    torch.testing.assert_close(signal.dense(), scored_logits(models.llama(1)), **ROUNDING)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("frozen",), r"teacher must be one of \('base', 'live', 'ema'\), got 'frozen'"),
+        (
+            ("frozen",),
+            r"teacher must be one of \('base', 'live', 'ema', 'lora_scale'\), got 'frozen'",
+        ),
         (("ema", 1.0), r"ema_decay must be in \[0, 1\), got 1.0"),
         (("ema", -0.1), r"ema_decay must be in \[0, 1\), got -0.1"),
+        (("lora_scale", 0.5, 1.1), r"lora_scale must stay in \[0, 1\], got 1.1"),
+        (("lora_scale", 0.5, -0.1), r"lora_scale must stay in \[0, 1\], got -0.1"),
+        (("lora_scale", 0.5, "linear:0->2@3"), r"lora_scale must stay in \[0, 1\], got linear"),
     ],
 )
 def test_bad_arguments_are_named(arguments: tuple, message: str) -> None:
@@ -255,3 +238,34 @@ def test_ema_of_16_bit_weights_moves() -> None:
     said = teacher.signal(student, SIDE).dense()
     assert said.dtype == torch.bfloat16
     assert student.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_the_distance_of_an_average() -> None:
+    student = models.lora(models.llama())
+    teacher = prepared(SelfTeacher("ema", 0.75), student)
+    assert teacher.distance(student) == 0.0
+    trained = [p for p in student.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.add_(0.25)
+        trained[-1][0, 1] -= 0.75  # one entry is the farthest, on the other side
+    assert teacher.distance(student) == pytest.approx(0.5, abs=1e-6)
+    teacher.update(student)
+    assert teacher.distance(student) == pytest.approx(0.5 * 0.75, abs=1e-6)
+    for kind in ("base", "live", "lora_scale"):
+        assert prepared(SelfTeacher(kind), student).distance(student) is None
+
+
+def test_ema_refuses_parameters_that_it_has_not_averaged() -> None:
+    student = models.llama()
+    student.lm_head.requires_grad_(False)
+    teacher = prepared(SelfTeacher("ema", 0.5), student)
+    student.lm_head.requires_grad_(True)
+    message = r"same parameters must be trained .* 1 differ, the first is 'lm_head\.weight'"
+    for ask in (
+        teacher.update,
+        teacher.distance,
+        lambda model: teacher.signal(model, SIDE),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ask(student)

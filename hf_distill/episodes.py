@@ -1,0 +1,197 @@
+"""Episodes: what the student wrote for a row, and what an environment said to it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from hf_distill.hints import Messages, Prompt, Row
+
+# Columns that a hint can read after the rollout, besides the row's and the environment's
+ROLLOUT_COLUMNS = ("attempt", "dialogue", "sibling")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What an environment sees of an episode.
+
+    Args:
+        row: the data's columns.
+        messages: prompt, replies and the environment's messages so far; the last is the reply to
+            judge. Empty if the prompt is text.
+        text: of the last reply, without special tokens.
+        ended: whether the reply ended with an end token.
+        turn: replies before this one.
+        group: attempts at the same row in one batch have the same number.
+    """
+
+    row: Row
+    messages: Messages
+    text: str
+    ended: bool
+    turn: int
+    group: int
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What an environment says to an attempt.
+
+    Args:
+        messages: the dialogue's next messages, to which the student replies; empty ends it.
+        columns: what hints may read as if it were in the row: a verifier's error, the number of a
+            wrong turn. "score" also ranks the attempts of a group: the best other one above 0 is
+            the column "sibling".
+    """
+
+    messages: Messages = field(default_factory=list)
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+# Judges attempts, all that are waiting at once; called after each round of replies
+Environment = Callable[[Sequence[Attempt]], Sequence[Feedback]]
+
+
+@dataclass
+class Episode:
+    """One row's dialogue.
+
+    Args:
+        row: the data's columns.
+        prompt: its prompt, text or messages.
+        group: of attempts at the same row.
+        completions: token ids of each reply, as sampled.
+        texts: the replies as text, for hints and environments; they are never tokenised for the
+            student's or the teacher's replies.
+        said: the environment's messages behind each reply but the last.
+        columns: the environment's.
+    """
+
+    row: Row
+    prompt: Prompt
+    group: int = 0
+    completions: list[list[int]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    said: list[Messages] = field(default_factory=list)
+    columns: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def messages(self) -> Messages:
+        """Prompt, replies as text, and what the environment said; empty for a text prompt."""
+        if isinstance(self.prompt, str):
+            return []
+        result = [*self.prompt]
+        for i, text in enumerate(self.texts):
+            result.append({"role": "assistant", "content": text})
+            result += self.said[i] if i < len(self.said) else []
+        return result
+
+    def replies(self) -> list[int]:
+        """Where among `messages` the replies stand."""
+        at, result = len(self.prompt), []
+        for i in range(len(self.completions)):
+            result.append(at)
+            at += 1 + (len(self.said[i]) if i < len(self.said) else 0)
+        return result
+
+    def seen(self) -> dict[str, Any]:
+        """The row as hints read it: with the environment's columns and those of the rollout.
+
+        Raises:
+            ValueError: a column of the data has the name of one of the rollout.
+        """
+        taken = sorted(self.row.keys() & set(ROLLOUT_COLUMNS))
+        if taken:
+            raise ValueError(f"the column {taken[0]!r} is the rollout's; rename the data's")
+        made = {"attempt": self.texts[-1], "dialogue": self.messages, "sibling": None}
+        return {**self.row, **made, **self.columns}
+
+    def attempt(self, ended: bool) -> Attempt:
+        """What an environment sees."""
+        turn = len(self.completions) - 1
+        return Attempt(self.row, self.messages, self.texts[-1], ended, turn, self.group)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs to build the same rows again, beside the data's row."""
+        names = ("completions", "texts", "said", "columns")
+        return {name: getattr(self, name) for name in names}
+
+
+class Contexts(Protocol):
+    """Token ids of dialogues: a `HintCollator`."""
+
+    def next_context(self, episode: Episode) -> list[int]:
+        """The student's ids up to its next reply."""
+        ...
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Of a completion, to be read."""
+        ...
+
+
+def _answers(environment: Environment, attempts: list[Attempt]) -> Sequence[Feedback]:
+    answers = environment(attempts)
+    if len(answers) != len(attempts) or not all(isinstance(x, Feedback) for x in answers):
+        got = [type(x).__name__ for x in answers]
+        raise ValueError(
+            f"the environment must give one Feedback for each of {len(attempts)} attempts, "
+            f"got {len(got)}: {', '.join(sorted(set(got)))}"
+        )
+    return answers
+
+
+def play(
+    episodes: Sequence[Episode],
+    prompts: Sequence[list[int]],
+    sample: Callable[[Sequence[Sequence[int]], int], list[list[int]]],
+    contexts: Contexts,
+    environment: Environment | None,
+    max_turns: int,
+    end_ids: Sequence[int],
+) -> None:
+    """Fill episodes with replies, and with what the environment says, round by round.
+
+    Args:
+        episodes: new ones.
+        prompts: their contexts' token ids.
+        sample: completions of contexts, given the number of the round.
+        contexts: renders what comes between the replies.
+        environment: None for one reply each.
+        max_turns: replies of an episode; the environment's messages behind the last are dropped.
+        end_ids: tokens that end a reply. A reply that was cut off ends its episode.
+
+    Raises:
+        ValueError: the environment does not answer each attempt with a `Feedback`, or continues a
+            dialogue whose prompt is text.
+    """
+    waiting = list(zip(episodes, prompts, strict=True))
+    for turn in range(max_turns):
+        completions = sample([ids for _, ids in waiting], turn)
+        for (episode, _), completion in zip(waiting, completions, strict=True):
+            episode.completions.append(completion)
+            episode.texts.append(contexts.text(completion))
+        if environment is None:
+            return
+        ended = [completion[-1] in end_ids for completion in completions]
+        attempts = [e.attempt(end) for (e, _), end in zip(waiting, ended, strict=True)]
+        answered = zip(waiting, ended, _answers(environment, attempts), strict=True)
+        waiting = []
+        for (episode, _), has_ended, feedback in answered:
+            episode.columns |= feedback.columns
+            if not feedback.messages or not has_ended or turn + 1 == max_turns:
+                continue
+            if isinstance(episode.prompt, str):
+                raise ValueError("the environment can continue chat messages only, got a text")
+            episode.said.append(list(feedback.messages))
+            waiting.append((episode, contexts.next_context(episode)))
+        if not waiting:
+            return
+
+
+def share_siblings(episodes: Sequence[Episode]) -> None:
+    """Set the column "sibling": the text of the group's best other attempt with a score above 0."""
+    for episode in episodes:
+        others = [e for e in episodes if e.group == episode.group and e is not episode]
+        scored = [e for e in others if (e.columns.get("score") or 0) > 0]
+        if scored:
+            best = max(scored, key=lambda e: e.columns["score"])
+            episode.columns["sibling"] = best.texts[-1]

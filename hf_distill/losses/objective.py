@@ -1,0 +1,167 @@
+"""Objective: a divergence to the teacher over the vocabulary, and cross-entropy."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_distill.heads import Head, Signal
+from hf_distill.losses import tokens
+from hf_distill.losses.sparse import sparse_terms
+from metal_ops import DivergenceSpec, weighted_divergence
+from metal_ops.functional import LinearTerms, linear_divergence_with_stats
+from metal_ops.functional.linear import DivergenceStats
+
+
+class Terms(NamedTuple):
+    """The loss of some tokens, and what is known of each.
+
+    loss is the scalar with a gradient. soft [N] and hard [N] are nats per token, unweighted and
+    without gradient; hard is zero where it was not needed. stats are [N] too. `extra` holds more
+    values of tokens, by the name under which their mean is logged; each has a length of its own,
+    and NaN where there is no value.
+    """
+
+    loss: Tensor
+    soft: Tensor
+    hard: Tensor
+    stats: DivergenceStats
+    extra: Mapping[str, Tensor]
+
+    def counted(self, counts: Tensor | None) -> LinearTerms:
+        """Without `extra`, and only of the tokens where `counts` [N] bool is true (None: all)."""
+        rows = (self.soft, self.hard, *self.stats)
+        soft, hard, *stats = rows if counts is None else (row[counts] for row in rows)
+        return LinearTerms(self.loss, soft, hard, DivergenceStats(*stats))
+
+
+def mixed(alpha: float, soft: Tensor, hard: Tensor) -> Tensor:
+    """Alpha * soft + (1 - alpha) * hard; a side without a share may be infinite."""
+    if alpha == 1.0:
+        return soft
+    return (1 - alpha) * hard if alpha == 0.0 else alpha * soft + (1 - alpha) * hard
+
+
+def hard_sum(
+    logits: Tensor, targets: Tensor, weights: Tensor, given: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(weighted sum, per token [N]) of cross-entropies; a `given` sum takes the place of ours."""
+    hard = F.cross_entropy(tokens.wide(logits), targets, reduction="none")
+    return (weights * hard).sum() if given is None else given, hard.detach()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """alpha * soft + (1 - alpha) * hard: a divergence to the teacher, and cross-entropy.
+
+    Args:
+        spec: the divergence.
+        alpha: share of the divergence, in [0, 1].
+    """
+
+    spec: DivergenceSpec
+    alpha: float
+    extra_names: tuple[str, ...] = field(default=(), init=False, repr=False)
+
+    @property
+    def unmeasured(self) -> tuple[str, ...]:
+        """Metrics of single tokens that this loss does not compute."""
+        hard = ("hard",) if self.alpha == 1.0 else ()
+        return hard if self.spec.clip is not None else (*hard, "clipped")
+
+    def from_hidden(
+        self,
+        hidden: Tensor,
+        head: Head,
+        teacher: Signal,
+        targets: Tensor,
+        weights: Tensor,
+        hard_weights: Tensor | None = None,
+    ) -> Terms:
+        """Terms of N tokens from the student's hidden states [N, H] and its head.
+
+        The teacher's signal must be hidden states too; targets is [N] int64, weights [N].
+        hard_weights [N] are those of the cross-entropy where they differ, which costs a second
+        projection of the student.
+        """
+        assert teacher.hidden is not None
+        assert teacher.head is not None
+        together = self.alpha < 1.0
+        if hard_weights is None or hard_weights is weights or not together:
+            apart = False
+        else:  # comparing waits for the device, a second projection takes longer
+            apart = not torch.equal(weights, hard_weights)
+        together = together and not apart
+        terms = linear_divergence_with_stats(
+            hidden,
+            head.weight,
+            teacher.hidden,
+            teacher.head.weight,
+            self.spec,
+            weights=weights,
+            labels=targets if together else None,
+            alpha=self.alpha if together else 1.0,
+            student_bias=head.bias,
+            teacher_bias=teacher.head.bias,
+            student_logit_scale=head.logit_scale,
+            teacher_logit_scale=teacher.head.logit_scale,
+            student_softcap=head.softcap,
+            teacher_softcap=teacher.head.softcap,
+        )
+        if not apart:
+            return Terms(*terms, {})
+        assert hard_weights is not None
+        loss, hard = tokens.cross_entropy(hidden, head, targets, hard_weights)
+        return Terms(mixed(self.alpha, terms.loss, loss), terms.soft, hard, terms.stats, {})
+
+    def from_logits(
+        self,
+        logits: Tensor,
+        teacher: Signal,
+        targets: Tensor,
+        weights: Tensor,
+        hard_weights: Tensor | None = None,
+        hard_loss: Tensor | None = None,
+    ) -> Terms:
+        """Terms of N tokens from the student's logits [N, V].
+
+        hard_loss, a scalar already normalised over the optimizer step, replaces the cross-entropy
+        (label smoothing, the user's compute_loss_func).
+        """
+        if teacher.sparse is not None:
+            soft = sparse_terms(logits, teacher.sparse, self.spec, weights)
+        else:
+            soft = weighted_divergence(logits, teacher.dense(), self.spec, weights=weights)
+        if self.alpha == 1.0:
+            return Terms(*soft[:2], torch.zeros_like(soft.per_token), soft.stats, {})
+        hard_weights = weights if hard_weights is None else hard_weights
+        loss, hard = hard_sum(logits, targets, hard_weights, hard_loss)
+        loss = mixed(self.alpha, soft.loss, loss)
+        return Terms(loss, soft.per_token, hard, soft.stats, {})
+
+
+def assert_finite(terms: Terms) -> None:
+    """Stop at a loss that is not a number, saying which side it comes from.
+
+    Raises:
+        FloatingPointError: the loss is NaN or infinite.
+    """
+    if bool(torch.isfinite(terms.loss)):
+        return
+    sides = {
+        "student logits": terms.stats.student_entropy,
+        "teacher logits": terms.stats.teacher_entropy,
+    }
+    bad = {name: int((~torch.isfinite(entropy)).sum()) for name, entropy in sides.items()}
+    named = [f"{name} are NaN at {n} of {len(terms.soft)} tokens" for name, n in bad.items() if n]
+    infinite = int((~torch.isfinite(terms.soft)).sum())
+    if infinite and not named:
+        named = [
+            f"the divergence is infinite at {infinite} of {len(terms.soft)} tokens "
+            "(the teacher gives a token probability 0)"
+        ]
+    cause = " and ".join(named) or "the hard loss is not finite"
+    raise FloatingPointError(f"the loss must be finite, got {terms.loss.item()}: {cause}")

@@ -1,0 +1,169 @@
+"""A client of vLLM's completions endpoint: the log-probabilities of given tokens.
+
+The request is `POST {url}/completions` with the prompt as token ids and `prompt_logprobs` k. The
+answer holds, for each choice, `prompt_logprobs`: a list as long as the prompt, null for the first
+token, else a map from token id (as text) to `{"logprob": ...}` of the k most probable tokens and of
+the prompt's own token if it is not one of them. -inf is written as -9999. Read in vLLM 0.26's
+`entrypoints/openai/completion` and `logprobs.py`; a server's `--max-logprobs` limits k, 20 unless
+set.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import httpx2
+
+logger = logging.getLogger(__name__)
+
+SHOWN = 300  # characters of an answer in an error
+WRITTEN_AS_MINUS_INF = -9999.0
+MASS_TOLERANCE = 1e-2  # of probabilities from 16-bit logits
+RETRIED = (429, 500, 502, 503, 504)
+
+TopK = dict[int, float]  # log-probability by token id
+
+
+class RemoteTeacherError(RuntimeError):
+    """The server did not answer, or with something else than log-probabilities."""
+
+
+class Completions:
+    """The client; safe to use from several threads.
+
+    Args:
+        url: up to the version, such as "http://localhost:8000/v1".
+        model: the name that the server knows it by.
+        top_k: how many entries to ask for, >= 1.
+        timeout: seconds without an answer after which a request has failed.
+        retries: how often a request is sent again after a failed connection or a status of
+            `RETRIED`.
+        backoff: seconds before the first of them; doubled for each next one.
+        api_key: sent as a bearer token, or None.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        top_k: int,
+        timeout: float,
+        retries: int,
+        backoff: float,
+        api_key: str | None,
+    ) -> None:
+        self.url = url.rstrip("/") + "/completions"
+        self.model = model
+        self.top_k = top_k
+        self.timeout = timeout
+        self.retries = retries
+        self.backoff = backoff
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._client = httpx2.Client(timeout=timeout, headers=headers)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def top_log_probs(self, ids: Sequence[int]) -> list[TopK]:
+        """The most probable tokens at positions 1 to len(ids) - 1, each given the ids before it.
+
+        Every position has `top_k` of them, or the whole vocabulary of the server if it is smaller.
+
+        Raises:
+            RemoteTeacherError: naming the url, and the status and the body if there are.
+        """
+        response = self._post({**self._options(), "prompt": list(ids)})
+        try:
+            (choice,) = response.json()["choices"]
+            answered = choice["prompt_logprobs"]
+            positions = None if answered is None else [_read(entry) for entry in answered[1:]]
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            raise self._error(
+                response, f"the answer must be JSON with prompt_logprobs, got {error!r}"
+            ) from error
+        if positions is None or len(positions) != len(ids) - 1:
+            got = "none" if positions is None else f"{len(positions) + 1}"
+            raise self._error(
+                response,
+                f"prompt_logprobs must have {len(ids)} positions, as the prompt, got {got}",
+            )
+        for at, (own, entries) in enumerate(zip(ids[1:], positions, strict=True), start=1):
+            fault = self._fault(own, entries)
+            if fault is not None:
+                raise self._error(response, f"position {at}: {fault}")
+        return [self._largest(entries) for entries in positions]
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "prompt_logprobs": self.top_k,
+            "max_tokens": 1,
+            "temperature": 1.0,
+        }
+
+    def _fault(self, own: int, entries: TopK) -> str | None:
+        if own not in entries:
+            return f"the prompt's own token {own} must be among the entries, got {len(entries)}"
+        if not all(value <= MASS_TOLERANCE for value in entries.values()):
+            worst = max(entries.values(), key=lambda x: math.inf if math.isnan(x) else x)
+            return f"a log-probability must not be positive, got {worst:g}"
+        mass = math.fsum(map(math.exp, entries.values()))
+        if mass > 1 + MASS_TOLERANCE:
+            return (
+                f"the probabilities must not sum to more than 1, got {mass:g}: does the server "
+                "return raw_logprobs?"
+            )
+        return None
+
+    def _largest(self, entries: TopK) -> TopK:
+        ordered = sorted(entries.items(), key=lambda item: (-item[1], item[0]))
+        return dict(ordered[: self.top_k])
+
+    def _post(self, body: dict[str, Any]) -> httpx2.Response:
+        """The server's answer of status 200, after as many tries as are allowed."""
+        content = json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        for trial in range(self.retries + 1):
+            if trial:
+                time.sleep(self.backoff * 2 ** (trial - 1))
+            last = trial == self.retries
+            try:
+                response = self._client.post(self.url, content=content, headers=headers)
+            except httpx2.TimeoutException as error:
+                raise RemoteTeacherError(
+                    f"{self.url}: no answer within {self.timeout:g} s"
+                ) from error
+            except httpx2.TransportError as error:
+                if last:
+                    raise RemoteTeacherError(
+                        f"{self.url}: no connection in {trial + 1} tries: {error}"
+                    ) from error
+                logger.warning("%s: %s; trying again", self.url, error)
+                continue
+            if response.status_code == 200:
+                return response
+            if last or response.status_code not in RETRIED:
+                hint = f"; the server must allow --max-logprobs {self.top_k}"
+                raise self._error(
+                    response,
+                    f"the status must be 200 (try {trial + 1})"
+                    + (hint if response.status_code == 400 else ""),
+                )
+            logger.warning("%s: status %d; trying again", self.url, response.status_code)
+        raise AssertionError("the last try returns or raises")
+
+    def _error(self, response: httpx2.Response, rule: str) -> RemoteTeacherError:
+        body = response.text
+        shown = body[:SHOWN] + ("..." if len(body) > SHOWN else "")
+        return RemoteTeacherError(
+            f"{self.url}: {rule}; status {response.status_code}, body {shown!r}"
+        )
+
+
+def _read(entry: dict[str, dict[str, Any]]) -> TopK:
+    values = {int(key): float(value["logprob"]) for key, value in entry.items()}
+    return {k: -math.inf if v <= WRITTEN_AS_MINUS_INF else v for k, v in values.items()}

@@ -1,0 +1,108 @@
+"""A teacher that is another model."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils.import_utils import is_bitsandbytes_available
+
+from hf_distill.alignment import Side
+from hf_distill.heads import Reader, Signal
+from hf_distill.teachers.protocol import Stateless, Teacher, check_vocabulary
+
+QUANTIZATIONS = ("8bit", "4bit")
+
+
+def _dtype(value: str | torch.dtype) -> torch.dtype:
+    dtype = getattr(torch, value, None) if isinstance(value, str) else value
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(
+            f"dtype must be a floating-point dtype of torch or its name, got {value!r}"
+        )
+    return dtype
+
+
+def _quantization_config(quantization: str, dtype: torch.dtype | None) -> BitsAndBytesConfig:
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization must be one of {QUANTIZATIONS}, got {quantization!r}")
+    if not is_bitsandbytes_available():
+        raise ImportError(
+            f"quantization {quantization!r} needs the package bitsandbytes: "
+            "pip install bitsandbytes"
+        )
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    # products in float32, the default of the config, would cost more than quantization saves
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype or torch.bfloat16)
+
+
+def _loaded(
+    name: str, dtype: str | torch.dtype | None, quantization: str | None, kwargs: dict[str, Any]
+) -> nn.Module:
+    arguments = dict(kwargs)
+    if dtype is not None:
+        arguments["dtype"] = dtype = _dtype(dtype)
+    if quantization is not None:
+        arguments["quantization_config"] = _quantization_config(quantization, dtype)
+    return AutoModelForCausalLM.from_pretrained(name, **arguments)
+
+
+class ModelTeacher(Stateless):
+    """Another causal LM, frozen. Its dtype need not be the student's.
+
+    Args:
+        model: a model, or what `AutoModelForCausalLM.from_pretrained` takes.
+        dtype: to load a name in, such as "bfloat16"; None leaves it to `from_pretrained`.
+        quantization: "8bit" or "4bit" to quantize a name's weights with bitsandbytes, or None.
+        **from_pretrained_kwargs: more arguments of `from_pretrained` for a name.
+
+    Raises:
+        ValueError: dtype or quantization is unknown, or one of the arguments for names is given
+            with a model, which is taken as it is.
+        ImportError: quantization needs bitsandbytes, which is not installed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str,
+        dtype: str | torch.dtype | None = None,
+        quantization: str | None = None,
+        **from_pretrained_kwargs: Any,
+    ) -> None:
+        if isinstance(model, str):
+            model = _loaded(model, dtype, quantization, from_pretrained_kwargs)
+        else:
+            given = {"dtype": dtype, "quantization": quantization}
+            given = [k for k, v in given.items() if v is not None] + [*from_pretrained_kwargs]
+            if given:
+                raise ValueError(
+                    f"{given[0]} is for a teacher given by name; a {type(model).__name__} is "
+                    "taken as it is"
+                )
+        self.model: nn.Module = model.eval().requires_grad_(False)
+
+    def prepare(self, accelerator: Accelerator, student: nn.Module, refusal: str | None) -> None:
+        """Check the vocabulary and move the model to the trainer's device, unless it is placed."""
+        if self.model is student:
+            raise ValueError(
+                "the teacher must not be the student's own object, which is frozen with it: use "
+                "SelfTeacher, or a copy"
+            )
+        check_vocabulary(student, self.model)
+        placed = getattr(self.model, "hf_device_map", None) or getattr(
+            self.model, "is_quantized", False
+        )
+        if not placed:
+            self.model.to(accelerator.device)
+        self._reader = Reader("teacher", refusal)
+
+    def signal(self, student: nn.Module, side: Side) -> Signal:
+        """The frozen model's view of its side of the batch."""
+        return self._reader.signal(self.model, side)
+
+
+def as_teacher(teacher: Teacher | nn.Module | str) -> Teacher:
+    """A teacher from a model, a name that `from_pretrained` takes, or a teacher."""
+    return ModelTeacher(teacher) if isinstance(teacher, nn.Module | str) else teacher

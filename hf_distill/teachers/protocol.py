@@ -1,0 +1,61 @@
+"""What a trainer needs of a teacher."""
+
+from typing import Protocol
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from hf_distill.alignment import Side
+from hf_distill.heads import Signal, causal_lm, vocab_size
+
+
+class Teacher(Protocol):
+    """`signal` is the method; the rest is its life cycle."""
+
+    def prepare(self, accelerator: Accelerator, student: nn.Module, refusal: str | None) -> None:
+        """Called once, before any training: place the teacher, check it against the student.
+
+        `refusal` is why hidden states must not be used in this run, or None.
+        """
+
+    def signal(self, student: nn.Module, side: Side) -> Signal:
+        """The teacher's view of the scored tokens, without gradient. `student` may be wrapped."""
+        ...
+
+    def update(self, student: nn.Module) -> None:
+        """Called after every optimizer step."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold besides the student; empty if nothing."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore from a checkpoint."""
+
+
+class Stateless:
+    """The life cycle of a teacher that does not change in training."""
+
+    def update(self, student: nn.Module) -> None:
+        """Nothing: the teacher is frozen."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Empty: the teacher is where it was taken from."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Nothing to restore."""
+
+
+def check_vocabulary(student: nn.Module, teacher: nn.Module) -> None:
+    """Both must give as many logits.
+
+    Raises:
+        ValueError: naming both sizes.
+    """
+    sizes = vocab_size(causal_lm(student)), vocab_size(causal_lm(teacher))
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise ValueError(
+            "student and teacher must have one vocabulary, got "
+            f"{sizes[0]} entries for the student and {sizes[1]} for the teacher"
+        )

@@ -1,0 +1,200 @@
+"""A teacher on a server."""
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from hf_distill.alignment import Side
+from hf_distill.heads import Signal, causal_lm, vocab_size
+from hf_distill.teachers.completions import Completions, RemoteTeacherError, TopK
+from hf_distill.teachers.protocol import Stateless
+from metal_ops import SparseTeacher
+
+logger = logging.getLogger(__name__)
+
+SENT = ("input_ids", "attention_mask")  # of a side's inputs; the server numbers positions itself
+PROBE_TOKENS = 8
+# Largest difference of a log-probability between two equal requests, in nats. Logits in bfloat16
+# that are summed in another order differ by 0.06 to 0.13; another model by some nats.
+REPEATED = 0.25
+# Probabilities in float32 say no more about the rest than this.
+LEAST_TAIL = torch.finfo(torch.float32).eps
+NO_ENTRY = -1  # padding of ids
+
+
+class RemoteTeacher(Stateless):
+    """A model behind vLLM's completions endpoint, known by its most probable tokens.
+
+    Every row with scored tokens is one request, cut behind its last scored token; the server
+    batches them. Its tokenizer must be the student's: token ids are sent as they are, and an answer
+    must name them. The prompt's own token, which vLLM adds to the top k, is left out unless it is
+    one of them, so that what is known does not depend on what was sampled.
+
+    Args:
+        url: of the server up to the version, such as "http://localhost:8000/v1".
+        model: the name that the server knows it by.
+        top_k: entries per token, >= 1. The server must allow as many (`--max-logprobs`).
+        timeout: seconds without an answer after which a request has failed; > 0.
+        retries: how often a request is sent again after a failed connection or a status 429, 500,
+            502, 503 or 504; >= 0.
+        backoff: seconds before the first of them, doubled for each next one; >= 0.
+        num_threads: requests at a time, >= 1.
+        api_key_env: the environment variable that holds the server's key, or None for no key.
+
+    Attributes:
+        temperature: 1, at which the server's log-probabilities are taken; the loss's must be the
+            same.
+
+    Raises:
+        ValueError: a number is out of range, or the environment variable is not set.
+    """
+
+    temperature = 1.0
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        top_k: int,
+        *,
+        timeout: float = 60.0,
+        retries: int = 3,
+        backoff: float = 0.5,
+        num_threads: int = 8,
+        api_key_env: str | None = None,
+    ) -> None:
+        for name, value, least in (("top_k", top_k, 1), ("num_threads", num_threads, 1)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not timeout > 0 or retries < 0 or backoff < 0:
+            raise ValueError(
+                "timeout must be positive, retries and backoff not negative, got "
+                f"{timeout}, {retries} and {backoff}"
+            )
+        key = None if api_key_env is None else os.environ.get(api_key_env)
+        if api_key_env is not None and not key:
+            raise ValueError(f"the environment variable {api_key_env} must hold the server's key")
+        self.top_k = top_k
+        self.num_threads = num_threads
+        self._server = Completions(url, model, top_k, timeout, retries, backoff, key)
+        self._vocab = 0
+
+    def close(self) -> None:
+        """Close the connections to the server."""
+        self._server.close()
+
+    def prepare(self, accelerator: Accelerator, student: nn.Module, refusal: str | None) -> None:
+        """Ask the server for the same tokens twice.
+
+        Raises:
+            ValueError: the student's vocabulary is not known or smaller than top_k.
+            RemoteTeacherError: the server does not answer, answers differently, or knows ids that
+                the student does not.
+        """
+        vocab = vocab_size(causal_lm(student))
+        if vocab is None or vocab < self.top_k:
+            raise ValueError(
+                f"top_k must be at most the student's vocabulary, got {self.top_k} and {vocab}"
+            )
+        self._vocab = vocab
+        ids = [vocab * (i + 1) // (PROBE_TOKENS + 1) for i in range(PROBE_TOKENS)]
+        first, again = (self._ask(ids) for _ in range(2))
+        pairs = zip(first, again, strict=True)
+        apart = max(
+            abs(math.exp(x) - math.exp(y)) if -math.inf in (x, y) else abs(x - y)
+            for one, other in pairs
+            for x, y in zip(one.values(), other.values(), strict=True)
+        )
+        if apart > REPEATED:
+            raise RemoteTeacherError(
+                f"{self._server.url}: two equal requests must get equal log-probabilities, they "
+                f"are {apart:.2g} nats apart (limit {REPEATED})"
+            )
+        logger.info(
+            "teacher %s at %s: top %d of %d, two equal requests are %.1e nats apart",
+            self._server.model,
+            self._server.url,
+            self.top_k,
+            vocab,
+            apart,
+        )
+
+    def _ask(self, ids: Sequence[int]) -> list[TopK]:
+        positions = self._server.top_log_probs(ids)
+        largest = max(map(max, positions))
+        if largest >= self._vocab:
+            raise RemoteTeacherError(
+                f"{self._server.url}: token ids must be below the student's vocabulary of "
+                f"{self._vocab}, got {largest}"
+            )
+        counts = {len(position) for position in positions}
+        if min(counts) < self.top_k:
+            raise RemoteTeacherError(
+                f"{self._server.url}: each token must have {self.top_k} entries, got {min(counts)}"
+            )
+        return positions
+
+    def signal(self, student: nn.Module, side: Side) -> Signal:
+        """The server's log-probabilities of the scored tokens' positions, and the mass of the rest.
+
+        The rest of a token is 1 less its entries, but at most what entries as small as the least of
+        them can hold, and at least what float32 resolves; nothing if the entries are the whole
+        vocabulary.
+
+        Raises:
+            ValueError: the side has inputs that a server cannot be sent, or scores the first token
+                of a row.
+            RemoteTeacherError: the server fails.
+        """
+        rows = _scored_rows(side)
+        if not rows:
+            return Signal(sparse=self._sparse([], side.predicts.device))
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            answers = list(pool.map(self._ask, [ids for ids, _ in rows]))
+        tokens = [
+            # the answer begins with the second token
+            answer[at - 1]
+            for answer, (_, scored) in zip(answers, rows, strict=True)
+            for at in scored
+        ]
+        return Signal(sparse=self._sparse(tokens, side.predicts.device))
+
+    def _sparse(self, tokens: Sequence[TopK], device: torch.device) -> SparseTeacher:
+        shape = (len(tokens), self.top_k)
+        ids = torch.tensor([list(x) for x in tokens], dtype=torch.int64).view(shape)
+        values = [list(x.values()) for x in tokens]
+        log_probs = torch.tensor(values, dtype=torch.float64).view(shape)
+        rest = (1.0 - log_probs.exp().sum(-1)).clamp_min(LEAST_TAIL)
+        most = (self._vocab - self.top_k) * log_probs.exp().amin(-1)
+        log_tail = torch.minimum(rest, most).log()
+        return SparseTeacher(
+            ids.to(device), log_probs.float().to(device), log_tail.float().to(device)
+        )
+
+
+def _scored_rows(side: Side) -> list[tuple[list[int], list[int]]]:
+    """(ids, places of the scored tokens in them) of each row that has any."""
+    unsent = sorted(side.inputs.keys() - set(SENT))
+    if unsent:
+        raise ValueError(
+            f"a remote teacher takes {' and '.join(SENT)} only, the batch has {unsent[0]!r} too"
+        )
+    ids: Tensor = side.inputs["input_ids"]
+    mask = side.inputs.get("attention_mask", torch.ones_like(ids)).bool()
+    if bool((side.predicts & ~mask).any()):
+        row = int((side.predicts & ~mask).nonzero()[0, 0])
+        raise ValueError(
+            f"row {row}: a remote teacher cannot score a row's first token, which nothing predicts"
+        )
+    rows = []
+    for row, keep, predicts in zip(ids.cpu(), mask.cpu(), side.predicts.cpu(), strict=True):
+        scored = (predicts[keep].nonzero()[:, 0] + 1).tolist()
+        if scored:
+            rows.append((row[keep][: scored[-1] + 1].tolist(), scored))
+    return rows

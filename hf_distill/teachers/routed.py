@@ -1,0 +1,259 @@
+"""Several teachers, each for some of the rows."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from hf_distill.alignment import TEACHER_ROUTE, Side
+from hf_distill.heads import Head, Signal
+from hf_distill.teachers.models import as_teacher
+from hf_distill.teachers.protocol import Teacher
+from hf_distill.teachers.selves import SelfTeacher
+from metal_ops import SparseTeacher
+
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+SEPARATOR = ":"  # between a teacher's name and its own key in a checkpoint
+NO_ENTRY = -1  # padding of a sparse signal's ids
+
+
+class RoutedTeacher:
+    """Several teachers; a column of the data says which one each row asks.
+
+    The batch carries `teacher_route` [B] int64, the number of each row's teacher in the order of
+    `teachers`; `routed` makes a data collator add it.
+
+    Args:
+        teachers: by name: models, names for `from_pretrained`, or teachers.
+        column: of the data, which holds one of these names.
+
+    Raises:
+        ValueError: there is no teacher, or a name is not a text without ":".
+    """
+
+    def __init__(self, teachers: Mapping[str, Teacher | nn.Module | str], column: str) -> None:
+        if not teachers:
+            raise ValueError("a RoutedTeacher needs at least one teacher, got none")
+        for name in teachers:
+            if not isinstance(name, str) or SEPARATOR in name:
+                raise ValueError(
+                    f"a teacher's name must be a text without {SEPARATOR!r}, got {name!r}"
+                )
+        self.column = column
+        self.names = list(teachers)
+        made = [as_teacher(teacher) for teacher in teachers.values()]
+        # a teacher with two names is asked, updated and saved once, by its first name
+        first = [next(i for i, other in enumerate(made) if other is mine) for mine in made]
+        self._first = torch.tensor(first)
+        self.teachers = {self.names[i]: made[i] for i in sorted(set(first))}
+
+    def route(self, row: Mapping[str, Any]) -> int:
+        """The number of the teacher that a row of the data asks.
+
+        Raises:
+            ValueError: the row lacks the column, or the column names no teacher.
+        """
+        known = ", ".join(map(repr, self.names))
+        if self.column not in row:
+            raise ValueError(
+                f"each row needs a column {self.column!r} with its teacher's name ({known}), got "
+                f"the columns {', '.join(map(repr, row)) or 'none'}"
+            )
+        name = row[self.column]
+        if name not in self.names:
+            raise ValueError(f"column {self.column!r} must name a teacher ({known}), got {name!r}")
+        return self.names.index(name)
+
+    def prepare(self, accelerator: Accelerator, student: nn.Module, refusal: str | None) -> None:
+        """Prepare each teacher.
+
+        Raises:
+            ValueError: as the teachers do; or the student is sharded and is its own teacher for
+                some rows, which the processes would not ask for at the same time.
+        """
+        own = [name for name, t in self.teachers.items() if isinstance(t, SelfTeacher)]
+        if own and accelerator.distributed_type in SHARDED:
+            raise ValueError(
+                "a sharded student must be read by all processes at once, a routed teacher is "
+                f"asked for some rows only; got {accelerator.distributed_type.value} and the "
+                f"self-teacher {own[0]!r}"
+            )
+        for teacher in self.teachers.values():
+            teacher.prepare(accelerator, student, refusal)
+
+    def signal(self, student: nn.Module, side: Side) -> Signal:
+        """Each teacher's view of its own rows, the scored tokens in the order of the batch.
+
+        Raises:
+            ValueError: the batch has no route, or one that is out of range.
+        """
+        route = self._checked_route(side)
+        row_of_token = side.predicts.nonzero()[:, 0]
+        signals, tokens = [], []
+        for name, teacher in self.teachers.items():
+            mine = route == self.names.index(name)
+            token = mine[row_of_token].nonzero()[:, 0]
+            if len(token):
+                signals.append(teacher.signal(student, _rows(side, mine)))
+                tokens.append(token)
+        if not signals:  # no token is scored: any teacher's empty answer
+            return next(iter(self.teachers.values())).signal(student, side._replace(route=None))
+        return _joined(signals, torch.cat(tokens).argsort())
+
+    def _checked_route(self, side: Side) -> Tensor:
+        rows = len(side.predicts)
+        if side.route is None:
+            raise ValueError(
+                f"a RoutedTeacher needs {TEACHER_ROUTE!r} in the batch: wrap the data collator, "
+                "routed(collator, teacher)"
+            )
+        if side.route.shape != (rows,):
+            raise ValueError(
+                f"{TEACHER_ROUTE} must be [{rows}], a number for each row, got "
+                f"{list(side.route.shape)}"
+            )
+        low, high = int(side.route.min()), int(side.route.max())
+        if low < 0 or high >= len(self.names):
+            raise ValueError(
+                f"{TEACHER_ROUTE} must be in [0, {len(self.names)}), got {low if low < 0 else high}"
+            )
+        return self._first.to(side.route.device)[side.route]
+
+    def update(self, student: nn.Module) -> None:
+        """Tell each teacher."""
+        for teacher in self.teachers.values():
+            teacher.update(student)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The teachers' states, keys behind the teacher's name."""
+        return {
+            f"{name}{SEPARATOR}{key}": value
+            for name, teacher in self.teachers.items()
+            for key, value in teacher.state_dict().items()
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore each teacher.
+
+        Raises:
+            ValueError: a key belongs to no teacher, or as the teachers do.
+        """
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in self.teachers}
+        for key, value in state.items():
+            name, _, own = key.partition(SEPARATOR)
+            if name not in parts:
+                raise ValueError(
+                    f"the checkpoint's teachers must be {', '.join(map(repr, parts))}, got the "
+                    f"key {key!r}"
+                )
+            parts[name][own] = value
+        for name, teacher in self.teachers.items():
+            teacher.load_state_dict(parts[name])
+
+
+def _rows(side: Side, mask: Tensor) -> Side:
+    """Some rows of a batch."""
+    inputs = {
+        key: value[mask] if isinstance(value, Tensor) and len(value) == len(mask) else value
+        for key, value in side.inputs.items()
+    }
+    return Side(inputs, side.predicts[mask])
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two tensors are the same memory, as the detached views of one parameter are."""
+    if one is None or other is None:
+        return one is other
+    views = [(x.data_ptr(), x.shape, x.stride(), x.dtype, x.device) for x in (one, other)]
+    return views[0] == views[1]
+
+
+def _one_head(signals: Sequence[Signal]) -> Head | None:
+    """The head that all signals share, or None."""
+    heads = [signal.head for signal in signals if signal.head is not None]
+    if len(heads) != len(signals):
+        return None
+    first = heads[0]
+    shared = all(
+        _same(first.weight, head.weight)
+        and _same(first.bias, head.bias)
+        and (first.logit_scale, first.softcap) == (head.logit_scale, head.softcap)
+        for head in heads
+    )
+    return first if shared else None
+
+
+def _joined(signals: Sequence[Signal], order: Tensor) -> Signal:
+    """One signal of all tokens. order [N]: where each token is in the signals one after another."""
+    if len(signals) == 1:
+        return signals[0]
+    sparse = [signal.sparse for signal in signals if signal.sparse is not None]
+    if sparse and len(sparse) != len(signals):
+        raise ValueError(
+            "routed teachers must all give log-probabilities of a few entries, or none of them; "
+            f"got {len(sparse)} of {len(signals)} that do"
+        )
+    if sparse:
+        return Signal(sparse=_joined_sparse(sparse, order))
+    hidden = [signal.hidden for signal in signals if signal.hidden is not None]
+    head = _one_head(signals)
+    if head is not None:
+        return Signal(hidden=torch.cat(hidden)[order], head=head)
+    return Signal(logits=torch.cat([signal.dense() for signal in signals])[order])
+
+
+def _joined_sparse(signals: Sequence[SparseTeacher], order: Tensor) -> SparseTeacher:
+    width = max(signal.ids.shape[-1] for signal in signals)
+    temperatures = {signal.temperature for signal in signals}
+    if len(temperatures) > 1:
+        raise ValueError(f"routed teachers must have one temperature, got {sorted(temperatures)}")
+
+    def padded(x: Tensor, value: float) -> Tensor:
+        return nn.functional.pad(x, (0, width - x.shape[-1]), value=value)
+
+    ids = torch.cat([padded(s.ids, NO_ENTRY) for s in signals])
+    log_probs = torch.cat([padded(s.log_probs, -torch.inf) for s in signals])
+    log_tail = torch.cat([s.log_tail for s in signals])
+    return SparseTeacher(ids[order], log_probs[order], log_tail[order], temperatures.pop())
+
+
+class RoutedCollator:
+    """A data collator that adds each row's teacher to the batch; made by `routed`.
+
+    Attributes:
+        columns: what it reads of a row besides what the collator inside reads.
+    """
+
+    def __init__(
+        self, collator: Callable[..., Any], teacher: RoutedTeacher, keep_column: bool
+    ) -> None:
+        self.collator = collator
+        self.teacher = teacher
+        self.keep_column = keep_column
+        self.columns = (teacher.column,)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Any:
+        """The collator's batch with `teacher_route` [B] int64."""
+        route = torch.tensor([self.teacher.route(row) for row in rows], dtype=torch.int64)
+        if not self.keep_column:
+            rows = [{k: v for k, v in row.items() if k != self.teacher.column} for row in rows]
+        batch = self.collator(rows)
+        batch[TEACHER_ROUTE] = route
+        return batch
+
+
+def routed(
+    collator: Callable[..., Any], teacher: RoutedTeacher, keep_column: bool = False
+) -> RoutedCollator:
+    """A data collator that adds each row's teacher to what `collator` makes.
+
+    Args:
+        collator: from rows to a batch, one row of the batch for each.
+        teacher: says which teacher a row asks.
+        keep_column: whether the collator sees the column too; those that turn every column into a
+            tensor fail on texts.
+    """
+    return RoutedCollator(collator, teacher, keep_column)
