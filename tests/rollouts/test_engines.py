@@ -4,9 +4,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
 from hf_distill import HintCollator, OPSDConfig
-from hf_distill.rollouts import ENGINES, GenerateEngine, Sampling, check_engine, make_engine
+from hf_distill.rollouts import (
+    ENGINES,
+    GenerateEngine,
+    Sampling,
+    TellEngine,
+    check_engine,
+    make_engine,
+)
 from hf_distill.rollouts.continuous import ContinuousEngine
 from hf_distill.trainers import sampling
 from tests.trainers import models
@@ -104,6 +113,17 @@ def test_making_one_checks_its_options_too() -> None:
         make_engine("generate", Sampling(0, 2, 8, 1.0, {"x": 1}))
     with pytest.raises(ValueError, match="'vllm' needs the model and the accelerator, got None"):
         make_engine("vllm", SAMPLING)
+
+
+@pytest.mark.parametrize("event", ["on_train_begin", "on_step_end", "on_train_end"])
+def test_an_engine_hears_of_steps_checkpoints_and_the_best_model(event: str) -> None:
+    """A checkpoint is loaded before training begins, the best model before it ends."""
+    heard: list[str] = []
+    engine: Any = SimpleNamespace(weights_changed=lambda: heard.append(event))
+    args = TrainingArguments("out", report_to="none", use_cpu=True)
+    handler = CallbackHandler([TellEngine(engine)], None, None, None, None)
+    handler.call_event(event, args, TrainerState(), TrainerControl())
+    assert heard == [event]
 
 
 def test_defaults_pass() -> None:
