@@ -126,7 +126,8 @@ class ContinuousEngine:
             raise ValueError(f"engine 'continuous' cannot sample from this model: {reason}")
         lm: Any = causal_lm(model)
         end_ids = end_token_ids(unwrap(model), self.sampling.eos_token_id)
-        config = generation_config(self.sampling, end_ids or [-1])  # None: the model's own
+        # -1 is no token; without any, Transformers would set it and warn
+        config = generation_config(self.sampling, end_ids or [-1])
         attention = lm.config._attn_implementation
         batching = self._config(prompts, "flash" in (attention or ""), seed)
         try:

@@ -15,9 +15,10 @@ from hf_distill import alignment
 from hf_distill.collators import HintCollator
 from hf_distill.episodes import Environment
 from hf_distill.preflight import check_empty_hint, warn_of_lost_context
-from hf_distill.rollouts import Sampling, TellEngine, make_engine
-from hf_distill.tables import CompletionTable, WriteTable
+from hf_distill.rollouts import TellEngine
+from hf_distill.tables import WriteTable
 from hf_distill.teachers import RoutedTeacher, SelfTeacher, Teacher, as_teacher, routed
+from hf_distill.trainers import sampling
 from hf_distill.trainers.configs import ClipConfig, OPSDConfig
 from hf_distill.trainers.distill import DistillTrainer
 from hf_distill.trainers.groups import RolloutConfig
@@ -126,32 +127,12 @@ class OPSDTrainer(DistillTrainer):
             )
 
     def _make_rollouts(self, environment: Environment | None) -> Rollouts:
-        args, collator = self.args, self.hint_collator
-        config = cast(RolloutConfig, args.rollout)
-        engine = make_engine(
-            config.engine,
-            Sampling(
-                collator.pad_token_id,
-                collator.eos_token_id,
-                args.max_completion_length,
-                config.temperature,
-                config.generation_kwargs,
-            ),
-            batch_size=config.batch_size,
-            engine_kwargs=config.engine_kwargs,
-            model=cast(nn.Module, self.model),
-            accelerator=self.accelerator,
-            processing_class=collator.tokenizer,
-        )
+        engine, table = sampling.make_engine(self, environment), sampling.make_table(self)
         self.add_callback(TellEngine(engine))
-        table = None
-        if args.log_completions:
-            folder, report_to = cast(str, args.output_dir), cast(list[str], args.report_to)
-            table = CompletionTable(
-                folder, report_to, collator.tokenizer, args.log_completions, self.accelerator
-            )
+        if table is not None:
             self.add_callback(WriteTable(table))
         route = self.teacher.route if isinstance(self.teacher, RoutedTeacher) else None
+        args, collator = self.args, self.hint_collator
         return Rollouts(args, collator, environment, engine, self.accelerator, route, table)
 
     def train(

@@ -9,7 +9,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
-from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    ContinuousBatchingManager,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from hf_distill.rollouts import Sampling, generate
 from hf_distill.rollouts.continuous import ContinuousEngine, refusal
@@ -187,6 +193,36 @@ def test_later_weights_are_seen() -> None:
     model.load_state_dict(models.llama(1).state_dict())
     engine.weights_changed()
     assert engine.sample(model, PROMPTS, 7) == plain(models.llama(1)) != before
+
+
+def test_the_cache_is_as_large_as_the_rows_and_all_rows_are_there_at_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else it would take most of the memory, and which rows share a forward would be chance."""
+    seen: list[Any] = []
+    start = ContinuousBatchingManager.start
+
+    def noted(self: Any) -> None:
+        seen.append((self.continuous_batching_config, self.input_queue.qsize()))
+        start(self)
+
+    monkeypatch.setattr(ContinuousBatchingManager, "start", noted)
+    continuous(models.llama())
+    continuous(models.llama(), options={"page_size": 16, "num_blocks": 40})
+    (own, waiting), (given, _) = seen
+    assert waiting == len(PROMPTS)
+    assert 15 <= own.num_blocks * own.page_size // len(PROMPTS) <= 96
+    assert own.max_batch_tokens == sum(map(len, PROMPTS))
+    assert own.auto_switch_to_flash is False
+    assert (given.page_size, given.num_blocks) == (16, 40)
+    big = ContinuousEngine(sampling(max_completion_length=1000), {})
+    for flash, page in ((False, 32), (True, 256)):
+        config = big._config([[1] * 500] * 100, flash, 2**65)
+        assert (config.page_size, config.max_batch_tokens) == (page, 512)
+        assert 1 <= config.num_blocks * page / 150_000 <= 1.5
+    assert big._config([[1]] * 900, False, 0).max_batch_tokens == 900  # a token of each row
+    other = ContinuousEngine(sampling(), {"auto_switch_to_flash": True})
+    assert other._config(PROMPTS, False, 0).page_size == 256
 
 
 def capped(cap: float | None) -> Any:

@@ -1,12 +1,23 @@
 """Names and options of engines: what is refused, and with which words."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
-from hf_distill import OPSDConfig
-from hf_distill.rollouts import ENGINES, GenerateEngine, Sampling, check_engine, make_engine
+from hf_distill import HintCollator, OPSDConfig
+from hf_distill.rollouts import (
+    ENGINES,
+    GenerateEngine,
+    Sampling,
+    TellEngine,
+    check_engine,
+    make_engine,
+)
 from hf_distill.rollouts.continuous import ContinuousEngine
+from hf_distill.trainers import sampling
 from tests.trainers import models
 
 SAMPLING = Sampling(models.PAD, models.EOS, 8, 1.0)
@@ -104,5 +115,49 @@ def test_making_one_checks_its_options_too() -> None:
         make_engine("vllm", SAMPLING)
 
 
+@pytest.mark.parametrize("event", ["on_train_begin", "on_step_end", "on_train_end"])
+def test_an_engine_hears_of_steps_checkpoints_and_the_best_model(event: str) -> None:
+    """A checkpoint is loaded before training begins, the best model before it ends."""
+    heard: list[str] = []
+    engine: Any = SimpleNamespace(weights_changed=lambda: heard.append(event))
+    args = TrainingArguments("out", report_to="none", use_cpu=True)
+    handler = CallbackHandler([TellEngine(engine)], None, None, None, None)
+    handler.call_event(event, args, TrainerState(), TrainerControl())
+    assert heard == [event]
+
+
 def test_defaults_pass() -> None:
     check_engine("generate", {}, {}, None)
+
+
+@pytest.mark.parametrize(
+    ("engine", "sharded", "processes", "turns", "refused"),
+    [
+        ("generate", True, 2, 8, True),
+        ("generate", True, 2, 1, False),
+        ("generate", True, 1, 8, False),
+        ("generate", False, 2, 8, False),
+        ("vllm", False, 2, 8, True),
+    ],
+)
+def test_rounds_that_processes_must_play_together(
+    engine: str, sharded: bool, processes: int, turns: int, refused: bool
+) -> None:
+    args = OPSDConfig(
+        output_dir="out", report_to="none", rollout={"engine": engine, "max_turns": turns}
+    )
+    trainer = SimpleNamespace(
+        args=args,
+        model=None,
+        hint_collator=HintCollator(models.tokenizer()),
+        is_fsdp_enabled=sharded,
+        is_deepspeed_enabled=False,
+        accelerator=SimpleNamespace(num_processes=processes),
+    )
+    if engine == "generate":
+        assert isinstance(sampling.make_engine(trainer, None), GenerateEngine)
+    if not refused:
+        assert isinstance(sampling.make_engine(trainer, lambda _: []), GenerateEngine)
+        return
+    with pytest.raises(ValueError, match=r"on all 2 processes: set rollout.max_turns=1, got 8"):
+        sampling.make_engine(trainer, lambda _: [])

@@ -63,6 +63,17 @@ def test_a_resumed_run_has_the_rows_of_an_unbroken_one(tmp_path: Path, printed: 
     assert read(broken) == read(unbroken)
 
 
+def test_completions_of_a_checkpoint_are_not_kept_again(tmp_path: Path, printed: list) -> None:
+    settings: dict[str, Any] = {
+        "rollout": {"steps_per_rollout": 2},
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    train(tmp_path, max_steps=1, **settings)
+    train(tmp_path, resume=True, max_steps=3, **settings)
+    assert [row["step"] for row in read(tmp_path)] == [0] * 4 + [2] * 4
+
+
 def test_the_checkpoint_holds_what_was_not_logged_yet(tmp_path: Path, printed: list) -> None:
     class Killed(RuntimeError):
         pass
