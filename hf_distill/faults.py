@@ -25,7 +25,7 @@ class Limits:
         0.1, "Least ln V - teacher_entropy, as a share of ln V / temperature²."
     )
     teacher_unsure: float | None = _limit(
-        1.5,
+        1.4,
         "Largest teacher_entropy on sampled completions, in multiples of its start (and 0.002 "
         "nats).",
     )
