@@ -25,7 +25,9 @@ class Limits:
         0.1, "Least ln V - teacher_entropy, as a share of ln V / temperature²."
     )
     teacher_unsure: float | None = _limit(
-        1.5, "Largest teacher_entropy, in multiples of its start, and 0.002 nats."
+        1.4,
+        "Largest teacher_entropy on sampled completions, in multiples of its start (and 0.002 "
+        "nats).",
     )
     dead_signal: float | None = _limit(1e-6, "Least soft loss after the first logs, nats a token.")
     zero_gradient: float | None = _limit(1e-8, "Least grad_norm while the soft loss is not 0.")

@@ -175,6 +175,8 @@ class Watchdog(TrainerCallback, ExportableState):
     def _applies(self, check: Check, logs: Mapping[str, float]) -> bool:
         if check.fault == "zero_gradient":
             return logs.get("soft", 0.0) > (self.limits.dead_signal or 0.0)
+        if check.fault == "teacher_unsure":  # rows from data may differ without any fault
+            return "completion_length" in logs
         return check.fault not in SETTLED or self.num_logs > self.window
 
     def _report(self, finding: Finding, state: Any, control: Any) -> None:

@@ -266,7 +266,27 @@ def clipped(folder: Path, **changes: Any) -> DistillTrainer:
     return distil(folder, sharp(), sharp(1), **SHORT | {"clip": clip} | changes)
 
 
-HEALTHY = (distilled, distilled_lora, base, base_lora, ema, clipped)
+def starts_as_its_teacher(folder: Path, **changes: Any) -> DistillTrainer:
+    """The first divergence is 0; the hard loss takes the student away."""
+    return distil(folder, sharp(), sharp(), **SHORT | changes)
+
+
+def uneven_rows(folder: Path, **changes: Any) -> DistillTrainer:
+    """A certain teacher, whose entropy differs tenfold from one batch of the data to the next."""
+    certain = scaled_head(sharp(1), 200.0)
+    return distil(folder, sharp(), certain, temperature=1.0, **{"learning_rate": 1e-4} | changes)
+
+
+HEALTHY = (
+    distilled,
+    distilled_lora,
+    base,
+    base_lora,
+    ema,
+    clipped,
+    starts_as_its_teacher,
+    uneven_rows,
+)
 
 
 def reported(trainer: DistillTrainer, caplog: pytest.LogCaptureFixture) -> set[str]:

@@ -10,6 +10,7 @@ import pytest
 from transformers import TrainerCallback
 
 from hf_distill import DistillTrainer, OPSDConfig
+from hf_distill.faults import BOUNDS, Scene
 from hf_distill.trainers.groups import WatchdogConfig
 from hf_distill.watchdog import Watchdog, WatchdogError
 from tests.trainers import models
@@ -114,6 +115,18 @@ def test_a_fault_is_reported_again_when_it_gets_clearly_worse(tmp_path, caplog):
     assert max(severity.values()) == 10.0
 
 
+def test_a_fault_that_grows_slowly_is_reported_once(tmp_path, caplog):
+    trainer = faults.flat_teacher(tmp_path)
+    faults.reported(trainer, caplog)
+    severity = [
+        x["watchdog_entropy_explosion"]
+        for x in trainer.state.log_history
+        if "watchdog_entropy_explosion" in x
+    ]
+    assert 1.2 < severity[-1] / severity[0] < 3.0
+    assert len([text for text in warnings(caplog) if "entropy_explosion" in text]) == 1
+
+
 SAVING = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8, "learning_rate": 2e-3}
 
 
@@ -177,6 +190,12 @@ def test_few_logs_are_named(tmp_path, caplog, every, told):
 def test_settings_that_are_wrong(value, message):
     with pytest.raises(ValueError, match=message):
         OPSDConfig(output_dir="out", report_to="none", watchdog=value)
+
+
+def test_a_teacher_without_entropy_may_get_a_little():
+    """1.5 times nothing is no limit."""
+    bound = BOUNDS["entropy"](1.5, Scene(ln_vocab=4.0, temperature=1.0, start=1e-6))
+    assert 1e-3 < bound < 1e-2
 
 
 def test_the_config_makes_the_callback():
