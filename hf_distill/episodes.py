@@ -65,6 +65,7 @@ class Episode:
         said: the environment's messages behind each reply but the last.
         columns: the environment's.
         hints: as the teacher reads them.
+        context: token ids of the prompt, ready to be completed.
     """
 
     row: Row
@@ -75,6 +76,7 @@ class Episode:
     said: list[Messages] = field(default_factory=list)
     columns: dict[str, Any] = field(default_factory=dict)
     hints: list[str] = field(default_factory=list)
+    context: list[int] = field(default_factory=list)
 
     @property
     def messages(self) -> Messages:
@@ -143,7 +145,6 @@ def _answers(environment: Environment, attempts: list[Attempt]) -> Sequence[Feed
 
 def play(
     episodes: Sequence[Episode],
-    prompts: Sequence[list[int]],
     sample: Callable[[Sequence[Sequence[int]], int], list[list[int]]],
     contexts: Contexts,
     environment: Environment | None,
@@ -153,8 +154,7 @@ def play(
     """Fill episodes with replies, and with what the environment says, round by round.
 
     Args:
-        episodes: new ones.
-        prompts: their contexts' token ids.
+        episodes: new ones, with their contexts.
         sample: completions of contexts, given the number of the round.
         contexts: renders what comes between the replies.
         environment: None for one reply each.
@@ -165,7 +165,7 @@ def play(
         ValueError: the environment does not answer each attempt with a `Feedback`, or continues a
             dialogue whose prompt is text.
     """
-    waiting = list(zip(episodes, prompts, strict=True))
+    waiting = [(episode, episode.context) for episode in episodes]
     for turn in range(max_turns):
         completions = sample([ids for _, ids in waiting], turn)
         for (episode, _), completion in zip(waiting, completions, strict=True):

@@ -62,7 +62,10 @@ def tell(
         else []
     )
     prompts = [[message] for message in first] or [row["prompt"] for row in rows]
-    episodes = [Episode(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
+    episodes = [
+        Episode(row, prompt, context=collator.context_ids(prompt))
+        for row, prompt in zip(rows, prompts, strict=True)
+    ]
 
     def sample(contexts: Sequence[Sequence[int]], turn: int) -> list[list[int]]:
         return generate(
@@ -77,7 +80,6 @@ def tell(
 
     play(
         episodes,
-        [collator.context_ids(prompt) for prompt in prompts],
         sample,
         collator,
         story_dialogues.Narrator(hints),

@@ -101,7 +101,7 @@ class Rollouts:
                 )
             episodes = self.play(model, batches, step, training=True)
         else:
-            episodes = [self._episodes(x) for x in rows]
+            episodes = [self._episodes(batch) for batch in batches]
             for one, states in zip(episodes, resumed, strict=True):
                 for episode, state in zip(one, states, strict=True):
                     vars(episode).update(state)
@@ -113,10 +113,12 @@ class Rollouts:
             self._tabulate(self.table, step, found, episodes)
         return Window(episodes, found)
 
-    def _episodes(self, rows: Sequence[Row], size: int | None = None) -> list[Episode]:
+    def _episodes(self, batch: dict[str, Any], size: int | None = None) -> list[Episode]:
         """New episodes for the rows of a micro-batch."""
         column, size = self.collator.prompt_column, size or self.config.num_completions
-        return [Episode(row, row[column], group=i // size) for i, row in enumerate(rows)]
+        contexts = alignment.unpad(batch["prompt_ids"], batch["prompt_mask"])
+        pairs = enumerate(zip(batch["rows"], contexts, strict=True))
+        return [Episode(row, row[column], i // size, context=ids) for i, (row, ids) in pairs]
 
     def play(
         self, model: nn.Module, batches: list[dict[str, Any]], step: int, training: bool
@@ -132,11 +134,9 @@ class Rollouts:
             return completions
 
         size = None if training else 1
-        episodes = [self._episodes(batch["rows"], size) for batch in batches]
-        prompts = [alignment.unpad(b["prompt_ids"], b["prompt_mask"]) for b in batches]
+        episodes = [self._episodes(batch, size) for batch in batches]
         play(
             [episode for batch in episodes for episode in batch],
-            [prompt for batch in prompts for prompt in batch],
             sample,
             self.collator,
             self.environment,
@@ -185,7 +185,7 @@ class Rollouts:
             encoded = tokenizer("\n".join(episode.hints), add_special_tokens=False)
             self._overlap.add(
                 [[token for reply in episode.completions for token in reply]],
-                [self.collator.context_ids(episode.prompt)],
+                [episode.context],
                 [cast(list[int], encoded["input_ids"])],
             )
 
@@ -202,7 +202,7 @@ class Rollouts:
             for batch in batches
             for row in alignment.unpad(batch["input_ids"], batch["attention_mask"])
         ]
-        starts = [len(self.collator.context_ids(episode.prompt)) for episode in flat]
+        starts = [len(episode.context) for episode in flat]
         names = list(dict.fromkeys(name for episode in flat for name in episode.columns))
         table.add(
             step,

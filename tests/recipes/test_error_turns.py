@@ -93,14 +93,13 @@ def test_the_narrator_goes_on_and_finds_the_first_wrong_turn() -> None:
 
 def play_with(replies: list[str], collator: HintCollator) -> Episode:
     """An episode with these replies."""
-    episode = Episode(ROW, ROW["prompt"])
+    episode = Episode(ROW, ROW["prompt"], context=collator.context_ids(ROW["prompt"]))
 
     def sample(contexts: Any, turn: int) -> list[list[int]]:
         text = f"{replies[turn]} {word_problems.END}"
         return [collator.tokenizer(text, add_special_tokens=False)["input_ids"]]
 
-    start, end = [collator.context_ids(ROW["prompt"])], [collator.eos_token_id]
-    play([episode], start, sample, collator, stories.Narrator(), 3, end)
+    play([episode], sample, collator, stories.Narrator(), 3, [collator.eos_token_id])
     return episode
 
 
