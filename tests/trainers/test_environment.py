@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
@@ -216,3 +217,16 @@ def test_rows_of_a_stream(tmp_path: Path) -> None:
 def test_errors(tmp_path: Path, environment: Any, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, environment, **changes).train()
+
+
+@pytest.mark.parametrize(
+    ("turns", "error", "message"),
+    [(8, ValueError, r"set rollout.max_turns=1, got 8"), (1, ImportError, "needs vLLM")],
+)
+def test_processes_that_sample_together_must_play_as_many_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turns: int, error: type, message: str
+) -> None:
+    """A process whose dialogues have all ended would leave the others waiting."""
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    with pytest.raises(error, match=message):
+        trainer(tmp_path, Asker(), rollout={"max_turns": turns, "engine": "vllm"})
