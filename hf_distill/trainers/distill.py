@@ -166,7 +166,7 @@ class DistillTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         side = alignment.student_side(inputs)
         teacher_side = alignment.teacher_side(inputs, side)
-        if self._probe is not None and model.training:
+        if self._probe is not None:
             self._probe.keep(model, teacher_side)
         signal = self.teacher.signal(model, teacher_side)
         targets = alignment.targets(inputs["labels"], side.predicts)
