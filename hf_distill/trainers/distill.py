@@ -192,7 +192,7 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         self._check_batch(inputs)
         side = alignment.student_side(inputs)
         teacher_side = alignment.teacher_side(inputs, side)
-        if self._probe is not None and model.training:
+        if self._probe is not None:
             self._probe.keep(model, teacher_side)
         signal = self.teacher.signal(model, teacher_side)
         side, scored, counts = self._work(inputs, side, num_items_in_batch, model.training)
