@@ -165,11 +165,20 @@ class HintCollator:
             completed: whether to take their completions; else the last tokens of each prompt and
                 the end token stand for a reply.
         """
-        bare = copy.copy(self)
-        bare.hints, bare.scored = (), "all"
+        bare = self._without_hints()
         make = bare._row if completed else bare._with_tail
         made = [self._in_row(i, make, row) for i, row in enumerate(rows)]
         return [x.student for x in made], [x.teacher for x in made]
+
+    def _without_hints(self) -> "HintCollator":
+        bare = copy.copy(self)
+        bare.hints, bare.scored = (), "all"
+        return bare
+
+    def references(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """The student's rows of the data's own completions: input_ids, attention_mask, labels."""
+        batch = self._without_hints()(rows)
+        return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
 
     def _with_tail(self, row: Row) -> Made:
         end = [] if self.eos_token_id is None else [self.eos_token_id]

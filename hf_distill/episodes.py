@@ -64,6 +64,7 @@ class Episode:
             student's or the teacher's replies.
         said: the environment's messages behind each reply but the last.
         columns: the environment's.
+        hints: as the teacher reads them.
     """
 
     row: Row
@@ -73,6 +74,7 @@ class Episode:
     texts: list[str] = field(default_factory=list)
     said: list[Messages] = field(default_factory=list)
     columns: dict[str, Any] = field(default_factory=dict)
+    hints: list[str] = field(default_factory=list)
 
     @property
     def messages(self) -> Messages:

@@ -9,7 +9,10 @@ import json
 import logging
 import os
 import re
+from typing import Any, cast
 
+from torch import nn
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -73,3 +76,48 @@ def assert_whole(folder: str) -> None:
             f"the checkpoint {folder} was not written to the end: {reason}; remove the folder and "
             "resume from an earlier one (resume_from_checkpoint=True finds it)"
         )
+
+
+class ResumableTrainer(Trainer):
+    """A `Trainer` whose checkpoints are whole or passed over, with files of a subclass in them."""
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """As in `Trainer`; checkpoints that were not written to the end are passed over.
+
+        Raises:
+            ValueError: the checkpoint that is named, or every one there is, is such a one.
+        """
+        if resume_from_checkpoint is True:
+            found = last_whole(cast(str, self.args.output_dir))
+            resume_from_checkpoint = True if found is None else found
+        elif resume_from_checkpoint:
+            assert_whole(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            unmark(os.path.join(self._get_output_dir(trial), folder))
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # the Trainer's last file before trainer_state.json, the upload and the removal of old ones
+        super()._save_rng_state(output_dir)
+        self._save_extra(output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def _save_extra(self, folder: str) -> None:
+        """Write what resuming needs besides the Trainer's own files."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._load_extra(checkpoint)
+
+    def _load_extra(self, folder: str) -> None:
+        """Read what `_save_extra` wrote; the state is the checkpoint's."""

@@ -14,6 +14,7 @@ from hf_distill.trainers.groups import (
     ClipConfig,
     RolloutConfig,
     SelfTeacherConfig,
+    WatchdogConfig,
     as_group,
 )
 from metal_ops import DivergenceSpec
@@ -69,6 +70,10 @@ class DistillConfig(TrainingArguments):
         default=None,
         metadata={"help": "Weights of tokens by class: special, number, punctuation, space, word."},
     )
+    watchdog: WatchdogConfig | str | dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "What happens at faults: action, window, and a limit per fault."},
+    )
 
     def __post_init__(self) -> None:
         """Check the values where they are given."""
@@ -77,6 +82,7 @@ class DistillConfig(TrainingArguments):
             raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
         self.clip = as_group("clip", ClipConfig, self.clip)
         self.class_weights = as_group("class_weights", ClassWeightsConfig, self.class_weights)
+        self.watchdog = as_group("watchdog", WatchdogConfig, self.watchdog)
         self.objective()
 
     def objective(self) -> Objective | SampledObjective:
@@ -170,9 +176,7 @@ class OPSDConfig(DistillConfig):
     )
     rollout: RolloutConfig | str | dict[str, Any] | None = field(
         default=None,
-        metadata={
-            "help": "Sampling: temperature, steps_per_rollout, generation_kwargs, importance_clip."
-        },
+        metadata={"help": "Sampling: temperature, steps_per_rollout, engine, batch_size, ..."},
     )
     anchor_weight: float = field(
         default=0.0,
@@ -180,6 +184,10 @@ class OPSDConfig(DistillConfig):
             "help": "Weight, >= 0, of the mean cross-entropy of the data's own completions beside "
             "the loss of the sampled ones; needs on_policy."
         },
+    )
+    log_completions: int = field(
+        default=0,
+        metadata={"help": "Sampled rows shown per log, >= 0; with 0 none are collected either."},
     )
 
     def __post_init__(self) -> None:
@@ -198,6 +206,12 @@ class OPSDConfig(DistillConfig):
         if self.max_completion_length < 1:
             raise ValueError(
                 f"max_completion_length must be at least 1, got {self.max_completion_length}"
+            )
+        if self.log_completions < 0:
+            raise ValueError(f"log_completions must not be negative, got {self.log_completions}")
+        if self.log_completions and not self.on_policy:
+            raise ValueError(
+                f"log_completions {self.log_completions} > 0 needs on_policy: else none are sampled"
             )
 
     def loss_settings(self) -> LossSettings:

@@ -9,18 +9,19 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from hf_distill import alignment, losses, token_weights
-from hf_distill.heads import Reader, causal_lm
+from hf_distill.heads import Reader, causal_lm, vocab_size
 from hf_distill.monitors import MeanMeter, TokenMeter
+from hf_distill.probes import make_probe
 from hf_distill.rollouts import end_token_ids
 from hf_distill.teachers import RemoteTeacher, RoutedCollator, Teacher, as_teacher
+from hf_distill.token_classes import token_classes
 from hf_distill.token_weights import TokenWeights
 from hf_distill.trainers import checkpoints
 from hf_distill.trainers.configs import DistillConfig
-from hf_distill.trainers.groups import ClassWeightsConfig
+from hf_distill.trainers.groups import ClassWeightsConfig, WatchdogConfig
 from hf_distill.trainers.scoring import Scoring, Share, Work
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class _UpdateTeacher(TrainerCallback):
         self.teacher.update(model)
 
 
-class DistillTrainer(Trainer):
+class DistillTrainer(checkpoints.ResumableTrainer):
     """A `Trainer` for causal LMs whose loss is alpha * soft + (1 - alpha) * hard.
 
     soft is the divergence of the args between teacher and student at every labelled token, hard the
@@ -103,13 +104,34 @@ class DistillTrainer(Trainer):
         self.label_names = ["labels"]  # PEFT's forward hides them from the Trainer
         refusal = self._hidden_states_refusal()
         self._reader = Reader("student", refusal)
-        self._meters = {True: TokenMeter(), False: TokenMeter()}
+        classes = self._token_classes()
+        self._meters = {True: TokenMeter(classes), False: TokenMeter(classes)}
         self._mean_meters = {x: MeanMeter(self._mean_names()) for x in (True, False)}
         eos_token_id = getattr(processing_class, "eos_token_id", None)
         end_ids = end_token_ids(causal_lm(cast(nn.Module, self.model)), eos_token_id)
         self._alignment = alignment.AlignmentMeter(end_ids)
         self.teacher.prepare(self.accelerator, cast(nn.Module, self.model), refusal)
         self.add_callback(_UpdateTeacher(self.teacher))
+        self._probe = None
+        self._add_watchdog(self.teacher)
+
+    def _token_classes(self) -> Tensor | None:
+        """[V] the class of each token, where the processing class is a tokenizer."""
+        size = vocab_size(causal_lm(cast(nn.Module, self.model)))
+        if not isinstance(self.processing_class, PreTrainedTokenizerBase) or size is None:
+            return None
+        return token_classes(self.processing_class, size)
+
+    def _add_watchdog(self, teacher: Teacher) -> None:
+        config = cast(WatchdogConfig, self.args.watchdog)
+        if config.action == "off":
+            return
+        # before the callbacks that report, so that they see its metrics
+        self.callback_handler.callbacks.insert(0, config.make())
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            logger.info("the watchdog does not probe the teacher: parameters are sharded")
+        else:
+            self._probe = make_probe(teacher, self.accelerator)
 
     def _check_setup(self) -> None:
         if self.args.n_gpu > 1:
@@ -169,7 +191,10 @@ class DistillTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._check_batch(inputs)
         side = alignment.student_side(inputs)
-        signal = self.teacher.signal(model, alignment.teacher_side(inputs, side))
+        teacher_side = alignment.teacher_side(inputs, side)
+        if self._probe is not None and model.training:
+            self._probe.keep(model, teacher_side)
+        signal = self.teacher.signal(model, teacher_side)
         side, scored, counts = self._work(inputs, side, num_items_in_batch, model.training)
 
         def terms_of(student: losses.Student) -> losses.Terms:
@@ -184,7 +209,7 @@ class DistillTrainer(Trainer):
             terms = self._reader.at_head(model, side, lambda *x: terms_of(losses.StudentHidden(*x)))
         else:
             terms = terms_of(losses.StudentLogits(self._reader.logits(model, side)))
-        self._note(terms, counts, model.training)
+        self._note(terms, scored.targets, counts, model.training)
         return (terms.loss, outputs) if return_outputs else terms.loss
 
     def _check_batch(self, inputs: dict[str, Any]) -> None:
@@ -202,10 +227,13 @@ class DistillTrainer(Trainer):
         share = Share(num_items_in_batch, num_averaged, self._num_ranks())
         return self._scoring.work(inputs, side, share, training)
 
-    def _note(self, terms: losses.Terms, counts: Tensor | None, training: bool) -> None:
+    def _note(
+        self, terms: losses.Terms, targets: Tensor, counts: Tensor | None, training: bool
+    ) -> None:
         """Stop at a loss that is not a number; count the metrics."""
         losses.assert_finite(terms)
-        self._meters[training].add(terms.counted(counts))
+        counted = targets if counts is None else targets[counts]
+        self._meters[training].add(terms.counted(counts), counted)
         self._mean_meters[training].add(terms.extra)
 
     def behaviour_log_probs(self, batch: dict[str, Tensor]) -> Tensor:
@@ -315,50 +343,17 @@ class DistillTrainer(Trainer):
         """As in `Trainer`; training logs also hold the metrics of the scored tokens."""
         if "loss" in logs:
             logs.update(self._read_metrics(training=True))
+            if self.teacher is not None and self._probe is not None:
+                logs.update(self._probe.read(cast(nn.Module, self.model)))
         elif "train_loss" in logs and self.teacher is not None:
             self._alignment.read(self.accelerator)  # the run ends; it may not have logged before
         super().log(logs, start_time)
-
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> Any:
-        """As in `Trainer`; checkpoints that were not written to the end are passed over.
-
-        Raises:
-            ValueError: the checkpoint that is named, or every one there is, is such a one.
-        """
-        if resume_from_checkpoint is True:
-            found = checkpoints.last_whole(cast(str, self.args.output_dir))
-            resume_from_checkpoint = True if found is None else found
-        elif resume_from_checkpoint:
-            checkpoints.assert_whole(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.args.should_save:
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            checkpoints.unmark(os.path.join(self._get_output_dir(trial), folder))
-        super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        # the Trainer's last file before trainer_state.json, the upload and the removal of old ones
-        super()._save_rng_state(output_dir)
-        self._save_extra(output_dir)
-        self.accelerator.wait_for_everyone()
 
     def _save_extra(self, folder: str) -> None:
         """Write what resuming needs besides the Trainer's own files."""
         state = {} if self.teacher is None else self.teacher.state_dict()
         if state and self.args.should_save:
             save_file(state, os.path.join(folder, TEACHER_FILE))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self._load_extra(checkpoint)
 
     def _load_extra(self, folder: str) -> None:
         """Read what `_save_extra` wrote; the state is the checkpoint's."""

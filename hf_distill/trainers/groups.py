@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from hf_distill.faults import Limits
+from hf_distill.rollouts import check_engine
 from hf_distill.teachers import SelfTeacher
 from hf_distill.token_classes import CLASSES
+from hf_distill.watchdog import Watchdog
 from metal_ops import DivergenceSpec
 
 Group = TypeVar("Group")
@@ -149,7 +152,25 @@ class RolloutConfig:
         },
     )
     generation_kwargs: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "More fields of GenerationConfig."}
+        default_factory=dict,
+        metadata={"help": "More fields of GenerationConfig; with vllm, of SamplingParams."},
+    )
+    batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Prompts of one call of `generate`, >= 1; None is all of a rollout."},
+    )
+    engine: str = field(
+        default="generate",
+        metadata={
+            "help": "generate, continuous (Transformers' continuous batching) or vllm (TRL's)."
+        },
+    )
+    engine_kwargs: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Options of the engine: fields of ContinuousBatchingConfig, or arguments of "
+            "TRL's VLLMGeneration (mode, ...)."
+        },
     )
 
     importance_clip: float | None = field(
@@ -171,3 +192,30 @@ class RolloutConfig:
             raise ValueError(f"importance_clip must be positive, got {self.importance_clip}")
         if self.temperature < 0:
             raise ValueError(f"rollout temperature must not be negative, got {self.temperature}")
+        check_engine(self.engine, self.engine_kwargs, self.generation_kwargs, self.batch_size)
+
+
+@dataclass
+class WatchdogConfig(Limits):
+    """What is watched during training, and what happens at a fault; the limits are `Limits`.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    action: str = field(
+        default="warn",
+        metadata={"help": "At a fault: warn, stop (ends the training), raise, or off."},
+    )
+    window: int = field(
+        default=3, metadata={"help": "Logs whose median is a start or a present value, >= 1."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values where they are given."""
+        super().__post_init__()
+        self.make()
+
+    def make(self) -> Watchdog:
+        """The callback."""
+        return Watchdog(self.action, self.window, self)

@@ -3,39 +3,33 @@
 import json
 import logging
 import os
-import random
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_utils import has_length
 
-from hf_distill import alignment, rollouts
-from hf_distill.collators import TRUNCATED, HintCollator
-from hf_distill.episodes import Environment, Episode, play, share_siblings
-from hf_distill.heads import causal_lm, unwrap
-from hf_distill.monitors import CompletionMeter, ShareMeter
+from hf_distill import alignment
+from hf_distill.collators import HintCollator
+from hf_distill.episodes import Environment
 from hf_distill.preflight import check_empty_hint, warn_of_lost_context
-from hf_distill.teachers import SelfTeacher, Teacher
+from hf_distill.rollouts import TellEngine
+from hf_distill.tables import WriteTable
+from hf_distill.teachers import RoutedTeacher, SelfTeacher, Teacher, as_teacher, routed
+from hf_distill.trainers import sampling
 from hf_distill.trainers.configs import ClipConfig, OPSDConfig
 from hf_distill.trainers.distill import DistillTrainer
 from hf_distill.trainers.groups import RolloutConfig
 from hf_distill.trainers.samplers import RepeatSampler
+from hf_distill.trainers.scoring import BEHAVIOUR
+from hf_distill.trainers.windows import EVAL_STEP, Rollouts, TruncatedMeter, Window
 
 logger = logging.getLogger(__name__)
 
 ROLLOUT_FILE = "rollout-{rank}.json"
 NUM_CHECKED = 4  # rows of the check before training
-EVAL_STEP = 10**9  # eval rollouts draw from seeds that no training step uses
-
-
-class Window(NamedTuple):
-    """The micro-batches that are trained on for one rollout, and where they come from."""
-
-    episodes: list[list[Episode]]
-    batches: list[dict[str, Tensor]]
 
 
 class OPSDTrainer(DistillTrainer):
@@ -87,24 +81,25 @@ class OPSDTrainer(DistillTrainer):
                 f"data_collator must be a HintCollator, got {type(data_collator).__name__}"
             )
         self._check_rollout(args, environment)
-        self.hint_collator = data_collator
-        self.rollout = cast(RolloutConfig, args.rollout)
-        self.environment = environment
+        self.hint_collator, self.environment = data_collator, environment
         self._window: Window | None = None
-        self._resumed: list[list[dict[str, Any]]] | None = None
-        self._completion_meters = {True: CompletionMeter(), False: CompletionMeter()}
-        self._sampled_meter = ShareMeter("on_policy")
-        self._truncated_meters = {x: ShareMeter("hints_truncated") for x in (True, False)}
+        self._resumed: dict[str, Any] | None = None
+        self._truncated = {training: TruncatedMeter() for training in (True, False)}
+        teacher = args.make_teacher() if teacher is None else as_teacher(teacher)
+        collate: Any = data_collator.prompts if args.on_policy else data_collator
+        if isinstance(teacher, RoutedTeacher) and not args.on_policy:
+            collate = routed(data_collator, teacher)
         super().__init__(
             model,
             args,
-            data_collator.prompts if args.on_policy else data_collator,
+            collate,
             train_dataset,
             eval_dataset,
             processing_class,
-            teacher=args.make_teacher() if teacher is None else teacher,
+            teacher=teacher,
             **kwargs,
         )
+        self.rollouts = self._make_rollouts(environment) if args.on_policy else None
         clip = cast(ClipConfig, args.clip)
         if clip.bound is not None and clip.level == "vocab_entry":
             logger.warning(
@@ -130,6 +125,15 @@ class OPSDTrainer(DistillTrainer):
                 f"num_completions must divide per_device_train_batch_size, got {copies} and "
                 f"{args.per_device_train_batch_size}"
             )
+
+    def _make_rollouts(self, environment: Environment | None) -> Rollouts:
+        engine, table = sampling.make_engine(self, environment), sampling.make_table(self)
+        self.add_callback(TellEngine(engine))
+        if table is not None:
+            self.add_callback(WriteTable(table))
+        route = self.teacher.route if isinstance(self.teacher, RoutedTeacher) else None
+        args, collator = self.args, self.hint_collator
+        return Rollouts(args, collator, environment, engine, self.accelerator, route, table)
 
     def train(
         self,
@@ -185,115 +189,36 @@ class OPSDTrainer(DistillTrainer):
     ) -> tuple[list[Any], Tensor | int | None]:
         """The micro-batches of an optimizer step, with completions, and their number of tokens."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.args.on_policy and batches:
+        if self.rollouts is not None and batches:
             step = self.state.global_step
-            if self._window is None or step % self.rollout.steps_per_rollout == 0:
-                self._window = self._make_window(batches, step)
-            batches = self._window.batches
+            if self._window is None or self.rollouts.is_first_step(step):
+                self._window = self._new_window(self.rollouts, batches, step)
+            batches = [dict(batch) for batch in self._window.batches]
             count = self._get_num_items_in_batch(batches, device)
             if count is not None and not count:  # no reply with a hint, say: a step of no loss
                 count = count + 1
         for batch in batches:
-            self._count_truncated(batch, training=True)
-        return [dict(batch) for batch in batches], count
+            self._truncated[True].count(batch)
+        return batches, count
 
-    def _make_window(self, batches: list[dict[str, Any]], step: int) -> Window:
-        """Micro-batches for one rollout; the completions are a checkpoint's if it had some."""
-        seed, period = self.args.seed, step // self.rollout.steps_per_rollout
-        resumed, self._resumed = self._resumed, None
-        # the same on all processes
-        sampled = random.Random(f"{seed} {period}").random() < self.rollout.on_policy_fraction
-        self._sampled_meter.add(torch.tensor([sampled]))
-        if not sampled:
-            return Window([], [self.hint_collator(batch["rows"]) for batch in batches])
-        if resumed is None:
-            if self._inside_a_rollout():
-                logger.warning(
-                    "the checkpoint has no completions of this process, though step %d is not the "
-                    "first on them: they are sampled anew, and the run is not the one it was",
-                    step,
-                )
-            episodes = self._play(batches, step, training=True)
-        else:
-            episodes = self._episodes(batches)
-            for one, states in zip(episodes, resumed, strict=True):
-                for episode, state in zip(one, states, strict=True):
-                    vars(episode).update(state)
-        return Window(episodes, [self._rows(x) for x in episodes])
-
-    def _episodes(self, batches: list[dict[str, Any]]) -> list[list[Episode]]:
-        """New episodes for the rows of each micro-batch."""
-        column, size = self.hint_collator.prompt_column, self.rollout.num_completions
-        return [
-            [Episode(row, row[column], group=i // size) for i, row in enumerate(batch["rows"])]
-            for batch in batches
-        ]
-
-    def _play(
-        self, batches: list[dict[str, Any]], step: int, training: bool
-    ) -> list[list[Episode]]:
-        """The episodes of each micro-batch, the replies of a round generated in one call."""
-        model, eos_token_id = cast(nn.Module, self.model_wrapped), self.hint_collator.eos_token_id
-        end_ids = rollouts.end_token_ids(unwrap(model), eos_token_id)
-
-        def sample(prompts: Sequence[Sequence[int]], turn: int) -> list[list[int]]:
-            # large odd multipliers keep steps, processes and rounds of neighbouring seeds apart
-            seed = (self.args.seed * 1_000_003 + step) * 65_537 + self.args.process_index
-            completions = rollouts.generate(
-                model,
-                prompts,
-                pad_token_id=self.hint_collator.pad_token_id,
-                eos_token_id=eos_token_id,
-                max_completion_length=self.args.max_completion_length,
-                temperature=self.rollout.temperature,
-                seed=seed + (turn << 50),
-                generation_kwargs=self.rollout.generation_kwargs,
-            )
-            self._completion_meters[training].add(completions, end_ids)
-            return completions
-
-        episodes = self._episodes(batches)
-        prompts = [alignment.unpad(b["prompt_ids"], b["prompt_mask"]) for b in batches]
-        play(
-            [episode for batch in episodes for episode in batch],
-            [prompt for batch in prompts for prompt in batch],
-            sample,
-            self.hint_collator,
-            self.environment,
-            self.rollout.max_turns if self.environment else 1,
-            end_ids,
-        )
-        for batch in episodes if training else []:
-            share_siblings(batch)
-        return episodes
-
-    def _count_truncated(self, batch: dict[str, Tensor], training: bool) -> None:
-        if TRUNCATED in batch:
-            self._truncated_meters[training].add(batch[TRUNCATED])
+    def _new_window(self, rollouts: Rollouts, batches: list[Any], step: int) -> Window:
+        model = cast(nn.Module, self.model_wrapped)
+        resumed, self._resumed = self._resumed or {}, None
+        window = rollouts.window(model, batches, step, resumed.get("episodes"))
+        reused = rollouts.config.steps_per_rollout > 1 and window.episodes
+        if reused and rollouts.config.importance_clip is not None:
+            known = resumed.get(BEHAVIOUR) or [None] * len(window.batches)
+            for batch, values in zip(window.batches, known, strict=True):
+                if values is None:
+                    placed = self._prepare_inputs(dict(batch))
+                    batch[BEHAVIOUR] = self.behaviour_log_probs(placed).cpu()
+                else:
+                    batch[BEHAVIOUR] = torch.tensor(values)
+        return window
 
     def _read_metrics(self, training: bool) -> dict[str, float]:
-        metrics = super()._read_metrics(training)
-        for meters in (self._completion_meters, self._truncated_meters):
-            metrics |= meters[training].read(self.accelerator)
-        if training and self.rollout.on_policy_fraction < 1.0:
-            metrics |= self._sampled_meter.read(self.accelerator)
-        return metrics
-
-    def _rows(self, episodes: list[Episode]) -> dict[str, Tensor]:
-        """The student's and the teacher's rows of one micro-batch."""
-        batch, _ = self.hint_collator.from_episodes(episodes)
-        alignment.assert_completions(batch, [episode.completions for episode in episodes])
-        config = getattr(causal_lm(cast(nn.Module, self.model)), "config", None)
-        limit = getattr(config, "max_position_embeddings", None)
-        lengths = batch["teacher_attention_mask"].sum(1).tolist()
-        for i, length in enumerate(lengths):
-            if limit is not None and length > limit:
-                written = sum(map(len, episodes[i].completions))
-                raise ValueError(
-                    f"row {i} of the batch: the teacher's row has {length} tokens (context "
-                    f"{length - written}, completion {written}), the model takes {limit}"
-                )
-        return batch
+        metrics = super()._read_metrics(training) | self._truncated[training].read(self.accelerator)
+        return metrics if self.rollouts is None else metrics | self.rollouts.read(training)
 
     def prediction_step(
         self,
@@ -303,11 +228,14 @@ class OPSDTrainer(DistillTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """As in `DistillTrainer`, with completions sampled from the student if on-policy."""
-        if self.args.on_policy:
-            (episodes,) = self._play([inputs], EVAL_STEP + self._eval_batches, training=False)
+        if self.rollouts is not None:
+            step = EVAL_STEP + self._eval_batches
+            (episodes,) = self.rollouts.play(model, [inputs], step, training=False)
             self._eval_batches += 1
-            inputs = self._rows(episodes)
-        self._count_truncated(inputs, training=False)
+            inputs = self.rollouts.batch(model, episodes)
+        self._truncated[False].count(inputs)
+        if not (inputs["labels"] != alignment.IGNORE_INDEX).any():  # no reply with a hint, say
+            return torch.zeros((), device=self.args.device), None, None
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -329,11 +257,10 @@ class OPSDTrainer(DistillTrainer):
 
     def _repeats(self) -> str:
         """Which setting repeats rows, or nothing."""
-        if not self.args.on_policy:
-            return ""
+        config = cast(RolloutConfig, self.args.rollout)
         for name in ("steps_per_rollout", "num_completions"):
-            if getattr(self.rollout, name) > 1:
-                return f"{name} {getattr(self.rollout, name)} > 1"
+            if self.args.on_policy and getattr(config, name) > 1:
+                return f"{name} {getattr(config, name)} > 1"
         return ""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -345,22 +272,27 @@ class OPSDTrainer(DistillTrainer):
             * self.args.gradient_accumulation_steps
             * self.accelerator.num_processes
         )
+        config = cast(RolloutConfig, self.args.rollout)
         return RepeatSampler(
             len(dataset),
             window,
-            self.rollout.steps_per_rollout,
+            config.steps_per_rollout,
             self.args.seed,
             shuffle=self.args.train_sampling_strategy == "random",
-            copies=self.rollout.num_completions,
+            copies=config.num_completions,
         )
 
     def _save_extra(self, folder: str) -> None:
         super()._save_extra(folder)
         path = self._rollout_path(folder)
         if self._window is not None and self._window.episodes and self._inside_a_rollout():
-            states = [[episode.state() for episode in batch] for batch in self._window.episodes]
+            state: dict[str, Any] = {
+                "episodes": [[episode.state() for episode in x] for x in self._window.episodes]
+            }
+            if BEHAVIOUR in self._window.batches[0]:
+                state[BEHAVIOUR] = [batch[BEHAVIOUR].tolist() for batch in self._window.batches]
             with open(path, "w", encoding="utf-8") as file:
-                json.dump(states, file)
+                json.dump(state, file)
         elif os.path.isfile(path):
             os.remove(path)  # of a run before this one
 
@@ -374,7 +306,7 @@ class OPSDTrainer(DistillTrainer):
 
     def _inside_a_rollout(self) -> bool:
         """Whether the next step is not the first on its completions."""
-        return self.state.global_step % self.rollout.steps_per_rollout != 0
+        return self.rollouts is not None and not self.rollouts.is_first_step(self.state.global_step)
 
     def _rollout_path(self, folder: str) -> str:
         return os.path.join(folder, ROLLOUT_FILE.format(rank=self.args.process_index))

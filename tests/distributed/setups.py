@@ -57,6 +57,16 @@ def distill_nothing_to_score(folder: Path, num_processes: int) -> DistillTrainer
     return trainer
 
 
+def stopped_by_one(folder: Path, num_processes: int) -> DistillTrainer:
+    """The teacher of the second of two processes has the student's head."""
+    watchdog = {"action": "stop", "teacher_uniform": None}  # random models are nearly uniform
+    settings = {"watchdog": watchdog, "learning_rate": 0.01}
+    trainer = distill(folder, num_processes, **settings)
+    if trainer.accelerator.process_index == 1:
+        trainer.teacher.model.lm_head = trainer.model.lm_head
+    return trainer
+
+
 def _opsd(
     folder: Path,
     num_processes: int,
@@ -75,8 +85,8 @@ def opsd_off_policy(folder: Path, num_processes: int) -> OPSDTrainer:
 
 
 def opsd_on_policy(folder: Path, num_processes: int) -> OPSDTrainer:
-    """Greedy, for samples depend on the rows that share a process."""
-    return _opsd(folder, num_processes, models.lora(models.llama()))
+    """Greedy, for samples depend on the rows that share a process. Completions are kept."""
+    return _opsd(folder, num_processes, models.lora(models.llama()), log_completions=1)
 
 
 def opsd_repeated(folder: Path, num_processes: int) -> OPSDTrainer:
@@ -150,6 +160,7 @@ SETUPS = (
     distill_nothing_to_score,
     distill_weighted,
     opsd_anchored,
+    stopped_by_one,
     opsd_off_policy,
     opsd_on_policy,
     opsd_repeated,

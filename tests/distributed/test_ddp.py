@@ -38,7 +38,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "setup",
-    [s for s in setups.SETUPS if s is not setups.distill_local_mean],
+    [s for s in setups.SETUPS if s not in (setups.distill_local_mean, setups.stopped_by_one)],
     ids=lambda s: s.__name__,
 )
 def test_two_processes_are_one(two_processes: Path, tmp_path: Path, setup) -> None:
@@ -47,7 +47,30 @@ def test_two_processes_are_one(two_processes: Path, tmp_path: Path, setup) -> No
     assert [step["tokens"] for step in logs] == [step["tokens"] for step in expected_logs]
     for step, want in zip(logs, expected_logs, strict=True):
         assert step["soft"] == pytest.approx(want["soft"], rel=1e-4)  # weights differ after step 1
+        for name in {"anchor", "advantage"} & want.keys():
+            assert step[name] == pytest.approx(want[name], rel=1e-4, abs=1e-5)
+        split = {name for name in want if name.startswith(("soft_", "share_", "completion"))}
+        assert {name: step[name] for name in split} == pytest.approx(
+            {name: want[name] for name in split}, rel=1e-3
+        )
     assert models.difference(weights, expected) <= TOLERANCE
+
+
+def test_the_table_of_completions_has_the_rows_of_both(two_processes: Path, tmp_path: Path) -> None:
+    setups.train(setups.opsd_on_policy, tmp_path, 1)
+    found, expected = (
+        sorted((folder / "completions.jsonl").read_text().splitlines())
+        for folder in (two_processes, tmp_path)
+    )
+    assert found == expected
+    assert len(found) == 3 * setups.ROWS_PER_STEP
+
+
+def test_a_fault_on_one_process_stops_all(two_processes: Path) -> None:
+    """Else the other would wait for it until the launcher's time is over."""
+    _, logs = torch.load(two_processes / "stopped_by_one.pt")
+    assert [step["step"] for step in logs] == [1]
+    assert logs[0]["watchdog_teacher_follows"] > 1
 
 
 def test_a_mean_over_each_process_would_show(two_processes: Path) -> None:

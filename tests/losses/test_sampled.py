@@ -218,6 +218,14 @@ def test_no_tokens_have_a_loss_of_zero_with_a_gradient() -> None:
     assert all(g.abs().sum() == 0 for g in grads)
 
 
+def test_weights_that_are_all_zero_have_a_gradient_of_zero() -> None:
+    given = draw()
+    given["weights"] = given["hard_weights"] = torch.zeros(N, dtype=torch.float64)
+    terms, grads = run(SampledObjective("k3", 0.5), given, "hidden")
+    assert terms.loss == 0
+    assert all(g.abs().sum() == 0 for g in grads)
+
+
 def test_only_what_is_trained_gets_a_gradient() -> None:
     given = draw()
     hidden = given["hidden"].requires_grad_()
@@ -230,6 +238,18 @@ def test_only_what_is_trained_gets_a_gradient() -> None:
     torch.testing.assert_close(grad, torch.autograd.grad(total, want)[0], rtol=0, atol=1e-14)
     with torch.no_grad():
         assert not tokens.cross_entropy(hidden, Head(given["weight"], None), *rest)[0].requires_grad
+
+
+def test_evaluation_forms_no_gradient() -> None:
+    given = draw(torch.float32)
+    hidden, weight = (given[name].requires_grad_() for name in ("hidden", "weight"))
+    rest = (Head(weight, None), given["targets"], given["weights"])
+    with torch.no_grad(), Watch() as watch:
+        tokens.cross_entropy(hidden, *rest)
+    assert watch.products == 1
+    with Watch() as watch:
+        tokens.cross_entropy(hidden, *rest)
+    assert watch.products == 3
 
 
 def test_a_second_derivative_is_an_error() -> None:

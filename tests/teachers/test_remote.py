@@ -227,7 +227,8 @@ def test_clipped_tokens_are_counted(remote: Ask) -> None:
 def test_padding_of_a_sparse_teacher_says_nothing(remote: Ask) -> None:
     sparse = prepared(remote(3), models.llama()).signal(models.llama(), SIDE).sparse
     padded = sparse._replace(
-        ids=F.pad(sparse.ids, (1, 1), value=-1), log_probs=F.pad(sparse.log_probs, (1, 1))
+        ids=F.pad(sparse.ids, (1, 1), value=-1),
+        log_probs=F.pad(sparse.log_probs, (1, 1), value=-0.5),
     )
     spec = DivergenceSpec("jsd")
     got, want = (losses(Signal(sparse=teacher), spec) for teacher in (padded, sparse))

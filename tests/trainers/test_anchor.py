@@ -197,15 +197,16 @@ def test_rows_are_joined_below_and_padded_on_the_right() -> None:
     batch = {
         "input_ids": ids,
         "labels": ids.masked_fill(ids < 5, -100),
-        "anchor_input_ids": torch.tensor([[9, 8]]),
-        "anchor_attention_mask": torch.tensor([[1, 1]]),
-        "anchor_labels": torch.tensor([[-100, 8]]),
+        "anchor_input_ids": torch.tensor([[0, 9, 8, 7]]),  # padded on the left
+        "anchor_attention_mask": torch.tensor([[0, 1, 1, 1]]),
+        "anchor_labels": torch.tensor([[-100, -100, 8, 7]]),
         "anchor_count": torch.tensor(1),
     }
     joined = anchors.joined(student_side(batch), batch)
-    assert joined.inputs["input_ids"].tolist() == [[3, 4, 5], [6, 7, 8], [9, 8, 0]]
-    assert joined.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 0]]
-    assert joined.predicts.int().tolist() == [[0, 1, 0], [1, 1, 0], [1, 0, 0]]
+    real = joined.inputs["attention_mask"]
+    assert joined.inputs["input_ids"].tolist() == [[3, 4, 5, 0], [6, 7, 8, 0], [0, 9, 8, 7]]
+    assert real.tolist() == [[1, 1, 1, 0], [1, 1, 1, 0], [0, 1, 1, 1]]
+    assert joined.predicts.int().tolist() == [[0, 1, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0]]
     odd = Side({"input_ids": ids, "token_type_ids": ids}, joined.predicts[:2])
     with pytest.raises(ValueError, match=r"input_ids and attention_mask only.*token_type_ids"):
         anchors.joined(odd, batch)
@@ -213,7 +214,7 @@ def test_rows_are_joined_below_and_padded_on_the_right() -> None:
     with pytest.raises(ValueError, match="with anchor_input_ids needs anchor_count too"):
         anchors.has_anchor(batch)
     batch |= {"anchor_count": torch.tensor(1), "anchor_labels": torch.tensor([[8]])}
-    with pytest.raises(ValueError, match=r"must have one shape, got \[\(1, 2\), \(1, 2\), \(1, 1"):
+    with pytest.raises(ValueError, match=r"must have one shape, got \[\(1, 4\), \(1, 4\), \(1, 1"):
         anchors.has_anchor(batch)
 
 

@@ -31,14 +31,14 @@ class Watched(OPSDTrainer):
 def generated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list, list, int]]:
     """(prompts, completions, seed) of every call of `generate`."""
     calls: list[tuple[list, list, int]] = []
-    original = rollouts.generate
+    original = rollouts.generation.generate
 
     def noted(model: Any, prompts: Any, **settings: Any) -> Any:
         completions = original(model, prompts, **settings)
         calls.append((prompts, completions, settings["seed"]))
         return completions
 
-    monkeypatch.setattr(rollouts, "generate", noted)
+    monkeypatch.setattr(rollouts.generation, "generate", noted)
     return calls
 
 

@@ -96,6 +96,16 @@ def test_greedy_gpt2_with_learnt_positions() -> None:
     assert together == [rollout(model, [p], temperature=0.0)[0] for p in PROMPTS]
 
 
+def test_the_cache_is_used() -> None:
+    model, widths = models.llama(), []
+    model.config.use_cache = False
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    rollout(model, max_completion_length=4, eos_token_id=None)
+    assert widths == [5, 1, 1, 1]
+
+
 def test_the_seed_decides() -> None:
     model = models.llama()
     torch.manual_seed(1)

@@ -1,0 +1,18 @@
+"""Completions sampled from the student, by one of several engines."""
+
+from hf_distill.rollouts.engines import ENGINES, Engine, TellEngine, check_engine, make_engine
+from hf_distill.rollouts.generation import GenerateEngine, generate
+from hf_distill.rollouts.sampling import Sampling, cut, end_token_ids
+
+__all__ = [
+    "ENGINES",
+    "Engine",
+    "GenerateEngine",
+    "Sampling",
+    "TellEngine",
+    "check_engine",
+    "cut",
+    "end_token_ids",
+    "generate",
+    "make_engine",
+]

@@ -1,0 +1,48 @@
+"""What every engine needs: the settings of sampling, and where completions end."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are sampled.
+
+    Args:
+        pad_token_id: may equal an end token.
+        eos_token_id: the tokenizer's end token, or None.
+        max_completion_length: tokens.
+        temperature: of sampling from the whole vocabulary; 0 is greedy.
+        generation_kwargs: further settings in the engine's own words.
+    """
+
+    pad_token_id: int
+    eos_token_id: int | None
+    max_completion_length: int
+    temperature: float
+    generation_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def end_token_ids(model: nn.Module, eos_token_id: int | None) -> list[int]:
+    """Every id that ends a completion: the generation config's (maybe several), the tokenizer's."""
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = ids if isinstance(ids, list | tuple) else [ids]
+    return sorted({i for i in (*ids, eos_token_id) if i is not None})
+
+
+def cut(completion: Sequence[int], end_ids: Sequence[int]) -> list[int]:
+    """The ids up to and with the first end token; all of them if there is none."""
+    for position, token in enumerate(completion):
+        if token in end_ids:
+            return list(completion[: position + 1])
+    return list(completion)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters lie in pieces on several processes (FSDP 1 and 2, DeepSpeed ZeRO-3)."""
+    wrapped = any(isinstance(m, FSDPModule | FullyShardedDataParallel) for m in model.modules())
+    return wrapped or any(hasattr(p, "ds_id") for p in model.parameters())
