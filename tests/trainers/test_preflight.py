@@ -86,6 +86,17 @@ def test_a_teacher_with_other_weights_is_an_error(tmp_path):
         opsd.train()
 
 
+def test_tokens_far_behind_the_context_are_compared(tmp_path):
+    """The teacher reads one word otherwise, which stands at the end of completions only."""
+    opsd = trainer(tmp_path, models.llama(), on_policy=False)
+    opsd.train_dataset = [row | {"completion": "3 + 4 , no yes so"} for row in opsd.train_dataset]
+    (word,) = models.tokenizer()("yes")["input_ids"]
+    with torch.no_grad():
+        opsd.teacher._copy.model.embed_tokens.weight[word] += 1.0
+    with pytest.raises(EmptyHintError, match=r"teacher: without a hint"):
+        opsd.train()
+
+
 def test_a_dead_teacher_is_an_error(tmp_path):
     opsd = trainer(tmp_path, models.llama())
     with torch.no_grad():
