@@ -15,7 +15,7 @@ from hf_distill.episodes import Environment, Episode, play, share_siblings
 from hf_distill.heads import causal_lm, unwrap
 from hf_distill.hints import Row
 from hf_distill.monitors import CompletionMeter, HintOverlapMeter, ShareMeter
-from hf_distill.tables import CompletionTable
+from hf_distill.tables import COLUMNS, CompletionTable
 from hf_distill.trainers.configs import OPSDConfig
 from hf_distill.trainers.groups import RolloutConfig
 
@@ -108,7 +108,8 @@ class Rollouts:
         found = [self.batch(model, x) for x in episodes]
         if self.args.anchor_weight > 0:
             self._add_anchors(found, rows)
-        self._compare_with_hints(episodes)
+        if resumed is None:
+            self._compare_with_hints(episodes)
         if self.table is not None and resumed is None:
             self._tabulate(self.table, step, found, episodes)
         return Window(episodes, found)
@@ -209,7 +210,12 @@ class Rollouts:
             [row[:start] for row, start in zip(ids, starts, strict=True)],
             [episode.hints for episode in flat],
             [row[start:] for row, start in zip(ids, starts, strict=True)],
-            {name: [_plain(episode.columns.get(name)) for episode in flat] for name in names},
+            {
+                f"environment {name}" if name in COLUMNS else name: [
+                    _plain(episode.columns.get(name)) for episode in flat
+                ]
+                for name in names
+            },
         )
 
     def read(self, training: bool) -> dict[str, float]:
