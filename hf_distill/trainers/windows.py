@@ -3,6 +3,7 @@
 import logging
 import random
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -101,7 +102,7 @@ class Rollouts:
                 )
             episodes = self.play(model, batches, step, training=True)
         else:
-            episodes = [self._episodes(x) for x in rows]
+            episodes = self._episodes(rows)
             for one, states in zip(episodes, resumed, strict=True):
                 for episode, state in zip(one, states, strict=True):
                     vars(episode).update(state)
@@ -113,10 +114,11 @@ class Rollouts:
             self._tabulate(self.table, step, found, episodes)
         return Window(episodes, found)
 
-    def _episodes(self, rows: Sequence[Row], size: int | None = None) -> list[Episode]:
-        """New episodes for the rows of a micro-batch."""
+    def _episodes(self, rows: Sequence[list[Row]], size: int | None = None) -> list[list[Episode]]:
+        """New episodes for the rows of each micro-batch; no two of them share a group."""
         column, size = self.collator.prompt_column, size or self.config.num_completions
-        return [Episode(row, row[column], group=i // size) for i, row in enumerate(rows)]
+        number = count()
+        return [[Episode(row, row[column], next(number) // size) for row in x] for x in rows]
 
     def play(
         self, model: nn.Module, batches: list[dict[str, Any]], step: int, training: bool
@@ -132,7 +134,7 @@ class Rollouts:
             return completions
 
         size = None if training else 1
-        episodes = [self._episodes(batch["rows"], size) for batch in batches]
+        episodes = self._episodes([batch["rows"] for batch in batches], size)
         prompts = [alignment.unpad(b["prompt_ids"], b["prompt_mask"]) for b in batches]
         play(
             [episode for batch in episodes for episode in batch],
@@ -174,10 +176,10 @@ class Rollouts:
         references = [self.collator.references(x) for x in rows]
         tokens = sum(int((x["labels"] != alignment.IGNORE_INDEX).sum()) for x in references)
         own = torch.tensor(tokens, device=self.accelerator.device)
-        count = cast(Tensor, self.accelerator.reduce(own, reduction="sum"))
+        total = cast(Tensor, self.accelerator.reduce(own, reduction="sum"))
         for batch, reference in zip(batches, references, strict=True):
             batch |= {f"{alignment.ANCHOR_PREFIX}{name}": x for name, x in reference.items()}
-            batch[f"{alignment.ANCHOR_PREFIX}count"] = count
+            batch[f"{alignment.ANCHOR_PREFIX}count"] = total
 
     def _compare_with_hints(self, episodes: list[list[Episode]]) -> None:
         tokenizer = self.collator.tokenizer
