@@ -21,7 +21,7 @@ class Attempt:
         text: of the last reply, without special tokens.
         ended: whether the reply ended with an end token.
         turn: replies before this one.
-        group: attempts at the same row in one batch have the same number.
+        group: attempts at the same row in one step have the same number, others another.
     """
 
     row: Row

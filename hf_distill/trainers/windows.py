@@ -3,6 +3,7 @@
 import logging
 import random
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -101,7 +102,7 @@ class Rollouts:
                 )
             episodes = self.play(model, batches, step, training=True)
         else:
-            episodes = [self._episodes(batch) for batch in batches]
+            episodes = self._episodes(batches)
             for one, states in zip(episodes, resumed, strict=True):
                 for episode, state in zip(one, states, strict=True):
                     vars(episode).update(state)
@@ -114,12 +115,20 @@ class Rollouts:
             self._tabulate(self.table, step, found, episodes)
         return Window(episodes, found)
 
-    def _episodes(self, batch: dict[str, Any], size: int | None = None) -> list[Episode]:
-        """New episodes for the rows of a micro-batch."""
+    def _episodes(
+        self, batches: list[dict[str, Any]], size: int | None = None
+    ) -> list[list[Episode]]:
+        """New episodes for the rows of each micro-batch; no two of them share a group."""
         column, size = self.collator.prompt_column, size or self.config.num_completions
-        contexts = alignment.unpad(batch["prompt_ids"], batch["prompt_mask"])
-        pairs = enumerate(zip(batch["rows"], contexts, strict=True))
-        return [Episode(row, row[column], i // size, context=ids) for i, (row, ids) in pairs]
+        number = count()
+        made = []
+        for batch in batches:
+            contexts = alignment.unpad(batch["prompt_ids"], batch["prompt_mask"])
+            pairs = zip(batch["rows"], contexts, strict=True)
+            made.append(
+                [Episode(x, x[column], next(number) // size, context=ids) for x, ids in pairs]
+            )
+        return made
 
     def play(
         self, model: nn.Module, batches: list[dict[str, Any]], step: int, training: bool
@@ -135,7 +144,7 @@ class Rollouts:
             return completions
 
         size = None if training else 1
-        episodes = [self._episodes(batch, size) for batch in batches]
+        episodes = self._episodes(batches, size)
         play(
             [episode for batch in episodes for episode in batch],
             sample,
@@ -175,10 +184,10 @@ class Rollouts:
         references = [self.collator.references(x) for x in rows]
         tokens = sum(int((x["labels"] != alignment.IGNORE_INDEX).sum()) for x in references)
         own = torch.tensor(tokens, device=self.accelerator.device)
-        count = cast(Tensor, self.accelerator.reduce(own, reduction="sum"))
+        total = cast(Tensor, self.accelerator.reduce(own, reduction="sum"))
         for batch, reference in zip(batches, references, strict=True):
             batch |= {f"{alignment.ANCHOR_PREFIX}{name}": x for name, x in reference.items()}
-            batch[f"{alignment.ANCHOR_PREFIX}count"] = count
+            batch[f"{alignment.ANCHOR_PREFIX}count"] = total
 
     def _compare_with_hints(self, episodes: list[list[Episode]]) -> None:
         tokenizer = self.collator.tokenizer

@@ -104,6 +104,11 @@ def test_a_hint_at_any_turn(name):
         (Hint(where="before", turn=4), "after_hint", "so 6 <|im_end|> 5 . <|im_end|>"),
         (Hint(where="system"), "after_hint", "3 <|im_end|> so 6 <|im_end|> 5 . <|im_end|>"),
         ([Hint(), Hint(where="before", turn=6)], "hinted", "3 <|im_end|> 5 . <|im_end|>"),
+        (
+            [Hint(where="after", turn=4), Hint(where="before", turn=4)],
+            "after_hint",
+            "so 6 <|im_end|> 5 . <|im_end|>",
+        ),
     ],
 )
 def test_only_the_targeted_replies_are_scored(hint, scored, expected):

@@ -1,12 +1,13 @@
 """Rows from dialogues that the student has written: ids as sampled, hints that read the rollout."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from hf_distill import Hint, HintCollator
 from hf_distill.dialogues import continuation
-from hf_distill.episodes import Episode, share_siblings
+from hf_distill.episodes import Attempt, Episode, Feedback, play, share_siblings
 from tests.collators.test_dialogues import PROMPT, reply, text, user, words
 from tests.trainers import models
 
@@ -118,7 +119,7 @@ def test_hints_read_what_the_student_wrote_and_what_was_said_to_it() -> None:
         seen.append(row)
         return "Hint : " + row["attempt"]
 
-    row = {"prompt": PROMPT, "answer": "5"}
+    row = {"prompt": PROMPT, "answer": "5", "feedback": "of the data"}
     _, teacher, _ = made(hint, episode(row, feedback="no"))
     assert "Hint : 5 ." in teacher
     assert seen[0]["dialogue"] == DIALOGUE
@@ -127,7 +128,7 @@ def test_hints_read_what_the_student_wrote_and_what_was_said_to_it() -> None:
 
 def test_a_sibling_is_the_best_other_attempt_that_has_succeeded() -> None:
     def attempt(group: int, text: str, **columns: Any) -> Episode:
-        return Episode({}, "", group, texts=[text], columns=columns)
+        return Episode({}, "", group, texts=["first", text], columns=columns)
 
     group = [attempt(0, "a", score=0.0), attempt(0, "b", score=2.0), attempt(0, "c", score=1.0)]
     other = [attempt(1, "d", score=3.0), attempt(1, "e", score=-1.0), attempt(2, "f", score=1.0)]
@@ -160,6 +161,54 @@ def test_the_next_context_is_the_dialogue_so_far() -> None:
     one = Episode({"prompt": PROMPT}, PROMPT, 0, [ids("3 <|im_end|>")], ["3"], SAID[:1])
     got = words(HintCollator(models.tokenizer()).next_context(one))
     assert got == text(DIALOGUE[:4]) + " <|im_start|> assistant"
+
+
+def played(
+    environment: Any, *replies: list[str], **settings: Any
+) -> tuple[list[Episode], list[list[str]]]:
+    """Episodes with the replies of each round, and the contexts that each round was given."""
+    asked: list[list[str]] = []
+
+    def sample(prompts: Sequence[Sequence[int]], turn: int) -> list[list[int]]:
+        asked.append([words(prompt) for prompt in prompts])
+        return [ids(text) for text in replies[turn]]
+
+    collator = HintCollator(models.tokenizer())
+    episodes = [Episode({"prompt": PROMPT}, PROMPT, i) for i in range(len(replies[0]))]
+    prompts = [collator.context_ids(PROMPT)] * len(episodes)
+    settings = {"max_turns": 3, "end_ids": [models.EOS]} | settings
+    play(episodes, prompts, sample, collator, environment, **settings)
+    return episodes, asked
+
+
+def test_rounds_add_to_what_was_said_and_told() -> None:
+    again = [user("What ?")]
+
+    def environment(attempts: Sequence[Attempt]) -> list[Feedback]:
+        return [Feedback(again, {f"told {a.turn}": a.text, "last": a.turn}) for a in attempts]
+
+    (one,), asked = played(environment, ["3 <|im_end|>"], ["so 6 <|im_end|>"], max_turns=2)
+    begun = text(PROMPT), text([*PROMPT, reply("3"), *again])
+    assert asked == [[f"{context} <|im_start|> assistant"] for context in begun]
+    assert one.columns == {"told 0": "3", "told 1": "so 6", "last": 1}
+    again.clear()  # the environment's list is its own
+    assert one.said == [[user("What ?")]]
+
+
+def test_a_reply_may_end_with_any_of_the_end_tokens() -> None:
+    ended: list[list[bool]] = []
+
+    def environment(attempts: Sequence[Attempt]) -> list[Feedback]:
+        ended.append([a.ended for a in attempts])
+        return [Feedback([user("What ?")]) for _ in attempts]
+
+    end_ids = [models.EOS, *ids("done")]
+    rounds = ["5 <|im_end|>", "3 done", "6 ."], [". done", "so ."]
+    (first, second, cut), asked = played(environment, *rounds, end_ids=end_ids, max_turns=2)
+    assert ended == [[True, True, False], [True, False]]
+    closed = text([*PROMPT, reply("3 done"), user("What ?")])
+    assert asked[1][1] == f"{closed} <|im_start|> assistant"
+    assert (first.texts, second.texts, cut.texts) == (["5", ". done"], ["3 done", "so ."], ["6 ."])
 
 
 def test_thoughts_that_a_template_drops_later_stay_in_the_row() -> None:

@@ -98,7 +98,8 @@ def test_a_step_in_which_nothing_is_scored_changes_nothing(tmp_path: Path) -> No
     assert models.difference(models.weights(run.model), before) == 0.0
 
 
-def test_groups_hold_attempts_at_one_prompt(tmp_path: Path) -> None:
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_groups_hold_attempts_at_one_prompt(tmp_path: Path, micro_batches: int) -> None:
     class Judge(Asker):
         def __call__(self, attempts: Sequence[Attempt]) -> list[Feedback]:
             self.seen.append(list(attempts))
@@ -113,7 +114,11 @@ def test_groups_hold_attempts_at_one_prompt(tmp_path: Path) -> None:
         return row["sibling"] or None
 
     rollout = {"num_completions": 2, "temperature": 1.0, "steps_per_rollout": 2}
-    run = trainer(tmp_path, judge, hint, rollout=rollout, max_steps=8)
+    sizes = {
+        "per_device_train_batch_size": 4 // micro_batches,
+        "gradient_accumulation_steps": micro_batches,
+    }
+    run = trainer(tmp_path, judge, hint, rollout=rollout, max_steps=8, **sizes)
     run.train()
     assert len(judge.seen) == 4
     for attempts in judge.seen:
@@ -129,15 +134,57 @@ def test_groups_hold_attempts_at_one_prompt(tmp_path: Path) -> None:
         trainer(tmp_path, rollout={"num_completions": 3})
 
 
+def test_rounds_and_processes_draw_from_seeds_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollout = {"max_turns": 2, "steps_per_rollout": 2, "on_policy_fraction": 0.5}
+    run = trainer(tmp_path, Asker(), rollout=rollout)
+    assert run.rollouts is not None
+    seeds: list[int] = []
+
+    def sample(model: Any, prompts: Any, seed: int) -> list[list[int]]:
+        seeds.append(seed)
+        return [[models.EOS] for _ in prompts]
+
+    monkeypatch.setattr(run.rollouts.engine, "sample", sample)
+    batch = run.hint_collator.prompts(models.problems(2, chat=True))
+    drawn = []
+    for rank in (0, 1):
+        monkeypatch.setattr(OPSDConfig, "process_index", rank)
+        for step in (0, 2):
+            run.rollouts.play(run.model, [batch], step, training=True)
+        drawn.append([run.rollouts.is_sampled(step) for step in range(40)])
+    assert len(set(seeds)) == len(seeds) == 8
+    # whether completions are sampled holds for a window, and for all processes
+    assert drawn[0] == drawn[1]
+    assert drawn[0][::2] == drawn[0][1::2]
+    assert set(drawn[0]) == {True, False}
+
+
+def test_the_anchor_needs_no_hint(tmp_path: Path) -> None:
+    data = answered()
+    settings: dict[str, Any] = {"scored": "hinted", "rollout": {"max_turns": 1}, "data": data}
+    run = trainer(tmp_path, Asker(), "{feedback}", anchor_weight=0.5, max_steps=1, **settings)
+    run.train()
+    labels = [x[x != -100] for x in run.trained[0]["anchor_labels"]]
+    written = [run.processing_class.decode(x, skip_special_tokens=True) for x in labels]
+    assert written == [row["completion"][0]["content"] for row in data[:4]]
+
+
+def answered() -> list[dict[str, Any]]:
+    """Problems whose completions are messages."""
+    return [
+        row | {"completion": [{"role": "assistant", "content": row["completion"]}]}
+        for row in models.problems(chat=True)
+    ]
+
+
 @pytest.mark.parametrize(("fraction", "expected"), [(0.0, {0}), (1.0, {1}), (0.5, {0, 1})])
 def test_a_share_of_the_rollouts_is_the_datas(
     tmp_path: Path, fraction: float, expected: set[int]
 ) -> None:
     rollout = {"on_policy_fraction": fraction, "temperature": 1.0}
-    data = [
-        row | {"completion": [{"role": "assistant", "content": row["completion"]}]}
-        for row in models.problems(chat=True)
-    ]
+    data = answered()
     run = trainer(tmp_path, rollout=rollout, max_steps=10, data=data * 3)
     run.train()
     texts = {row["completion"][0]["content"] for row in data}
@@ -176,10 +223,15 @@ def test_dialogues_of_a_window_survive_a_restart(tmp_path: Path) -> None:
 
 
 def test_evaluation_asks_the_environment_too(tmp_path: Path) -> None:
-    run = trainer(tmp_path, Asker(), "{feedback}", rollout={"max_turns": 2, "temperature": 1.0})
+    rollout = {"max_turns": 2, "temperature": 1.0, "num_completions": 2}
+    run = trainer(tmp_path, Asker(), "{feedback}", rollout=rollout)
     first, second = run.evaluate(), run.evaluate()
     assert [a.row for a in run.environment.seen[0]] == models.problems(4, chat=True)
+    assert [a.group for a in run.environment.seen[0]] == [0, 1, 2, 3]
     assert first["eval_loss"] == second["eval_loss"] > 0
+    rollout, hint = {"max_turns": 1}, Hint(lambda row: None)
+    unscored = trainer(tmp_path, Asker(), hint, scored="hinted", rollout=rollout)
+    assert unscored.evaluate()["eval_loss"] == 0.0
 
 
 class Stream(IterableDataset):

@@ -220,6 +220,8 @@ def test_repeat_sampler_in_order() -> None:
     assert windows(sampler, 3) == [[0, 1, 2], [0, 1, 2], [3, 4, 5], [3, 4, 5]]
     exact = RepeatSampler(6, window=3, repeats=1, seed=0, shuffle=False)
     assert windows(exact, 3) == [[0, 1, 2], [3, 4, 5]]
+    copied = RepeatSampler(5, window=4, repeats=2, seed=0, shuffle=False, copies=2)
+    assert windows(copied, 4) == [[0, 0, 1, 1]] * 2 + [[2, 2, 3, 3]] * 2
 
 
 def test_repeat_sampler_shuffles_anew_each_epoch() -> None:

@@ -112,3 +112,5 @@ def test_a_rollout_that_is_used_up_is_not_saved(tmp_path: Path) -> None:
     opsd_window(tmp_path).train()
     assert (tmp_path / "checkpoint-3" / "rollout-0.json").is_file()
     assert not (tmp_path / "checkpoint-6" / "rollout-0.json").exists()
+    opsd(tmp_path, student(), max_steps=SAVED_AT).train()  # over it, with no window
+    assert not (tmp_path / "checkpoint-3" / "rollout-0.json").exists()

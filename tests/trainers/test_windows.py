@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_distill import ModelTeacher, OPSDConfig, RoutedTeacher
+from hf_distill.episodes import Episode
 from hf_distill.losses import behaviour_log_probs
 from hf_distill.token_classes import CLASSES
 from tests.trainers import models
@@ -85,6 +86,10 @@ def test_reused_completions_know_the_student_that_wrote_them(tmp_path: Path) -> 
     once = trainer(tmp_path / "once", rollout={"importance_clip": 1.5}, max_steps=1)
     once.train()
     assert "behaviour_log_probs" not in once.trained[0]
+    rollout = {"importance_clip": 1.5, "steps_per_rollout": 2, "on_policy_fraction": 0.0}
+    read = trainer(tmp_path / "read", rollout=rollout, max_steps=2)
+    read.train()
+    assert all("behaviour_log_probs" not in batch for batch in read.trained)
 
 
 def test_the_writers_log_probabilities_survive_a_restart(tmp_path: Path) -> None:
@@ -94,18 +99,25 @@ def test_the_writers_log_probabilities_survive_a_restart(tmp_path: Path) -> None
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert models.difference(models.weights(resumed.model), models.weights(straight.model)) == 0.0
     assert steps(resumed)[-3]["importance_ratio"] == steps(straight)[1]["importance_ratio"] != 1.0
+    end = models.weights(straight.model)
+    straight.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert models.difference(models.weights(straight.model), end) == 0.0
 
 
-@pytest.mark.parametrize("on_policy", [True, False])
-def test_each_row_asks_the_teacher_of_its_column(tmp_path: Path, on_policy: bool) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"on_policy": False}, {"rollout": {"on_policy_fraction": 0.0}}],
+    ids=["sampled", "off_policy", "of_the_data"],
+)
+def test_each_row_asks_the_teacher_of_its_column(tmp_path: Path, changes: dict) -> None:
     teachers = {"odd": ModelTeacher(models.llama(1)), "even": ModelTeacher(models.llama(2))}
     teacher = RoutedTeacher(teachers, column="domain")
-    run = trainer(tmp_path, teacher=teacher, on_policy=on_policy, max_steps=2)
+    run = trainer(tmp_path, teacher=teacher, max_steps=2, **changes)
     run.train()
     for batch in run.trained:
         assert batch["teacher_route"].tolist() == [1, 0, 1, 0]
     swapped = RoutedTeacher({"even": teachers["odd"], "odd": teachers["even"]}, column="domain")
-    other = trainer(tmp_path / "other", teacher=swapped, on_policy=on_policy, max_steps=1)
+    other = trainer(tmp_path / "other", teacher=swapped, max_steps=1, **changes)
     other.train()
     assert abs(steps(other)[0]["soft"] - steps(run)[0]["soft"]) > 1e-4
 
@@ -129,6 +141,17 @@ def test_completions_that_recite_the_hint_are_measured(
     assert len(hints[1]) < 4 <= len(hints[0])
     first = len(hints[0]) - 3
     assert steps(run)[0]["hint_overlap"] == (first + 3) / (first + 5)
+
+
+def test_a_hint_may_be_recited_in_any_reply(tmp_path: Path) -> None:
+    rollouts = trainer(tmp_path).rollouts
+    assert rollouts is not None
+    row, length = models.problems()[0], 5
+    recited = models.tokenizer()(row["hint"])["input_ids"][:length]
+    one = Episode(row, row["prompt"], 0, [[9] * length, recited], hints=[row["hint"]])
+    rollouts._compare_with_hints([[one]])
+    # two of the seven runs of four
+    assert rollouts.read(training=True)["hint_overlap"] == pytest.approx(2 / 7)
 
 
 def test_the_divergence_is_logged_by_class_of_token(tmp_path: Path) -> None:
