@@ -88,7 +88,8 @@ class Rollouts:
         """
         rows = [batch["rows"] for batch in batches]
         sampled = self.is_sampled(step)
-        self._sampled.add(torch.tensor([sampled]))
+        if step % self.config.steps_per_rollout == 0:  # else the run before has counted it
+            self._sampled.add(torch.tensor([sampled]))
         if not sampled:
             made = [self._routed(self.collator(x), x) for x in rows]
             return Window([], made)
@@ -108,9 +109,10 @@ class Rollouts:
         found = [self.batch(model, x) for x in episodes]
         if self.args.anchor_weight > 0:
             self._add_anchors(found, rows)
-        self._compare_with_hints(episodes)
-        if self.table is not None and resumed is None:
-            self._tabulate(self.table, step, found, episodes)
+        if resumed is None:
+            self._compare_with_hints(episodes)
+            if self.table is not None:
+                self._tabulate(self.table, step, found, episodes)
         return Window(episodes, found)
 
     def _episodes(self, batch: dict[str, Any], size: int | None = None) -> list[Episode]:
