@@ -89,7 +89,8 @@ class Rollouts:
         """
         rows = [batch["rows"] for batch in batches]
         sampled = self.is_sampled(step)
-        self._sampled.add(torch.tensor([sampled]))
+        if step % self.config.steps_per_rollout == 0:  # else the run before has counted it
+            self._sampled.add(torch.tensor([sampled]))
         if not sampled:
             made = [self._routed(self.collator(x), x) for x in rows]
             return Window([], made)
@@ -111,8 +112,8 @@ class Rollouts:
             self._add_anchors(found, rows)
         if resumed is None:
             self._compare_with_hints(episodes)
-        if self.table is not None and resumed is None:
-            self._tabulate(self.table, step, found, episodes)
+            if self.table is not None:
+                self._tabulate(self.table, step, found, episodes)
         return Window(episodes, found)
 
     def _episodes(

@@ -188,8 +188,8 @@ def train(setup: Any, folder: Path, num_processes: int, resume_from: str | None 
     trainer = setup(folder, num_processes)
     assert trainer.accelerator.num_processes == num_processes
     trainer.train(resume_from_checkpoint=resume_from)
-    steps = [logs for logs in trainer.state.log_history if "loss" in logs]
-    return models.weights(trainer.accelerator.unwrap_model(trainer.model)), steps
+    weights = models.weights(trainer.accelerator.unwrap_model(trainer.model))
+    return weights, models.steps(trainer)
 
 
 def main() -> None:

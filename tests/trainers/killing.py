@@ -99,13 +99,7 @@ def run(
     trainer = make(setup, folder, steps)
     trainer.stop, trainer.tell = stop, tell
     trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
-    times = ("runtime", "per_second", "flos")
-    logs = [
-        {name: x for name, x in log.items() if not name.endswith(times)}
-        for log in trainer.state.log_history
-        if "loss" in log
-    ]
-    torch.save((models.weights(trainer.model), logs), folder / "result.pt")
+    torch.save((models.weights(trainer.model), models.steps(trainer)), folder / "result.pt")
     tell(DONE)
 
 

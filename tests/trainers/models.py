@@ -179,6 +179,16 @@ def difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
 
 
+def steps(trainer: Any) -> list[dict[str, float]]:
+    """The logs of a run's steps, without what is measured from where it was resumed."""
+    since = ("ema_moved", "ema_distance", "teacher_drift")
+    return [
+        {name: value for name, value in log.items() if name not in since}
+        for log in trainer.state.log_history
+        if "loss" in log
+    ]
+
+
 def copied(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model)
 
