@@ -1,4 +1,4 @@
-"""A live teacher collapses, a base teacher does not, and the watchdog says so in time.
+"""A live teacher collapses, a base teacher does not, and the watchdog says so.
 
 Both distil the demo's model from the same start; the live teacher is the student itself with the
 solution in its context. It takes the demo's arguments; no network, one CPU core, some ten minutes:
