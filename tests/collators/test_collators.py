@@ -199,3 +199,13 @@ def test_padding_falls_back_on_the_end_token(padding: str | None) -> None:
             HintCollator(tokenizer)([row()])
     else:
         assert HintCollator(tokenizer).pad_token_id == models.EOS
+
+
+def test_contexts_to_be_sampled_from_end_at_the_right():
+    tokenizer = models.tokenizer()
+    rows = [{"prompt": "What is 1 + 2 ?"}, {"prompt": "What ?"}]
+    batch = HintCollator(tokenizer).prompts(rows)  # no hint is needed yet
+    assert batch["rows"] == rows
+    assert batch["prompt_mask"].tolist() == [[1] * 6, [0] * 4 + [1] * 2]
+    short = tokenizer("What ?")["input_ids"]
+    assert batch["prompt_ids"][1].tolist() == [models.PAD] * 4 + short

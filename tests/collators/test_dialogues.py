@@ -249,6 +249,13 @@ def test_a_character_of_several_tokens_is_cut_as_a_whole(hint, budget, kept):
     assert collator.tokenizer.decode(ids) == "hi" + kept
 
 
+def test_the_longest_hint_is_that_of_most_tokens():
+    options = {"truncation": "hint", "max_hint_length": 6}
+    hints = [Hint(lambda row, x=x: x, separator="") for x in ("abc", "\u6570\u5b66")]
+    ids = HintCollator(bytewise(), hints, **options).contexts([{"prompt": "hi"}])
+    assert bytewise().decode(ids["teacher_prompt_ids"][0]) == "hiabc\u6570"
+
+
 def test_a_character_longer_than_the_budget_is_an_error():
     options = {"truncation": "hint", "max_hint_length": 2}
     collator = HintCollator(bytewise(), Hint(lambda row: "\U0001f642", separator=""), **options)

@@ -126,6 +126,13 @@ def test_hints_read_what_the_student_wrote_and_what_was_said_to_it() -> None:
     assert (seen[0]["answer"], seen[0]["feedback"], seen[0]["sibling"]) == ("5", "no", None)
 
 
+def test_hints_of_a_text_prompt_read_the_rollout_too() -> None:
+    row = {"prompt": "What is 1 + 2 ?"}
+    one = Episode(row, row["prompt"], 0, [ids("5 <|im_end|>")], ["5"], columns={"feedback": "no"})
+    _, teacher, _ = made(Hint("Hint : {attempt} , {feedback}", separator=" "), one)
+    assert teacher == "What is 1 + 2 ? Hint : 5 , no 5 <|im_end|>"
+
+
 def test_a_sibling_is_the_best_other_attempt_that_has_succeeded() -> None:
     def attempt(group: int, text: str, **columns: Any) -> Episode:
         return Episode({}, "", group, texts=["first", text], columns=columns)
