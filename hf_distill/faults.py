@@ -26,7 +26,7 @@ class Limits:
     )
     teacher_unsure: float | None = _limit(
         1.4,
-        "Largest teacher_entropy on sampled completions, in multiples of its start (and 0.002 "
+        "Largest teacher_entropy on sampled completions, in multiples of its start (and 0.02 "
         "nats).",
     )
     dead_signal: float | None = _limit(1e-6, "Least soft loss after the first logs, nats a token.")
@@ -107,7 +107,8 @@ BOUNDS: dict[str, Bound] = {
     "plain": lambda given, at: given,
     "uniform": lambda given, at: at.ln_vocab * (1 - given / at.temperature**2),
     "multiple": lambda given, at: given * at.start,
-    "entropy": lambda given, at: given * at.start + 0.002,
+    # where a teacher is nearly certain, a few odd tokens of a small log would pass the factor
+    "entropy": lambda given, at: max(given * at.start, at.start + 0.02),
     "rise": lambda given, at: at.start + given,
     "fall": lambda given, at: at.start - max(given, at.noise),
     "way": lambda given, at: (

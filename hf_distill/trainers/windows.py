@@ -15,7 +15,7 @@ from hf_distill.episodes import Environment, Episode, play, share_siblings
 from hf_distill.heads import causal_lm, unwrap
 from hf_distill.hints import Row
 from hf_distill.monitors import CompletionMeter, HintOverlapMeter, ShareMeter
-from hf_distill.tables import CompletionTable
+from hf_distill.tables import COLUMNS, CompletionTable
 from hf_distill.trainers.configs import OPSDConfig
 from hf_distill.trainers.groups import RolloutConfig
 
@@ -88,7 +88,7 @@ class Rollouts:
         """
         rows = [batch["rows"] for batch in batches]
         sampled = self.is_sampled(step)
-        if step % self.config.steps_per_rollout == 0:  # else the run before has counted it
+        if self.is_first_step(step):  # else the run before has counted it
             self._sampled.add(torch.tensor([sampled]))
         if not sampled:
             made = [self._routed(self.collator(x), x) for x in rows]
@@ -111,8 +111,8 @@ class Rollouts:
             self._add_anchors(found, rows)
         if resumed is None:
             self._compare_with_hints(episodes)
-            if self.table is not None:
-                self._tabulate(self.table, step, found, episodes)
+        if self.table is not None and resumed is None:
+            self._tabulate(self.table, step, found, episodes)
         return Window(episodes, found)
 
     def _episodes(self, batch: dict[str, Any], size: int | None = None) -> list[Episode]:
@@ -211,7 +211,12 @@ class Rollouts:
             [row[:start] for row, start in zip(ids, starts, strict=True)],
             [episode.hints for episode in flat],
             [row[start:] for row, start in zip(ids, starts, strict=True)],
-            {name: [_plain(episode.columns.get(name)) for episode in flat] for name in names},
+            {
+                f"environment {name}" if name in COLUMNS else name: [
+                    _plain(episode.columns.get(name)) for episode in flat
+                ]
+                for name in names
+            },
         )
 
     def read(self, training: bool) -> dict[str, float]:

@@ -88,4 +88,7 @@ def test_two_processes_resume_bit_for_bit(two_processes: Path) -> None:
     again, again_logs = torch.load(two_processes / "resumed.pt")
     assert models.difference(weights, again) == 0.0
     assert len(logs) == setups.SAVED_AT + 2
+    for step in (*logs, *again_logs):  # measured from where a process starts or resumes
+        step.pop("ema_moved", None)
+        step.pop("ema_distance", None)
     assert logs == again_logs
