@@ -89,7 +89,7 @@ class Rollouts:
         """
         rows = [batch["rows"] for batch in batches]
         sampled = self.is_sampled(step)
-        if step % self.config.steps_per_rollout == 0:  # else the run before has counted it
+        if self.is_first_step(step):  # else the run before has counted it
             self._sampled.add(torch.tensor([sampled]))
         if not sampled:
             made = [self._routed(self.collator(x), x) for x in rows]
