@@ -3,7 +3,7 @@
 A tiny model answers a story turn by turn. After each rollout the first wrong turn is found; the
 teacher, the model before training, reads the same dialogue with the right value in the user's
 message of that turn, and the student learns from what the teacher says of the reply to it. The
-student's own context has no hint and no placeholder. One CPU core, about two minutes:
+student's own context has no hint and no placeholder. One CPU core, some minutes:
 
     accelerate launch --cpu recipes/error_turns.py --config recipes/error_turns.yaml \
         --output_dir out/turns

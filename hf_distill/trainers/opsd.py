@@ -291,8 +291,15 @@ class OPSDTrainer(DistillTrainer):
             }
             if BEHAVIOUR in self._window.batches[0]:
                 state[BEHAVIOUR] = [batch[BEHAVIOUR].tolist() for batch in self._window.batches]
+            try:
+                text = json.dumps(state)
+            except TypeError as error:
+                raise TypeError(
+                    "a checkpoint inside a rollout holds what the environment said as JSON; give "
+                    f"Feedback.columns plain numbers, strings, lists and dicts: {error}"
+                ) from error
             with open(path, "w", encoding="utf-8") as file:
-                json.dump(state, file)
+                file.write(text)
         elif os.path.isfile(path):
             os.remove(path)  # of a run before this one
 

@@ -181,10 +181,10 @@ def played(
         return [ids(text) for text in replies[turn]]
 
     collator = HintCollator(models.tokenizer())
-    episodes = [Episode({"prompt": PROMPT}, PROMPT, i) for i in range(len(replies[0]))]
-    prompts = [collator.context_ids(PROMPT)] * len(episodes)
+    row, context = {"prompt": PROMPT}, collator.context_ids(PROMPT)
+    episodes = [Episode(row, PROMPT, i, context=context) for i in range(len(replies[0]))]
     settings = {"max_turns": 3, "end_ids": [models.EOS]} | settings
-    play(episodes, prompts, sample, collator, environment, **settings)
+    play(episodes, sample, collator, environment, **settings)
     return episodes, asked
 
 

@@ -222,6 +222,16 @@ def test_dialogues_of_a_window_survive_a_restart(tmp_path: Path) -> None:
         assert difference == 0.0
 
 
+def test_columns_that_json_cannot_hold_are_named(tmp_path: Path) -> None:
+    def judge(attempts: Sequence[Attempt]) -> list[Feedback]:
+        return [Feedback(columns={"feedback": "no", "seen": torch.zeros(1)}) for _ in attempts]
+
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    run = trainer(tmp_path, judge, rollout={"steps_per_rollout": 2}, **saving)
+    with pytest.raises(TypeError, match=r"Feedback.columns plain numbers.*Tensor"):
+        run.train()
+
+
 def test_evaluation_asks_the_environment_too(tmp_path: Path) -> None:
     rollout = {"max_turns": 2, "temperature": 1.0, "num_completions": 2}
     run = trainer(tmp_path, Asker(), "{feedback}", rollout=rollout)
