@@ -114,13 +114,13 @@ class _Checked:
                 continue
             other = next(i for i in range(2) if i != self.pad_token_id)
             read = _apart(padded, self.logits(self.padded(where, other)))
-            cause = (
-                "position ids: other ids in the padding change nothing, so the model counts "
-                "positions from it: does it use position_ids?"
-                if read <= self.tolerance
-                else "padding: other ids in it change them: does the model use attention_mask?"
-            )
-            name, why = cause.split(": ", 1)
+            name, why = "padding", "other ids in it change them: does the model use attention_mask?"
+            if read <= self.tolerance:
+                name, why = (
+                    "position ids",
+                    "other ids in the padding change nothing, so the model counts positions from "
+                    "it: does it use position_ids?",
+                )
             raise EmptyHintError(
                 f"{name}: rows padded on the {where} must give the logits of rows alone, they are "
                 f"{found:.2g} nats apart (limit {self.tolerance:g}); {why}"

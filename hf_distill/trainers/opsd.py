@@ -147,8 +147,8 @@ class OPSDTrainer(DistillTrainer):
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _check_empty_hint(self) -> None:
-        reason = None
-        if not isinstance(self.teacher, SelfTeacher):
+        reason, own = None, self.teacher
+        if not isinstance(own, SelfTeacher):
             reason = "the teacher is another model"
         elif self.is_fsdp_enabled or self.is_deepspeed_enabled:
             reason = "the model is not placed before training"
@@ -158,7 +158,7 @@ class OPSDTrainer(DistillTrainer):
             reason = "the dataset has no rows to look up"
         elif not len(self.train_dataset):
             reason = "the dataset is empty"
-        if reason is not None or not isinstance(self.teacher, SelfTeacher):
+        if reason is not None or not isinstance(own, SelfTeacher):
             logger.info("no check without hints: %s", reason)
             return
         dataset: Any = self.train_dataset
@@ -168,14 +168,7 @@ class OPSDTrainer(DistillTrainer):
         # before training the model has no autocast of its own; as in training, products are 16-bit
         in_16_bit = self.args.bf16 or self.args.fp16 or getattr(model, "is_quantized", False)
         with self.accelerator.autocast():
-            found = check_empty_hint(
-                model,
-                cast(SelfTeacher, self.teacher),
-                student,
-                teacher,
-                collator.pad_token_id,
-                in_16_bit,
-            )
+            found = check_empty_hint(model, own, student, teacher, collator.pad_token_id, in_16_bit)
         logger.info("without a hint student and teacher are %.1e nats apart", found)
 
     def _check_batch(self, inputs: dict[str, Any]) -> None:

@@ -3,8 +3,6 @@
 Run as a script it is one of the processes: -m tests.distributed.test_dtensor_head FOLDER RANK.
 """
 
-import os
-import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -16,10 +14,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from metal_ops import DivergenceSpec, linear_divergence
+from tests.distributed.launch import run_two
 
 pytestmark = pytest.mark.distributed
 
-ROOT = Path(__file__).parents[2]
 SPEC = DivergenceSpec("jsd", 0.3, 2.0, support="union", top_k=5)
 VOCAB = 33  # 17 rows on the first process, 16 on the second
 CASES = ("plain", "bias", "shared", "sharded teacher", "frozen", "other tokens", "2 d")
@@ -82,23 +80,7 @@ def compute(case: str, arguments: dict[str, Tensor | None]) -> Result:
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Result]]:
     """The results of each process; they meet in a file and write to files of their own."""
     folder = tmp_path_factory.mktemp("dtensor")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.distributed.test_dtensor_head", str(folder)]
-    processes = []
-    for rank in range(2):
-        with open(folder / f"{rank}.log", "w") as log:
-            processes.append(
-                subprocess.Popen(
-                    [*command, str(rank)], cwd=ROOT, env=environment, stdout=log, stderr=log
-                )
-            )
-    try:
-        codes = [process.wait(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], "\n".join((folder / f"{r}.log").read_text()[-4000:] for r in range(2))
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return run_two("tests.distributed.test_dtensor_head", folder)
 
 
 def same(got: Result, want: Result) -> None:

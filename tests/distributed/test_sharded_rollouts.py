@@ -3,8 +3,6 @@
 Run as a script it is one of the processes: -m tests.distributed.test_sharded_rollouts FOLDER RANK.
 """
 
-import os
-import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -21,11 +19,11 @@ from torch.distributed.tensor import DTensor
 from hf_distill.rollouts import generate
 from hf_distill.rollouts.continuous import refusal
 from hf_distill.rollouts.sampling import is_sharded
+from tests.distributed.launch import run_two
 from tests.trainers import models
 
 pytestmark = pytest.mark.distributed
 
-ROOT = Path(__file__).parents[2]
 KINDS = ("fsdp1", "fsdp2")
 PROMPTS = [[[5, 6, 7], [8], [9, 10, 11, 12, 13]], [[20, 21], [8], [5, 6, 7]]]
 LENGTH = 10
@@ -94,23 +92,7 @@ def run(kind: str, rank: int) -> dict[str, Any]:
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process found; they meet in a file and write to files of their own."""
     folder = tmp_path_factory.mktemp("sharded")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.distributed.test_sharded_rollouts", str(folder)]
-    processes = []
-    for rank in range(2):
-        with open(folder / f"{rank}.log", "w") as log:
-            processes.append(
-                subprocess.Popen(
-                    [*command, str(rank)], cwd=ROOT, env=environment, stdout=log, stderr=log
-                )
-            )
-    try:
-        codes = [process.wait(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], "\n".join((folder / f"{r}.log").read_text()[-4000:] for r in range(2))
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return run_two("tests.distributed.test_sharded_rollouts", folder)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
