@@ -63,7 +63,7 @@ SAMPLING = Sampling(models.PAD, models.EOS, 8, 1.0)
         ),
         (
             {"generation_kwargs": {"num_return_sequences": 2}},
-            "must not set 'num_return_sequences': the rows of the dataset",
+            "must not set 'num_return_sequences': rollout.num_completions does",
         ),
         (
             {"engine": "vllm", "generation_kwargs": {"max_tokens": 2}},
