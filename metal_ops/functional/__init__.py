@@ -13,12 +13,19 @@ from metal_ops.functional.logits import (
     divergence_with_stats,
     weighted_divergence,
 )
-from metal_ops.functional.sparse import SparseTeacher, sparse_divergence
+from metal_ops.functional.sparse import (
+    PowerSums,
+    SparseTeacher,
+    TailSamples,
+    sparse_divergence,
+)
 
 __all__ = [
     "DivergenceStats",
     "LinearTerms",
+    "PowerSums",
     "SparseTeacher",
+    "TailSamples",
     "WeightedTerms",
     "divergence",
     "divergence_with_stats",

@@ -10,6 +10,34 @@ from metal_ops.functional._arguments import flat_mask, form_gradient, once
 from metal_ops.spec import DivergenceSpec
 
 
+class TailSamples(NamedTuple):
+    """Entries drawn from a sparse teacher's tail, with repeats.
+
+    ids [..., n] int64: the drawn entries; those below 0 are no draw. log_probs [..., n]: the
+    teacher's log-probabilities there, at its temperature. log_weights [..., n]: log(1 / (draws *
+    g)), g the probability of drawing the entry from the tail, so that the sum over draws of
+    exp(log_weights) * f estimates the sum of f over the tail; -inf where there is no draw.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    log_weights: Tensor
+
+
+class PowerSums(NamedTuple):
+    """What carries a sparse teacher's tail to other temperatures.
+
+    orders: exponents alpha, without 0 and 1. log_sums [..., m]: log of the sum of p ** alpha over
+    the tail, p at the teacher's temperature. num_tail [...]: entries in the tail, the sum at
+    alpha = 0. temperature_range: the temperatures that may be asked for.
+    """
+
+    orders: tuple[float, ...]
+    log_sums: Tensor
+    num_tail: Tensor
+    temperature_range: tuple[float, float]
+
+
 class SparseTeacher(NamedTuple):
     """A teacher known at a few entries a token, from a cache or a server.
 
@@ -22,11 +50,13 @@ class SparseTeacher(NamedTuple):
     log_probs: Tensor
     log_tail: Tensor
     temperature: float = 1.0
+    samples: TailSamples | None = None
+    powers: PowerSums | None = None
 
 
 def _largest(teacher: SparseTeacher, spec: DivergenceSpec) -> SparseTeacher:
     """The teacher cut to the spec's top_k; what is cut joins the tail."""
-    ids, log_probs, log_tail, temperature = teacher
+    ids, log_probs, log_tail, temperature = teacher[:4]
     if spec.top_k is None or spec.top_k >= ids.shape[-1]:
         return teacher
     log_probs = log_probs.masked_fill(ids < 0, -torch.inf)

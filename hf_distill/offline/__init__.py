@@ -1,0 +1,1 @@
+"""Offline distillation: a teacher's answers on disk, and a teacher that reads them."""

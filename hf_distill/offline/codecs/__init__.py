@@ -1,0 +1,1 @@
+"""Codecs: what is stored of a teacher's distribution."""
