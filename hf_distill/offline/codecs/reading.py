@@ -1,0 +1,230 @@
+"""Decoding what the sparse codecs store, with every number checked.
+
+Shapes: N tokens of all rows, K entries of the head, n draws, m orders.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, from_numpy
+
+from hf_distill.offline.codecs import packing
+from metal_ops import PowerSums, SparseTeacher, TailSamples
+
+MASS_TOLERANCE = 0.1  # nats; the 8-bit codes of a long head can be off by 0.06
+RAREST = 20.0  # nats; a draw less probable than e^-20 counts as one of that probability
+
+Rows = Sequence[Mapping[str, np.ndarray]]
+
+
+class SparseLayout(Protocol):
+    """What decides which numbers are stored; the fields of `SparseCodec`."""
+
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def num_exact(self) -> int: ...
+    @property
+    def num_samples(self) -> int: ...
+    @property
+    def merges_draws(self) -> bool: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def temperature_range(self) -> tuple[float, float]: ...
+    @property
+    def proposal(self) -> float: ...
+    @property
+    def orders(self) -> tuple[float, ...]: ...
+
+
+def read(layout: SparseLayout, rows: Rows, lengths: Sequence[int], vocab: int) -> SparseTeacher:
+    """The teacher of some rows' tokens; see `SparseCodec.decode`."""
+    if len(rows) != len(lengths):
+        raise ValueError(f"there must be one length per row, {len(rows)}, got {len(lengths)}")
+    ids, log_probs, sizes = _head(layout, rows, lengths, vocab)
+    stored_tail = np.zeros(sum(lengths), "<f2")
+    if layout.top_k:
+        stored_tail = packing.join(rows, "log_tail", "<f2", lengths)
+    log_tail = packing.whole(stored_tail)
+    _require(bool((log_tail <= 0).all()), "log_tail must be at most 0, and not NaN")
+    num_tail = _num_entries(rows, lengths, vocab) - sizes
+    _require(
+        bool(((num_tail > 0) | ((num_tail == 0) & (log_tail.numpy() == -np.inf))).all()),
+        "num_entries must be above the head's, or equal to them where log_tail is -inf",
+    )
+    entropy = packing.join(rows, "entropy", "<f2", lengths)
+    _require(bool((entropy >= 0).all()), "entropy must be at least 0, and not NaN")
+    log_sums = _log_sums(layout, rows, lengths, log_tail.numpy(), num_tail)
+    shift = torch.zeros(())
+    if layout.top_k:
+        shift = torch.logaddexp(log_probs.exp().sum(-1).log(), log_tail)
+        _require(
+            bool((shift.abs() <= MASS_TOLERANCE).all()),
+            f"the log of the mass of head and tail must be within {MASS_TOLERANCE} of 0",
+        )
+        log_tail = log_tail - shift
+        log_probs = log_probs - shift[:, None]
+        log_sums = log_sums - shift[:, None] * torch.tensor(layout.orders)
+    samples = powers = None
+    if layout.num_samples:
+        samples = _draws(layout, rows, lengths, vocab, shift)
+        samples = _weighted(layout, samples, log_tail, log_sums)
+    if layout.orders:
+        count = from_numpy(num_tail).float()
+        powers = PowerSums(layout.orders, log_sums, count, layout.temperature_range)
+    return SparseTeacher(ids, log_probs, log_tail, layout.temperature, samples, powers)
+
+
+def _require(holds: bool, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{rule}; the stored arrays hold another value")
+
+
+def _num_entries(rows: Rows, lengths: Sequence[int], vocab: int) -> np.ndarray:
+    """[N] int64 entries with any probability."""
+    name = "num_entries"
+    stored = [
+        length if np.size(row.get(name, ())) == length else min(length, 1)
+        for row, length in zip(rows, lengths, strict=True)
+    ]
+    values = packing.join(rows, name, "<u4", stored).astype(np.int64)
+    if values.size and not 1 <= values.min() <= values.max() <= vocab:
+        raise ValueError(
+            f"{name} must be in [1, {vocab}], got {int(values.min())} to {int(values.max())}"
+        )
+    times = [
+        repeat
+        for size, length in zip(stored, lengths, strict=True)
+        for repeat in ([1] * size if size == length else [length])
+    ]
+    return np.repeat(values, times)
+
+
+def _head(
+    layout: SparseLayout, rows: Rows, lengths: Sequence[int], vocab: int
+) -> tuple[Tensor, Tensor, np.ndarray | int]:
+    """Ids [N, K], log-probabilities [N, K] and how many count, [N] or for all tokens."""
+    num_tokens, most = sum(lengths), layout.top_k
+    if not most:
+        return torch.empty(num_tokens, 0, dtype=torch.int64), torch.empty(num_tokens, 0), 0
+    counts = packing.unpack_counts(rows, "head_sizes", lengths, most)
+    ids = packing.unpack_ids("head", rows, packing.totals(counts, lengths, most), vocab)
+    exact_most = min(most, layout.num_exact + 1)
+    num_exact = None if counts is None else np.minimum(counts, layout.num_exact + 1)
+    num_coarse = None if counts is None else counts - num_exact
+    sizes = packing.totals(num_exact, lengths, exact_most)
+    exact = packing.whole(packing.join(rows, "head_exact", "<f2", sizes))
+    sizes = packing.totals(num_coarse, lengths, most - exact_most)
+    coarse = from_numpy(packing.join(rows, "head_coarse", "u1", sizes))
+    _require(
+        bool((exact <= 0).all()) and bool((exact > -torch.inf).all()),
+        "head_exact must be finite and at most 0",
+    )
+    if counts is None:
+        log_probs = _even_head(exact.view(num_tokens, exact_most), coarse, layout.num_exact)
+        return from_numpy(ids).view(num_tokens, most), log_probs, most
+    width = int(counts.max(initial=1))
+    log_probs = _uneven_head(exact, coarse, counts, width, layout.num_exact)
+    padded = torch.full((num_tokens, width), -1)
+    padded[from_numpy(np.arange(width) < counts[:, None])] = from_numpy(ids)
+    return padded, log_probs, counts
+
+
+def _between(top: Tensor, last: Tensor, codes: Tensor) -> Tensor:
+    return top - (top - last) * (codes * (1 / packing.LEVELS))
+
+
+def _even_head(exact: Tensor, coarse: Tensor, num_exact: int) -> Tensor:
+    """[N, K] log-probabilities of heads that all have K entries."""
+    if exact.shape[1] <= num_exact:
+        return exact
+    top, last = exact[:, num_exact - 1 : num_exact], exact[:, num_exact:]
+    middle = _between(top, last, coarse.view(len(exact), -1))
+    return torch.cat([exact[:, :num_exact], middle, last], dim=1)
+
+
+def _uneven_head(
+    exact: Tensor, coarse: Tensor, counts: np.ndarray, width: int, num_exact: int
+) -> Tensor:
+    """[N, K] log-probabilities, -inf beyond each token's count."""
+    is_exact, is_coarse = map(from_numpy, packing.head_masks(width, counts, num_exact))
+    log_probs = torch.full(is_exact.shape, -torch.inf)
+    log_probs[is_exact] = exact
+    if is_coarse.any():
+        top = log_probs[:, num_exact - 1 : num_exact]
+        last = log_probs.gather(1, from_numpy(counts)[:, None] - 1)
+        rows = is_coarse.nonzero()[:, 0]
+        log_probs[is_coarse] = _between(top[rows, 0], last[rows, 0], coarse)
+    return log_probs
+
+
+def _log_sums(
+    layout: SparseLayout,
+    rows: Rows,
+    lengths: Sequence[int],
+    log_tail: np.ndarray,
+    num_tail: np.ndarray,
+) -> Tensor:
+    """[N, m] logs of the tail's power sums."""
+    num_orders = len(layout.orders)
+    if not num_orders:
+        return torch.empty(len(log_tail), 0)
+    sizes = [num_orders * length for length in lengths]
+    stored = packing.join(rows, "log_sums", "<u2", sizes).reshape(-1, num_orders)
+    return from_numpy(packing.unpack_sums(stored, layout.orders, log_tail, num_tail))
+
+
+def _draws(
+    layout: SparseLayout, rows: Rows, lengths: Sequence[int], vocab: int, shift: Tensor
+) -> TailSamples:
+    """The draws, with log(repeats) for weights, [N, n]."""
+    most, counts, repeats = layout.num_samples, None, None
+    if layout.merges_draws:
+        counts = packing.unpack_counts(rows, "draw_sizes", lengths, most)
+    sizes = packing.totals(counts, lengths, most)
+    ids = from_numpy(packing.unpack_ids("draw", rows, sizes, vocab))
+    log_probs = packing.whole(packing.join(rows, "draw_log_probs", "<f2", sizes))
+    _require(bool((log_probs <= 0).all()), "draw_log_probs must be at most 0, and not NaN")
+    log_repeats = torch.zeros(len(ids))
+    if layout.merges_draws:
+        repeats = packing.join(rows, "draw_repeats", "u1", sizes)
+        _require(bool((repeats >= 1).all()), "draw_repeats must be at least 1")
+        log_repeats = from_numpy(repeats).float().log()
+    if counts is None:
+        shape = (sum(lengths), most)
+        parts = ids.view(shape), log_probs.view(shape), log_repeats.view(shape)
+    else:
+        parts = _padded(counts, ids, log_probs, log_repeats)
+    ids, log_probs, log_repeats = parts
+    return TailSamples(ids, log_probs - shift.reshape(-1, 1), log_repeats)
+
+
+def _padded(counts: np.ndarray, ids: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+    """[N, n] of values that follow each other: -1 for ids and -inf for others fill the rest."""
+    taken = from_numpy(np.arange(int(counts.max(initial=1))) < counts[:, None])
+    results = []
+    for tensor, fill in [(ids, -1), *((value, -torch.inf) for value in values)]:
+        result = torch.full(taken.shape, fill, dtype=tensor.dtype)
+        result[taken] = tensor
+        results.append(result)
+    return tuple(results)
+
+
+def _weighted(
+    layout: SparseLayout, samples: TailSamples, log_tail: Tensor, log_sums: Tensor
+) -> TailSamples:
+    """The draws with their weights; those of an empty tail are no draws."""
+    ids, log_probs, log_repeats = samples
+    order = layout.proposal
+    log_sum = log_tail if order == 1.0 else log_sums[:, layout.orders.index(order)]
+    log_g = (order * log_probs - log_sum[:, None]).clamp_min(-RAREST)
+    drawn = (log_probs > -torch.inf) & (log_tail > -torch.inf)[:, None]
+    return TailSamples(
+        ids.masked_fill(~drawn, -1),
+        log_probs,
+        (log_repeats - log_g - math.log(layout.num_samples)).masked_fill(~drawn, -torch.inf),
+    )
