@@ -1,1 +1,45 @@
 """Offline distillation: a teacher's answers on disk, and a teacher that reads them."""
+
+from hf_distill.offline.codecs import Codec, Full, HeadSamples, Sampled, TopK, make_codec
+from hf_distill.offline.dataset import default_collator, load_data
+from hf_distill.offline.errors import (
+    CacheConfigMismatch,
+    CacheCorrupt,
+    CacheError,
+    CacheIncomplete,
+    FormatVersionError,
+    RowMismatch,
+    TeacherMismatch,
+    TemperatureOutOfRange,
+    TokenizerMismatch,
+    UnsupportedDivergence,
+    VocabSizeMismatch,
+)
+from hf_distill.offline.manifest import Manifest
+from hf_distill.offline.reader import CacheReader
+from hf_distill.offline.writer import cache_teacher
+
+__all__ = [
+    "CacheConfigMismatch",
+    "CacheCorrupt",
+    "CacheError",
+    "CacheIncomplete",
+    "CacheReader",
+    "Codec",
+    "FormatVersionError",
+    "Full",
+    "HeadSamples",
+    "Manifest",
+    "RowMismatch",
+    "Sampled",
+    "TeacherMismatch",
+    "TemperatureOutOfRange",
+    "TokenizerMismatch",
+    "TopK",
+    "UnsupportedDivergence",
+    "VocabSizeMismatch",
+    "cache_teacher",
+    "default_collator",
+    "load_data",
+    "make_codec",
+]

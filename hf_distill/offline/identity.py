@@ -123,15 +123,11 @@ def collated(collator: Collator, rows: Data, first: int = 0) -> Iterator[SideRow
         yield made[0]
 
 
-def _plain(value: Any) -> str:
-    return repr(value)
-
-
 def dataset_identity(data: Data) -> dict[str, Any]:
     """num_rows, and the sha256 of the rows' JSON, one a line. It reads all of the data once."""
     digest = hashlib.sha256()
     for i in range(len(data)):
-        text = json.dumps(dict(data[i]), sort_keys=True, default=_plain)
+        text = json.dumps(dict(data[i]), sort_keys=True, default=repr)
         digest.update(text.encode() + b"\n")
     return {"num_rows": len(data), "sha256": digest.hexdigest()}
 
@@ -173,8 +169,13 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, A
         "chat_template_sha256": None
         if template is None
         else hashlib.sha256(canonical(template)).hexdigest(),
-        "num_ids": max(tokenizer.get_vocab().values()) + 1,
+        "num_ids": num_ids(tokenizer),
     }
+
+
+def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the tokenizer's largest id."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def weights_fingerprint(model: nn.Module) -> str:
@@ -222,7 +223,7 @@ def teacher_identity(model: nn.Module, revision: str | None = None) -> dict[str,
     return {
         "name_or_path": str(config.name_or_path),
         "revision": revision or getattr(config, "_commit_hash", None),
-        "config_sha256": hashlib.sha256(canonical(_jsonable(settings))).hexdigest(),
+        "config_sha256": hashlib.sha256(canonical(plain(settings))).hexdigest(),
         "weights_fingerprint": weights_fingerprint(model),
         "adapters": _adapters(model),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -235,9 +236,9 @@ def teacher_identity(model: nn.Module, revision: str | None = None) -> dict[str,
     }
 
 
-def _jsonable(value: Any) -> Any:
-    """The value with what JSON cannot hold as text."""
-    return json.loads(json.dumps(value, default=_plain, sort_keys=True))
+def plain(value: Any) -> Any:
+    """The value as JSON gives it back; what JSON cannot hold is text."""
+    return json.loads(json.dumps(value, default=repr, sort_keys=True))
 
 
 def first_difference(

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_distill.offline.container import FORMAT, FORMAT_VERSION, Entry
-from hf_distill.offline.errors import CacheConfigMismatch, CacheCorrupt, FormatVersionError
+from hf_distill.offline.errors import CacheCorrupt, FormatVersionError
 from hf_distill.offline.files import canonical, commit, entry, parse, pretty
-from hf_distill.offline.identity import first_difference
 
 MANIFEST, CONFIG = "manifest.json", "config.json"
 HASHES = "row_hashes.bin"  # of all rows in order, so that no shard is opened to find one
@@ -136,42 +135,3 @@ class Manifest:
         if [shard.start for shard in shards] != edges[:-1] or edges[-1] != num_rows:
             raise CacheCorrupt(f"{name}: shards must hold rows 0 to {num_rows - 1} in order")
         return cls(config, entry(content, "rows_digest", str, name), stats, shards, by)
-
-
-def write_config(cache: Path, config: Mapping[str, Any]) -> None:
-    """Write config.json, in front of the first shard.
-
-    Raises:
-        OSError: it could not be written.
-    """
-    commit(cache / CONFIG, [pretty({"format_version": FORMAT_VERSION, "config": config})])
-
-
-def read_config(cache: Path) -> Mapping[str, Any] | None:
-    """The configuration of a cache that was begun in a folder, or None.
-
-    Raises:
-        CacheCorrupt: config.json is not what was written.
-        FormatVersionError: it is of another major version.
-    """
-    path = cache / CONFIG
-    if not path.exists():
-        return None
-    content = parse(path.read_bytes(), str(path))
-    check_version(content, str(path))
-    return entry(content, "config", dict, str(path))
-
-
-def check_same(found: Mapping[str, Any], wanted: Mapping[str, Any], cache: Path) -> None:
-    """A folder's cache must be the one that is being written.
-
-    Raises:
-        CacheConfigMismatch: naming the first entry that differs, and both values.
-    """
-    difference = first_difference(found, wanted)
-    if difference is not None:
-        name, old, new = difference
-        raise CacheConfigMismatch(
-            f"{cache} holds a cache with {name} = {str(old)[:SHOWN]!r}, this one has "
-            f"{str(new)[:SHOWN]!r}: write it to another folder, or pass overwrite=True"
-        )

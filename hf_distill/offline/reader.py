@@ -66,7 +66,9 @@ class CacheReader:
         self._folder = Folder(self.path, self.copies)
         self.manifest = Manifest.read(self._folder.read(MANIFEST), f"{self.path}/{MANIFEST}")
         self._starts = np.array([shard.start for shard in self.manifest.shards], np.int64)
-        self._reset()
+        self._verified: set[int] = set()
+        self._index: tuple[np.ndarray, np.ndarray] | None = None
+        self._begin()
         self._check_sizes()
         if verify == "full":
             for number in range(len(self.manifest.shards)):
@@ -83,16 +85,14 @@ class CacheReader:
         """Rows of the data."""
         return self.manifest.num_rows
 
-    def _reset(self) -> None:
+    def _begin(self) -> None:
         self._process = os.getpid()
         self._lock = threading.RLock()
         self._open: OrderedDict[int, Shard] = OrderedDict()
-        self._verified: set[int] = set()
-        self._index: tuple[np.ndarray, np.ndarray] | None = None
 
     def _locked(self) -> threading.RLock:
         if self._process != os.getpid():  # a thread may have held the lock at the fork
-            self._reset()
+            self._begin()
         return self._lock
 
     def _check_sizes(self) -> None:

@@ -1,7 +1,7 @@
 """Teachers: objects that read the teacher's side of a batch. The trainer does not know which."""
 
 from hf_distill.teachers.completions import RemoteTeacherError
-from hf_distill.teachers.models import ModelTeacher, as_teacher
+from hf_distill.teachers.models import ModelTeacher, as_teacher, place
 from hf_distill.teachers.protocol import Teacher, check_vocabulary
 from hf_distill.teachers.remote import RemoteTeacher
 from hf_distill.teachers.routed import RoutedCollator, RoutedTeacher, routed
@@ -18,5 +18,6 @@ __all__ = [
     "adapters_off",
     "as_teacher",
     "check_vocabulary",
+    "place",
     "routed",
 ]

@@ -49,6 +49,13 @@ def _loaded(
     return AutoModelForCausalLM.from_pretrained(name, **arguments)
 
 
+def place(model: nn.Module, device: torch.device) -> None:
+    """Move a model to a device, unless it was loaded onto one, or quantized there."""
+    placed = getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)
+    if not placed:
+        model.to(device)
+
+
 class ModelTeacher(Stateless):
     """Another causal LM, frozen. Its dtype need not be the student's.
 
@@ -91,11 +98,7 @@ class ModelTeacher(Stateless):
                 "SelfTeacher, or a copy"
             )
         check_vocabulary(student, self.model)
-        placed = getattr(self.model, "hf_device_map", None) or getattr(
-            self.model, "is_quantized", False
-        )
-        if not placed:
-            self.model.to(accelerator.device)
+        place(self.model, accelerator.device)
         self._reader = Reader("teacher", refusal)
 
     def signal(self, student: nn.Module, side: Side) -> Signal:

@@ -1,0 +1,405 @@
+"""cache_teacher: run a teacher once over a data set and keep what it says.
+
+The unit is a shard of consecutive rows. Which rows a shard has, and how they are put into batches,
+depends on the data and the settings alone, so that its bytes depend neither on the number of
+processes nor on interruptions.
+
+Shapes: B rows, N scored tokens of a batch, V logits per token.
+"""
+
+import datetime
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from hf_distill import alignment
+from hf_distill.alignment import Side
+from hf_distill.heads import PROBE_TOKENS, Reader, Signal, causal_lm, evaluating, vocab_size
+from hf_distill.losses import tokens
+from hf_distill.offline import identity, storage
+from hf_distill.offline.codecs import Arrays, Codec, HeadSamples, make_codec
+from hf_distill.offline.container import Row, write_shard
+from hf_distill.offline.dataset import default_collator
+from hf_distill.offline.errors import CacheError
+from hf_distill.offline.identity import Collator, Data, SideRow
+from hf_distill.offline.manifest import MANIFEST, Manifest, config_hash
+from hf_distill.teachers import ModelTeacher, Teacher, place
+
+logger = logging.getLogger(__name__)
+
+SHARD_BYTES = 2**26  # what a shard should have, about: a crash loses less than one per process
+MAX_SHARD_ROWS = 4096
+SHARDS = 16  # at least so many, if they have so many rows each
+WAIT = datetime.timedelta(days=7)  # of processes for the slowest; the default is 10 minutes
+
+
+def _teacher(model: nn.Module | str | Teacher, revision: str | None) -> nn.Module:
+    """The model to run."""
+    if isinstance(model, str):
+        given = {} if revision is None else {"revision": revision}
+        return ModelTeacher(model, **given).model
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(model, ModelTeacher):
+        return model.model
+    raise ValueError(
+        "a teacher to cache must be a model, a name or a ModelTeacher, whose logits can be read; "
+        f"got a {type(model).__name__}"
+    )
+
+
+def _tokenizer(
+    model: Any, given: Any, collator: Collator | None, revision: str | None
+) -> PreTrainedTokenizerBase | None:
+    """The one that is given, the collator's, or that of the teacher's name."""
+    found = given or getattr(collator, "tokenizer", None)
+    if found is None and isinstance(model, str):
+        found = AutoTokenizer.from_pretrained(model, revision=revision)
+    return found
+
+
+def _nominal_bytes(codec: Codec, vocab: int, real_vocab: int) -> float:
+    """Bytes of a token, from made-up logits: to choose the size of shards before there are any."""
+    logits = torch.linspace(0, 30, vocab).expand(4, vocab)
+    (arrays,) = codec.encode(logits, [4], [(0, 0)], real_vocab)
+    return sum(x.nbytes for x in arrays.values()) / 4
+
+
+def _shard_rows(data: Data, collator: Collator, bytes_per_token: float) -> int:
+    """Rows per shard: a power of two for about SHARD_BYTES, or fewer for SHARDS shards."""
+    count = min(identity.PROBED_ROWS, len(data))
+    probed = [data[i * len(data) // count] for i in range(count)]
+    tokens = sum(len(row.positions) for row in identity.collated(collator, probed)) / count
+    rows = SHARD_BYTES / max(tokens * bytes_per_token, 1)
+    rows = min(rows, MAX_SHARD_ROWS, max(SHARDS, len(data) // SHARDS))
+    return 2 ** int(np.log2(max(rows, 1)))
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """One process's part of the work."""
+
+    model: nn.Module
+    data: Data
+    collator: Collator
+    codec: Codec
+    seed: int
+    batch_size: int
+    shard_rows: int
+    vocab: int
+    real_vocab: int
+    device: torch.device
+    reader: Reader
+
+    def probe(self) -> None:
+        """Find out how the model is read, from the same ids in every process."""
+        ids = torch.arange(min(PROBE_TOKENS, self.real_vocab), device=self.device)
+        with evaluating(self.model):
+            self.reader.reads_hidden(self.model, {"input_ids": ids[None]})
+
+    def rows(self, number: int) -> range:
+        """The rows of a shard."""
+        first = number * self.shard_rows
+        return range(first, min(first + self.shard_rows, len(self.data)))
+
+    def shard(self, number: int) -> list[Row]:
+        """What is stored of a shard's rows."""
+        numbers = self.rows(number)
+        made = list(
+            identity.collated(self.collator, [self.data[i] for i in numbers], numbers.start)
+        )
+        empty = {k: np.zeros(0, v) for k, v in self.codec.arrays(self.vocab).items()}
+        stored: list[Mapping[str, np.ndarray]] = [empty] * len(made)
+        scored = [i for i, row in enumerate(made) if len(row.positions)]
+        scored.sort(key=lambda i: (-int(made[i].positions[-1]), i))  # little padding, largest first
+        for start in range(0, len(scored), self.batch_size):
+            chosen = scored[start : start + self.batch_size]
+            keys = [(self.seed, numbers[i]) for i in chosen]
+            for i, arrays in zip(
+                chosen, self._encode([made[i] for i in chosen], keys), strict=True
+            ):
+                stored[i] = {name: arrays[name] for name in empty}
+        parts = zip(numbers, made, stored, strict=True)
+        return [Row(i, row.hash, row.positions, arrays) for i, row, arrays in parts]
+
+    def _side(self, rows: Sequence[SideRow]) -> Side:
+        """A batch up to the tokens that predict the last scored ones."""
+        ids = [row.ids[: row.positions[-1]] for row in rows]
+        inputs = {
+            "input_ids": alignment.pad(ids, 0),
+            "attention_mask": alignment.pad([[1] * len(x) for x in ids], 0),
+        }
+        predicts = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        for flags, row in zip(predicts, rows, strict=True):
+            flags[torch.from_numpy(row.positions.astype(np.int64)) - 1] = True
+        moved = {name: x.to(self.device) for name, x in inputs.items()}
+        return Side(moved, predicts.to(self.device))
+
+    @torch.no_grad()
+    def _encode(self, rows: Sequence[SideRow], keys: Sequence[tuple[int, int]]) -> list[Arrays]:
+        signal = self.reader.signal(self.model, self._side(rows))
+        lengths = [len(row.positions) for row in rows]
+        made, start = [], 0
+        for group in _groups(lengths, max(1, tokens.CHUNK_ENTRIES // self.vocab)):
+            stop = start + sum(lengths[group])
+            logits = _logits(signal, slice(start, stop))
+            try:
+                made += self.codec.encode(logits, lengths[group], keys[group], self.real_vocab)
+            except ValueError as error:
+                numbers = [row for _, row in keys[group]]
+                raise ValueError(f"rows {numbers} of the data: {error}") from error
+            start = stop
+        return made
+
+
+def _groups(lengths: Sequence[int], limit: int) -> Iterator[slice]:
+    """Whole rows, as many at a time as have `limit` tokens, but at least one."""
+    start = total = 0
+    for i, length in enumerate(lengths):
+        if i > start and total + length > limit:
+            yield slice(start, i)
+            start, total = i, 0
+        total += length
+    yield slice(start, len(lengths))
+
+
+def _logits(signal: Signal, at: slice) -> Tensor:
+    """[n, V] logits of some tokens."""
+    if signal.hidden is not None:
+        return replace(signal, hidden=signal.hidden[at]).dense()
+    return signal.dense()[at]
+
+
+def _sums(rows: Sequence[Row]) -> dict[str, float]:
+    """Sums over tokens of what the codec knows about them."""
+    sums = {}
+    if "entropy" in rows[0].arrays:
+        sums["entropy"] = float(sum(row.arrays["entropy"].sum(dtype=np.float64) for row in rows))
+    if "log_tail" in rows[0].arrays:
+        masses = [np.exp(row.arrays["log_tail"].astype(np.float64)).sum() for row in rows]
+        sums["tail_mass"] = float(sum(masses))
+    return sums
+
+
+@contextmanager
+def _writing(cache: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CacheError(
+            f"{cache} could not be written: {error}. Shards that are complete stay; run the same "
+            "again to write the others"
+        ) from error
+
+
+def _versions() -> dict[str, str]:
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"torch": str(torch.__version__), "transformers": transformers.__version__, "time": now}
+
+
+def _checked(
+    path: str | os.PathLike[str],
+    data: Data,
+    batch_size: int,
+    shard_rows: int | None,
+    verify: str,
+) -> Path:
+    """The folder, if the arguments are in range."""
+    if "://" in os.fspath(path):
+        raise ValueError(f"a cache is written to this machine and copied from it, got {path!r}")
+    for name, value in (("batch_size", batch_size), ("shard_rows", shard_rows)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if verify not in storage.VERIFY:
+        raise ValueError(f"verify must be one of {storage.VERIFY}, got {verify!r}")
+    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+        raise ValueError(f"the dataset must give rows by number, got a {type(data).__name__}")
+    if not len(data):
+        raise ValueError("the dataset must have at least one row, got none")
+    return Path(path)
+
+
+def _vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, int]:
+    """(logits per token, how many of them belong to the tokenizer)."""
+    vocab = vocab_size(causal_lm(model))
+    if vocab is None:
+        raise ValueError(f"the number of logits of a {type(model).__name__} must be known")
+    ids = identity.num_ids(tokenizer) if tokenizer is not None else vocab
+    return vocab, min(ids, vocab)
+
+
+def _codec_identity(codec: Codec, seed: int) -> dict[str, Any]:
+    return {
+        "name": codec.name,
+        "settings": codec.settings(),
+        "seed": seed,
+        "temperature": codec.temperature,
+        # None: no limit
+        "temperature_range": [x if math.isfinite(x) else None for x in codec.temperature_range],
+    }
+
+
+def _log_choice(cache: Path, writer: _Writer, missing: Sequence[int]) -> None:
+    shards = -(-len(writer.data) // writer.shard_rows)
+    logger.info(
+        "cache %s: codec %s %s, %d of %d logits per token, %d rows in %d shards of %d, "
+        "%d shards to write",
+        cache,
+        writer.codec.name,
+        writer.codec.settings(),
+        writer.real_vocab,
+        writer.vocab,
+        len(writer.data),
+        shards,
+        writer.shard_rows,
+        len(missing),
+    )
+
+
+def _write(
+    cache: Path, writer: _Writer, numbers: Sequence[int], digest: str, state: PartialState
+) -> None:
+    """Write some shards, and show how it goes."""
+    total = sum(len(writer.rows(number)) for number in numbers)
+    began, tokens_done, bytes_done = time.monotonic(), 0, 0
+    notes = {"rank": state.process_index, "world": state.num_processes}
+    notes |= {"host": socket.gethostname(), "device": str(state.device)}
+    with (
+        tqdm(total=total, unit="row", desc="cache", disable=not state.is_main_process) as bar,
+        evaluating(writer.model),
+    ):
+        for number in numbers:
+            rows = writer.shard(number)
+            by = notes | _versions() | {"batch_size": writer.batch_size}
+            with _writing(cache):
+                entry = write_shard(cache, number, rows, digest, sums=_sums(rows), written_by=by)
+            tokens_done, bytes_done = tokens_done + entry.tokens, bytes_done + entry.bytes
+            speed = tokens_done / (time.monotonic() - began)
+            size = bytes_done / max(tokens_done, 1)
+            bar.set_postfix_str(f"{speed:,.0f} tokens/s, {size:.0f} bytes/token")
+            bar.update(len(rows))
+
+
+def _configuration(
+    writer: _Writer, tokenizer: PreTrainedTokenizerBase | None, revision: str | None
+) -> dict[str, Any]:
+    """What the cache is of, all that its bytes depend on."""
+    config = {
+        "teacher": identity.teacher_identity(writer.model, revision),
+        "tokenizer": identity.tokenizer_identity(tokenizer),
+        "logits": {"logit_dim": writer.vocab, "real_vocab": writer.real_vocab},
+        "dataset": identity.dataset_identity(writer.data),
+        "collator": identity.collator_identity(writer.collator, writer.data),
+        "codec": _codec_identity(writer.codec, writer.seed),
+        "shard_rows": writer.shard_rows,
+    }
+    return identity.plain(config)
+
+
+def cache_teacher(
+    model: nn.Module | str | Teacher,
+    dataset: Data,
+    path: str | os.PathLike[str],
+    *,
+    codec: Codec | str | None = None,
+    data_collator: Collator | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    batch_size: int = 8,
+    shard_rows: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    verify: str = "size",
+    teacher_revision: str | None = None,
+) -> Manifest:
+    """Write what a teacher says of every scored token of a data set.
+
+    Run it in one process or, under `accelerate launch`, in several; each has the whole teacher.
+    What an interrupted run has finished is kept: the same call goes on, also with another number of
+    processes or another batch size.
+
+    Args:
+        model: a causal LM, a name for `from_pretrained`, or a `ModelTeacher` (which loads names in
+            a dtype or quantized). A model is afterwards as it was, but on the accelerator.
+        dataset: rows by number.
+        path: the cache's folder, on this machine.
+        codec: what is stored: a codec, or the name of one with its defaults; None is
+            `HeadSamples()`.
+        data_collator: the one of the training; None chooses by the columns, see
+            `default_collator`. With hints, it is the hinted teacher that is cached.
+        processing_class: the tokenizer; None takes the collator's, or that of the teacher's name.
+            Logits of ids that it does not have are padding of the vocabulary, and are left out.
+        batch_size: rows in a forward of the teacher, at most.
+        shard_rows: rows in a shard; None chooses shards of about 64 MiB.
+        seed: of draws; each row has its own random numbers.
+        overwrite: whether to delete a cache of something else in the folder.
+        verify: how shards of an earlier run are checked: "size", or "full" for their sha256 too.
+        teacher_revision: of the repository of a name; of a model, as it is to be recorded.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        CacheConfigMismatch: the folder has a cache of something else; the message names the first
+            setting that differs.
+        CacheError: a file could not be written.
+        ValueError: an argument is out of range, or rows cannot be cached.
+    """
+    cache = _checked(path, dataset, batch_size, shard_rows, verify)
+    # the state of an Accelerator, if the script has one
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=WAIT)
+    codec = make_codec(codec) if isinstance(codec, str) else codec or HeadSamples()
+    tokenizer = _tokenizer(model, processing_class, data_collator, teacher_revision)
+    collator = data_collator or default_collator(dataset, tokenizer)
+    teacher = _teacher(model, teacher_revision)
+    place(teacher, state.device)
+    vocab, real_vocab = _vocabulary(teacher, tokenizer)
+
+    writer = _Writer(
+        teacher,
+        dataset,
+        collator,
+        codec,
+        seed,
+        batch_size,
+        shard_rows or 0,
+        vocab,
+        real_vocab,
+        state.device,
+        Reader("teacher"),
+    )
+    plan: list[Any] = [None, None]
+    if state.is_main_process:
+        rows = shard_rows or (None if overwrite else storage.shard_rows(cache))
+        rows = rows or _shard_rows(dataset, collator, _nominal_bytes(codec, vocab, real_vocab))
+        config = _configuration(replace(writer, shard_rows=rows), tokenizer, teacher_revision)
+        with _writing(cache):
+            plan = [config, storage.begin(cache, config, overwrite, verify)]
+    # one process looks: another would see shards that a third has just written
+    config, missing = broadcast_object_list(plan)
+    writer = replace(writer, shard_rows=config["shard_rows"])
+    _log_choice(cache, writer, missing)
+    writer.probe()
+    mine = missing[state.process_index :: state.num_processes]
+    _write(cache, writer, mine, config_hash(config), state)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        with _writing(cache):
+            storage.finish(cache, config, _versions())
+    state.wait_for_everyone()
+    return Manifest.read((cache / MANIFEST).read_bytes(), str(cache / MANIFEST))
