@@ -10,6 +10,7 @@ Shapes: S rows of a shard, n tokens of a row.
 import json
 import os
 import struct
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -217,9 +218,10 @@ class Shard:
     def __init__(self, path: Path, name: str, entry: Entry | None = None) -> None:
         self.name = name
         try:
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with the object
+            self._file = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise CacheCorrupt(f"{name} cannot be opened: {error}") from error
+        weakref.finalize(self, os.close, self._file)  # when its last reader lets go of it
         self._places, self.metadata = self._header()
         self.offsets = {
             place[len(OFFSETS) :]: self._whole(place)
@@ -244,7 +246,7 @@ class Shard:
         done = 0
         while done < count:  # one call gives at most 2 GiB
             try:
-                got = os.preadv(self._file.fileno(), [memoryview(buffer)[done:]], start + done)
+                got = os.preadv(self._file, [memoryview(buffer)[done:]], start + done)
             except OSError as error:
                 raise self._refuse(f"bytes from {start} on cannot be read: {error}") from error
             if not got:
@@ -255,7 +257,7 @@ class Shard:
         return buffer
 
     def _header(self) -> tuple[dict[str, _Place], dict[str, Any]]:
-        size = os.fstat(self._file.fileno()).st_size
+        size = os.fstat(self._file).st_size
         if size < 8:
             raise self._refuse(f"the file must have at least 8 bytes, got {size}")
         (length,) = struct.unpack("<Q", self._read(0, 8))
