@@ -9,7 +9,9 @@ over; with METAL_OPS_CHECK=1 every result of a kernel is compared with the chunk
 from metal_ops._dispatch import available_backends
 from metal_ops.functional import (
     DivergenceStats,
+    PowerSums,
     SparseTeacher,
+    TailSamples,
     divergence,
     divergence_with_stats,
     hidden_divergence,
@@ -23,7 +25,9 @@ from metal_ops.spec import DivergenceSpec
 __all__ = [
     "DivergenceSpec",
     "DivergenceStats",
+    "PowerSums",
     "SparseTeacher",
+    "TailSamples",
     "available_backends",
     "divergence",
     "divergence_with_stats",

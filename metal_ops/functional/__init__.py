@@ -13,12 +13,15 @@ from metal_ops.functional.logits import (
     divergence_with_stats,
     weighted_divergence,
 )
-from metal_ops.functional.sparse import SparseTeacher, sparse_divergence
+from metal_ops.functional.sparse import sparse_divergence
+from metal_ops.functional.sparse_teacher import PowerSums, SparseTeacher, TailSamples
 
 __all__ = [
     "DivergenceStats",
     "LinearTerms",
+    "PowerSums",
     "SparseTeacher",
+    "TailSamples",
     "WeightedTerms",
     "divergence",
     "divergence_with_stats",

@@ -1,32 +1,17 @@
 """Divergences to a teacher of which a few entries are known."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from metal_ops import _ops
 from metal_ops.functional._arguments import flat_mask, form_gradient, once
+from metal_ops.functional.sparse_teacher import SparseTeacher
 from metal_ops.spec import DivergenceSpec
-
-
-class SparseTeacher(NamedTuple):
-    """A teacher known at a few entries a token, from a cache or a server.
-
-    ids [..., K] int64: distinct vocabulary entries; those below 0 are padding. log_probs [..., K]:
-    the teacher's log-probabilities there, not renormalised. log_tail [...]: the log of the mass it
-    gives to all other entries (-inf if it gives none). temperature: at which they were taken.
-    """
-
-    ids: Tensor
-    log_probs: Tensor
-    log_tail: Tensor
-    temperature: float = 1.0
 
 
 def _largest(teacher: SparseTeacher, spec: DivergenceSpec) -> SparseTeacher:
     """The teacher cut to the spec's top_k; what is cut joins the tail."""
-    ids, log_probs, log_tail, temperature = teacher
+    ids, log_probs, log_tail, temperature, *_ = teacher
     if spec.top_k is None or spec.top_k >= ids.shape[-1]:
         return teacher
     log_probs = log_probs.masked_fill(ids < 0, -torch.inf)
