@@ -1,4 +1,4 @@
-"""Numbers as few bytes: ids in 16 bits and planes of single bits, log-probabilities in 8 or 16 bits.
+"""Numbers in few bytes: ids in 16 bits and planes of bits, log-probabilities in 8 or 16 bits.
 
 Arrays are 1-D and belong to one row of the data; what joins rows takes the size of each row's part.
 A bit plane holds one bit of each id, eight to a byte, the first id in the highest bit; it is padded
@@ -10,6 +10,11 @@ from itertools import pairwise
 
 import numpy as np
 from torch import Tensor, from_numpy
+
+Rows = Sequence[Mapping[str, np.ndarray]]
+
+U8, U16, U32 = np.dtype("u1"), np.dtype("<u2"), np.dtype("<u4")
+F16, F32 = np.dtype("<f2"), np.dtype("<f4")
 
 LOW_BITS = 16
 LARGEST_FP16 = float(np.finfo(np.float16).max)
@@ -23,9 +28,9 @@ def num_planes(vocab: int) -> int:
 
 
 def id_arrays(prefix: str, vocab: int) -> dict[str, np.dtype]:
-    """Names and dtypes of packed ids: `<prefix>_low` and a `<prefix>_bit<i>` for each higher bit."""
-    planes = {f"{prefix}_bit{LOW_BITS + i}": np.dtype("u1") for i in range(num_planes(vocab))}
-    return {f"{prefix}_low": np.dtype("<u2"), **planes}
+    """Names and dtypes of packed ids: `<prefix>_low`, and `<prefix>_bit<i>` for each higher bit."""
+    planes = {f"{prefix}_bit{LOW_BITS + i}": U8 for i in range(num_planes(vocab))}
+    return {f"{prefix}_low": U16, **planes}
 
 
 def plane_bytes(num_ids: int) -> int:
@@ -60,56 +65,55 @@ def _bits(packed: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
     return np.concatenate([np.unpackbits(packed[a:b], count=size) for (a, b), size in rows])
 
 
-def unpack_ids(
-    prefix: str, rows: Sequence[Mapping[str, np.ndarray]], sizes: Sequence[int], vocab: int
-) -> np.ndarray:
+def unpack_ids(prefix: str, rows: Rows, sizes: Sequence[int], vocab: int) -> Tensor:
     """[sum of sizes] int64 ids of all rows.
 
     Raises:
         ValueError: an array is missing or has a wrong size, or an id is not in [0, vocab).
     """
     low, *planes = id_arrays(prefix, vocab)
-    ids = join(rows, low, "<u2", sizes).astype(np.int64)
-    packed_sizes = [plane_bytes(size) for size in sizes]
-    for i, name in enumerate(planes):
-        bits = _bits(join(rows, name, "u1", packed_sizes), sizes)
-        ids += np.left_shift(bits, LOW_BITS + i, dtype=np.int64)
+    ids = join(rows, low, U16, sizes).astype(np.int32)
+    if planes:
+        packed_sizes = [plane_bytes(size) for size in sizes]
+        high = np.zeros(len(ids), np.uint8 if len(planes) <= 8 else np.uint16)
+        for name in reversed(planes):
+            high <<= 1
+            high |= _bits(join(rows, name, U8, packed_sizes), sizes)
+        wide = high.astype(np.int32)
+        wide <<= LOW_BITS
+        ids |= wide
     if ids.size and int(ids.max()) >= vocab:
         raise ValueError(f"{prefix} ids must be below {vocab}, got {int(ids.max())}")
-    return ids
+    return from_numpy(ids).long()
 
 
-def join(
-    rows: Sequence[Mapping[str, np.ndarray]], name: str, dtype: str, sizes: Sequence[int]
-) -> np.ndarray:
+def join(rows: Rows, name: str, dtype: np.dtype, sizes: Sequence[int]) -> np.ndarray:
     """One array of all rows, each part checked.
 
     Raises:
         ValueError: a row has no such array, or one of another dtype or size.
     """
-    parts = []
-    for index, (row, size) in enumerate(zip(rows, sizes, strict=True)):
-        part = row.get(name)
+    parts = [row.get(name) for row in rows]
+    for index, (part, size) in enumerate(zip(parts, sizes, strict=True)):
         if part is None:
             raise ValueError(f"row {index} has no array {name!r}")
-        if part.dtype != dtype or part.shape != (size,):
+        if part.dtype != dtype or part.ndim != 1 or part.size != size:
             raise ValueError(
                 f"{name} of row {index} must be {dtype} [{size}], "
-                f"got {part.dtype.str} {list(part.shape)}"
+                f"got {part.dtype} {list(part.shape)}"
             )
-        parts.append(part)
     return np.concatenate(parts) if parts else np.empty(0, dtype)
 
 
 def half(log_probs: np.ndarray) -> np.ndarray:
     """Log-probabilities as little-endian float16, finite where they are finite."""
     finite = np.clip(log_probs, -LARGEST_FP16, 0.0)
-    return np.where(np.isneginf(log_probs), -np.inf, finite).astype("<f2")
+    return np.where(np.isneginf(log_probs), -np.inf, finite).astype(F16)
 
 
 def whole(stored: np.ndarray) -> Tensor:
     """Float32 of stored float16."""
-    return from_numpy(stored.astype("=f2", copy=False)).float()
+    return from_numpy(stored.astype(np.float16, copy=False)).float()
 
 
 def pack_counts(counts: np.ndarray, ends: Iterable[int], usual: int) -> list[np.ndarray]:
@@ -118,12 +122,7 @@ def pack_counts(counts: np.ndarray, ends: Iterable[int], usual: int) -> list[np.
     return [np.empty(0, "u1") if (part == usual).all() else part.astype("u1") for part in parts]
 
 
-def unpack_counts(
-    rows: Sequence[Mapping[str, np.ndarray]],
-    name: str,
-    lengths: Sequence[int],
-    usual: int,
-) -> np.ndarray | None:
+def unpack_counts(rows: Rows, name: str, lengths: Sequence[int], usual: int) -> np.ndarray | None:
     """[N] int64 counts of all tokens, or None if every one is the usual count.
 
     Raises:
@@ -131,10 +130,10 @@ def unpack_counts(
     """
     stored = [np.size(row.get(name, ())) for row in rows]
     if not any(stored):
-        join(rows, name, "u1", stored)
+        join(rows, name, U8, stored)
         return None
     sizes = [length if size else 0 for length, size in zip(lengths, stored, strict=True)]
-    counts = join(rows, name, "u1", sizes).astype(np.int64)
+    counts = join(rows, name, U8, sizes).astype(np.int64)
     if counts.size and not 1 <= counts.min() <= counts.max() <= usual:
         raise ValueError(
             f"{name} must be in [1, {usual}], got {int(counts.min())} to {int(counts.max())}"
@@ -178,7 +177,7 @@ def unpack_sums(
 ) -> np.ndarray:
     """[N, m] float32 log power sums; the arguments are those of `pack_sums`."""
     even, reach = _sum_bounds(orders, log_tail, num_tail)
-    return (even + stored * np.float32(1 / 65535) * reach).astype(np.float32)
+    return even + stored * np.float32(1 / 65535) * reach
 
 
 def _sum_bounds(

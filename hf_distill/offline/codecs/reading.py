@@ -4,7 +4,7 @@ Shapes: N tokens of all rows, K entries of the head, n draws, m orders.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -12,33 +12,24 @@ import torch
 from torch import Tensor, from_numpy
 
 from hf_distill.offline.codecs import packing
+from hf_distill.offline.codecs.packing import Rows
 from metal_ops import PowerSums, SparseTeacher, TailSamples
 
 MASS_TOLERANCE = 0.1  # nats; the 8-bit codes of a long head can be off by 0.06
 RAREST = 20.0  # nats; a draw less probable than e^-20 counts as one of that probability
 
-Rows = Sequence[Mapping[str, np.ndarray]]
-
 
 class SparseLayout(Protocol):
     """What decides which numbers are stored; the fields of `SparseCodec`."""
 
-    @property
-    def top_k(self) -> int: ...
-    @property
-    def num_exact(self) -> int: ...
-    @property
-    def num_samples(self) -> int: ...
-    @property
-    def merges_draws(self) -> bool: ...
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def temperature_range(self) -> tuple[float, float]: ...
-    @property
-    def proposal(self) -> float: ...
-    @property
-    def orders(self) -> tuple[float, ...]: ...
+    top_k: int
+    num_exact: int
+    num_samples: int
+    merges_draws: bool
+    temperature: float
+    temperature_range: tuple[float, float]
+    proposal: float
+    orders: tuple[float, ...]
 
 
 def read(layout: SparseLayout, rows: Rows, lengths: Sequence[int], vocab: int) -> SparseTeacher:
@@ -46,17 +37,17 @@ def read(layout: SparseLayout, rows: Rows, lengths: Sequence[int], vocab: int) -
     if len(rows) != len(lengths):
         raise ValueError(f"there must be one length per row, {len(rows)}, got {len(lengths)}")
     ids, log_probs, sizes = _head(layout, rows, lengths, vocab)
-    stored_tail = np.zeros(sum(lengths), "<f2")
+    stored_tail = np.zeros(sum(lengths), packing.F16)
     if layout.top_k:
-        stored_tail = packing.join(rows, "log_tail", "<f2", lengths)
+        stored_tail = packing.join(rows, "log_tail", packing.F16, lengths)
     log_tail = packing.whole(stored_tail)
-    _require(bool((log_tail <= 0).all()), "log_tail must be at most 0, and not NaN")
+    _require(_at_most_0(log_tail), "log_tail must be at most 0, and not NaN")
     num_tail = _num_entries(rows, lengths, vocab) - sizes
     _require(
         bool(((num_tail > 0) | ((num_tail == 0) & (log_tail.numpy() == -np.inf))).all()),
         "num_entries must be above the head's, or equal to them where log_tail is -inf",
     )
-    entropy = packing.join(rows, "entropy", "<f2", lengths)
+    entropy = packing.join(rows, "entropy", packing.F16, lengths)
     _require(bool((entropy >= 0).all()), "entropy must be at least 0, and not NaN")
     log_sums = _log_sums(layout, rows, lengths, log_tail.numpy(), num_tail)
     shift = torch.zeros(())
@@ -84,6 +75,11 @@ def _require(holds: bool, rule: str) -> None:
         raise ValueError(f"{rule}; the stored arrays hold another value")
 
 
+def _at_most_0(values: Tensor) -> bool:
+    """Also False for NaN, which a maximum hands on."""
+    return not len(values) or float(values.max()) <= 0
+
+
 def _num_entries(rows: Rows, lengths: Sequence[int], vocab: int) -> np.ndarray:
     """[N] int64 entries with any probability."""
     name = "num_entries"
@@ -91,7 +87,7 @@ def _num_entries(rows: Rows, lengths: Sequence[int], vocab: int) -> np.ndarray:
         length if np.size(row.get(name, ())) == length else min(length, 1)
         for row, length in zip(rows, lengths, strict=True)
     ]
-    values = packing.join(rows, name, "<u4", stored).astype(np.int64)
+    values = packing.join(rows, name, packing.U32, stored).astype(np.int64)
     if values.size and not 1 <= values.min() <= values.max() <= vocab:
         raise ValueError(
             f"{name} must be in [1, {vocab}], got {int(values.min())} to {int(values.max())}"
@@ -117,20 +113,20 @@ def _head(
     num_exact = None if counts is None else np.minimum(counts, layout.num_exact + 1)
     num_coarse = None if counts is None else counts - num_exact
     sizes = packing.totals(num_exact, lengths, exact_most)
-    exact = packing.whole(packing.join(rows, "head_exact", "<f2", sizes))
+    exact = packing.whole(packing.join(rows, "head_exact", packing.F16, sizes))
     sizes = packing.totals(num_coarse, lengths, most - exact_most)
-    coarse = from_numpy(packing.join(rows, "head_coarse", "u1", sizes))
+    coarse = from_numpy(packing.join(rows, "head_coarse", packing.U8, sizes))
     _require(
-        bool((exact <= 0).all()) and bool((exact > -torch.inf).all()),
+        _at_most_0(exact) and (not len(exact) or float(exact.min()) > -math.inf),
         "head_exact must be finite and at most 0",
     )
     if counts is None:
         log_probs = _even_head(exact.view(num_tokens, exact_most), coarse, layout.num_exact)
-        return from_numpy(ids).view(num_tokens, most), log_probs, most
+        return ids.view(num_tokens, most), log_probs, most
     width = int(counts.max(initial=1))
     log_probs = _uneven_head(exact, coarse, counts, width, layout.num_exact)
     padded = torch.full((num_tokens, width), -1)
-    padded[from_numpy(np.arange(width) < counts[:, None])] = from_numpy(ids)
+    padded[from_numpy(np.arange(width) < counts[:, None])] = ids
     return padded, log_probs, counts
 
 
@@ -174,7 +170,7 @@ def _log_sums(
     if not num_orders:
         return torch.empty(len(log_tail), 0)
     sizes = [num_orders * length for length in lengths]
-    stored = packing.join(rows, "log_sums", "<u2", sizes).reshape(-1, num_orders)
+    stored = packing.join(rows, "log_sums", packing.U16, sizes).reshape(-1, num_orders)
     return from_numpy(packing.unpack_sums(stored, layout.orders, log_tail, num_tail))
 
 
@@ -186,17 +182,17 @@ def _draws(
     if layout.merges_draws:
         counts = packing.unpack_counts(rows, "draw_sizes", lengths, most)
     sizes = packing.totals(counts, lengths, most)
-    ids = from_numpy(packing.unpack_ids("draw", rows, sizes, vocab))
-    log_probs = packing.whole(packing.join(rows, "draw_log_probs", "<f2", sizes))
-    _require(bool((log_probs <= 0).all()), "draw_log_probs must be at most 0, and not NaN")
-    log_repeats = torch.zeros(len(ids))
+    ids = packing.unpack_ids("draw", rows, sizes, vocab)
+    log_probs = packing.whole(packing.join(rows, "draw_log_probs", packing.F16, sizes))
+    _require(_at_most_0(log_probs), "draw_log_probs must be at most 0, and not NaN")
+    log_repeats = torch.zeros(())
     if layout.merges_draws:
-        repeats = packing.join(rows, "draw_repeats", "u1", sizes)
+        repeats = packing.join(rows, "draw_repeats", packing.U8, sizes)
         _require(bool((repeats >= 1).all()), "draw_repeats must be at least 1")
         log_repeats = from_numpy(repeats).float().log()
     if counts is None:
         shape = (sum(lengths), most)
-        parts = ids.view(shape), log_probs.view(shape), log_repeats.view(shape)
+        parts = ids.view(shape), log_probs.view(shape), log_repeats.expand(len(ids)).view(shape)
     else:
         parts = _padded(counts, ids, log_probs, log_repeats)
     ids, log_probs, log_repeats = parts
@@ -221,10 +217,10 @@ def _weighted(
     ids, log_probs, log_repeats = samples
     order = layout.proposal
     log_sum = log_tail if order == 1.0 else log_sums[:, layout.orders.index(order)]
-    log_g = (order * log_probs - log_sum[:, None]).clamp_min(-RAREST)
-    drawn = (log_probs > -torch.inf) & (log_tail > -torch.inf)[:, None]
-    return TailSamples(
-        ids.masked_fill(~drawn, -1),
-        log_probs,
-        (log_repeats - log_g - math.log(layout.num_samples)).masked_fill(~drawn, -torch.inf),
-    )
+    log_g = (order * log_probs - log_sum[:, None]).clamp_min_(-RAREST)
+    log_weights = (log_repeats - math.log(layout.num_samples)) - log_g
+    if log_probs.numel() and float(torch.minimum(log_probs.min(), log_tail.min())) == -math.inf:
+        missing = (log_probs == -torch.inf) | (log_tail == -torch.inf)[:, None]
+        ids = ids.masked_fill(missing, -1)
+        log_weights = log_weights.masked_fill(missing, -torch.inf)
+    return TailSamples(ids, log_probs, log_weights)

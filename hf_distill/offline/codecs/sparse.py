@@ -10,7 +10,8 @@ A row of T tokens is stored as these 1-D arrays, each token's part after the one
 - `draw_low`, `draw_bit16`, ..., `draw_log_probs` f16: the draws from the tail.
 - `draw_sizes` u8 and `draw_repeats` u8, where repeated draws are stored once.
 - `entropy` f16 [T]: of the whole distribution, nats.
-- `num_entries` u32: entries of the vocabulary with any probability, [1] if all tokens agree, or [T].
+- `num_entries` u32: entries of the vocabulary with any probability, [1] if all
+  tokens agree, or [T].
 
 A codec without a head, or without draws, has not their arrays.
 """
