@@ -50,20 +50,20 @@ def read(layout: SparseLayout, rows: Rows, lengths: Sequence[int], vocab: int) -
     entropy = packing.join(rows, "entropy", packing.F16, lengths)
     _require(bool((entropy >= 0).all()), "entropy must be at least 0, and not NaN")
     log_sums = _log_sums(layout, rows, lengths, log_tail.numpy(), num_tail)
-    shift = torch.zeros(())
+    shift = torch.zeros(1)
     if layout.top_k:
-        shift = torch.logaddexp(log_probs.exp().sum(-1).log(), log_tail)
+        shift = log_probs.exp().sum(-1).add_(log_tail.exp()).log_()
         _require(
-            bool((shift.abs() <= MASS_TOLERANCE).all()),
+            not len(shift) or float(shift.abs().max()) <= MASS_TOLERANCE,
             f"the log of the mass of head and tail must be within {MASS_TOLERANCE} of 0",
         )
-        log_tail = log_tail - shift
-        log_probs = log_probs - shift[:, None]
-        log_sums = log_sums - shift[:, None] * torch.tensor(layout.orders)
+        log_tail.sub_(shift)
+        log_probs.sub_(shift[:, None])
+        for i, order in enumerate(layout.orders):
+            log_sums[:, i].sub_(shift, alpha=order)
     samples = powers = None
     if layout.num_samples:
-        samples = _draws(layout, rows, lengths, vocab, shift)
-        samples = _weighted(layout, samples, log_tail, log_sums)
+        samples = _draws(layout, rows, lengths, vocab, shift, log_tail, log_sums)
     if layout.orders:
         count = from_numpy(num_tail).float()
         powers = PowerSums(layout.orders, log_sums, count, layout.temperature_range)
@@ -83,21 +83,17 @@ def _at_most_0(values: Tensor) -> bool:
 def _num_entries(rows: Rows, lengths: Sequence[int], vocab: int) -> np.ndarray:
     """[N] int64 entries with any probability."""
     name = "num_entries"
-    stored = [
+    sizes = [
         length if np.size(row.get(name, ())) == length else min(length, 1)
         for row, length in zip(rows, lengths, strict=True)
     ]
-    values = packing.join(rows, name, packing.U32, stored).astype(np.int64)
+    values = packing.join(rows, name, packing.U32, sizes).astype(np.int64)
     if values.size and not 1 <= values.min() <= values.max() <= vocab:
         raise ValueError(
             f"{name} must be in [1, {vocab}], got {int(values.min())} to {int(values.max())}"
         )
-    times = [
-        repeat
-        for size, length in zip(stored, lengths, strict=True)
-        for repeat in ([1] * size if size == length else [length])
-    ]
-    return np.repeat(values, times)
+    times = [length // max(size, 1) for size, length in zip(sizes, lengths, strict=True)]
+    return np.repeat(values, np.repeat(times, sizes))
 
 
 def _head(
@@ -130,17 +126,18 @@ def _head(
     return padded, log_probs, counts
 
 
-def _between(top: Tensor, last: Tensor, codes: Tensor) -> Tensor:
-    return top - (top - last) * (codes * (1 / packing.LEVELS))
-
-
 def _even_head(exact: Tensor, coarse: Tensor, num_exact: int) -> Tensor:
     """[N, K] log-probabilities of heads that all have K entries."""
     if exact.shape[1] <= num_exact:
         return exact
+    coarse = coarse.view(len(exact), -1)
+    log_probs = exact.new_empty(len(exact), num_exact + coarse.shape[1] + 1)
+    log_probs[:, :num_exact] = exact[:, :num_exact]
+    log_probs[:, -1:] = exact[:, num_exact:]
     top, last = exact[:, num_exact - 1 : num_exact], exact[:, num_exact:]
-    middle = _between(top, last, coarse.view(len(exact), -1))
-    return torch.cat([exact[:, :num_exact], middle, last], dim=1)
+    step = (last - top) / packing.LEVELS
+    torch.addcmul(top, coarse.float(), step, out=log_probs[:, num_exact:-1])
+    return log_probs
 
 
 def _uneven_head(
@@ -153,8 +150,9 @@ def _uneven_head(
     if is_coarse.any():
         top = log_probs[:, num_exact - 1 : num_exact]
         last = log_probs.gather(1, from_numpy(counts)[:, None] - 1)
+        step = (last - top) / packing.LEVELS
         rows = is_coarse.nonzero()[:, 0]
-        log_probs[is_coarse] = _between(top[rows, 0], last[rows, 0], coarse)
+        log_probs[is_coarse] = top[rows, 0] + step[rows, 0] * coarse
     return log_probs
 
 
@@ -175,28 +173,40 @@ def _log_sums(
 
 
 def _draws(
-    layout: SparseLayout, rows: Rows, lengths: Sequence[int], vocab: int, shift: Tensor
+    layout: SparseLayout,
+    rows: Rows,
+    lengths: Sequence[int],
+    vocab: int,
+    shift: Tensor,
+    log_tail: Tensor,
+    log_sums: Tensor,
 ) -> TailSamples:
-    """The draws, with log(repeats) for weights, [N, n]."""
-    most, counts, repeats = layout.num_samples, None, None
+    """The draws with their weights, [N, n]."""
+    most, counts = layout.num_samples, None
     if layout.merges_draws:
         counts = packing.unpack_counts(rows, "draw_sizes", lengths, most)
     sizes = packing.totals(counts, lengths, most)
     ids = packing.unpack_ids("draw", rows, sizes, vocab)
     log_probs = packing.whole(packing.join(rows, "draw_log_probs", packing.F16, sizes))
     _require(_at_most_0(log_probs), "draw_log_probs must be at most 0, and not NaN")
-    log_repeats = torch.zeros(())
+    parts = [ids, log_probs]
     if layout.merges_draws:
         repeats = packing.join(rows, "draw_repeats", packing.U8, sizes)
         _require(bool((repeats >= 1).all()), "draw_repeats must be at least 1")
-        log_repeats = from_numpy(repeats).float().log()
+        parts.append(from_numpy(repeats).float().log())
     if counts is None:
-        shape = (sum(lengths), most)
-        parts = ids.view(shape), log_probs.view(shape), log_repeats.expand(len(ids)).view(shape)
+        ids, log_probs, *log_repeats = (part.view(sum(lengths), most) for part in parts)
     else:
-        parts = _padded(counts, ids, log_probs, log_repeats)
-    ids, log_probs, log_repeats = parts
-    return TailSamples(ids, log_probs - shift.reshape(-1, 1), log_repeats)
+        ids, log_probs, *log_repeats = _padded(counts, *parts)
+    log_probs.sub_(shift[:, None])
+    log_weights = _log_weights(layout, log_probs, log_tail, log_sums)
+    for tensor in log_repeats:
+        log_weights.add_(tensor)
+    if len(log_tail) and float(torch.minimum(log_probs.min(), log_tail.min())) == -math.inf:
+        missing = (log_probs == -torch.inf) | (log_tail == -torch.inf)[:, None]
+        ids = ids.masked_fill(missing, -1)
+        log_weights = log_weights.masked_fill(missing, -torch.inf)
+    return TailSamples(ids, log_probs, log_weights)
 
 
 def _padded(counts: np.ndarray, ids: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
@@ -210,17 +220,12 @@ def _padded(counts: np.ndarray, ids: Tensor, *values: Tensor) -> tuple[Tensor, .
     return tuple(results)
 
 
-def _weighted(
-    layout: SparseLayout, samples: TailSamples, log_tail: Tensor, log_sums: Tensor
-) -> TailSamples:
-    """The draws with their weights; those of an empty tail are no draws."""
-    ids, log_probs, log_repeats = samples
+def _log_weights(
+    layout: SparseLayout, log_probs: Tensor, log_tail: Tensor, log_sums: Tensor
+) -> Tensor:
+    """[N, n] log(1 / (n g)) of single draws; what is no draw may get any number."""
     order = layout.proposal
     log_sum = log_tail if order == 1.0 else log_sums[:, layout.orders.index(order)]
-    log_g = (order * log_probs - log_sum[:, None]).clamp_min_(-RAREST)
-    log_weights = (log_repeats - math.log(layout.num_samples)) - log_g
-    if log_probs.numel() and float(torch.minimum(log_probs.min(), log_tail.min())) == -math.inf:
-        missing = (log_probs == -torch.inf) | (log_tail == -torch.inf)[:, None]
-        ids = ids.masked_fill(missing, -1)
-        log_weights = log_weights.masked_fill(missing, -torch.inf)
-    return TailSamples(ids, log_probs, log_weights)
+    log_n = math.log(layout.num_samples)
+    log_weights = torch.sub((log_sum - log_n)[:, None], log_probs, alpha=order)
+    return log_weights.clamp_max_(RAREST - log_n)
