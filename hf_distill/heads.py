@@ -12,8 +12,8 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -38,18 +38,29 @@ class Head:
     softcap: float | None = None
 
 
+class TailRule(NamedTuple):
+    """How the loss reads a sparse signal outside the known entries.
+
+    See `tail` and `max_ratio` of `metal_ops.sparse_divergence`.
+    """
+
+    tail: str = "auto"
+    max_ratio: float | None = 4.0
+
+
 @dataclass(frozen=True)
 class Signal:
     """What a model says about the N scored tokens, in one of three forms.
 
     `logits` [N, V]; `hidden` [N, H] and `head`; or `sparse`, the log-probabilities of a few entries
-    and the mass of the rest. Exactly one form is set.
+    and the mass of the rest, with a rule for that rest. Exactly one form is set.
     """
 
     logits: Tensor | None = None
     hidden: Tensor | None = None
     head: Head | None = None
     sparse: SparseTeacher | None = None
+    tail: TailRule = field(default_factory=TailRule)
 
     def dense(self) -> Tensor:
         """[N, V] logits, projected now if they were not.

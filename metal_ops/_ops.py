@@ -14,7 +14,7 @@ from metal_ops.backends.chunked import NUM_STATS, Hard, Head, accumulator
 from metal_ops.spec import DivergenceSpec
 
 
-def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
+def scaled(grad: Tensor, upstream: Tensor) -> Tensor:
     """Grad * upstream, in the memory of grad where nobody will ask for it again."""
     # a tensor of one element with dimensions takes part in type promotion, one without does not
     upstream = upstream.reshape([1] * grad.ndim) if upstream.ndim == 0 else upstream
@@ -93,7 +93,7 @@ def _divergence_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Te
     if upstream is None:
         return (None,) * 7
     if ctx.formed:
-        grad = _scaled(ctx.saved_tensors[0], upstream[:, None])
+        grad = scaled(ctx.saved_tensors[0], upstream[:, None])
     else:
         student, teacher, mask = ctx.saved_tensors
         upstream = upstream.contiguous() if mask is None else upstream * mask
@@ -139,63 +139,6 @@ def _(
     return per_token.new_empty(()), per_token, stats, grad
 
 
-# --- a teacher known at a few entries
-
-
-@torch.library.custom_op("metal_ops::sparse_divergence", mutates_args=())
-def sparse_divergence(
-    student: Tensor,
-    ids: Tensor,
-    log_probs: Tensor,
-    log_tail: Tensor,
-    weights: Tensor,
-    spec: str,
-    want_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(loss [N], gradient of the weighted losses [N, V] or [0])."""
-    known = ids, log_probs, log_tail
-    args = student, known, weights, DivergenceSpec.from_text(spec), want_grad
-    loss, grad = run("sparse", backend, student, log_probs, *args)
-    return loss, student.new_empty(0) if grad is None else grad
-
-
-@sparse_divergence.register_fake
-def _(
-    student: Tensor,
-    ids: Tensor,
-    log_probs: Tensor,
-    log_tail: Tensor,
-    weights: Tensor,
-    spec: str,
-    want_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    loss = student.new_empty(student.shape[0], dtype=accumulator(student))
-    return loss, torch.empty_like(student) if want_grad else student.new_empty(0)
-
-
-def _save_sparse(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    student, ids, log_probs, log_tail, mask, ctx.spec, ctx.formed, ctx.backend = inputs
-    recompute = (student, ids, log_probs, log_tail, mask)
-    ctx.save_for_backward(*((output[1],) if ctx.formed else recompute))
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _sparse_backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    if upstream is None:
-        return (None,) * 8
-    if ctx.formed:
-        grad = _scaled(ctx.saved_tensors[0], upstream[:, None])
-    else:
-        *inputs, mask = ctx.saved_tensors
-        grad = sparse_divergence(*inputs, upstream * mask, ctx.spec, True, ctx.backend)[1]
-    return (grad, *[None] * 7)
-
-
-sparse_divergence.register_autograd(_sparse_backward, setup_context=_save_sparse)
-
 # --- hidden states
 
 
@@ -238,7 +181,7 @@ def _hidden_backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor 
     if upstream is None:
         return (None,) * 6
     if ctx.formed:
-        grad = _scaled(ctx.saved_tensors[0], upstream[:, None])
+        grad = scaled(ctx.saved_tensors[0], upstream[:, None])
     else:
         student, teacher, mask = ctx.saved_tensors
         upstream = upstream.contiguous() if mask is None else upstream * mask
@@ -347,7 +290,7 @@ def _scalar_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor
     if upstream is None:
         return (None,) * ctx.num_inputs
     grads = [
-        _scaled(grad, upstream).to(dtype) if need else None
+        scaled(grad, upstream).to(dtype) if need else None
         for grad, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
     ]
     return (*grads, *[None] * (ctx.num_inputs - len(grads)))

@@ -127,6 +127,93 @@ def sparse_divergence(
     return total(entries(log_p, log_q, spec.kind, spec.beta), spec)
 
 
+def slopes(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> tuple[Tensor, Tensor]:
+    """The derivatives of `entries` for p and for q; of soft_ce, those of the forward KL."""
+    ratio = log_p - log_q
+    if kind in ("forward_kl", "soft_ce"):
+        return ratio + 1, -ratio.exp()
+    if kind == "reverse_kl":
+        return -(-ratio).exp(), 1 - ratio
+    if kind == "jsd":
+        one, other = (
+            slopes(log_p, log_q, "skew_kl", beta),
+            slopes(log_p, log_q, "skew_reverse_kl", 1 - beta),
+        )
+        return tuple(beta * x + (1 - beta) * y for x, y in zip(one, other, strict=True))
+    if kind == "tvd":
+        return 0.5 * ratio.sign(), -0.5 * ratio.sign()
+    if kind == "skew_kl":
+        log_m = _mix(log_p, log_q, beta)
+        share = (log_p - log_m).exp()
+        return log_p - log_m + 1 - beta * share, -(1 - beta) * share
+    if kind == "skew_reverse_kl":
+        by_q, by_p = slopes(log_q, log_p, "skew_kl", beta)
+        return by_p, by_q
+    if kind == "mixed_kl":
+        one, other = (slopes(log_p, log_q, x, beta) for x in ("forward_kl", "reverse_kl"))
+        return tuple(beta * x + (1 - beta) * y for x, y in zip(one, other, strict=True))
+    by_p = (1 - ((beta - 1) * ratio).exp()) / (1 - beta)
+    return by_p, (1 - (beta * ratio).exp()) / beta
+
+
+def bregman(
+    log_p: Tensor,
+    log_q: Tensor,
+    log_p_tail: Tensor,
+    log_q_tail: Tensor,
+    kind: str,
+    beta: float,
+) -> Tensor:
+    """What entries [..., n] of a tail lose when it becomes one category, log masses [..., 1].
+
+    An f-divergence is a sum of F(p, q), F convex and homogeneous of degree 1, so that with F_p and
+    F_q its derivatives at the tail's masses the terms F(p, q) - p F_p - q F_q are never negative,
+    and their sum over the tail is the divergence less that of the one category. The soft
+    cross-entropy is the forward KL and the teacher's entropy, whose part within the tail is added.
+    """
+    by_p, by_q = slopes(log_p_tail, log_q_tail, kind, beta)
+    generator = "forward_kl" if kind == "soft_ce" else kind
+    lost = entries(log_p, log_q, generator, beta) - log_p.exp() * by_p - log_q.exp() * by_q
+    return lost - _expect(log_p.exp(), log_p - log_p_tail) if kind == "soft_ce" else lost
+
+
+def tail_correction(
+    student_logits: Tensor,
+    ids: Tensor,
+    log_tail: Tensor,
+    draws: tuple[Tensor, Tensor, Tensor],
+    spec: DivergenceSpec,
+    max_ratio: float,
+) -> Tensor:
+    """What draws from the tail add to `sparse_divergence` with missing "tail", [...], unclipped.
+
+    draws: ids, the teacher's log-probabilities and log-weights, [..., n] each; ids < 0 are padding.
+    """
+    spec = spec.resolved()
+    log_q = torch.log_softmax(student_logits / spec.temperature, dim=-1)
+    kept = torch.zeros((*log_q.shape[:-1], log_q.shape[-1] + 1), dtype=torch.bool)
+    kept = kept.scatter(-1, torch.where(ids < 0, log_q.shape[-1], ids), True)[..., :-1]
+    log_q_tail = log_q.masked_fill(kept, -math.inf).logsumexp(-1, keepdim=True)
+    drawn, log_p, log_weights = draws
+    log_p = log_p.to(log_q.dtype).masked_fill(drawn < 0, 0.0)
+    log_p_tail = log_tail.to(log_q.dtype)[..., None]
+    at = log_q.gather(-1, drawn.clamp_min(0))
+    ratio = (at - log_q_tail) - (log_p - log_p_tail)
+    bound = math.log(max_ratio)
+    lost = bregman(log_p, at, log_p_tail, log_q_tail, spec.kind, spec.beta)
+    if spec.kind in ("forward_kl", "soft_ce"):  # beyond the bound, along the tangent
+        edge = log_p - log_p_tail + log_q_tail + bound
+        start = bregman(log_p, edge, log_p_tail, log_q_tail, spec.kind, spec.beta)
+        line = (
+            start + (ratio - bound) * log_p.exp() * (max_ratio - 1) if max_ratio < math.inf else 0.0
+        )
+        lost = torch.where(ratio <= bound, lost, line)
+    else:
+        lost = lost.where(ratio <= bound, 0.0)
+    weight = log_weights.to(log_q.dtype).masked_fill(drawn < 0, -math.inf).exp()
+    return spec.scale * _expect(weight, lost).sum(-1)
+
+
 def entropy(logits: Tensor, temperature: float) -> Tensor:
     """Entropy of softmax(logits / temperature): [..., vocab] to [...] nats."""
     log_p = torch.log_softmax(logits / temperature, dim=-1)

@@ -48,6 +48,32 @@ def rows_per_block(x: Tensor, vocab: int) -> int:
     return max(1, buffer_bytes(x.device) // (itemsize * max(1, vocab)))
 
 
+class Blocks:
+    """The rows to compute, a block at a time: those whose weight is not zero."""
+
+    def __init__(self, like: Tensor, weights: Tensor | None, vocab: int) -> None:
+        self.step = rows_per_block(like, vocab)
+        self.index = None if weights is None else weights.nonzero().squeeze(-1)
+        if self.index is not None and len(self.index) == len(like):
+            self.index = None
+        self.num_rows = len(like) if self.index is None else len(self.index)
+
+    def __iter__(self):
+        """A slice where the rows follow each other, else an index."""
+        for start in range(0, self.num_rows, self.step):
+            stop = min(start + self.step, self.num_rows)
+            if self.index is None:
+                yield slice(start, stop)
+                continue
+            at = self.index[start:stop]
+            first, last = int(at[0]), int(at[-1])
+            yield slice(first, last + 1) if last - first + 1 == len(at) else at
+
+    def gradient_like(self, x: Tensor) -> Tensor:
+        """Memory for a gradient of x; zeros where rows are skipped."""
+        return torch.empty_like(x) if self.index is None else torch.zeros_like(x)
+
+
 def product_dtype(weight: Tensor) -> torch.dtype:
     """In which the products with a head are formed: its own, unless the CPU has to emulate it.
 

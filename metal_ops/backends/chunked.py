@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metal_ops.backends import _block, _hidden, _support
-from metal_ops.backends._chunks import rows_per_block
+from metal_ops.backends._chunks import Blocks
 from metal_ops.backends._linear import Hard, Head, linear
 from metal_ops.backends._rows import NUM_STATS, Buffers, Loaded, accumulator, load
 from metal_ops.spec import DivergenceSpec
@@ -35,31 +35,6 @@ def unsupported(student: Tensor, teacher: Tensor) -> str | None:
     return None
 
 
-class _Blocks:
-    """The rows to compute, a block at a time: those whose weight is not zero."""
-
-    def __init__(self, like: Tensor, weights: Tensor | None, vocab: int) -> None:
-        self.step = rows_per_block(like, vocab)
-        self.index = None if weights is None else weights.nonzero().squeeze(-1)
-        if self.index is not None and len(self.index) == len(like):
-            self.index = None
-        self.num_rows = len(like) if self.index is None else len(self.index)
-
-    def __iter__(self):
-        """A slice where the rows follow each other, else an index."""
-        for start in range(0, self.num_rows, self.step):
-            stop = min(start + self.step, self.num_rows)
-            if self.index is None:
-                yield slice(start, stop)
-                continue
-            at = self.index[start:stop]
-            first, last = int(at[0]), int(at[-1])
-            yield slice(first, last + 1) if last - first + 1 == len(at) else at
-
-    def gradient_like(self, x: Tensor) -> Tensor:
-        return torch.empty_like(x) if self.index is None else torch.zeros_like(x)
-
-
 def forward(
     student: Tensor,
     teacher: Tensor,
@@ -83,7 +58,7 @@ def forward(
         the dtype of `student`, or None. All are zero where the weight is.
     """
     dtype, vocab = accumulator(student), student.shape[-1]
-    blocks = _Blocks(student, weights, vocab)
+    blocks = Blocks(student, weights, vocab)
     loss = student.new_zeros(len(student), dtype=dtype)
     stats = student.new_zeros(NUM_STATS, len(student) if want_stats else 0, dtype=dtype)
     weights = torch.ones_like(loss) if weights is None else weights.to(dtype)
@@ -124,7 +99,7 @@ def sparse(
     temperature, and the log of the rest's mass [N].
     """
     vocab = student.shape[-1]
-    blocks = _Blocks(student, weights, vocab)
+    blocks = Blocks(student, weights, vocab)
     loss = student.new_zeros(len(student), dtype=accumulator(student))
     weights = torch.ones_like(loss) if weights is None else weights.to(loss.dtype)
     grad = blocks.gradient_like(student) if want_grad else None
@@ -160,7 +135,7 @@ def hidden(
     # a difference must not be rounded before it is formed: float64 if one side has it
     wide = torch.float64 in (student.dtype, teacher.dtype)
     inside = torch.float64 if wide else torch.float32
-    blocks = _Blocks(student, weights, student.shape[-1])
+    blocks = Blocks(student, weights, student.shape[-1])
     loss = student.new_zeros(len(student), dtype=accumulator(student))
     grad = blocks.gradient_like(student) if want_grad else None
     if want_grad:

@@ -13,12 +13,8 @@ from metal_ops.functional.logits import (
     divergence_with_stats,
     weighted_divergence,
 )
-from metal_ops.functional.sparse import (
-    PowerSums,
-    SparseTeacher,
-    TailSamples,
-    sparse_divergence,
-)
+from metal_ops.functional.sparse import sparse_divergence
+from metal_ops.functional.sparse_teacher import PowerSums, SparseTeacher, TailSamples
 
 __all__ = [
     "DivergenceStats",

@@ -293,7 +293,9 @@ def test_public_names():
     assert sorted(metal_ops.__all__) == [
         "DivergenceSpec",
         "DivergenceStats",
+        "PowerSums",
         "SparseTeacher",
+        "TailSamples",
         "available_backends",
         "divergence",
         "divergence_with_stats",

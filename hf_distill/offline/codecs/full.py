@@ -118,13 +118,15 @@ class Full:
         real_vocab = np.size(row.get(name, ())) // max(length, 1)
         if length and not 1 <= real_vocab <= vocab:
             raise ValueError(f"{name} must have 1 to {vocab} entries a token, got {real_vocab}")
-        dtype = self.arrays(vocab)[name].str
+        dtype = self.arrays(vocab)[name]
         stored = packing.join([row], name, dtype, [length * real_vocab])
         if self.format == "fp16":
             values = packing.whole(stored).view(length, -1 if length else 0)
         else:
             codes = torch.from_numpy(stored).view(length, -1 if length else 0)
-            scale = torch.from_numpy(packing.join([row], "full_scale", "<f4", [length]))[:, None]
+            scale = torch.from_numpy(packing.join([row], "full_scale", packing.F32, [length]))[
+                :, None
+            ]
             if not bool(((scale <= 0) & scale.isfinite()).all()):
                 raise ValueError("full_scale must be finite and at most 0")
             values = codes * (scale / LEVELS)

@@ -1,15 +1,23 @@
-"""Numbers as few bytes: ids in 16 bits and planes of single bits, log-probabilities in 8 or 16 bits.
+"""Numbers in few bytes: ids as 16 bits and a field of bits, log-probabilities in 8 or 16 bits.
 
 Arrays are 1-D and belong to one row of the data; what joins rows takes the size of each row's part.
-A bit plane holds one bit of each id, eight to a byte, the first id in the highest bit; it is padded
-to whole bytes at the end of the row.
+The bits of an id beyond the lowest 16 are a field of 1, 2, 4, 8 or 16 bits. Fields follow each
+other from the lowest bit of a byte up, and the row ends with a whole byte.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 from torch import Tensor, from_numpy
+
+from hf_distill.offline.codecs.protocol import Arrays
+
+Rows = Sequence[Mapping[str, np.ndarray]]
+
+U8, U16, U32 = np.dtype("u1"), np.dtype("<u2"), np.dtype("<u4")
+F16, F32 = np.dtype("<f2"), np.dtype("<f4")
 
 LOW_BITS = 16
 LARGEST_FP16 = float(np.finfo(np.float16).max)
@@ -17,113 +25,120 @@ DEEPEST = 32.0  # nats that the 8-bit codes reach down; e^-32 of the mass is nob
 LEVELS = 255
 
 
-def num_planes(vocab: int) -> int:
-    """Bits of an id of that vocabulary beyond the lowest 16."""
-    return max(0, (vocab - 1).bit_length() - LOW_BITS)
+def field_bits(vocab: int) -> int:
+    """Bits stored per id beyond the lowest 16, for a vocabulary of at most 2^31 entries."""
+    needed = (vocab - 1).bit_length() - LOW_BITS
+    return next(bits for bits in (0, 1, 2, 4, 8, 16) if bits >= needed)
 
 
 def id_arrays(prefix: str, vocab: int) -> dict[str, np.dtype]:
-    """Names and dtypes of packed ids: `<prefix>_low` and a `<prefix>_bit<i>` for each higher bit."""
-    planes = {f"{prefix}_bit{LOW_BITS + i}": np.dtype("u1") for i in range(num_planes(vocab))}
-    return {f"{prefix}_low": np.dtype("<u2"), **planes}
+    """Names and dtypes of packed ids: `<prefix>_low` and, if needed, `<prefix>_high`."""
+    high = {f"{prefix}_high": U8} if field_bits(vocab) else {}
+    return {f"{prefix}_low": U16, **high}
 
 
-def plane_bytes(num_ids: int) -> int:
-    """Bytes of one bit plane of a row with that many ids."""
-    return -(-num_ids // 8)
+def _field_bytes(num_ids: int, bits: int) -> int:
+    return -(-num_ids * bits // 8)
 
 
-def pack_ids(prefix: str, ids: np.ndarray, ends: Sequence[int], vocab: int) -> list[dict]:
+def pack_ids(prefix: str, ids: np.ndarray, ends: Sequence[int], vocab: int) -> list[Arrays]:
     """The arrays of each row.
 
     Args:
         prefix: of the names.
         ids: [all rows' ids] integers in [0, vocab).
         ends: where each row's ids end.
-        vocab: decides how many planes there are.
+        vocab: decides how many bits are stored.
     """
-    low = ids.astype("<u2")
-    names = id_arrays(prefix, vocab)
-    high = [(ids >> bit & 1).astype(bool) for bit in range(LOW_BITS, LOW_BITS + len(names) - 1)]
-    return [
-        dict(zip(names, [low[a:b], *(np.packbits(plane[a:b]) for plane in high)], strict=True))
-        for a, b in pairwise([0, *ends])
-    ]
+    bits, spans = field_bits(vocab), list(pairwise([0, *ends]))
+    rows = [{f"{prefix}_low": part} for part in split(ids.astype(U16), ends)]
+    if bits:
+        fields = (ids >> LOW_BITS).astype(U16).view(np.uint8).reshape(-1, 2)
+        flags = np.unpackbits(fields, axis=1, bitorder="little")[:, :bits]
+        for row, (a, b) in zip(rows, spans, strict=True):
+            row[f"{prefix}_high"] = np.packbits(flags[a:b], bitorder="little")
+    return rows
 
 
-def _bits(packed: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
-    """[sum of sizes] uint8: a plane of all rows, without the padding at the rows' ends."""
-    if all(size % 8 == 0 for size in sizes[:-1]):
-        return np.unpackbits(packed, count=sum(sizes))
-    starts = np.cumsum([0, *map(plane_bytes, sizes)])
-    rows = zip(pairwise(starts), sizes, strict=True)
-    return np.concatenate([np.unpackbits(packed[a:b], count=size) for (a, b), size in rows])
+@functools.cache
+def _table(bits: int) -> np.ndarray:
+    """[256, fields of a byte] int64: the fields' values, at their place in an id."""
+    shifts = np.arange(0, 8, bits)
+    fields = np.arange(256)[:, None] >> shifts & ((1 << bits) - 1)
+    return fields.astype(np.int64) << LOW_BITS
 
 
-def unpack_ids(
-    prefix: str, rows: Sequence[Mapping[str, np.ndarray]], sizes: Sequence[int], vocab: int
-) -> np.ndarray:
+def _high(rows: Rows, name: str, sizes: Sequence[int], bits: int) -> np.ndarray:
+    """[sum of sizes] int64: the ids without their lowest 16 bits."""
+    num_bytes = [_field_bytes(size, bits) for size in sizes]
+    stored = join(rows, name, U8, num_bytes)
+    if bits == 16:
+        return stored.view(U16).astype(np.int64) << LOW_BITS
+    ids = np.take(_table(bits), stored, axis=0).reshape(-1)
+    if all(size * bits % 8 == 0 for size in sizes[:-1]):
+        return ids[: sum(sizes)]
+    starts = [0, *accumulate(size * 8 // bits for size in num_bytes)]
+    return np.concatenate([ids[a : a + size] for a, size in zip(starts, sizes, strict=False)])
+
+
+def unpack_ids(prefix: str, rows: Rows, sizes: Sequence[int], vocab: int) -> Tensor:
     """[sum of sizes] int64 ids of all rows.
 
     Raises:
         ValueError: an array is missing or has a wrong size, or an id is not in [0, vocab).
     """
-    low, *planes = id_arrays(prefix, vocab)
-    ids = join(rows, low, "<u2", sizes).astype(np.int64)
-    packed_sizes = [plane_bytes(size) for size in sizes]
-    for i, name in enumerate(planes):
-        bits = _bits(join(rows, name, "u1", packed_sizes), sizes)
-        ids += np.left_shift(bits, LOW_BITS + i, dtype=np.int64)
+    low, bits = join(rows, f"{prefix}_low", U16, sizes), field_bits(vocab)
+    if bits:
+        ids = _high(rows, f"{prefix}_high", sizes, bits)
+        ids |= low
+    else:
+        ids = low.astype(np.int64)
     if ids.size and int(ids.max()) >= vocab:
         raise ValueError(f"{prefix} ids must be below {vocab}, got {int(ids.max())}")
-    return ids
+    return from_numpy(ids)
 
 
-def join(
-    rows: Sequence[Mapping[str, np.ndarray]], name: str, dtype: str, sizes: Sequence[int]
-) -> np.ndarray:
+def split(values: np.ndarray, ends: Iterable[int]) -> list[np.ndarray]:
+    """The parts of an array that end there."""
+    return [values[a:b] for a, b in pairwise([0, *ends])]
+
+
+def join(rows: Rows, name: str, dtype: np.dtype, sizes: Sequence[int]) -> np.ndarray:
     """One array of all rows, each part checked.
 
     Raises:
         ValueError: a row has no such array, or one of another dtype or size.
     """
-    parts = []
-    for index, (row, size) in enumerate(zip(rows, sizes, strict=True)):
-        part = row.get(name)
+    parts = [row.get(name) for row in rows]
+    for index, (part, size) in enumerate(zip(parts, sizes, strict=True)):
         if part is None:
             raise ValueError(f"row {index} has no array {name!r}")
-        if part.dtype != dtype or part.shape != (size,):
+        if part.dtype != dtype or part.ndim != 1 or part.size != size:
             raise ValueError(
                 f"{name} of row {index} must be {dtype} [{size}], "
-                f"got {part.dtype.str} {list(part.shape)}"
+                f"got {part.dtype} {list(part.shape)}"
             )
-        parts.append(part)
     return np.concatenate(parts) if parts else np.empty(0, dtype)
 
 
 def half(log_probs: np.ndarray) -> np.ndarray:
     """Log-probabilities as little-endian float16, finite where they are finite."""
     finite = np.clip(log_probs, -LARGEST_FP16, 0.0)
-    return np.where(np.isneginf(log_probs), -np.inf, finite).astype("<f2")
+    return np.where(np.isneginf(log_probs), -np.inf, finite).astype(F16)
 
 
 def whole(stored: np.ndarray) -> Tensor:
     """Float32 of stored float16."""
-    return from_numpy(stored.astype("=f2", copy=False)).float()
+    return from_numpy(stored.astype(np.float16, copy=False)).float()
 
 
 def pack_counts(counts: np.ndarray, ends: Iterable[int], usual: int) -> list[np.ndarray]:
     """[tokens] uint8 per row, or nothing where every token of the row has the usual count."""
-    parts = (counts[a:b] for a, b in pairwise([0, *ends]))
-    return [np.empty(0, "u1") if (part == usual).all() else part.astype("u1") for part in parts]
+    parts = split(counts.astype(U8), ends)
+    return [part[:0] if (part == usual).all() else part for part in parts]
 
 
-def unpack_counts(
-    rows: Sequence[Mapping[str, np.ndarray]],
-    name: str,
-    lengths: Sequence[int],
-    usual: int,
-) -> np.ndarray | None:
+def unpack_counts(rows: Rows, name: str, lengths: Sequence[int], usual: int) -> np.ndarray | None:
     """[N] int64 counts of all tokens, or None if every one is the usual count.
 
     Raises:
@@ -131,10 +146,10 @@ def unpack_counts(
     """
     stored = [np.size(row.get(name, ())) for row in rows]
     if not any(stored):
-        join(rows, name, "u1", stored)
+        join(rows, name, U8, stored)
         return None
     sizes = [length if size else 0 for length, size in zip(lengths, stored, strict=True)]
-    counts = join(rows, name, "u1", sizes).astype(np.int64)
+    counts = join(rows, name, U8, sizes).astype(np.int64)
     if counts.size and not 1 <= counts.min() <= counts.max() <= usual:
         raise ValueError(
             f"{name} must be in [1, {usual}], got {int(counts.min())} to {int(counts.max())}"
@@ -170,7 +185,7 @@ def pack_sums(
     even, reach = _sum_bounds(orders, log_tail, num_tail)
     with np.errstate(invalid="ignore", divide="ignore"):
         share = (log_sums - even) / reach
-    return np.rint(np.clip(np.nan_to_num(share), 0, 1) * 65535).astype("<u2")
+    return np.rint(np.clip(np.nan_to_num(share), 0, 1) * 65535).astype(U16)
 
 
 def unpack_sums(
@@ -178,7 +193,7 @@ def unpack_sums(
 ) -> np.ndarray:
     """[N, m] float32 log power sums; the arguments are those of `pack_sums`."""
     even, reach = _sum_bounds(orders, log_tail, num_tail)
-    return (even + stored * np.float32(1 / 65535) * reach).astype(np.float32)
+    return even + stored * np.float32(1 / 65535) * reach
 
 
 def _sum_bounds(
@@ -213,12 +228,12 @@ def pack_head(
         deepest = (np.where(np.isfinite(top), top, 0) - DEEPEST)[:, None]
         values[:, num_exact:] = np.maximum(values[:, num_exact:], deepest)
     stored = half(values)
-    codes = np.empty(0, "u1")
+    codes = np.empty(0, U8)
     if coarse.any():
         last = np.take_along_axis(stored, counts[:, None] - 1, axis=1).astype(np.float32)
         way = np.maximum(stored[:, num_exact - 1 : num_exact].astype(np.float32) - last, 1e-6)
         share = (stored[:, num_exact - 1 : num_exact].astype(np.float32) - values) / way
-        codes = np.rint(np.clip(share[coarse], 0, 1) * LEVELS).astype("u1")
+        codes = np.rint(np.clip(share[coarse], 0, 1) * LEVELS).astype(U8)
     return stored[exact], exact.sum(1), codes, coarse.sum(1)
 
 

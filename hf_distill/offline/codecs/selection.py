@@ -16,8 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK_TOKENS = 64
 BLOCK_ENTRIES = 512
+
+
+def block_tokens(device: torch.device) -> int:
+    """Tokens of a block: on a CPU few, which stay in its cache, elsewhere enough to fill it."""
+    return 8 if device.type == "cpu" else 64
 
 
 @dataclass(frozen=True)
@@ -91,14 +95,19 @@ def select(logits: Tensor, uniforms: np.ndarray, plan: Plan) -> Selection:
     Raises:
         ValueError: a token's logits hold NaN or positive infinity, or no finite value.
     """
+    size, device = block_tokens(logits.device), logits.device
+    points = torch.from_numpy(uniforms).to(wide(device)).to(device)
+    has_all = len(logits) > 0 and bool((logits.amin(-1) > -torch.inf).all())
     parts: list[tuple[Tensor, ...]] = []
-    starts = range(0, len(logits), BLOCK_TOKENS)
-    for start in starts if len(logits) else [0]:
-        block = logits[start : start + BLOCK_TOKENS]
-        missing = BLOCK_TOKENS - len(block)
-        points = torch.from_numpy(uniforms[start : start + BLOCK_TOKENS])
-        points = F.pad(points.to(wide(logits.device)), (0, missing)).to(logits.device)
-        kept = _select_block(F.pad(block.float(), (0, 0, 0, missing)), points, plan)
+    for start in range(0, max(len(logits), 1), size):
+        block = logits[start : start + size].float()
+        missing = size - len(block)
+        kept = _select_block(
+            F.pad(block, (0, 0, 0, missing)) if missing else block,
+            F.pad(points[start : start + size], (0, missing)),
+            plan,
+            has_all,
+        )
         parts.append(tuple(tensor[: len(block)] for tensor in kept))
     joined = (torch.cat(tensors).cpu().numpy() for tensors in zip(*parts, strict=True))
     result = Selection(*joined)
@@ -111,32 +120,44 @@ def select(logits: Tensor, uniforms: np.ndarray, plan: Plan) -> Selection:
     return result
 
 
-def _select_block(logits: Tensor, points: Tensor, plan: Plan) -> tuple[Tensor, ...]:
+def _select_block(logits: Tensor, points: Tensor, plan: Plan, has_all: bool) -> tuple[Tensor, ...]:
+    """The fields of a Selection; has_all: no logit is -inf, which spares a pass to count them."""
     if plan.temperature != 1.0:
         logits = logits / plan.temperature
     total = logits.logsumexp(-1, keepdim=True)
     log_p = logits - total
-    num_entries = (log_p > -torch.inf).sum(-1).masked_fill(~total[:, 0].isfinite(), 0)
-    entropy = -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1)
+    bounded = log_p if has_all else log_p.clamp_min(torch.finfo(log_p.dtype).min)
+    entropy = -torch.linalg.vecdot(log_p.exp(), bounded)
+    num_entries = torch.full_like(total[:, 0], log_p.shape[1], dtype=torch.int64)
+    if not has_all:
+        num_entries = (log_p > -torch.inf).sum(-1)
+    num_entries = num_entries.masked_fill(~total[:, 0].isfinite(), 0)
     head_log_p, head_ids = log_p.topk(min(plan.top_k, log_p.shape[1]), dim=-1)
     kept = head_log_p > -torch.inf
     if plan.top_p is not None:
         before = head_log_p.exp().cumsum(-1) - head_log_p.exp()
         kept &= before < plan.top_p
     tail = log_p.scatter_(-1, head_ids, head_log_p.masked_fill(kept, -torch.inf))
-    log_tail = tail.logsumexp(-1)
-    largest = tail.amax(-1).nan_to_num(neginf=0.0)
-    tail -= largest[:, None]
-    log_sums = [(order * tail).exp_().sum(-1).log() + order * largest for order in plan.orders]
-    draw_ids = draw_systematic((plan.proposal * tail).exp_(), points, plan.num_samples)
-    draw_log_p = tail.gather(-1, draw_ids) + largest[:, None]
-    sums = torch.stack(log_sums, -1) if log_sums else log_tail[:, None][:, :0]
+    largest = tail.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+    tail -= largest
+    power = torch.empty_like(tail)
+
+    def log_sum(order: float) -> Tensor:
+        """Log of the tail's sum of p ** order; `power` holds the terms, scaled."""
+        torch.mul(tail, order, out=power).exp_()
+        return power.sum(-1).log() + order * largest[:, 0]
+
+    log_tail = log_sum(1.0)
+    log_sums = [log_sum(order) for order in plan.orders]
+    log_sum(plan.proposal)
+    draw_ids = draw_systematic(power, points, plan.num_samples)
+    draw_log_p = tail.gather(-1, draw_ids) + largest
     return (
         head_ids,
         head_log_p,
         kept.sum(-1),
         log_tail,
-        sums,
+        torch.stack(log_sums, -1) if log_sums else log_tail[:, None][:, :0],
         draw_ids,
         draw_log_p,
         entropy,
@@ -160,7 +181,7 @@ def draw_systematic(weights: Tensor, points: Tensor, num_draws: int) -> Tensor:
     """
     dtype, tokens = points.dtype, len(weights)
     blocks = F.pad(weights, (0, -weights.shape[1] % BLOCK_ENTRIES)).view(tokens, -1, BLOCK_ENTRIES)
-    edges = blocks.sum(-1, dtype=dtype).cumsum(-1)
+    edges = blocks.sum(-1).cumsum(-1, dtype=dtype)
     below = 1 - torch.finfo(dtype).eps
     steps = (points[:, None] + torch.arange(num_draws, device=points.device)) / num_draws
     targets = torch.minimum(steps * edges[:, -1:], below * edges[:, -1:])

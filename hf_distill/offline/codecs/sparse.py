@@ -2,15 +2,16 @@
 
 A row of T tokens is stored as these 1-D arrays, each token's part after the one before:
 
-- `head_low` u16, `head_bit16`, ... u8: ids of the head, most probable first.
+- `head_low` u16, `head_high` u8: ids of the head, most probable first, see `packing`.
 - `head_exact` f16, `head_coarse` u8: their log-probabilities, see `packing.pack_head`.
 - `head_sizes` u8: entries of the head, [T]; nothing if every token has top_k.
 - `log_tail` f16 [T]: log of the mass of all other entries, by a log-sum-exp over them.
 - `log_sums` u16 [T * m]: log of the tail's sums of p ** alpha, see `packing.pack_sums`.
-- `draw_low`, `draw_bit16`, ..., `draw_log_probs` f16: the draws from the tail.
+- `draw_low`, `draw_high`, `draw_log_probs` f16: the draws from the tail.
 - `draw_sizes` u8 and `draw_repeats` u8, where repeated draws are stored once.
 - `entropy` f16 [T]: of the whole distribution, nats.
-- `num_entries` u32: entries of the vocabulary with any probability, [1] if all tokens agree, or [T].
+- `num_entries` u32: entries of the vocabulary with any probability, [1] if all
+  tokens agree, or [T].
 
 A codec without a head, or without draws, has not their arrays.
 """
@@ -18,7 +19,8 @@ A codec without a head, or without draws, has not their arrays.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, pairwise
+from functools import cached_property
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import numpy as np
@@ -97,12 +99,12 @@ class SparseCodec:
         low, high = self.temperature_range
         return self.temperature / high, self.temperature / low
 
-    @property
+    @cached_property
     def proposal(self) -> float:
         """The draws are in proportion to p ** proposal: the middle of the range of exponents."""
         return sum(self._alphas) / 2
 
-    @property
+    @cached_property
     def orders(self) -> tuple[float, ...]:
         """Exponents of the stored power sums: over the range evenly, the proposal's among them."""
         low, high = self._alphas
@@ -123,19 +125,18 @@ class SparseCodec:
 
     def arrays(self, vocab: int) -> dict[str, np.dtype]:
         """Names and dtypes of a row's arrays for a vocabulary of that many entries."""
-        names: dict[str, str | np.dtype] = {}
+        u8, u16, f16 = packing.U8, packing.U16, packing.F16
+        names: dict[str, np.dtype] = {}
         if self.top_k:
             names |= packing.id_arrays("head", vocab)
-            names |= {"head_exact": "<f2", "head_coarse": "u1", "head_sizes": "u1"}
-            names |= {"log_tail": "<f2"}
+            names |= {"head_exact": f16, "head_coarse": u8, "head_sizes": u8, "log_tail": f16}
         if self.orders:
-            names |= {"log_sums": "<u2"}
+            names |= {"log_sums": u16}
         if self.num_samples:
-            names |= packing.id_arrays("draw", vocab) | {"draw_log_probs": "<f2"}
+            names |= packing.id_arrays("draw", vocab) | {"draw_log_probs": f16}
         if self.merges_draws:
-            names |= {"draw_sizes": "u1", "draw_repeats": "u1"}
-        names |= {"entropy": "<f2", "num_entries": "<u4"}
-        return {name: np.dtype(dtype) for name, dtype in names.items()}
+            names |= {"draw_sizes": u8, "draw_repeats": u8}
+        return names | {"entropy": f16, "num_entries": packing.U32}
 
     def serves(self, spec: DivergenceSpec) -> str | None:
         """Why a loss cannot be computed from what is stored, and what to cache, or None."""
@@ -189,19 +190,19 @@ class SparseCodec:
         columns: dict[str, list[np.ndarray]] = {}
         if self.top_k:
             columns |= self._pack_head(kept, ends, vocab)
-            columns["log_tail"] = _split(log_tail, ends)
+            columns["log_tail"] = packing.split(log_tail, ends)
         if self.orders:
             # against what is read back, so that the rounding of log_tail is not in the sums
             tail = log_tail.astype(np.float32) if self.top_k else np.zeros_like(kept.log_tail)
             num_tail = kept.num_entries - kept.head_sizes
             sums = packing.pack_sums(kept.log_sums, self.orders, tail, num_tail)
-            columns["log_sums"] = [part.reshape(-1) for part in _split(sums, ends)]
+            columns["log_sums"] = [part.reshape(-1) for part in packing.split(sums, ends)]
         if self.num_samples:
             columns |= self._pack_draws(kept, ends, vocab)
-        columns["entropy"] = _split(np.maximum(kept.entropy, 0).astype("<f2"), ends)
+        columns["entropy"] = packing.split(np.maximum(kept.entropy, 0).astype(packing.F16), ends)
         columns["num_entries"] = [
             part[:1] if (part == part[:1]).all() else part
-            for part in _split(kept.num_entries.astype("<u4"), ends)
+            for part in packing.split(kept.num_entries.astype(packing.U32), ends)
         ]
         return [{name: parts[i] for name, parts in columns.items()} for i in range(len(lengths))]
 
@@ -216,8 +217,8 @@ class SparseCodec:
         )
         return {
             **_by_name(packing.pack_ids("head", ids, row_ends, vocab)),
-            "head_exact": _split(exact, _row_ends(num_exact, ends)),
-            "head_coarse": _split(coarse, _row_ends(num_coarse, ends)),
+            "head_exact": packing.split(exact, _row_ends(num_exact, ends)),
+            "head_coarse": packing.split(coarse, _row_ends(num_coarse, ends)),
             "head_sizes": packing.pack_counts(counts, ends, self.top_k),
         }
 
@@ -230,14 +231,14 @@ class SparseCodec:
         if self.merges_draws:
             first[:, 1:] = ids[:, 1:] != ids[:, :-1]
             counts = first.sum(1)
-            repeats = np.diff(np.flatnonzero(first), append=first.size).astype("u1")
+            repeats = np.diff(np.flatnonzero(first), append=first.size).astype(packing.U8)
             columns["draw_sizes"] = packing.pack_counts(counts, ends, self.num_samples)
-            columns["draw_repeats"] = _split(repeats, _row_ends(counts, ends))
+            columns["draw_repeats"] = packing.split(repeats, _row_ends(counts, ends))
         row_ends = _row_ends(first.sum(1), ends)
         return {
             **columns,
             **_by_name(packing.pack_ids("draw", ids[first], row_ends, vocab)),
-            "draw_log_probs": _split(log_probs[first], row_ends),
+            "draw_log_probs": packing.split(log_probs[first], row_ends),
         }
 
     def decode(
@@ -250,10 +251,6 @@ class SparseCodec:
         and what then remains enters times log(p / q).
         """
         return read(self, rows, lengths, vocab)
-
-
-def _split(values: np.ndarray, ends: Sequence[int]) -> list[np.ndarray]:
-    return [values[a:b] for a, b in pairwise([0, *ends])]
 
 
 def _row_ends(counts: np.ndarray, ends: Sequence[int]) -> list[int]:
