@@ -17,6 +17,7 @@ SHOWN = 3  # ids in an error
 
 TEACHER_PREFIX = "teacher_"
 TEACHER_ROUTE = "teacher_route"
+TEACHER_STORED = "teacher_stored"
 ANCHOR_PREFIX = "anchor_"
 INDEX_MAPS = ("completion_index", "teacher_completion_index")
 TOKEN_VALUES = ("token_weights", "behaviour_log_probs")  # [B, T] float, aligned with the labels
@@ -32,11 +33,13 @@ class Side(NamedTuple):
     inputs: keyword arguments of the model's forward.
     predicts: [B, T] bool, True where the output predicts a scored token; N are True.
     route: [B] int64, the number of the teacher that each row asks, or None if there is one teacher.
+    stored: what a data loader has read from a teacher's cache for these rows, or None.
     """
 
     inputs: dict[str, Tensor]
     predicts: Tensor
     route: Tensor | None = None
+    stored: Mapping[str, Tensor] | None = None
 
 
 def predicts_from_labels(labels: Tensor) -> Tensor:
@@ -81,11 +84,12 @@ def student_side(batch: Mapping[str, Any]) -> Side:
 def teacher_side(batch: Mapping[str, Any], student: Side) -> Side:
     """The teacher's part: its own rows if the batch has them, else the student's."""
     ids, route = batch.get("teacher_input_ids"), batch.get(TEACHER_ROUTE)
+    stored = batch.get(TEACHER_STORED)
     if ids is None:
-        return student if route is None else student._replace(route=route)
+        return student._replace(route=route, stored=stored)
     inputs = {"input_ids": ids, "attention_mask": batch["teacher_attention_mask"]}
     predicts = predicts_from_index(batch["teacher_completion_index"], ids.shape[1])
-    return Side(inputs, predicts, route)
+    return Side(inputs, predicts, route, stored)
 
 
 class _Rows(NamedTuple):

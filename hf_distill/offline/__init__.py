@@ -1,5 +1,6 @@
 """Offline distillation: a teacher's answers on disk, and a teacher that reads them."""
 
+from hf_distill.offline.cached import CachedCollator, CachedTeacher
 from hf_distill.offline.codecs import Codec, Full, HeadSamples, Sampled, TopK, make_codec
 from hf_distill.offline.dataset import default_collator, load_data
 from hf_distill.offline.errors import (
@@ -25,6 +26,8 @@ __all__ = [
     "CacheError",
     "CacheIncomplete",
     "CacheReader",
+    "CachedCollator",
+    "CachedTeacher",
     "Codec",
     "FormatVersionError",
     "Full",

@@ -186,6 +186,13 @@ def _one_head(signals: Sequence[Signal]) -> Head | None:
     return first if shared else None
 
 
+def each_teacher(teacher: Teacher | None) -> list[Teacher]:
+    """The teachers of a routed one, or the teacher itself."""
+    if isinstance(teacher, RoutedTeacher):
+        return list(teacher.teachers.values())
+    return [] if teacher is None else [teacher]
+
+
 def _joined(signals: Sequence[Signal], order: Tensor) -> Signal:
     """One signal of all tokens. order [N]: where each token is in the signals one after another."""
     if len(signals) == 1:

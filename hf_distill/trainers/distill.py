@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from hf_distill import alignment, losses, token_weights
 from hf_distill.heads import Reader, causal_lm, vocab_size
 from hf_distill.monitors import MeanMeter, TokenMeter
+from hf_distill.offline import CachedCollator, CachedTeacher
 from hf_distill.probes import make_probe
 from hf_distill.rollouts import end_token_ids
-from hf_distill.teachers import RemoteTeacher, RoutedCollator, Teacher, as_teacher
+from hf_distill.teachers import RemoteTeacher, RoutedCollator, Teacher, as_teacher, each_teacher
 from hf_distill.token_classes import token_classes
 from hf_distill.token_weights import TokenWeights
 from hf_distill.trainers import checkpoints
@@ -111,6 +112,8 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         end_ids = end_token_ids(causal_lm(cast(nn.Module, self.model)), eos_token_id)
         self._alignment = alignment.AlignmentMeter(end_ids)
         self.teacher.prepare(self.accelerator, cast(nn.Module, self.model), refusal)
+        if isinstance(self.teacher, CachedTeacher):
+            self.data_collator = CachedCollator(self.data_collator, self.teacher)
         self.add_callback(_UpdateTeacher(self.teacher))
         self._probe = None
         self._add_watchdog(self.teacher)
@@ -147,11 +150,14 @@ class DistillTrainer(checkpoints.ResumableTrainer):
                 "set up; `accelerate launch --multi_gpu --num_processes N` with --use_cpu in "
                 "the training arguments starts N processes on the CPU"
             )
-        if isinstance(self.teacher, RemoteTeacher) and self.args.temperature != 1.0:
-            raise ValueError(
-                "a remote teacher's log-probabilities are at temperature 1: set temperature=1.0, "
-                f"got {self.args.temperature}"
-            )
+        for teacher in each_teacher(self.teacher):
+            if isinstance(teacher, RemoteTeacher) and self.args.temperature != 1.0:
+                raise ValueError(
+                    "a remote teacher's log-probabilities are at temperature 1: set "
+                    f"temperature=1.0, got {self.args.temperature}"
+                )
+            if isinstance(teacher, CachedTeacher):
+                self._check_cached(teacher)
         config = getattr(causal_lm(cast(nn.Module, self.model)), "config", None)
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError("the student must be a decoder-only causal LM, got an encoder-decoder")
@@ -167,6 +173,15 @@ class DistillTrainer(checkpoints.ResumableTrainer):
                 f"anchor_weight {settings.anchor_weight} > 0 is a plain cross-entropy; it cannot "
                 "be combined with label smoothing or compute_loss_func"
             )
+
+    def _check_cached(self, teacher: CachedTeacher) -> None:
+        if not isinstance(self.objective, losses.Objective):
+            raise ValueError(
+                "a cached teacher has not the log-probability of every token, which divergence "
+                f"{self.args.divergence!r} reads: take another divergence"
+            )
+        if self.args.alpha > 0:
+            teacher.check(self.objective.spec, self.processing_class)
 
     def _hidden_states_refusal(self) -> str | None:
         """Why this run must read logits, or None."""

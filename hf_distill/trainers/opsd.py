@@ -14,10 +14,18 @@ from transformers.trainer_utils import has_length
 from hf_distill import alignment
 from hf_distill.collators import HintCollator
 from hf_distill.episodes import Environment
+from hf_distill.offline import CachedTeacher
 from hf_distill.preflight import check_empty_hint, warn_of_lost_context
 from hf_distill.rollouts import TellEngine
 from hf_distill.tables import WriteTable
-from hf_distill.teachers import RoutedTeacher, SelfTeacher, Teacher, as_teacher, routed
+from hf_distill.teachers import (
+    RoutedTeacher,
+    SelfTeacher,
+    Teacher,
+    as_teacher,
+    each_teacher,
+    routed,
+)
 from hf_distill.trainers import sampling
 from hf_distill.trainers.configs import ClipConfig, OPSDConfig
 from hf_distill.trainers.distill import DistillTrainer
@@ -86,6 +94,11 @@ class OPSDTrainer(DistillTrainer):
         self._resumed: dict[str, Any] | None = None
         self._truncated = {training: TruncatedMeter() for training in (True, False)}
         teacher = args.make_teacher() if teacher is None else as_teacher(teacher)
+        if args.on_policy and any(isinstance(x, CachedTeacher) for x in each_teacher(teacher)):
+            raise ValueError(
+                "a cached teacher knows the rows that were written, not those that the student "
+                "will write: set on_policy=False, got True"
+            )
         collate: Any = data_collator.prompts if args.on_policy else data_collator
         if isinstance(teacher, RoutedTeacher) and not args.on_policy:
             collate = routed(data_collator, teacher)

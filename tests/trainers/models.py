@@ -181,7 +181,7 @@ def difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
 
 def steps(trainer: Any) -> list[dict[str, float]]:
     """The logs of a run's steps, without what is measured from where it was resumed."""
-    since = ("ema_moved", "ema_distance", "teacher_drift")
+    since = ("ema_moved", "ema_distance", "teacher_drift", "teacher_moved")
     return [
         {name: value for name, value in log.items() if name not in since}
         for log in trainer.state.log_history

@@ -93,7 +93,8 @@ def _num_entries(rows: Rows, lengths: Sequence[int], vocab: int) -> np.ndarray:
             f"{name} must be in [1, {vocab}], got {int(values.min())} to {int(values.max())}"
         )
     times = [length // max(size, 1) for size, length in zip(sizes, lengths, strict=True)]
-    return np.repeat(values, np.repeat(times, sizes))
+    each = np.repeat(np.array(times, np.int64), np.array(sizes, np.int64))
+    return np.repeat(values, each)
 
 
 def _head(
