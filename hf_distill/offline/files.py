@@ -103,7 +103,8 @@ def entry(value: Mapping[str, Any], key: str, kind: type, name: str) -> Any:
     """
     found = value.get(key)
     if type(found) is not kind or (kind is int and found < 0):
-        raise CacheCorrupt(f"{name}: {key} must be a {kind.__name__}, got {str(found)[:80]!r}")
+        what = "int >= 0" if kind is int else kind.__name__
+        raise CacheCorrupt(f"{name}: {key} must be of type {what}, got {str(found)[:80]!r}")
     return found
 
 

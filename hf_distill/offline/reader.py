@@ -140,19 +140,16 @@ class CacheReader:
         return Shard(path, name, wanted)
 
     def _check_sidecar(self, number: int, wanted: Entry) -> None:
-        name = sidecar_name(number)
-        content = parse(self._folder.read(name), f"{self.path}/{name}")
+        file = sidecar_name(number)
+        name = f"{self.path}/{file}"
+        content = parse(self._folder.read(file), name)
         check_version(content, name)
         if entry(content, "shard", int, name) != number:
-            raise CacheCorrupt(
-                f"{self.path}/{name}: shard must be {number}, got {content['shard']}"
-            )
+            raise CacheCorrupt(f"{name}: shard must be {number}, got {content['shard']}")
         if Entry.from_json(content, name) != wanted:
-            raise CacheCorrupt(
-                f"{self.path}/{name}: it must say what the manifest says of its shard"
-            )
+            raise CacheCorrupt(f"{name}: it must say what the manifest says of its shard")
         if entry(content, "config_hash", str, name) != self.manifest.config_hash:
-            raise CacheCorrupt(f"{self.path}/{name}: config_hash must be that of the manifest")
+            raise CacheCorrupt(f"{name}: config_hash must be that of the manifest")
 
     def _hashes(self) -> tuple[np.ndarray, np.ndarray]:
         """The hashes of all rows in ascending order, and the rows' numbers; read at first use."""
