@@ -131,7 +131,7 @@ def _even_head(exact: Tensor, coarse: Tensor, num_exact: int) -> Tensor:
     """[N, K] log-probabilities of heads that all have K entries."""
     if exact.shape[1] <= num_exact:
         return exact
-    coarse = coarse.view(len(exact), -1)
+    coarse = coarse.view(len(exact), len(coarse) // max(len(exact), 1))
     log_probs = exact.new_empty(len(exact), num_exact + coarse.shape[1] + 1)
     log_probs[:, :num_exact] = exact[:, :num_exact]
     log_probs[:, -1:] = exact[:, num_exact:]
