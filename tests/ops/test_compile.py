@@ -84,7 +84,7 @@ def of_a_cache(spec: DivergenceSpec) -> Step:
 
 def of_draws(spec: DivergenceSpec) -> Step:
     """And of draws from the tail."""
-    level = "token" if spec.clip_level == "vocab_entry" else spec.clip_level
+    level = "token_rescale" if spec.clip_level == "vocab_entry" else spec.clip_level
     spec = replace(spec, support="full", top_k=None, missing="tail", clip_level=level)
 
     def step(x: Tensor, y: Tensor) -> list[Tensor]:
