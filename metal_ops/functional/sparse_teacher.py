@@ -62,8 +62,8 @@ class SparseTeacher(NamedTuple):
         if powers is not None:
             log_sums, num_tail = powers.log_sums[index], powers.num_tail[index]
             powers = powers._replace(log_sums=log_sums, num_tail=num_tail)
-        known = (x[index] for x in self[:3])
-        return SparseTeacher(*known, self.temperature, samples, powers)
+        ids, log_probs, log_tail = (x[index] for x in self[:3])
+        return SparseTeacher(ids, log_probs, log_tail, self.temperature, samples, powers)
 
     def at(self, temperature: float) -> "SparseTeacher":
         """The same teacher at another temperature, without `powers`.
