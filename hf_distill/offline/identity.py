@@ -5,7 +5,7 @@ Shapes: B rows, T positions, n scored tokens of a row.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -238,14 +238,18 @@ def teacher_identity(model: nn.Module, revision: str | None = None) -> dict[str,
 
 def plain(value: Any) -> Any:
     """The value as JSON gives it back; what JSON cannot hold is text."""
-    return json.loads(json.dumps(value, default=repr, sort_keys=True))
+    return json.loads(json.dumps(value, default=repr))
 
 
 def first_difference(
     one: Mapping[str, Any], other: Mapping[str, Any], path: str = ""
 ) -> tuple[str, Any, Any] | None:
-    """(name with dots, value, other value) of the first entry in which two JSON objects differ."""
-    for key in _joined(one, other):
+    """The first entry in which two JSON objects differ, in the order of the other.
+
+    Returns:
+        Its name with dots, its value in one and in the other; or None.
+    """
+    for key in dict.fromkeys([*other, *one]):
         name, a, b = f"{path}{key}", one.get(key), other.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found = first_difference(a, b, f"{name}.")
@@ -255,6 +259,3 @@ def first_difference(
             return name, a, b
     return None
 
-
-def _joined(one: Iterable[str], other: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys([*one, *other]))

@@ -313,7 +313,11 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], type[CacheError], str]] = {
     "sidecar": (edited(f"{LAST}.json", tokens=4), CacheCorrupt, "what the manifest says"),
     "sidecar version": (edited(f"{LAST}.json", format_version="7"), FormatVersionError, "'7'"),
     "other config": (edited(f"{LAST}.json", config_hash=""), CacheCorrupt, "config_hash must be"),
-    "sidecar type": (edited(f"{LAST}.json", bytes=-1), CacheCorrupt, "bytes must be of type int >= 0"),
+    "sidecar type": (
+        edited(f"{LAST}.json", bytes=-1),
+        CacheCorrupt,
+        "bytes must be of type int >= 0",
+    ),
 }
 
 
