@@ -1,7 +1,7 @@
 """Objective: a divergence to the teacher over the vocabulary, and cross-entropy."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -83,10 +83,19 @@ class Objective:
     ) -> Terms:
         """Terms of N tokens from the student's hidden states [N, H] and its head.
 
-        The teacher's signal must be hidden states too; targets is [N] int64, weights [N].
-        hard_weights [N] are those of the cross-entropy where they differ, which costs a second
-        projection of the student.
+        The teacher's signal must be hidden states too, or sparse; targets is [N] int64, weights
+        [N]. hard_weights [N] are those of the cross-entropy where they differ, which costs a
+        second projection of the student unless the signal is sparse.
         """
+        if teacher.sparse is not None:
+            return self._sparse_from_hidden(
+                hidden,
+                head,
+                teacher,
+                targets,
+                weights,
+                weights if hard_weights is None else hard_weights,
+            )
         assert teacher.hidden is not None
         assert teacher.head is not None
         together = self.alpha < 1.0
@@ -117,6 +126,29 @@ class Objective:
         loss, hard = tokens.cross_entropy(hidden, head, targets, hard_weights)
         return Terms(mixed(self.alpha, terms.loss, loss), terms.soft, hard, terms.stats, {})
 
+    def _sparse_from_hidden(
+        self,
+        hidden: Tensor,
+        head: Head,
+        teacher: Signal,
+        targets: Tensor,
+        weights: Tensor,
+        hard_weights: Tensor,
+    ) -> Terms:
+        """`from_logits`, a chunk of tokens at a time."""
+        assert teacher.sparse is not None
+        known = teacher.sparse.at(self.spec.temperature)
+
+        def piece(logits: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+            part = replace(teacher, sparse=known.rows(at))
+            terms = self.from_logits(logits, part, targets[at], weights[at], hard_weights[at])
+            return terms.loss, torch.stack([terms.soft, terms.hard, *terms.stats])
+
+        largest = torch.maximum(weights.abs(), hard_weights.abs())
+        loss, values = tokens.sum_over_chunks(hidden, head, piece, largest)
+        soft, hard, *stats = values if values.numel() else values.new_zeros(6, 0)
+        return Terms(loss, soft, hard, DivergenceStats(*stats), {})
+
     def from_logits(
         self,
         logits: Tensor,
@@ -132,7 +164,7 @@ class Objective:
         (label smoothing, the user's compute_loss_func).
         """
         if teacher.sparse is not None:
-            soft = sparse_terms(logits, teacher.sparse, self.spec, weights)
+            soft = sparse_terms(logits, teacher.sparse, teacher.tail, self.spec, weights)
         else:
             soft = weighted_divergence(logits, teacher.dense(), self.spec, weights=weights)
         if self.alpha == 1.0:

@@ -134,7 +134,13 @@ class SampledObjective:
         weights: Tensor,
         hard_weights: Tensor | None = None,
     ) -> Terms:
-        """Terms of N tokens, as `Objective.from_hidden`, a chunk of tokens at a time."""
+        """Terms of N tokens, as `Objective.from_hidden`, a chunk of tokens at a time.
+
+        Raises:
+            ValueError: the teacher's signal is sparse.
+        """
+        if teacher.sparse is not None:
+            teacher.dense()  # says why it cannot be read
         assert teacher.hidden is not None
         assert teacher.head is not None
         said, of = teacher.hidden, teacher.head

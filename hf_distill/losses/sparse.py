@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from hf_distill.heads import TailRule
 from metal_ops import DivergenceSpec, DivergenceStats, SparseTeacher, sparse_divergence
 from metal_ops.functional import WeightedTerms
 
@@ -13,45 +14,68 @@ CLIP_SEEN = 1e-5  # nats: with and without a clip the same sum is rounded otherw
 
 
 def sparse_terms(
-    logits: Tensor, teacher: SparseTeacher, spec: DivergenceSpec, weights: Tensor
+    logits: Tensor, teacher: SparseTeacher, rule: TailRule, spec: DivergenceSpec, weights: Tensor
 ) -> WeightedTerms:
     """The soft terms of N tokens from the student's logits [N, V] and a sparse teacher.
 
-    The teacher's entropy is that of its entries and of the rest as one: a lower bound.
+    The teacher's entropy is that of its entries and of the rest as one, a lower bound, and, where
+    there are samples, their estimate of the entropy within the rest. Its largest entry is the
+    largest that is known.
+
+    Args:
+        logits: [N, V].
+        teacher: at the spec's temperature, or with power sums that reach it.
+        rule: how its tail is read.
+        spec: the divergence.
+        weights: [N].
 
     Raises:
-        ValueError: the loss's temperature is not the one of the teacher's log-probabilities.
+        ValueError: the teacher does not know the loss's temperature, or as `sparse_divergence`.
     """
-    if teacher.temperature != spec.temperature:
-        raise ValueError(
-            f"the teacher's log-probabilities are at temperature {teacher.temperature:g} and "
-            "cannot be taken at another: set the loss's temperature to it, got "
-            f"{spec.temperature:g}"
-        )
-    per_token = sparse_divergence(logits, teacher, spec)
-    stats = _stats(logits.detach(), teacher, spec, per_token.detach())
+    teacher = teacher.at(spec.temperature)
+    per_token = sparse_divergence(logits, teacher, spec, tail=rule.tail, max_ratio=rule.max_ratio)
+    stats = _stats(logits.detach(), teacher, rule, spec, per_token.detach())
     return WeightedTerms((weights * per_token).sum(), per_token.detach(), stats)
+
+
+def _teacher_entropy(teacher: SparseTeacher, log_p: Tensor, dtype: torch.dtype) -> Tensor:
+    known = torch.cat([log_p, teacher.log_tail[..., None]], dim=-1).to(dtype)
+    entropy = -torch.special.xlogy(known.exp(), known.exp()).sum(-1)
+    if teacher.samples is None:
+        return entropy
+    ids, drawn, log_weights = teacher.samples
+    share = (drawn - teacher.log_tail[..., None]).to(dtype)
+    weight = (log_weights + drawn).to(dtype).exp().where(ids >= 0, 0.0)
+    return entropy - (weight * share).where(weight > 0, 0.0).sum(-1)
 
 
 @torch.no_grad()
 def _stats(
-    logits: Tensor, teacher: SparseTeacher, spec: DivergenceSpec, per_token: Tensor
+    logits: Tensor, teacher: SparseTeacher, rule: TailRule, spec: DivergenceSpec, per_token: Tensor
 ) -> DivergenceStats:
     """What `divergence_with_stats` would say, as far as the teacher is known."""
+    dtype = per_token.dtype
     student_entropy = [
         -torch.special.xlogy(q, q).sum(-1)
         for rows in logits.split(STATS_ROWS)
-        for q in [(rows.to(per_token.dtype) / spec.temperature).softmax(-1)]
+        for q in [(rows.to(dtype) / spec.temperature).softmax(-1)]
     ]
     log_p = teacher.log_probs.masked_fill(teacher.ids < 0, -torch.inf)
-    known = torch.cat([log_p, teacher.log_tail[..., None]], dim=-1).to(per_token.dtype)
-    best = teacher.ids.gather(-1, log_p.argmax(-1, keepdim=True))
-    agreement = (best[..., 0] == logits.argmax(-1)).to(per_token.dtype)
+    ids, largest = teacher.ids, log_p
+    if teacher.samples is not None:
+        drawn = teacher.samples.log_probs.masked_fill(teacher.samples.ids < 0, -torch.inf)
+        ids = torch.cat([ids, teacher.samples.ids], dim=-1)
+        largest = torch.cat([largest, drawn.to(largest.dtype)], dim=-1)
+    best = ids.gather(-1, largest.argmax(-1, keepdim=True))
+    agreement = (best[..., 0] == logits.argmax(-1)).to(dtype)
     clipped = torch.zeros_like(per_token)
     if spec.clip is not None:
-        free = sparse_divergence(logits, teacher, replace(spec, clip=None))
-        clipped = (free - per_token > CLIP_SEEN * spec.scale).to(per_token.dtype)
-    teacher_entropy = -torch.special.xlogy(known.exp(), known.exp()).sum(-1)
+        free = replace(spec, clip=None)
+        free = sparse_divergence(logits, teacher, free, tail=rule.tail, max_ratio=rule.max_ratio)
+        clipped = (free - per_token > CLIP_SEEN * spec.scale).to(dtype)
     return DivergenceStats(
-        torch.cat([*student_entropy, per_token[:0]]), teacher_entropy, agreement, clipped
+        torch.cat([*student_entropy, per_token[:0]]),
+        _teacher_entropy(teacher, log_p, dtype),
+        agreement,
+        clipped,
     )

@@ -13,7 +13,7 @@ from hf_distill.heads import Head, Signal
 from hf_distill.teachers.models import as_teacher
 from hf_distill.teachers.protocol import Teacher
 from hf_distill.teachers.selves import SelfTeacher
-from metal_ops import SparseTeacher
+from metal_ops import PowerSums, SparseTeacher, TailSamples
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 SEPARATOR = ":"  # between a teacher's name and its own key in a checkpoint
@@ -197,7 +197,15 @@ def _joined(signals: Sequence[Signal], order: Tensor) -> Signal:
             f"got {len(sparse)} of {len(signals)} that do"
         )
     if sparse:
-        return Signal(sparse=_joined_sparse(sparse, order))
+        rules = {signal.tail for signal in signals}
+        if len(rules) > 1:
+            raise ValueError(
+                f"routed teachers must have one rule for the tail, got {sorted(map(str, rules))}"
+            )
+        (rule,) = rules
+        if rule.tail == "sampled" and any(s.samples is None for s in sparse):
+            raise ValueError("tail 'sampled' needs samples of every routed teacher's tail")
+        return Signal(sparse=_joined_sparse(sparse).rows(order), tail=rule)
     hidden = [signal.hidden for signal in signals if signal.hidden is not None]
     head = _one_head(signals)
     if head is not None:
@@ -205,19 +213,54 @@ def _joined(signals: Sequence[Signal], order: Tensor) -> Signal:
     return Signal(logits=torch.cat([signal.dense() for signal in signals])[order])
 
 
-def _joined_sparse(signals: Sequence[SparseTeacher], order: Tensor) -> SparseTeacher:
-    width = max(signal.ids.shape[-1] for signal in signals)
+def _padded(parts: Sequence[Tensor], value: float) -> Tensor:
+    """One tensor of [tokens, width] parts, each widened to the widest."""
+    width = max(x.shape[-1] for x in parts)
+    pad = nn.functional.pad
+    return torch.cat([pad(x, (0, width - x.shape[-1]), value=value) for x in parts])
+
+
+def _joined_samples(signals: Sequence[SparseTeacher]) -> TailSamples | None:
+    """The draws of all; a teacher without any has no draw, which is its tail as one category."""
+    if all(signal.samples is None for signal in signals):
+        return None
+    parts = [
+        signal.samples
+        or TailSamples(signal.ids[:, :0], signal.log_probs[:, :0], signal.log_probs[:, :0])
+        for signal in signals
+    ]
+    ids, log_probs, log_weights = zip(*parts, strict=True)
+    return TailSamples(
+        _padded(ids, NO_ENTRY), _padded(log_probs, -torch.inf), _padded(log_weights, -torch.inf)
+    )
+
+
+def _joined_powers(signals: Sequence[SparseTeacher]) -> PowerSums | None:
+    """The power sums, where all have the same and a common range; else none."""
+    powers = [signal.powers for signal in signals if signal.powers is not None]
+    if len(powers) != len(signals) or len({each.orders for each in powers}) > 1:
+        return None
+    low = max(each.temperature_range[0] for each in powers)
+    high = min(each.temperature_range[1] for each in powers)
+    if low > high:
+        return None
+    log_sums = torch.cat([each.log_sums for each in powers])
+    num_tail = torch.cat([each.num_tail for each in powers])
+    return PowerSums(powers[0].orders, log_sums, num_tail, (low, high))
+
+
+def _joined_sparse(signals: Sequence[SparseTeacher]) -> SparseTeacher:
     temperatures = {signal.temperature for signal in signals}
     if len(temperatures) > 1:
         raise ValueError(f"routed teachers must have one temperature, got {sorted(temperatures)}")
-
-    def padded(x: Tensor, value: float) -> Tensor:
-        return nn.functional.pad(x, (0, width - x.shape[-1]), value=value)
-
-    ids = torch.cat([padded(s.ids, NO_ENTRY) for s in signals])
-    log_probs = torch.cat([padded(s.log_probs, -torch.inf) for s in signals])
-    log_tail = torch.cat([s.log_tail for s in signals])
-    return SparseTeacher(ids[order], log_probs[order], log_tail[order], temperatures.pop())
+    return SparseTeacher(
+        _padded([s.ids for s in signals], NO_ENTRY),
+        _padded([s.log_probs for s in signals], -torch.inf),
+        torch.cat([s.log_tail for s in signals]),
+        temperatures.pop(),
+        _joined_samples(signals),
+        _joined_powers(signals),
+    )
 
 
 class RoutedCollator:

@@ -205,7 +205,7 @@ class DistillTrainer(checkpoints.ResumableTrainer):
             outputs = model(**self._reader.forward_inputs(model, side.inputs))
             hard_loss = self._own_hard_loss(outputs, inputs["labels"], num_items_in_batch)
             terms = terms_of(losses.StudentLogits(outputs.logits[side.predicts], hard_loss))
-        elif signal.hidden is not None and self._reader.reads_hidden(model, side.inputs):
+        elif signal.logits is None and self._reader.reads_hidden(model, side.inputs):
             terms = self._reader.at_head(model, side, lambda *x: terms_of(losses.StudentHidden(*x)))
         else:
             terms = terms_of(losses.StudentLogits(self._reader.logits(model, side)))

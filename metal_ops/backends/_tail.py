@@ -197,7 +197,7 @@ def add_correction(
     buffer = student.new_empty(min(blocks.step, blocks.num_rows), vocab, dtype=dtype)
     for at in blocks:
         rows = student[at]
-        z = torch.mul(rows, 1 / spec.temperature, out=buffer[: len(rows)])
+        z = buffer[: len(rows)].copy_(rows).mul_(1 / spec.temperature)
         ids, mine = kept[at], draws.of(at)
         inside = z.gather(-1, ids.clamp_min(0)).masked_fill_(ids < 0, -math.inf)
         drawn = z.gather(-1, mine.ids.clamp_min(0))

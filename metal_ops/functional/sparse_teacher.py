@@ -1,10 +1,13 @@
 """What is known of a teacher of which a few entries a token are stored."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+KNOTS = 5  # of the power sums that an interpolation uses, the nearest
 
 
 class TailSamples(NamedTuple):
@@ -51,20 +54,35 @@ class SparseTeacher(NamedTuple):
     samples: TailSamples | None = None
     powers: PowerSums | None = None
 
+    def rows(self, index: slice | Tensor) -> "SparseTeacher":
+        """The tokens that an index of the first dimension takes, in its order."""
+        samples, powers = self.samples, self.powers
+        if samples is not None:
+            samples = TailSamples(*(x[index] for x in samples))
+        if powers is not None:
+            log_sums, num_tail = powers.log_sums[index], powers.num_tail[index]
+            powers = powers._replace(log_sums=log_sums, num_tail=num_tail)
+        known = (x[index] for x in self[:3])
+        return SparseTeacher(*known, self.temperature, samples, powers)
+
     def at(self, temperature: float) -> "SparseTeacher":
         """The same teacher at another temperature, without `powers`.
 
         With a = self.temperature / temperature, each probability p becomes p^a over the sum of
         p^a. The tail's part of the sum is read off its power sums: log S(a) is convex in a and
-        known at 0, 1 and the orders; between them a polynomial through all of them is taken, kept
-        between the bounds that convexity gives.
+        known at 0, 1 and the orders; between them the polynomial through the five nearest is
+        taken, kept between the chords that bound a convex function.
 
         Args:
             temperature: > 0.
 
         Returns:
-            This teacher itself if it is at that temperature. The weights of samples stay as they
-            are: how likely a draw was does not depend on where it is used.
+            This teacher itself if it is at that temperature. The weights of samples are those of
+            their draw, times a factor a token which makes their estimate of the tail's mass exact
+            (self-normalised importance sampling). Its bias falls with the number of draws; with
+            16 draws, written at temperature 1 and read at 2, forward KL and JSD of a Zipf-like
+            teacher: the value's error is 5 to 50 % smaller, the gradient's 1 to 40 %, than with
+            the weights as drawn, and no bias shows beside the noise.
 
         Raises:
             ValueError: there are no power sums, or they do not serve the temperature.
@@ -74,7 +92,7 @@ class SparseTeacher(NamedTuple):
         if self.powers is None:
             raise ValueError(
                 f"the teacher's log-probabilities are at temperature {self.temperature:g} and "
-                "cannot be taken at another without power sums: set the loss's temperature to "
+                "cannot be taken at another: without power sums, set the loss's temperature to "
                 f"it, got {temperature:g}"
             )
         low, high = self.powers.temperature_range
@@ -89,11 +107,20 @@ class SparseTeacher(NamedTuple):
         total = torch.cat([log_probs, log_tail[..., None]], dim=-1).logsumexp(-1)
         samples = self.samples
         if samples is not None:
-            moved = order * samples.log_probs - total[..., None]
-            samples = samples._replace(log_probs=moved.masked_fill(samples.ids < 0, -torch.inf))
+            samples = _moved(samples, order, total, log_tail - total)
         return SparseTeacher(
             self.ids, log_probs - total[..., None], log_tail - total, temperature, samples
         )
+
+
+def _moved(samples: TailSamples, order: float, total: Tensor, log_tail: Tensor) -> TailSamples:
+    """Draws with probabilities p^order / exp(total), weighed for a tail of mass exp(log_tail)."""
+    none = samples.ids < 0
+    log_probs = (order * samples.log_probs - total[..., None]).masked_fill(none, -torch.inf)
+    log_weights = samples.log_weights.masked_fill(none, -torch.inf)
+    estimate = (log_weights + log_probs).logsumexp(-1)
+    factor = torch.where(estimate > -torch.inf, log_tail - estimate, 0.0)
+    return TailSamples(samples.ids, log_probs, log_weights + factor[..., None])
 
 
 def _log_power_sum(order: float, powers: PowerSums, log_tail: Tensor) -> Tensor:
@@ -104,14 +131,36 @@ def _log_power_sum(order: float, powers: PowerSums, log_tail: Tensor) -> Tensor:
             f"the teacher's power sums reach up to order {max(knots):g}, but the temperature asks "
             f"for {order:g}"
         )
-    known = [powers.num_tail.to(log_tail.dtype).log(), log_tail, *powers.log_sums.unbind(-1)]
-    pairs = sorted(zip(knots, known, strict=True), key=lambda pair: pair[0])
-    at = [knot for knot, _ in pairs]
-    value = torch.stack([x for _, x in pairs], dim=-1)
-    if order in at:
-        return value[..., at.index(order)]
-    fit = sum(
-        math.prod((order - b) / (a - b) for b in at if b != a) * value[..., i]
-        for i, a in enumerate(at)
-    )
-    return fit.masked_fill(log_tail == -torch.inf, -torch.inf)
+    dtype = log_tail.dtype
+    known = [powers.num_tail.to(dtype).log(), log_tail, *powers.log_sums.to(dtype).unbind(-1)]
+    nearest = sorted(zip(knots, known, strict=True), key=lambda pair: abs(pair[0] - order))
+    if nearest[0][0] == order:
+        return nearest[0][1]
+    pairs = sorted(nearest[:KNOTS], key=lambda pair: pair[0])
+    value = _between(order, [knot for knot, _ in pairs], [x for _, x in pairs])
+    return value.masked_fill(log_tail == -torch.inf, -torch.inf)
+
+
+def _polynomial(at: float, knots: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+    """The value at `at` of the polynomial through all knots."""
+    shares = [math.prod((at - b) / (a - b) for b in knots if b != a) for a in knots]
+    return torch.stack([s * x for s, x in zip(shares, values, strict=True)]).sum(0)
+
+
+def _between(at: float, knots: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+    """A convex function at `at`, from its values at knots on both sides, in order.
+
+    Measured on tails of Zipf-like teachers (32 of 49,152 to 151,936 entries known) written at
+    temperature 1 with the orders 0.5, 0.75 and 2 in float16, the tail's mass is on average off by
+    5e-5 to 5e-3 at temperatures from 0.8 to 4; straight lines are off by five to ten times that.
+    """
+
+    def line(i: int) -> Tensor:
+        return _polynomial(at, knots[i : i + 2], values[i : i + 2])
+
+    below = max(i for i, knot in enumerate(knots) if knot < at)
+    fit = torch.minimum(_polynomial(at, knots, values), line(below))
+    for i in (below - 1, below + 1):
+        if 0 <= i < len(knots) - 1:
+            fit = torch.maximum(fit, torch.minimum(line(i), line(below)))
+    return fit
