@@ -17,9 +17,9 @@ from hf_distill.offline import HeadSamples
 from tests.offline import caches
 from tests.trainers import models
 
-COUNT, SHARD_ROWS = 96, 3
+COUNT, SHARD_ROWS = 144, 3
 SHARDS = COUNT // SHARD_ROWS
-BEGUN, DONE = "begun", "done"
+BEGUN, RENAMED, DONE = "begun", "renamed", "done"
 
 
 def die_at_rename(number: int) -> None:
@@ -36,6 +36,17 @@ def die_at_rename(number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         done.append(names)
         replace(*names)
+
+    os.replace = renamed
+
+
+def tell_renames(tell: Callable[[str], Any]) -> None:
+    """Say so after every rename."""
+    replace = os.replace
+
+    def renamed(*names: Any) -> None:
+        replace(*names)
+        tell(RENAMED)
 
     os.replace = renamed
 
