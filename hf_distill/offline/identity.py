@@ -258,4 +258,3 @@ def first_difference(
         elif a != b:
             return name, a, b
     return None
-
