@@ -69,8 +69,8 @@ class Encoder:
         for i, row in zip(numbers, made, strict=True):
             if max(row.ids, default=0) >= self.real_vocab:
                 raise ValueError(
-                    f"row {i} of the data: token ids must be below {self.real_vocab}, the teacher's "
-                    f"and the tokenizer's; got {max(row.ids)}"
+                    f"row {i} of the data: ids must be below {self.real_vocab}, those of the "
+                    f"teacher and the tokenizer; got {max(row.ids)}"
                 )
         empty = {k: np.zeros(0, v) for k, v in self.codec.arrays(self.vocab).items()}
         stored: list[Mapping[str, np.ndarray]] = [empty] * len(made)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -253,30 +253,31 @@ def cache_teacher(
     cache = _checked(path, dataset, batch_size, shard_rows, verify)
     # the state of an Accelerator, if the script has one
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=WAIT)
-    codec = make_codec(codec) if isinstance(codec, str) else codec or HeadSamples()
+    stored = make_codec(codec) if isinstance(codec, str) else codec or HeadSamples()
     tokenizer = _tokenizer(model, processing_class, data_collator, teacher_revision)
     collator = data_collator or default_collator(dataset, tokenizer)
     teacher = _teacher(model, teacher_revision)
-    place(teacher, state.device)
+    device = cast(torch.device, state.device)
+    place(teacher, device)
     vocab, real_vocab = _vocabulary(teacher, tokenizer)
 
     encoder = Encoder(
         teacher,
         dataset,
         collator,
-        codec,
+        stored,
         seed,
         batch_size,
         shard_rows or 0,
         vocab,
         real_vocab,
-        state.device,
+        device,
         Reader("teacher"),
     )
     plan: list[Any] = [None, None]
     if state.is_main_process:
         rows = shard_rows or (None if overwrite else storage.shard_rows(cache))
-        rows = rows or _shard_rows(dataset, collator, _nominal_bytes(codec, vocab, real_vocab))
+        rows = rows or _shard_rows(dataset, collator, _nominal_bytes(stored, vocab, real_vocab))
         config = _configuration(replace(encoder, shard_rows=rows), tokenizer, teacher_revision)
         with _writing(cache):
             plan = [config, storage.begin(cache, config, overwrite, verify)]

@@ -220,7 +220,7 @@ def broken_teacher() -> Any:
         ({"model": broken_teacher()}, r"rows \[.*\] of the data: "),
         (
             {"dataset": [{"input_ids": [5, VOCAB]}], "data_collator": None},
-            f"row 0 of the data: token ids must be below {VOCAB}, .* got {VOCAB}",
+            f"row 0 of the data: ids must be below {VOCAB}, .* got {VOCAB}",
         ),
         ({"data_collator": None, "dataset": [{"text": "no"}]}, "rows must have columns"),
     ],
