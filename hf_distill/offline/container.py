@@ -85,7 +85,7 @@ class Entry(NamedTuple):
         if len(rows) != 2 or any(type(x) is not int for x in rows) or not 0 <= rows[0] < rows[1]:
             raise CacheCorrupt(f"{name}: rows must be [first, behind the last], got {rows}")
         tokens, size = (entry(value, key, int, name) for key in ("tokens", "bytes"))
-        return cls(*rows, tokens, size, entry(value, "sha256", str, name))
+        return cls(rows[0], rows[1], tokens, size, entry(value, "sha256", str, name))
 
 
 def shard_name(number: int) -> str:
@@ -165,7 +165,7 @@ def serialize(
     yield struct.pack("<Q", len(text)) + text
     for _, values in ordered:
         if len(values):  # an empty array has no bytes to look at
-            yield memoryview(values).cast("B")
+            yield values.view(np.uint8).data
 
 
 def write_shard(
@@ -199,7 +199,7 @@ class _Place(NamedTuple):
     """Where an array lies in a file."""
 
     dtype: np.dtype
-    count: int
+    items: int
     start: int
 
 
@@ -246,7 +246,7 @@ class Shard:
         done = 0
         while done < count:  # one call gives at most 2 GiB
             try:
-                got = os.preadv(self._file, [memoryview(buffer)[done:]], start + done)
+                got = os.preadv(self._file, [buffer[done:].data], start + done)
             except OSError as error:
                 raise self._refuse(f"bytes from {start} on cannot be read: {error}") from error
             if not got:
@@ -260,7 +260,7 @@ class Shard:
         size = os.fstat(self._file).st_size
         if size < 8:
             raise self._refuse(f"the file must have at least 8 bytes, got {size}")
-        (length,) = struct.unpack("<Q", self._read(0, 8))
+        length = int(self._read(0, 8).view("<u8")[0])
         if length > min(size - 8, MAX_HEADER):
             raise self._refuse(
                 f"the header must have at most {min(size - 8, MAX_HEADER)} bytes, got {length}"
@@ -270,7 +270,7 @@ class Shard:
         places, at = {}, 0
         for name, value in header.items():
             places[name] = self._place(name, value, at, 8 + length)
-            at += places[name].count * places[name].dtype.itemsize
+            at += places[name].items * places[name].dtype.itemsize
         if 8 + length + at != size:
             raise self._refuse(
                 f"header and arrays must fill the file of {size}, got {8 + length + at}"
@@ -298,7 +298,7 @@ class Shard:
         place = self._places.get(name)
         if place is None:
             raise self._refuse(f"there is no array {name!r}")
-        return self._read(place.start, place.count * place.dtype.itemsize).view(place.dtype)
+        return self._read(place.start, place.items * place.dtype.itemsize).view(place.dtype)
 
     def _check_offsets(self) -> None:
         wanted = FIXED | {POSITIONS: np.dtype("<i4")}
@@ -310,14 +310,14 @@ class Shard:
             raise self._refuse(
                 f"arrays and offsets must match, {values ^ self.offsets.keys()} do not"
             )
-        if self._places[ROW_HASH].count != len(self):
+        if self._places[ROW_HASH].items != len(self):
             raise self._refuse(f"row and row_hash must have one length, got {len(self)} rows")
         for name, offsets in self.offsets.items():
             is_valid = offsets.dtype == FIXED[ROW] and len(offsets) == len(self) + 1
-            if not is_valid or offsets[0] != 0 or offsets[-1] != self._places[name].count:
+            if not is_valid or offsets[0] != 0 or offsets[-1] != self._places[name].items:
                 raise self._refuse(
                     f"offsets of {name!r} must be {len(self) + 1} I64 from 0 to "
-                    f"{self._places[name].count}"
+                    f"{self._places[name].items}"
                 )
             if (offsets[1:] < offsets[:-1]).any():
                 raise self._refuse(f"offsets of {name!r} must not fall")
@@ -327,9 +327,9 @@ class Shard:
             (self.rows != np.arange(entry.start, entry.stop)).any()
         ):
             raise self._refuse(f"it must have rows {entry.start} to {entry.stop - 1} in order")
-        if self._places[POSITIONS].count != entry.tokens:
+        if self._places[POSITIONS].items != entry.tokens:
             raise self._refuse(
-                f"it must have {entry.tokens} tokens, got {self._places[POSITIONS].count}"
+                f"it must have {entry.tokens} tokens, got {self._places[POSITIONS].items}"
             )
 
     def row_hashes(self) -> np.ndarray:
@@ -347,7 +347,7 @@ class Shard:
         if len(positions) and (positions[0] < 1 or (positions[1:] <= positions[:-1]).any()):
             raise self._refuse(f"positions of row {self.rows[index]} must ascend from 1 on")
         place = self._places[ROW_HASH]
-        (row_hash,) = struct.unpack("<Q", self._read(place.start + 8 * index, 8))
+        row_hash = int(self._read(place.start + 8 * index, 8).view(place.dtype)[0])
         return Row(int(self.rows[index]), row_hash, positions, arrays)
 
     def _slice(self, name: str, index: int) -> np.ndarray:

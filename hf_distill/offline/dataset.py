@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from torch import Tensor
@@ -131,7 +131,7 @@ def default_collator(
         if has_hint:
             raise ValueError("a hint needs text or messages, the rows are input_ids")
         pad = None if tokenizer is None else tokenizer.pad_token_id
-        return TokenCollator(0 if pad is None else pad)
+        return TokenCollator(0 if pad is None else cast(int, pad))
     if not {"prompt", "completion"} <= columns and "messages" not in columns:
         raise ValueError(f"rows must have columns {COLUMNS}, got {sorted(columns)}")
     if tokenizer is None:

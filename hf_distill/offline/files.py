@@ -102,7 +102,7 @@ def entry(value: Mapping[str, Any], key: str, kind: type, name: str) -> Any:
         CacheCorrupt: it is not, or it is a negative number where an int is asked for.
     """
     found = value.get(key)
-    if type(found) is not kind or (kind is int and found < 0):
+    if type(found) is not kind or (isinstance(found, int) and found < 0):
         what = "int >= 0" if kind is int else kind.__name__
         raise CacheCorrupt(f"{name}: {key} must be of type {what}, got {str(found)[:80]!r}")
     return found

@@ -5,8 +5,8 @@ Shapes: B rows, T positions, n scored tokens of a row.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,8 +20,6 @@ from hf_distill.alignment import Side
 from hf_distill.heads import causal_lm
 from hf_distill.offline.files import canonical
 
-Data = Sequence[Mapping[str, Any]]
-"""Rows by number: a list, or a map-style `datasets.Dataset`."""
 Collator = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]]
 
 COVERED = ("input_ids", "attention_mask")  # inputs that a row's hash stands for
@@ -30,6 +28,18 @@ SAMPLED_VALUES = 256  # of each parameter
 # Entries of a model's config that do not say what it computes, or stand beside it in the manifest
 VOLATILE = ("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype")
 VOLATILE += ("use_cache", "_attn_implementation", "attn_implementation")
+
+
+class Data(Protocol):
+    """Rows by number: a list of mappings, or a map-style `datasets.Dataset`."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def __getitem__(self, number: int, /) -> Any:
+        """A row, a mapping from columns to values."""
+        ...
 
 
 class SideRow(NamedTuple):
@@ -96,7 +106,9 @@ def side_rows(side: Side) -> list[SideRow]:
     ]
 
 
-def collated(collator: Collator, rows: Data, first: int = 0) -> Iterator[SideRow]:
+def collated(
+    collator: Collator, rows: Sequence[Mapping[str, Any]], first: int = 0
+) -> Iterator[SideRow]:
     """The teacher's row of each row of the data, as training will see it.
 
     Each is collated by itself: what it is must not depend on its batch.
@@ -238,14 +250,18 @@ def teacher_identity(model: nn.Module, revision: str | None = None) -> dict[str,
 
 def plain(value: Any) -> Any:
     """The value as JSON gives it back; what JSON cannot hold is text."""
-    return json.loads(json.dumps(value, default=repr, sort_keys=True))
+    return json.loads(json.dumps(value, default=repr))
 
 
 def first_difference(
     one: Mapping[str, Any], other: Mapping[str, Any], path: str = ""
 ) -> tuple[str, Any, Any] | None:
-    """(name with dots, value, other value) of the first entry in which two JSON objects differ."""
-    for key in _joined(one, other):
+    """The first entry in which two JSON objects differ, in the order of the other.
+
+    Returns:
+        Its name with dots, its value in one and in the other; or None.
+    """
+    for key in dict.fromkeys([*other, *one]):
         name, a, b = f"{path}{key}", one.get(key), other.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found = first_difference(a, b, f"{name}.")
@@ -254,7 +270,3 @@ def first_difference(
         elif a != b:
             return name, a, b
     return None
-
-
-def _joined(one: Iterable[str], other: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys([*one, *other]))

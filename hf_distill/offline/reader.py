@@ -197,23 +197,25 @@ class CacheReader:
             RowMismatch: no stored row has these ids, or none has all of these tokens.
             CacheCorrupt: the row is not what was written.
         """
-        numbers = self.find(wanted.hash)
-        for number in numbers:
+        row = None
+        for number in self.find(wanted.hash):
             row = self.row(int(number))
             if row.row_hash != wanted.hash:
-                raise CacheCorrupt(f"{self.path}: row {number} has changed since its hash was read")
+                raise CacheCorrupt(
+                    f"{self.path}: row {row.row} has changed since its hash was read"
+                )
             at = np.searchsorted(row.positions, wanted.positions)
             inside = at < len(row.positions)
             if inside.all() and (row.positions[at] == wanted.positions).all():
                 return row, at
         begins = f"{len(wanted.ids)} tokens that begin {wanted.ids[:SHOWN]}"
-        if not len(numbers):
+        if row is None:
             raise RowMismatch(
                 f"{self.path}: no stored row has the ids of the batch's row of {begins}. Data, "
                 "tokenizer, chat template, truncation and hints must be those of the writing"
             )
         missing = [int(x) for x in wanted.positions if x not in row.positions]
         raise RowMismatch(
-            f"{self.path}: row {number} ({begins}) must have been stored with the scored token at "
+            f"{self.path}: row {row.row} ({begins}) must have been stored with the scored token at "
             f"position {missing[0]}; it has {len(row.positions)} others"
         )

@@ -3,8 +3,6 @@
 The unit is a shard of consecutive rows. Which rows a shard has, and how they are put into batches,
 depends on the data and the settings alone, so that its bytes depend neither on the number of
 processes nor on interruptions.
-
-Shapes: B rows, N scored tokens of a batch, V logits per token.
 """
 
 import datetime
@@ -13,31 +11,29 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_distill import alignment
-from hf_distill.alignment import Side
-from hf_distill.heads import PROBE_TOKENS, Reader, Signal, causal_lm, evaluating, vocab_size
-from hf_distill.losses import tokens
+from hf_distill.heads import Reader, causal_lm, evaluating, vocab_size
 from hf_distill.offline import identity, storage
-from hf_distill.offline.codecs import Arrays, Codec, HeadSamples, make_codec
-from hf_distill.offline.container import Row, write_shard
+from hf_distill.offline.codecs import Codec, HeadSamples, make_codec
+from hf_distill.offline.container import write_shard
 from hf_distill.offline.dataset import default_collator
+from hf_distill.offline.encoder import Encoder, sums_of
 from hf_distill.offline.errors import CacheError
-from hf_distill.offline.identity import Collator, Data, SideRow
+from hf_distill.offline.identity import Collator, Data
 from hf_distill.offline.manifest import MANIFEST, Manifest, config_hash
 from hf_distill.teachers import ModelTeacher, Teacher, place
 
@@ -89,112 +85,6 @@ def _shard_rows(data: Data, collator: Collator, bytes_per_token: float) -> int:
     rows = SHARD_BYTES / max(tokens * bytes_per_token, 1)
     rows = min(rows, MAX_SHARD_ROWS, max(SHARDS, len(data) // SHARDS))
     return 2 ** int(np.log2(max(rows, 1)))
-
-
-@dataclass(frozen=True)
-class _Writer:
-    """One process's part of the work."""
-
-    model: nn.Module
-    data: Data
-    collator: Collator
-    codec: Codec
-    seed: int
-    batch_size: int
-    shard_rows: int
-    vocab: int
-    real_vocab: int
-    device: torch.device
-    reader: Reader
-
-    def probe(self) -> None:
-        """Find out how the model is read, from the same ids in every process."""
-        ids = torch.arange(min(PROBE_TOKENS, self.real_vocab), device=self.device)
-        with evaluating(self.model):
-            self.reader.reads_hidden(self.model, {"input_ids": ids[None]})
-
-    def rows(self, number: int) -> range:
-        """The rows of a shard."""
-        first = number * self.shard_rows
-        return range(first, min(first + self.shard_rows, len(self.data)))
-
-    def shard(self, number: int) -> list[Row]:
-        """What is stored of a shard's rows."""
-        numbers = self.rows(number)
-        made = list(
-            identity.collated(self.collator, [self.data[i] for i in numbers], numbers.start)
-        )
-        empty = {k: np.zeros(0, v) for k, v in self.codec.arrays(self.vocab).items()}
-        stored: list[Mapping[str, np.ndarray]] = [empty] * len(made)
-        scored = [i for i, row in enumerate(made) if len(row.positions)]
-        scored.sort(key=lambda i: (-int(made[i].positions[-1]), i))  # little padding, largest first
-        for start in range(0, len(scored), self.batch_size):
-            chosen = scored[start : start + self.batch_size]
-            keys = [(self.seed, numbers[i]) for i in chosen]
-            for i, arrays in zip(
-                chosen, self._encode([made[i] for i in chosen], keys), strict=True
-            ):
-                stored[i] = {name: arrays[name] for name in empty}
-        parts = zip(numbers, made, stored, strict=True)
-        return [Row(i, row.hash, row.positions, arrays) for i, row, arrays in parts]
-
-    def _side(self, rows: Sequence[SideRow]) -> Side:
-        """A batch up to the tokens that predict the last scored ones."""
-        ids = [row.ids[: row.positions[-1]] for row in rows]
-        inputs = {
-            "input_ids": alignment.pad(ids, 0),
-            "attention_mask": alignment.pad([[1] * len(x) for x in ids], 0),
-        }
-        predicts = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-        for flags, row in zip(predicts, rows, strict=True):
-            flags[torch.from_numpy(row.positions.astype(np.int64)) - 1] = True
-        moved = {name: x.to(self.device) for name, x in inputs.items()}
-        return Side(moved, predicts.to(self.device))
-
-    @torch.no_grad()
-    def _encode(self, rows: Sequence[SideRow], keys: Sequence[tuple[int, int]]) -> list[Arrays]:
-        signal = self.reader.signal(self.model, self._side(rows))
-        lengths = [len(row.positions) for row in rows]
-        made, start = [], 0
-        for group in _groups(lengths, max(1, tokens.CHUNK_ENTRIES // self.vocab)):
-            stop = start + sum(lengths[group])
-            logits = _logits(signal, slice(start, stop))
-            try:
-                made += self.codec.encode(logits, lengths[group], keys[group], self.real_vocab)
-            except ValueError as error:
-                numbers = [row for _, row in keys[group]]
-                raise ValueError(f"rows {numbers} of the data: {error}") from error
-            start = stop
-        return made
-
-
-def _groups(lengths: Sequence[int], limit: int) -> Iterator[slice]:
-    """Whole rows, as many at a time as have `limit` tokens, but at least one."""
-    start = total = 0
-    for i, length in enumerate(lengths):
-        if i > start and total + length > limit:
-            yield slice(start, i)
-            start, total = i, 0
-        total += length
-    yield slice(start, len(lengths))
-
-
-def _logits(signal: Signal, at: slice) -> Tensor:
-    """[n, V] logits of some tokens."""
-    if signal.hidden is not None:
-        return replace(signal, hidden=signal.hidden[at]).dense()
-    return signal.dense()[at]
-
-
-def _sums(rows: Sequence[Row]) -> dict[str, float]:
-    """Sums over tokens of what the codec knows about them."""
-    sums = {}
-    if "entropy" in rows[0].arrays:
-        sums["entropy"] = float(sum(row.arrays["entropy"].sum(dtype=np.float64) for row in rows))
-    if "log_tail" in rows[0].arrays:
-        masses = [np.exp(row.arrays["log_tail"].astype(np.float64)).sum() for row in rows]
-        sums["tail_mass"] = float(sum(masses))
-    return sums
 
 
 @contextmanager
@@ -255,40 +145,40 @@ def _codec_identity(codec: Codec, seed: int) -> dict[str, Any]:
     }
 
 
-def _log_choice(cache: Path, writer: _Writer, missing: Sequence[int]) -> None:
-    shards = -(-len(writer.data) // writer.shard_rows)
+def _log_choice(cache: Path, encoder: Encoder, missing: Sequence[int]) -> None:
+    shards = -(-len(encoder.data) // encoder.shard_rows)
     logger.info(
         "cache %s: codec %s %s, %d of %d logits per token, %d rows in %d shards of %d, "
         "%d shards to write",
         cache,
-        writer.codec.name,
-        writer.codec.settings(),
-        writer.real_vocab,
-        writer.vocab,
-        len(writer.data),
+        encoder.codec.name,
+        encoder.codec.settings(),
+        encoder.real_vocab,
+        encoder.vocab,
+        len(encoder.data),
         shards,
-        writer.shard_rows,
+        encoder.shard_rows,
         len(missing),
     )
 
 
 def _write(
-    cache: Path, writer: _Writer, numbers: Sequence[int], digest: str, state: PartialState
+    cache: Path, encoder: Encoder, numbers: Sequence[int], digest: str, state: PartialState
 ) -> None:
     """Write some shards, and show how it goes."""
-    total = sum(len(writer.rows(number)) for number in numbers)
+    total = sum(len(encoder.rows(number)) for number in numbers)
     began, tokens_done, bytes_done = time.monotonic(), 0, 0
     notes = {"rank": state.process_index, "world": state.num_processes}
     notes |= {"host": socket.gethostname(), "device": str(state.device)}
     with (
         tqdm(total=total, unit="row", desc="cache", disable=not state.is_main_process) as bar,
-        evaluating(writer.model),
+        evaluating(encoder.model),
     ):
         for number in numbers:
-            rows = writer.shard(number)
-            by = notes | _versions() | {"batch_size": writer.batch_size}
+            rows = encoder.shard(number)
+            by = notes | _versions() | {"batch_size": encoder.batch_size}
             with _writing(cache):
-                entry = write_shard(cache, number, rows, digest, sums=_sums(rows), written_by=by)
+                entry = write_shard(cache, number, rows, digest, sums=sums_of(rows), written_by=by)
             tokens_done, bytes_done = tokens_done + entry.tokens, bytes_done + entry.bytes
             speed = tokens_done / (time.monotonic() - began)
             size = bytes_done / max(tokens_done, 1)
@@ -297,17 +187,17 @@ def _write(
 
 
 def _configuration(
-    writer: _Writer, tokenizer: PreTrainedTokenizerBase | None, revision: str | None
+    encoder: Encoder, tokenizer: PreTrainedTokenizerBase | None, revision: str | None
 ) -> dict[str, Any]:
     """What the cache is of, all that its bytes depend on."""
     config = {
-        "teacher": identity.teacher_identity(writer.model, revision),
+        "teacher": identity.teacher_identity(encoder.model, revision),
         "tokenizer": identity.tokenizer_identity(tokenizer),
-        "logits": {"logit_dim": writer.vocab, "real_vocab": writer.real_vocab},
-        "dataset": identity.dataset_identity(writer.data),
-        "collator": identity.collator_identity(writer.collator, writer.data),
-        "codec": _codec_identity(writer.codec, writer.seed),
-        "shard_rows": writer.shard_rows,
+        "logits": {"logit_dim": encoder.vocab, "real_vocab": encoder.real_vocab},
+        "dataset": identity.dataset_identity(encoder.data),
+        "collator": identity.collator_identity(encoder.collator, encoder.data),
+        "codec": _codec_identity(encoder.codec, encoder.seed),
+        "shard_rows": encoder.shard_rows,
     }
     return identity.plain(config)
 
@@ -363,40 +253,41 @@ def cache_teacher(
     cache = _checked(path, dataset, batch_size, shard_rows, verify)
     # the state of an Accelerator, if the script has one
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=WAIT)
-    codec = make_codec(codec) if isinstance(codec, str) else codec or HeadSamples()
+    stored = make_codec(codec) if isinstance(codec, str) else codec or HeadSamples()
     tokenizer = _tokenizer(model, processing_class, data_collator, teacher_revision)
     collator = data_collator or default_collator(dataset, tokenizer)
     teacher = _teacher(model, teacher_revision)
-    place(teacher, state.device)
+    device = cast(torch.device, state.device)
+    place(teacher, device)
     vocab, real_vocab = _vocabulary(teacher, tokenizer)
 
-    writer = _Writer(
+    encoder = Encoder(
         teacher,
         dataset,
         collator,
-        codec,
+        stored,
         seed,
         batch_size,
         shard_rows or 0,
         vocab,
         real_vocab,
-        state.device,
+        device,
         Reader("teacher"),
     )
     plan: list[Any] = [None, None]
     if state.is_main_process:
         rows = shard_rows or (None if overwrite else storage.shard_rows(cache))
-        rows = rows or _shard_rows(dataset, collator, _nominal_bytes(codec, vocab, real_vocab))
-        config = _configuration(replace(writer, shard_rows=rows), tokenizer, teacher_revision)
+        rows = rows or _shard_rows(dataset, collator, _nominal_bytes(stored, vocab, real_vocab))
+        config = _configuration(replace(encoder, shard_rows=rows), tokenizer, teacher_revision)
         with _writing(cache):
             plan = [config, storage.begin(cache, config, overwrite, verify)]
     # one process looks: another would see shards that a third has just written
     config, missing = broadcast_object_list(plan)
-    writer = replace(writer, shard_rows=config["shard_rows"])
-    _log_choice(cache, writer, missing)
-    writer.probe()
+    encoder = replace(encoder, shard_rows=config["shard_rows"])
+    _log_choice(cache, encoder, missing)
+    encoder.probe()
     mine = missing[state.process_index :: state.num_processes]
-    _write(cache, writer, mine, config_hash(config), state)
+    _write(cache, encoder, mine, config_hash(config), state)
     state.wait_for_everyone()
     if state.is_main_process:
         with _writing(cache):
