@@ -16,12 +16,10 @@ A second table has bytes and speed for a vocabulary of 151,936, with Zipf-like t
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from convert_gguf import resolve_model
 from torch import Tensor, nn
@@ -29,7 +27,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_distill.offline.codecs import Codec, Full, HeadSamples, Sampled, TopK
 from metal_ops import DivergenceSpec, SparseTeacher, divergence, sparse_divergence
-from tests.benchmarks import timing
 
 ROW = 128
 FAR = -1e4  # the log-probability of what a scheme takes for impossible

@@ -29,9 +29,9 @@ class HeadSamples(SparseCodec):
 
     name: ClassVar[str] = "head_samples"
 
-    top_k: int = 32
+    top_k: int = 16
     top_p: float | None = None
-    num_samples: int = 16
+    num_samples: int = 36
     num_exact: int = 8
     temperature: float = 1.0
     temperature_range: tuple[float, float] = (1.0, 2.0)
