@@ -124,8 +124,10 @@ def join(rows: Rows, name: str, dtype: np.dtype, sizes: Sequence[int]) -> np.nda
     Raises:
         ValueError: a row has no such array, or one of another dtype or size.
     """
-    parts = [row.get(name) for row in rows]
-    for index, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+    parts = []
+    for index, (row, size) in enumerate(zip(rows, sizes, strict=True)):
+        part = row.get(name)
+        parts.append(part)
         if part is None:
             raise ValueError(f"row {index} has no array {name!r}")
         if part.dtype != dtype or part.ndim != 1 or part.size != size:

@@ -80,7 +80,7 @@ def _num_entries(rows: Rows, lengths: Sequence[int], vocab: int) -> np.ndarray:
             f"{name} must be in [1, {vocab}], got {int(values.min())} to {int(values.max())}"
         )
     times = [length // max(size, 1) for size, length in zip(sizes, lengths, strict=True)]
-    return np.repeat(values, np.repeat(times, sizes))
+    return np.repeat(values, np.repeat(np.asarray(times, np.int64), sizes))
 
 
 def _head(
@@ -104,7 +104,8 @@ def _head(
         "head_exact must be finite and at most 0",
     )
     if counts is None:
-        log_probs = _even_head(exact.view(num_tokens, exact_most), coarse, plan.num_exact)
+        exact, coarse = exact.view(-1, exact_most), coarse.view(num_tokens, most - exact_most)
+        log_probs = _even_head(exact, coarse, plan.num_exact)
         return ids.view(num_tokens, most), log_probs, most
     width = int(counts.max(initial=1))
     log_probs = _uneven_head(exact, coarse, counts, width, plan.num_exact)
@@ -113,10 +114,9 @@ def _head(
 
 
 def _even_head(exact: Tensor, coarse: Tensor, num_exact: int) -> Tensor:
-    """[N, K] log-probabilities of heads that all have K entries."""
+    """[N, K] log-probabilities of heads that all have K entries; coarse is [N, K - exact's]."""
     if exact.shape[1] <= num_exact:
         return exact
-    coarse = coarse.view(len(exact), -1)
     log_probs = exact.new_empty(len(exact), num_exact + coarse.shape[1] + 1)
     log_probs[:, :num_exact] = exact[:, :num_exact]
     log_probs[:, -1:] = exact[:, num_exact:]

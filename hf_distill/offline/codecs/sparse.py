@@ -33,7 +33,8 @@ from hf_distill.offline.codecs.reading import read
 from hf_distill.offline.codecs.selection import Plan, Selection, select, uniforms
 from metal_ops import DivergenceSpec, SparseTeacher
 
-NUM_ORDERS = 3
+NUM_ORDERS = 4
+MOST = 255  # what a count of one byte can hold
 
 
 def check(holds: bool, rule: str, value: object) -> None:
@@ -82,12 +83,15 @@ class SparseCodec:
             "temperature_range must be two positive numbers, the smaller first",
             self.temperature_range,
         )
-        check(0 <= self.top_k <= 255, "top_k must be in [0, 255]", self.top_k)
         check(
             self.top_p is None or 0 < self.top_p <= 1, "top_p must be None or in (0, 1]", self.top_p
         )
         check(self.num_exact >= 1, "num_exact must be at least 1", self.num_exact)
-        check(0 <= self.num_samples <= 255, "num_samples must be in [0, 255]", self.num_samples)
+        arguments = self.settings()
+        for name in ("top_k", "num_samples"):
+            if name in arguments:
+                most = f"{name} must be in [1, {MOST}]"
+                check(1 <= arguments[name] <= MOST, most, arguments[name])
 
     def settings(self) -> dict[str, Any]:
         """The arguments of the class, as JSON has them."""
@@ -179,6 +183,7 @@ class SparseCodec:
             f"logits must be [{sum(lengths)}, V], the sum of lengths",
             list(logits.shape),
         )
+        check(len(keys) == len(lengths), f"there must be {len(lengths)} keys", len(keys))
         vocab = logits.shape[1]
         check(0 < real_vocab <= vocab, f"real_vocab must be in [1, {vocab}]", real_vocab)
         points = uniforms(keys, lengths)
