@@ -163,7 +163,7 @@ class CachedTeacher(Stateless):
             "teacher %s from the cache %s: %s, %d rows, %s tokens, %s bytes/token, temperatures "
             "%g to %g, tail %s",
             config["teacher"].get("name_or_path"), self.reader.path, self.codec.name,
-            len(self.reader), stats.get("tokens"), round(stats.get("bytes_per_token", 0.0), 1),
+            len(self.reader), stats.get("tokens"), str(stats.get("bytes_per_token"))[:5],
             *self.codec.temperature_range, self.rule.tail,
         )  # fmt: skip
 

@@ -33,7 +33,7 @@ from tests.trainers import models
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
 
-WHOLE = HeadSamples(top_k=models.VOCAB, num_samples=0, num_exact=models.VOCAB)
+WHOLE = TopK(top_k=models.VOCAB, num_exact=models.VOCAB, temperature_range=(1.0, 2.0))
 CODECS = {
     "whole head": (WHOLE, 2e-3),
     "fp16": (Full("fp16"), 2e-3),
@@ -313,5 +313,5 @@ def test_the_run_says_what_it_reads(tmp_path: Path, caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.INFO, "hf_distill"):
         distil(tmp_path, cached(tmp_path))
     (line,) = [r.getMessage() for r in caplog.records if "from the cache" in r.getMessage()]
-    assert "head_samples, 16 rows" in line
+    assert "topk, 16 rows" in line
     assert "temperatures 1 to 2, tail auto" in line
