@@ -16,6 +16,7 @@ from hf_distill.offline.errors import (
     UnsupportedDivergence,
     VocabSizeMismatch,
 )
+from hf_distill.offline.known import RecordedLogProbs, cache_log_probs
 from hf_distill.offline.manifest import Manifest
 from hf_distill.offline.reader import CacheReader
 from hf_distill.offline.writer import cache_teacher
@@ -33,6 +34,7 @@ __all__ = [
     "Full",
     "HeadSamples",
     "Manifest",
+    "RecordedLogProbs",
     "RowMismatch",
     "Sampled",
     "TeacherMismatch",
@@ -41,6 +43,7 @@ __all__ = [
     "TopK",
     "UnsupportedDivergence",
     "VocabSizeMismatch",
+    "cache_log_probs",
     "cache_teacher",
     "default_collator",
     "load_data",

@@ -3,6 +3,7 @@
 Shapes: B rows, N scored tokens of a batch, V logits per token.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,24 +22,20 @@ from hf_distill.offline.identity import Collator, Data, SideRow
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """Makes the rows of shards.
+class RowEncoder:
+    """Makes the rows of shards; how a row's arrays come about is left to its kinds.
 
     Attributes:
-        model: the teacher, on `device`.
         data: all rows.
         collator: of the training.
         codec: what is stored.
         seed: of draws.
-        batch_size: rows in a forward, at most.
+        batch_size: rows that are asked for at once, at most.
         shard_rows: rows in a shard.
         vocab: logits per token.
         real_vocab: how many of them belong to the tokenizer.
-        device: of the batches.
-        reader: runs the model.
     """
 
-    model: nn.Module
     data: Data
     collator: Collator
     codec: Codec
@@ -47,14 +44,14 @@ class Encoder:
     shard_rows: int
     vocab: int
     real_vocab: int
-    device: torch.device
-    reader: Reader
 
+    @abstractmethod
     def probe(self) -> None:
-        """Find out how the model is read, from the same ids in every process."""
-        ids = torch.arange(min(PROBE_TOKENS, self.real_vocab), device=self.device)
-        with evaluating(self.model):
-            self.reader.reads_hidden(self.model, {"input_ids": ids[None]})
+        """Called once in every process, before the first shard."""
+
+    @abstractmethod
+    def _encode(self, rows: Sequence[SideRow], keys: Sequence[tuple[int, int]]) -> list[Arrays]:
+        """The arrays of some rows that score tokens; keys are (seed, row)."""
 
     def rows(self, number: int) -> range:
         """The rows of a shard."""
@@ -86,6 +83,27 @@ class Encoder:
         parts = zip(numbers, made, stored, strict=True)
         return [Row(i, row.hash, row.positions, arrays) for i, row, arrays in parts]
 
+
+@dataclass(frozen=True)
+class Encoder(RowEncoder):
+    """Through a model.
+
+    Attributes:
+        model: the teacher, on `device`.
+        device: of the batches.
+        reader: runs the model.
+    """
+
+    model: nn.Module
+    device: torch.device
+    reader: Reader
+
+    def probe(self) -> None:
+        """Find out how the model is read, from the same ids in every process."""
+        ids = torch.arange(min(PROBE_TOKENS, self.real_vocab), device=self.device)
+        with evaluating(self.model):
+            self.reader.reads_hidden(self.model, {"input_ids": ids[None]})
+
     def _side(self, rows: Sequence[SideRow]) -> Side:
         """A batch up to the tokens that predict the last scored ones."""
         ids = [row.ids[: row.positions[-1]] for row in rows]
@@ -101,7 +119,8 @@ class Encoder:
 
     @torch.no_grad()
     def _encode(self, rows: Sequence[SideRow], keys: Sequence[tuple[int, int]]) -> list[Arrays]:
-        signal = self.reader.signal(self.model, self._side(rows))
+        with evaluating(self.model):
+            signal = self.reader.signal(self.model, self._side(rows))
         lengths = [len(row.positions) for row in rows]
         made, start = [], 0
         for group in _groups(lengths, max(1, tokens.CHUNK_ENTRIES // self.vocab)):

@@ -11,7 +11,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,12 +26,12 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_distill.heads import Reader, causal_lm, evaluating, vocab_size
+from hf_distill.heads import Reader, causal_lm, vocab_size
 from hf_distill.offline import identity, storage
 from hf_distill.offline.codecs import Codec, HeadSamples, make_codec
 from hf_distill.offline.container import write_shard
 from hf_distill.offline.dataset import default_collator
-from hf_distill.offline.encoder import Encoder, sums_of
+from hf_distill.offline.encoder import Encoder, RowEncoder, sums_of
 from hf_distill.offline.errors import CacheError
 from hf_distill.offline.identity import Collator, Data
 from hf_distill.offline.manifest import MANIFEST, Manifest, config_hash
@@ -103,7 +103,7 @@ def _versions() -> dict[str, str]:
     return {"torch": str(torch.__version__), "transformers": transformers.__version__, "time": now}
 
 
-def _checked(
+def checked(
     path: str | os.PathLike[str],
     data: Data,
     batch_size: int,
@@ -145,7 +145,7 @@ def _codec_identity(codec: Codec, seed: int) -> dict[str, Any]:
     }
 
 
-def _log_choice(cache: Path, encoder: Encoder, missing: Sequence[int]) -> None:
+def _log_choice(cache: Path, encoder: RowEncoder, missing: Sequence[int]) -> None:
     shards = -(-len(encoder.data) // encoder.shard_rows)
     logger.info(
         "cache %s: codec %s %s, %d of %d logits per token, %d rows in %d shards of %d, "
@@ -163,17 +163,14 @@ def _log_choice(cache: Path, encoder: Encoder, missing: Sequence[int]) -> None:
 
 
 def _write(
-    cache: Path, encoder: Encoder, numbers: Sequence[int], digest: str, state: PartialState
+    cache: Path, encoder: RowEncoder, numbers: Sequence[int], digest: str, state: PartialState
 ) -> None:
     """Write some shards, and show how it goes."""
     total = sum(len(encoder.rows(number)) for number in numbers)
     began, tokens_done, bytes_done = time.monotonic(), 0, 0
     notes = {"rank": state.process_index, "world": state.num_processes}
     notes |= {"host": socket.gethostname(), "device": str(state.device)}
-    with (
-        tqdm(total=total, unit="row", desc="cache", disable=not state.is_main_process) as bar,
-        evaluating(encoder.model),
-    ):
+    with tqdm(total=total, unit="row", desc="cache", disable=not state.is_main_process) as bar:
         for number in numbers:
             rows = encoder.shard(number)
             by = notes | _versions() | {"batch_size": encoder.batch_size}
@@ -187,11 +184,11 @@ def _write(
 
 
 def _configuration(
-    encoder: Encoder, tokenizer: PreTrainedTokenizerBase | None, revision: str | None
+    encoder: RowEncoder, teacher: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
 ) -> dict[str, Any]:
     """What the cache is of, all that its bytes depend on."""
     config = {
-        "teacher": identity.teacher_identity(encoder.model, revision),
+        "teacher": teacher,
         "tokenizer": identity.tokenizer_identity(tokenizer),
         "logits": {"logit_dim": encoder.vocab, "real_vocab": encoder.real_vocab},
         "dataset": identity.dataset_identity(encoder.data),
@@ -200,6 +197,59 @@ def _configuration(
         "shard_rows": encoder.shard_rows,
     }
     return identity.plain(config)
+
+
+def write_all(
+    cache: Path,
+    encoder: RowEncoder,
+    teacher: Callable[[], dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    state: PartialState,
+    *,
+    overwrite: bool,
+    verify: str,
+) -> Manifest:
+    """Write the shards that are missing, each process some of them, and then the manifest.
+
+    Args:
+        cache: the folder.
+        encoder: makes the rows; its `shard_rows` of 0 chooses shards of about 64 MiB.
+        teacher: says what the teacher is, for the manifest.
+        tokenizer: of the teacher, or None.
+        state: of this process.
+        overwrite: see `cache_teacher`.
+        verify: see `cache_teacher`.
+
+    Raises:
+        CacheConfigMismatch, CacheError, ValueError: see `cache_teacher`.
+    """
+    plan: list[Any] = [None, None]
+    if state.is_main_process:
+        rows = encoder.shard_rows or (None if overwrite else storage.shard_rows(cache))
+        if not rows:
+            size = _nominal_bytes(encoder.codec, encoder.vocab, encoder.real_vocab)
+            rows = _shard_rows(encoder.data, encoder.collator, size)
+        config = _configuration(replace(encoder, shard_rows=rows), teacher(), tokenizer)
+        with _writing(cache):
+            plan = [config, storage.begin(cache, config, overwrite, verify)]
+    # one process looks: another would see shards that a third has just written
+    config, missing = broadcast_object_list(plan)
+    encoder = replace(encoder, shard_rows=config["shard_rows"])
+    _log_choice(cache, encoder, missing)
+    encoder.probe()
+    mine = missing[state.process_index :: state.num_processes]
+    _write(cache, encoder, mine, config_hash(config), state)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        with _writing(cache):
+            storage.finish(cache, config, _versions())
+    state.wait_for_everyone()
+    return Manifest.read((cache / MANIFEST).read_bytes(), str(cache / MANIFEST))
+
+
+def process_state() -> PartialState:
+    """That of the script's Accelerator, if it has one."""
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=WAIT)
 
 
 def cache_teacher(
@@ -250,47 +300,28 @@ def cache_teacher(
         CacheError: a file could not be written.
         ValueError: an argument is out of range, or rows cannot be cached.
     """
-    cache = _checked(path, dataset, batch_size, shard_rows, verify)
-    # the state of an Accelerator, if the script has one
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=WAIT)
-    stored = make_codec(codec) if isinstance(codec, str) else codec or HeadSamples()
+    cache = checked(path, dataset, batch_size, shard_rows, verify)
+    state = process_state()
     tokenizer = _tokenizer(model, processing_class, data_collator, teacher_revision)
-    collator = data_collator or default_collator(dataset, tokenizer)
     teacher = _teacher(model, teacher_revision)
     device = cast(torch.device, state.device)
     place(teacher, device)
     vocab, real_vocab = _vocabulary(teacher, tokenizer)
-
     encoder = Encoder(
-        teacher,
-        dataset,
-        collator,
-        stored,
-        seed,
-        batch_size,
-        shard_rows or 0,
-        vocab,
-        real_vocab,
-        device,
-        Reader("teacher"),
+        data=dataset,
+        collator=data_collator or default_collator(dataset, tokenizer),
+        codec=make_codec(codec) if isinstance(codec, str) else codec or HeadSamples(),
+        seed=seed,
+        batch_size=batch_size,
+        shard_rows=shard_rows or 0,
+        vocab=vocab,
+        real_vocab=real_vocab,
+        model=teacher,
+        device=device,
+        reader=Reader("teacher"),
     )
-    plan: list[Any] = [None, None]
-    if state.is_main_process:
-        rows = shard_rows or (None if overwrite else storage.shard_rows(cache))
-        rows = rows or _shard_rows(dataset, collator, _nominal_bytes(stored, vocab, real_vocab))
-        config = _configuration(replace(encoder, shard_rows=rows), tokenizer, teacher_revision)
-        with _writing(cache):
-            plan = [config, storage.begin(cache, config, overwrite, verify)]
-    # one process looks: another would see shards that a third has just written
-    config, missing = broadcast_object_list(plan)
-    encoder = replace(encoder, shard_rows=config["shard_rows"])
-    _log_choice(cache, encoder, missing)
-    encoder.probe()
-    mine = missing[state.process_index :: state.num_processes]
-    _write(cache, encoder, mine, config_hash(config), state)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        with _writing(cache):
-            storage.finish(cache, config, _versions())
-    state.wait_for_everyone()
-    return Manifest.read((cache / MANIFEST).read_bytes(), str(cache / MANIFEST))
+
+    def about() -> dict[str, Any]:
+        return identity.teacher_identity(teacher, teacher_revision)
+
+    return write_all(cache, encoder, about, tokenizer, state, overwrite=overwrite, verify=verify)

@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx2
@@ -80,7 +80,7 @@ class Completions:
         try:
             (choice,) = response.json()["choices"]
             answered = choice["prompt_logprobs"]
-            positions = None if answered is None else [_read(entry) for entry in answered[1:]]
+            positions = None if answered is None else [read(entry) for entry in answered[1:]]
         except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
             raise self._error(
                 response, f"the answer must be JSON with prompt_logprobs, got {error!r}"
@@ -92,10 +92,14 @@ class Completions:
                 f"prompt_logprobs must have {len(ids)} positions, as the prompt, got {got}",
             )
         for at, (own, entries) in enumerate(zip(ids[1:], positions, strict=True), start=1):
-            fault = self._fault(own, entries)
+            fault = mass_fault(entries)
+            if own not in entries:
+                fault = (
+                    f"the prompt's own token {own} must be among the entries, got {len(entries)}"
+                )
             if fault is not None:
                 raise self._error(response, f"position {at}: {fault}")
-        return [self._largest(entries) for entries in positions]
+        return [largest(entries, self.top_k) for entries in positions]
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -104,24 +108,6 @@ class Completions:
             "max_tokens": 1,
             "temperature": 1.0,
         }
-
-    def _fault(self, own: int, entries: TopK) -> str | None:
-        if own not in entries:
-            return f"the prompt's own token {own} must be among the entries, got {len(entries)}"
-        if not all(value <= MASS_TOLERANCE for value in entries.values()):
-            worst = max(entries.values(), key=lambda x: math.inf if math.isnan(x) else x)
-            return f"a log-probability must not be positive, got {worst:g}"
-        mass = math.fsum(map(math.exp, entries.values()))
-        if mass > 1 + MASS_TOLERANCE:
-            return (
-                f"the probabilities must not sum to more than 1, got {mass:g}: does the server "
-                "return raw_logprobs?"
-            )
-        return None
-
-    def _largest(self, entries: TopK) -> TopK:
-        ordered = sorted(entries.items(), key=lambda item: (-item[1], item[0]))
-        return dict(ordered[: self.top_k])
 
     def _post(self, body: dict[str, Any]) -> httpx2.Response:
         """The server's answer of status 200, after as many tries as are allowed."""
@@ -164,6 +150,32 @@ class Completions:
         )
 
 
-def _read(entry: dict[str, dict[str, Any]]) -> TopK:
-    values = {int(key): float(value["logprob"]) for key, value in entry.items()}
+def read(entry: Mapping[str, Mapping[str, Any]]) -> TopK:
+    """A position's entries as vLLM writes them."""
+    return read_values({int(key): value["logprob"] for key, value in entry.items()})
+
+
+def read_values(entries: Mapping[int, Any]) -> TopK:
+    """Log-probabilities by token id, with -inf where a server has written it as a number."""
+    values = {key: float(value) for key, value in entries.items()}
     return {k: -math.inf if v <= WRITTEN_AS_MINUS_INF else v for k, v in values.items()}
+
+
+def mass_fault(entries: TopK) -> str | None:
+    """Why these cannot be log-probabilities of one token, or None."""
+    if not all(value <= MASS_TOLERANCE for value in entries.values()):
+        worst = max(entries.values(), key=lambda x: math.inf if math.isnan(x) else x)
+        return f"a log-probability must not be positive, got {worst:g}"
+    mass = math.fsum(map(math.exp, entries.values()))
+    if mass > 1 + MASS_TOLERANCE:
+        return (
+            f"the probabilities must not sum to more than 1, got {mass:g}: does the server "
+            "return raw_logprobs?"
+        )
+    return None
+
+
+def largest(entries: TopK, top_k: int) -> TopK:
+    """The most probable entries, in that order."""
+    ordered = sorted(entries.items(), key=lambda item: (-item[1], item[0]))
+    return dict(ordered[:top_k])

@@ -97,14 +97,29 @@ class RemoteTeacher(Stateless):
             RemoteTeacherError: the server does not answer, answers differently, or knows ids that
                 the student does not.
         """
-        vocab = vocab_size(causal_lm(student))
+        self.start(vocab_size(causal_lm(student)))
+
+    @property
+    def name(self) -> str:
+        """The model's, and the server's."""
+        return f"{self._server.model} at {self._server.url}"
+
+    def start(self, vocab: int | None) -> None:
+        """Ask the server for the same tokens twice; `prepare`, where there is no student.
+
+        Args:
+            vocab: the logits that a student gives per token.
+
+        Raises:
+            ValueError, RemoteTeacherError: as `prepare`.
+        """
         if vocab is None or vocab < self.top_k:
             raise ValueError(
                 f"top_k must be at most the student's vocabulary, got {self.top_k} and {vocab}"
             )
         self._vocab = vocab
         ids = [vocab * (i + 1) // (PROBE_TOKENS + 1) for i in range(PROBE_TOKENS)]
-        first, again = (self._ask(ids) for _ in range(2))
+        first, again = (self.top_log_probs(ids) for _ in range(2))
         pairs = zip(first, again, strict=True)
         apart = max(
             abs(math.exp(x) - math.exp(y)) if -math.inf in (x, y) else abs(x - y)
@@ -125,7 +140,12 @@ class RemoteTeacher(Stateless):
             apart,
         )
 
-    def _ask(self, ids: Sequence[int]) -> list[TopK]:
+    def top_log_probs(self, ids: Sequence[int]) -> list[TopK]:
+        """The server's most probable tokens at positions 1 to len(ids) - 1.
+
+        Raises:
+            RemoteTeacherError: the server fails, or knows other ids than the student.
+        """
         positions = self._server.top_log_probs(ids)
         largest = max(map(max, positions))
         if largest >= self._vocab:
@@ -143,9 +163,7 @@ class RemoteTeacher(Stateless):
     def signal(self, student: nn.Module, side: Side) -> Signal:
         """The server's log-probabilities of the scored tokens' positions, and the mass of the rest.
 
-        The rest of a token is 1 less its entries, but at most what entries as small as the least of
-        them can hold, and at least what float32 resolves; nothing if the entries are the whole
-        vocabulary.
+        See `columns` for the rest.
 
         Raises:
             ValueError: the side has inputs that a server cannot be sent, or scores the first token
@@ -156,7 +174,7 @@ class RemoteTeacher(Stateless):
         if not rows:
             return Signal(sparse=self._sparse([], side.predicts.device))
         with ThreadPoolExecutor(self.num_threads) as pool:
-            answers = list(pool.map(self._ask, [ids for ids, _ in rows]))
+            answers = list(pool.map(self.top_log_probs, [ids for ids, _ in rows]))
         tokens = [
             # the answer begins with the second token
             answer[at - 1]
@@ -166,16 +184,26 @@ class RemoteTeacher(Stateless):
         return Signal(sparse=self._sparse(tokens, side.predicts.device))
 
     def _sparse(self, tokens: Sequence[TopK], device: torch.device) -> SparseTeacher:
-        shape = (len(tokens), self.top_k)
-        ids = torch.tensor([list(x) for x in tokens], dtype=torch.int64).view(shape)
-        values = [list(x.values()) for x in tokens]
-        log_probs = torch.tensor(values, dtype=torch.float64).view(shape)
-        rest = (1.0 - log_probs.exp().sum(-1)).clamp_min(LEAST_TAIL)
-        most = (self._vocab - self.top_k) * log_probs.exp().amin(-1)
-        log_tail = torch.minimum(rest, most).log()
+        ids, log_probs, log_tail = columns(tokens, self.top_k, self._vocab)
         return SparseTeacher(
             ids.to(device), log_probs.float().to(device), log_tail.float().to(device)
         )
+
+
+def columns(tokens: Sequence[TopK], top_k: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids [N, K] int64 and log-probabilities [N, K], descending, and log of the rest [N]; float64.
+
+    The rest of a token is 1 less its entries, but at most what entries as small as the least of
+    them can hold, and at least what float32 resolves; nothing if the entries are the whole
+    vocabulary.
+    """
+    shape = (len(tokens), top_k)
+    ids = torch.tensor([list(x) for x in tokens], dtype=torch.int64).view(shape)
+    values = [list(x.values()) for x in tokens]
+    log_probs = torch.tensor(values, dtype=torch.float64).view(shape)
+    rest = (1.0 - log_probs.exp().sum(-1)).clamp_min(LEAST_TAIL)
+    most = (vocab - top_k) * log_probs.exp().amin(-1)
+    return ids, log_probs, torch.minimum(rest, most).log()
 
 
 def _scored_rows(side: Side) -> list[tuple[list[int], list[int]]]:

@@ -37,7 +37,7 @@ def test_the_waits_double(server: Server, remote: Ask, monkeypatch: pytest.Monke
     waits: list[float] = []
     monkeypatch.setattr("hf_distill.teachers.completions.time.sleep", waits.append)
     server.faults = [500, 502, 504]
-    teacher._ask(IDS[0].tolist())
+    teacher.top_log_probs(IDS[0].tolist())
     assert waits == [0.5, 1.0, 2.0]
 
 
@@ -51,11 +51,11 @@ def test_failures_that_stay(server: Server, remote: Ask) -> None:
         server.requests.clear()
         server.faults = [status]
         with pytest.raises(RemoteTeacherError, match=rf"\(try 1\); status {status}, body .*fault"):
-            teacher._ask(IDS[0].tolist())
+            teacher.top_log_probs(IDS[0].tolist())
         assert len(server.requests) == 1
     server.faults = [400]
     with pytest.raises(RemoteTeacherError, match=r"must allow --max-logprobs 4; status 400"):
-        teacher._ask(IDS[0].tolist())
+        teacher.top_log_probs(IDS[0].tolist())
 
 
 def test_a_server_that_is_silent(server: Server, remote: Ask) -> None:
@@ -64,8 +64,8 @@ def test_a_server_that_is_silent(server: Server, remote: Ask) -> None:
     hasty._vocab = V
     server.faults = [1.0]
     with pytest.raises(RemoteTeacherError, match=r"/v1/completions: no answer within 0.2 s"):
-        hasty._ask(IDS[0].tolist())
-    assert len(teacher._ask(IDS[0].tolist())) == 5
+        hasty.top_log_probs(IDS[0].tolist())
+    assert len(teacher.top_log_probs(IDS[0].tolist())) == 5
 
 
 def test_a_server_that_is_not_there() -> None:
