@@ -7,8 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-KNOTS = 5  # of the power sums that an interpolation uses, the nearest
-
 
 class TailSamples(NamedTuple):
     """Entries drawn from a teacher's tail, the vocabulary without its known entries.
@@ -70,7 +68,7 @@ class SparseTeacher(NamedTuple):
 
         With a = self.temperature / temperature, each probability p becomes p^a over the sum of
         p^a. The tail's part of the sum is read off its power sums: log S(a) is convex in a and
-        known at 0, 1 and the orders; between them the polynomial through the five nearest is
+        known at 0, 1 and the orders; between them the polynomial through all of them is
         taken, kept between the chords that bound a convex function.
 
         Args:
@@ -133,10 +131,9 @@ def _log_power_sum(order: float, powers: PowerSums, log_tail: Tensor) -> Tensor:
         )
     dtype = log_tail.dtype
     known = [powers.num_tail.to(dtype).log(), log_tail, *powers.log_sums.to(dtype).unbind(-1)]
-    nearest = sorted(zip(knots, known, strict=True), key=lambda pair: abs(pair[0] - order))
-    if nearest[0][0] == order:
-        return nearest[0][1]
-    pairs = sorted(nearest[:KNOTS], key=lambda pair: pair[0])
+    if order in knots:
+        return known[knots.index(order)]
+    pairs = sorted(zip(knots, known, strict=True), key=lambda pair: pair[0])
     value = _between(order, [knot for knot, _ in pairs], [x for _, x in pairs])
     return value.masked_fill(log_tail == -torch.inf, -torch.inf)
 
