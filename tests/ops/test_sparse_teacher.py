@@ -90,7 +90,7 @@ def test_a_kink_is_kept_between_chords():
     assert min(above, below) > 0.01  # both bounds are met
 
 
-def test_more_orders_than_the_interpolation_uses():
+def test_many_orders():
     teacher = zipf()
     known = sampled(teacher, TOP, 8, 1.0)
     many = with_powers(teacher, known, tuple(i / 20 for i in range(1, 41) if i != 20))
