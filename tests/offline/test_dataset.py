@@ -70,11 +70,12 @@ def test_messages_are_a_prompt_and_what_follows() -> None:
     said = [("system", "be brief"), ("user", "What"), ("assistant", "no"), ("user", "is")]
     messages = [{"role": role, "content": text} for role, text in [*said, ("assistant", "yes")]]
     tokenizer = models.tokenizer()
-    made = default_collator([{"messages": messages}], tokenizer)
+    given = {"messages": messages, "hint": "think first"}
+    made = default_collator([given], tokenizer, "hint")
     assert isinstance(made, MessagesCollator)
-    row = {"prompt": messages[:2], "completion": messages[2:]}
-    expected = HintCollator(tokenizer, ())([row])
-    batch = made([{"messages": messages}])
+    row = {"prompt": messages[:2], "completion": messages[2:], "hint": "think first"}
+    expected = HintCollator(tokenizer, "hint")([row])
+    batch = made([given])
     for name, values in expected.items():
         assert (batch[name] == values).all(), name
     scored = batch["labels"][batch["labels"] >= 0].tolist()

@@ -218,6 +218,17 @@ def test_few_shards_are_open(cache: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert open_files() == before
 
 
+def test_a_shard_is_hashed_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not each time that it is opened."""
+    hashed, compute = [], reader.sha256_of
+    monkeypatch.setattr(reader, "MAX_OPEN", 1)
+    monkeypatch.setattr(reader, "sha256_of", lambda path: hashed.append(path) or compute(path))
+    found = CacheReader(cache)
+    for _ in range(2):
+        everything(found)
+    assert len(hashed) == 4
+
+
 def flipped(path: Path, at: int) -> None:
     raw = bytearray(path.read_bytes())
     raw[at] ^= 1

@@ -143,6 +143,15 @@ def test_another_seed_draws_others(tmp_path: Path) -> None:
     assert all(written[0][name] != written[2][name] for name in written[0])
 
 
+def test_every_row_has_its_own_draws(tmp_path: Path) -> None:
+    """Equal rows tell, at the same place of other shards too."""
+    data = models.problems(1) * 6
+    caches.write(tmp_path, dataset=data, codec=HeadSamples(top_k=2, num_samples=3), shard_rows=2)
+    found = CacheReader(tmp_path)
+    draws = [found.row(i).arrays["draw_low"].tolist() for i in range(6)]
+    assert len(set(map(tuple, draws))) == 6
+
+
 def test_the_model_is_afterwards_as_it_was(tmp_path: Path) -> None:
     model = models.llama(attention_dropout=0.5).train()
     caches.write(tmp_path, model)
