@@ -24,6 +24,7 @@ from hf_distill.trainers.distill import DistillTrainer
 from hf_distill.trainers.groups import RolloutConfig
 from hf_distill.trainers.samplers import RepeatSampler
 from hf_distill.trainers.scoring import BEHAVIOUR
+from hf_distill.trainers.unused import unused
 from hf_distill.trainers.windows import EVAL_STEP, Rollouts, TruncatedMeter, Window
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,8 @@ class OPSDTrainer(DistillTrainer):
         self._window: Window | None = None
         self._resumed: dict[str, Any] | None = None
         self._truncated = {training: TruncatedMeter() for training in (True, False)}
+        for text in unused(args, environment is not None, teacher is None):
+            logger.warning("a setting is not used: %s", text)
         teacher = args.make_teacher() if teacher is None else as_teacher(teacher)
         collate: Any = data_collator.prompts if args.on_policy else data_collator
         if isinstance(teacher, RoutedTeacher) and not args.on_policy:
