@@ -29,6 +29,9 @@ class Limits:
         "Largest teacher_entropy on sampled completions, in multiples of its start (and 0.02 "
         "nats).",
     )
+    teacher_moves: float | None = _limit(
+        0.1, "Largest JSD of a live teacher from its start, as a share of that to the student then."
+    )
     dead_signal: float | None = _limit(1e-6, "Least soft loss after the first logs, nats a token.")
     zero_gradient: float | None = _limit(1e-8, "Least grad_norm while the soft loss is not 0.")
     ema_still: float | None = _limit(
@@ -129,6 +132,12 @@ CHECKS = (
         "the teacher grows less certain of what the student writes: a self-teacher that follows "
         "the student forgets how to use its hint before both collapse; use teacher 'base', a lower "
         "learning rate or an earlier checkpoint",
+    ),
+    Check(
+        "teacher_moves", "teacher_moved", True, "plain",
+        "the live teacher says something else about its first rows than it did, so it follows the "
+        "student, and tends to forget how to use its hint before both collapse; use teacher 'base' "
+        "or 'ema', or a lower learning rate",
     ),
     Check(
         "dead_signal", "soft", False, "plain",

@@ -24,10 +24,10 @@ from hf_distill import OPSDConfig
 TEACHERS = ("live", "base")
 DEFAULTS: dict[str, Any] = {
     "output_dir": "out/live_teacher",
-    "max_steps": 80,
-    "logging_steps": 1,  # the collapse takes ten steps; the watchdog reads logs
-    "num_eval": 128,
-    "accuracy_steps": 5,
+    "max_steps": 60,
+    "logging_steps": 1,  # the collapse takes ten steps, and the watchdog reads logs
+    "num_eval": 256,
+    "accuracy_steps": 2,
 }
 REPORT = "watchdog_"
 

@@ -208,7 +208,7 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         side = alignment.student_side(inputs)
         teacher_side = alignment.teacher_side(inputs, side)
         if self._probe is not None:
-            self._probe.keep(model, teacher_side)
+            self._probe.keep(model, side, teacher_side)
         signal = self.teacher.signal(model, teacher_side)
         side, scored, counts = self._work(inputs, side, num_items_in_batch, model.training)
 

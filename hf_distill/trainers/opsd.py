@@ -32,6 +32,7 @@ from hf_distill.trainers.distill import DistillTrainer
 from hf_distill.trainers.groups import RolloutConfig
 from hf_distill.trainers.samplers import RepeatSampler
 from hf_distill.trainers.scoring import BEHAVIOUR
+from hf_distill.trainers.unused import unused
 from hf_distill.trainers.windows import EVAL_STEP, Rollouts, TruncatedMeter, Window
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,8 @@ class OPSDTrainer(DistillTrainer):
         self._window: Window | None = None
         self._resumed: dict[str, Any] | None = None
         self._truncated = {training: TruncatedMeter() for training in (True, False)}
+        for text in unused(args, environment is not None, teacher is None):
+            logger.warning("a setting is not used: %s", text)
         teacher = args.make_teacher() if teacher is None else as_teacher(teacher)
         if args.on_policy and any(isinstance(x, CachedTeacher) for x in each_teacher(teacher)):
             raise ValueError(

@@ -196,7 +196,9 @@ def student() -> nn.Module:
 
 def trainer(folder: Path, collator: HintCollator, **changes: Any) -> OPSDTrainer:
     model, teacher = changes.pop("model", None), changes.pop("other", None)
-    settings = {"max_completion_length": 6, "max_steps": 2, "rollout": {"temperature": 1.0}}
+    settings: dict[str, Any] = {"max_completion_length": 6, "max_steps": 2}
+    if changes.get("on_policy", True):
+        settings["rollout"] = {"temperature": 1.0}
     settings |= {"watchdog": {"action": "off"}}  # it has tests of its own
     return OPSDTrainer(
         student() if model is None else model,

@@ -138,7 +138,7 @@ def test_the_teacher_follows_every_optimizer_step(tmp_path: Path) -> None:
 
 
 def test_off_policy_generates_nothing(tmp_path: Path, generated: list) -> None:
-    trainer = watched(tmp_path, on_policy=False, rollout={"steps_per_rollout": 2})
+    trainer = watched(tmp_path, on_policy=False)
     trainer.train()
     assert generated == []
     want = HintCollator(models.tokenizer())(models.problems()[:2])

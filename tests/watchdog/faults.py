@@ -237,6 +237,10 @@ def tight_clip(folder: Path) -> DistillTrainer:
     return distil(folder, sharp(), sharp(1), clip=clip)
 
 
+def live_teacher(folder: Path) -> OPSDTrainer:
+    return opsd(folder, sharp(), teacher="live", max_steps=4)
+
+
 SHORT = {"max_steps": 20}
 MANY = SHORT | {"per_device_train_batch_size": 16}
 
@@ -261,6 +265,11 @@ def ema(folder: Path, **changes: Any) -> OPSDTrainer:
     return opsd(folder, sharp(), **MANY | {"teacher": "ema"} | changes)
 
 
+def live_that_hardly_moves(folder: Path, **changes: Any) -> OPSDTrainer:
+    """A hundredth of the learning rate of `live_teacher`."""
+    return opsd(folder, sharp(), **MANY | {"teacher": "live", "learning_rate": 3e-5} | changes)
+
+
 def clipped(folder: Path, **changes: Any) -> DistillTrainer:
     clip = {"bound": 8.0, "level": "token"}
     return distil(folder, sharp(), sharp(1), **SHORT | {"clip": clip} | changes)
@@ -283,6 +292,7 @@ HEALTHY = (
     base,
     base_lora,
     ema,
+    live_that_hardly_moves,
     clipped,
     starts_as_its_teacher,
     uneven_rows,

@@ -24,11 +24,12 @@ EXPECTED = {
     faults.adapters_stay_on: {"teacher_follows"},
     faults.adapter_written_into_the_base: {"teacher_follows"},
     faults.shared_weights: {"teacher_follows"},
+    faults.live_teacher: {"teacher_moves"},
     faults.never_ends: {"endless", "too_long"},
     faults.ends_at_once: {"too_short", "entropy_collapse"},
     faults.recites_the_hint: {"hint_copied"},
     faults.flat_teacher: {"teacher_uniform", "entropy_explosion"},
-    faults.samples_too_hot: {"teacher_unsure", "entropy_explosion"},
+    faults.samples_too_hot: {"teacher_unsure", "teacher_moves", "entropy_explosion"},
     faults.tight_clip: {"clipped"},
 }
 
