@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 import hf_distill
 from hf_distill.offline import (
+    CachedTeacher,
     CacheError,
     CacheReader,
     cache_teacher,
@@ -23,6 +24,7 @@ from hf_distill.offline import (
     make_codec,
 )
 from hf_distill.offline.codecs import CODECS
+from hf_distill.offline.inspecting import describe, measure
 from hf_distill.offline.reader import VERIFY as VERIFY_READ
 from hf_distill.offline.storage import VERIFY as VERIFY_WRITTEN
 from hf_distill.teachers import ModelTeacher
@@ -56,10 +58,18 @@ def _write(options: argparse.Namespace) -> int:
 
 def _inspect(options: argparse.Namespace) -> int:
     reader = CacheReader(options.path, options.verify)
-    manifest = reader.manifest
-    print(json.dumps({"config": manifest.config, "stats": manifest.stats}, indent=1))
+    print("\n".join(describe(reader)))
     checked = {"full": "sizes and sha256", "lazy": "sizes", "size": "sizes"}[options.verify]
-    print(f"{len(reader)} rows in {len(manifest.shards)} shards: {checked} are right")
+    print(f"{len(reader)} rows in {len(reader.manifest.shards)} shards: {checked} are right")
+    if options.dataset is None:
+        return 0
+    name = options.model or reader.manifest.config["teacher"]["name_or_path"]
+    data = load_data(options.dataset, options.split, options.subset)
+    collator = default_collator(data, AutoTokenizer.from_pretrained(name), options.hint or ())
+    model = ModelTeacher(name).model
+    found = measure(CachedTeacher(options.path), model, data, collator, options.sample)
+    print(f"against {name}, {min(options.sample, len(data))} rows:")
+    print("\n".join(f"{key:15s} {value:.4g}" for key, value in found.items()))
     return 0
 
 
@@ -109,6 +119,12 @@ def make_parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
     inspect.add_argument("path")
     inspect.add_argument("--verify", default="full", choices=VERIFY_READ)
+    inspect.add_argument("--dataset", help="the cached data: measure the cache against its teacher")
+    inspect.add_argument("--model", help="the teacher, if it is not where it was")
+    inspect.add_argument("--sample", type=int, default=16, help="rows that are measured")
+    inspect.add_argument("--split", default="train")
+    inspect.add_argument("--subset", help="of a data set of the hub")
+    inspect.add_argument("--hint", help="as at the writing")
     return parser
 
 

@@ -46,7 +46,7 @@ def test_a_cache_is_written_and_inspected(
     assert main(["cache", "inspect", str(path)]) == 0
     printed = capsys.readouterr().out
     assert "10 rows in 3 shards: sizes and sha256 are right" in printed
-    assert '"top_k": 5' in printed
+    assert "'top_k': 5" in printed
     shard = path / "shards/shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
     assert main(["cache", "inspect", str(path), "--verify", "lazy"]) == 0
