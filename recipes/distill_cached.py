@@ -64,6 +64,10 @@ class RecipeArguments:
     num_rows: int = field(default=800, metadata={"help": "Rows to learn from, >= 1."})
     num_eval: int = field(default=64, metadata={"help": "Held-out rows, >= 1."})
     max_tokens: int = field(default=256, metadata={"help": "Longer rows are left out."})
+    cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the caches, which runs may share; None is the output folder."},
+    )
     measure_steps: int = field(default=50, metadata={"help": "Steps between measurements, >= 1."})
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": str(ARMS)})
 
@@ -124,13 +128,12 @@ class Run:
 
     def cached(self, name: str, codec: Codec, **reading: Any) -> CachedTeacher:
         """The teacher's cache, written now unless it is there."""
-        path = self.folder / f"cache_{name}"
+        path = Path(self.recipe.cache_dir or self.folder) / f"cache_{name}"
         batch = self.config.per_device_train_batch_size
         given = {"data_collator": self.collator, "processing_class": self.tokenizer}
         began = time.perf_counter()
         manifest = cache_teacher(
-            self.teacher, self.train, path, codec=codec, batch_size=batch, seed=self.config.seed,
-            **given,
+            self.teacher, self.train, path, codec=codec, batch_size=batch, **given
         )  # fmt: skip
         print(f"{path}: {manifest.stats['tokens']} tokens, "
               f"{manifest.stats['bytes_per_token']:.1f} bytes/token, "
