@@ -118,7 +118,8 @@ class SparseCodec:
         low, high = self._alphas
         between = (low + (high - low) * i / (NUM_ORDERS - 1) for i in range(1, NUM_ORDERS - 1))
         # the ends are not computed: rounded, the last could miss the coldest temperature
-        return tuple(sorted({low, *between, high} - {1.0}))
+        inner = {x for x in between if not math.isclose(x, 1.0)}
+        return tuple(sorted({low, *inner, high} - {1.0}))
 
     @cached_property
     def plan(self) -> Plan:

@@ -28,6 +28,8 @@ def test_power_sums_reach_both_ends_of_every_range() -> None:
         codec = HeadSamples(temperature_range=(low, high))
         assert {1 / low, 1 / high} <= {1.0, *codec.orders}
         assert 1.0 not in codec.orders
+    codec = HeadSamples(temperature=0.7, temperature_range=(0.5, 3.5))  # 1 among them, rounded
+    assert len(codec.orders) == 3
 
 
 @pytest.mark.parametrize(
