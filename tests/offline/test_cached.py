@@ -240,6 +240,7 @@ def test_several_caches_by_a_column(tmp_path: Path) -> None:
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], type[CacheError], str]] = [
     ({}, {"temperature": 2.5}, TemperatureOutOfRange, "from 1 to 2, not 2.5"),
     ({}, {"temperature": 0.5}, TemperatureOutOfRange, "from 1 to 2, not 0.5"),
+    ({}, {"temperature": 2.5, "alpha": 0.0}, TemperatureOutOfRange, "from 1 to 2, not 2.5"),
     ({}, {"model": models.llama(vocab_size=60)}, VocabSizeMismatch, "61 logits .* got 60"),
     ({}, {"rows": models.rows(seed=9)}, RowMismatch, "no stored row has the ids"),
     (
@@ -298,11 +299,32 @@ def test_a_loss_that_the_codec_does_not_serve_is_refused(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="take another divergence"):
         distil(tmp_path, found, divergence="policy_gradient", temperature=1.0)
     assert cached(tmp_path / "other", Sampled(4), tail="sampled").rule.tail == "sampled"
+    with pytest.raises(UnsupportedDivergence, match=r"stores draws only.*got 'bucket'"):
+        CachedTeacher(tmp_path / "other" / "cache", tail="bucket")
+
+
+@pytest.mark.parametrize(
+    ("tail", "settings", "words"),
+    [
+        ("auto", {"clip": 0.5}, "tail='bucket'; got the bound"),
+        ("sampled", {"support": "teacher_topk", "top_k": 8}, "needs support 'full'"),
+        ("bucket", {"missing": "renormalise"}, "'bucket' needs missing 'tail'"),
+    ],
+)
+def test_a_tail_rule_that_the_loss_contradicts_is_refused(
+    tmp_path: Path, tail: str, settings: dict[str, Any], words: str
+) -> None:
+    found = cached(tmp_path, HeadSamples(top_k=8), tail=tail)
+    with pytest.raises(UnsupportedDivergence, match=words):
+        found.check(DivergenceSpec("jsd", **settings))
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [({"tail": "none"}, "tail must be one of"), ({"max_ratio": 0.0}, "max_ratio must be positive")],
+    [
+        ({"tail": "none"}, "tail must be one of"),
+        ({"max_ratio": 0.9}, "max_ratio must be at least 1"),
+    ],
 )
 def test_arguments_out_of_range(tmp_path: Path, arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
