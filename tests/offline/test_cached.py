@@ -282,6 +282,9 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
 
 def test_another_teacher_is_refused(tmp_path: Path) -> None:
     cached(tmp_path)
+    for folder in (tmp_path / "cache", str(tmp_path / "cache")):
+        with pytest.raises(ValueError, match="is a teacher cache, not a model: give Cache"):
+            distil(tmp_path, folder)
     CachedTeacher(tmp_path / "cache", teacher=teacher())
     with pytest.raises(TeacherMismatch, match="weights_fingerprint must be"):
         CachedTeacher(tmp_path / "cache", teacher=teacher(2))
