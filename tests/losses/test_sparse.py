@@ -140,6 +140,30 @@ def test_statistics() -> None:
     assert agreeing.stats.top1_agreement.all()
 
 
+def test_what_a_bound_of_the_draws_lowers_is_not_clipped() -> None:
+    hidden, weight, bias, teacher = parts()
+    spec = DivergenceSpec("jsd", temperature=2.0, clip=1e3, clip_level="token")
+    for ratio in (1.01, None):
+        signal = Signal(sparse=teacher, tail=TailRule("sampled", ratio))
+        objective = Objective(spec, 1.0)
+        terms = objective.from_hidden(hidden, Head(weight, bias), signal, *tokens_of()[:2])
+        assert not terms.stats.clipped.any()
+
+
+def test_padding_is_no_entry_whatever_its_number() -> None:
+    logits, (*_, teacher) = torch.randn(N, V), parts()
+    padded = teacher._replace(
+        ids=F.pad(teacher.ids, (0, 2), value=-1),
+        log_probs=F.pad(teacher.log_probs, (0, 2), value=-1.0),
+    )
+    objective = Objective(DivergenceSpec("jsd"), 1.0)
+    one, other = (
+        objective.from_logits(logits, Signal(sparse=x), *tokens_of()[:2]) for x in (teacher, padded)
+    )
+    torch.testing.assert_close(one.soft, other.soft)
+    torch.testing.assert_close(one.stats, other.stats)
+
+
 def test_a_temperature_that_is_not_served() -> None:
     hidden, weight, bias, teacher = parts()
     objective = Objective(DivergenceSpec(temperature=5.0), 1.0)

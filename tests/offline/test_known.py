@@ -13,6 +13,7 @@ from hf_distill import DistillConfig, DistillTrainer
 from hf_distill.offline import (
     CacheConfigMismatch,
     CachedTeacher,
+    CacheReader,
     RecordedLogProbs,
     TopK,
     cache_log_probs,
@@ -78,6 +79,9 @@ def test_recorded_answers_are_the_models(tmp_path: Path, write: Any) -> None:
     manifest = cache_log_probs(source, models.rows(), tmp_path / "known", vocab_size=61, **GIVEN)
     assert manifest.config["teacher"]["name_or_path"] == "a model"
     own, known = (columns(tmp_path / x) for x in ("own", "known"))
+    said = torch.cat([known["log_probs"], known["log_tail"][..., None]], -1)[0, 0]
+    entropy = CacheReader(tmp_path / "known").row(0).arrays["entropy"][0]
+    assert entropy == pytest.approx(-float((said.exp() * said).sum()), rel=5e-3)
     assert own.keys() - known.keys() <= {"powers.log_sums", "powers.num_tail"}
     assert torch.equal(own["ids"], known["ids"])
     torch.testing.assert_close(own["log_probs"], known["log_probs"], atol=2e-3, rtol=0)

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from hf_distill.alignment import Side, predicts_from_labels
-from hf_distill.offline import CachedTeacher, CacheError, Full, HeadSamples, cache_teacher
+from hf_distill.offline import (
+    CacheCorrupt,
+    CachedTeacher,
+    CacheError,
+    Full,
+    HeadSamples,
+    cache_teacher,
+)
+from hf_distill.offline.container import Shard
 from hf_distill.offline.files import canonical
 from metal_ops import DivergenceSpec, SparseTeacher
 from tests.trainers import models
@@ -216,3 +224,18 @@ def assert_usable(codec: str, found: list[Any]) -> None:
     assert -1 <= int(ids.min()) <= int(ids.max()) < models.VOCAB
     assert float(log_probs.max()) <= 0
     assert float(log_tail.max()) <= 0
+
+
+def test_without_checksums_a_row_is_still_known_by_its_hash(
+    tmp_path: Path, whole: dict[str, tuple[Path, list[Any]]]
+) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(whole["full"][0], cache)
+    path = cache / "shards/shard-00000.safetensors"
+    content = bytearray(path.read_bytes())
+    for row_hash in Shard(path, path.name).row_hashes():
+        at = content.index(row_hash.tobytes())
+        content[at] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CacheCorrupt, match="row 0 has changed since its hash was read"):
+        reading(cache, "size")
