@@ -147,8 +147,9 @@ def by_log_probs(bytes_per_token: float, log_probs: Tensor) -> Scheme:
 def spread(teacher: SparseTeacher, vocab: int) -> Tensor:
     """[N, V] log-probabilities, the tail's mass evenly on its entries."""
     size = (vocab - (teacher.ids >= 0).sum(-1, keepdim=True)).log()
-    dense = (teacher.log_tail[:, None] - size).expand(-1, vocab).clone()
-    return dense.scatter_(-1, teacher.ids, teacher.log_probs)
+    dense = (teacher.log_tail[:, None] - size).expand(-1, vocab + 1).clone()
+    places = teacher.ids.masked_fill(teacher.ids < 0, vocab)  # a column that is cut off
+    return dense.scatter_(-1, places, teacher.log_probs)[:, :vocab]
 
 
 def id_bytes(vocab: int) -> float:

@@ -93,6 +93,10 @@ def test_a_tail_that_is_almost_nothing_is_right(margin: float) -> None:
         assert bool(teacher.log_probs.isfinite().all())
         if teacher.samples is not None:
             assert bool((teacher.samples.log_weights.isfinite()).all())
+        if teacher.powers is not None:  # the rounding of log_tail is not in them
+            tail = tail_of(exact(logits), teacher.ids)
+            sums = torch.stack([(a * tail).logsumexp(-1) for a in teacher.powers.orders], -1)
+            torch.testing.assert_close(teacher.powers.log_sums.double(), sums, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("vocab", [4000, 49152, 151936])
@@ -128,6 +132,24 @@ def test_weights_are_those_of_the_draws() -> None:
     log_g = (0.5 * tail).log_softmax(-1).gather(-1, teacher.samples.ids)
     expected = -math.log(32) - log_g
     torch.testing.assert_close(teacher.samples.log_weights.double(), expected, atol=0.03, rtol=0)
+
+
+def test_everything_is_divided_by_the_same_mass() -> None:
+    """A head that is stored 3 % too heavy takes as much from the tail, its sums and its draws."""
+    codec = HeadSamples(8)
+    (row,) = encode(codec, zipf_logits(6, 3000), [6])
+    heavy = row | {"head_exact": (row["head_exact"] + np.float16(0.03)).astype(np.float16)}
+    before, after = (codec.decode([x], [6], 3000) for x in (row, heavy))
+    shift = after.log_tail - before.log_tail
+    assert float(shift.max()) < -5e-3
+    assert float((after.log_probs.exp().sum(-1) + after.log_tail.exp() - 1).abs().max()) < 1e-6
+    close = {"atol": 2e-6, "rtol": 0}
+    moved = after.samples.log_probs - before.samples.log_probs
+    torch.testing.assert_close(moved, shift[:, None].expand_as(moved), **close)
+    torch.testing.assert_close(after.samples.log_weights, before.samples.log_weights, **close)
+    moved = after.powers.log_sums - before.powers.log_sums
+    expected = shift[:, None] * torch.tensor(after.powers.orders)
+    torch.testing.assert_close(moved, expected, **close)
 
 
 @pytest.mark.parametrize("name", ["one temperature", "sampled"])
