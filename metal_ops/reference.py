@@ -134,12 +134,12 @@ def slopes(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> tuple[Tensor
         return ratio + 1, -ratio.exp()
     if kind == "reverse_kl":
         return -(-ratio).exp(), 1 - ratio
-    if kind == "jsd":
-        one, other = (
-            slopes(log_p, log_q, "skew_kl", beta),
-            slopes(log_p, log_q, "skew_reverse_kl", 1 - beta),
-        )
-        return tuple(beta * x + (1 - beta) * y for x, y in zip(one, other, strict=True))
+    if kind in ("jsd", "mixed_kl"):
+        kinds = ("skew_kl", "skew_reverse_kl") if kind == "jsd" else ("forward_kl", "reverse_kl")
+        one = slopes(log_p, log_q, kinds[0], beta)
+        other = slopes(log_p, log_q, kinds[1], 1 - beta)
+        by_p, by_q = (beta * x + (1 - beta) * y for x, y in zip(one, other, strict=True))
+        return by_p, by_q
     if kind == "tvd":
         return 0.5 * ratio.sign(), -0.5 * ratio.sign()
     if kind == "skew_kl":
@@ -149,9 +149,6 @@ def slopes(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> tuple[Tensor
     if kind == "skew_reverse_kl":
         by_q, by_p = slopes(log_q, log_p, "skew_kl", beta)
         return by_p, by_q
-    if kind == "mixed_kl":
-        one, other = (slopes(log_p, log_q, x, beta) for x in ("forward_kl", "reverse_kl"))
-        return tuple(beta * x + (1 - beta) * y for x, y in zip(one, other, strict=True))
     by_p = (1 - ((beta - 1) * ratio).exp()) / (1 - beta)
     return by_p, (1 - (beta * ratio).exp()) / beta
 

@@ -218,6 +218,6 @@ def add_correction(
         q = (inside - total).exp() * softmax
         z.scatter_add_(-1, ids.clamp_min(0), q.to(dtype))
         if isinstance(at, Tensor):
-            grad.index_add_(0, at, z.to(grad.dtype))
+            grad.index_copy_(0, at, (grad[at] + z).to(grad.dtype))  # rounded once, as below
         else:
             grad[at].add_(z)

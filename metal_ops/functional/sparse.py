@@ -33,6 +33,8 @@ def _largest(teacher: SparseTeacher, spec: DivergenceSpec) -> SparseTeacher:
 
 @functools.cache
 def _warn_of_reverse(kind: str) -> None:
+    if kind not in ("reverse_kl", "mixed_kl"):
+        return
     logger.warning(
         "%s to samples of a teacher's tail: they lie where the teacher has its mass and say little "
         "of where a far student has its own; a JSD or the forward KL does not need to know that",
@@ -71,7 +73,7 @@ def _reading(teacher: SparseTeacher, spec: DivergenceSpec, tail: str) -> tuple[s
         spec = replace(spec, missing="renormalise")
     if tail == "sampled":
         _check_sampled(teacher, spec)
-        if spec.resolved().kind in ("reverse_kl", "mixed_kl") and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             _warn_of_reverse(spec.resolved().kind)
     elif teacher.ids.shape[-1] == 0:
         raise ValueError(

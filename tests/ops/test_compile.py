@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from metal_ops import (
     DivergenceSpec,
     SparseTeacher,
+    TailSamples,
     divergence,
     divergence_with_stats,
     hidden_divergence,
@@ -81,6 +82,23 @@ def of_a_cache(spec: DivergenceSpec) -> Step:
     return step
 
 
+def of_draws(spec: DivergenceSpec) -> Step:
+    """And of draws from the tail."""
+    level = "token_rescale" if spec.clip_level == "vocab_entry" else spec.clip_level
+    spec = replace(spec, support="full", top_k=None, missing="tail", clip_level=level)
+
+    def step(x: Tensor, y: Tensor) -> list[Tensor]:
+        log_p = (y.float() / spec.temperature).log_softmax(-1)
+        known, ids = log_p.topk(9)
+        tail = log_p.scatter(-1, ids[:, :4], -torch.inf).logsumexp(-1)
+        samples = TailSamples(ids[:, 4:], known[:, 4:], -known[:, 4:] - 1.5)
+        teacher = SparseTeacher(ids[:, :4], known[:, :4], tail, spec.temperature, samples)
+        loss = sparse_divergence(2 * x, teacher, spec, mask=weigh(x) > 0)
+        return [(weigh(x) * loss).sum(), loss]
+
+    return step
+
+
 def hidden(spec: DivergenceSpec) -> Step:
     kind = "mse" if spec.clip is None else "cosine"
 
@@ -126,7 +144,7 @@ def run(step: Step, inputs: list[Tensor], num_leaves: int) -> list[Tensor]:
     return [*out, *torch.autograd.grad(out[0], leaves)]
 
 
-OPS = [plain, with_stats, weighted, of_a_cache, hidden, linear, linear_with_stats]
+OPS = [plain, with_stats, weighted, of_a_cache, of_draws, hidden, linear, linear_with_stats]
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,10 @@ def test_mask_and_leading_dimensions(mask):
     keep = torch.tensor(mask, dtype=torch.bool)
     got = value_and_grad(lambda x: sparse_divergence(x, known, spec, mask=keep), student)
     assert_same(got, (want[0] * keep, want[1] * keep[:, None]))
+    short = student.to(torch.bfloat16)  # whose gradient is formed in the backward
+    wanted = value_and_grad(lambda x: sparse_divergence(x, known, spec), short)
+    got = value_and_grad(lambda x: sparse_divergence(x, known, spec, mask=keep), short)
+    assert_same(got, (wanted[0] * keep, wanted[1] * keep[:, None]))
     folded = known._replace(
         ids=known.ids.view(2, 3, -1),
         log_probs=known.log_probs.view(2, 3, -1),

@@ -17,7 +17,7 @@ from hf_distill import (
     RoutedTeacher,
 )
 from hf_distill.alignment import Side
-from hf_distill.heads import Signal
+from hf_distill.heads import Reader, Signal
 from hf_distill.losses import Objective, assert_finite
 from metal_ops import DivergenceSpec
 from tests.teachers.asking import IDS, PREDICTS, SIDE, prepared, scored_logits
@@ -270,6 +270,16 @@ def test_training_is_that_with_the_local_teacher(remote: Ask, tmp_path: Path) ->
     assert got.evaluate()["eval_loss"] == pytest.approx(want.evaluate()["eval_loss"], abs=1e-5)
     few = train(tmp_path, remote(2))
     assert models.difference(models.weights(few.model), models.weights(want.model)) > 0.01 * moved
+
+
+def test_the_student_is_read_by_its_hidden_states(
+    remote: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the logits of all tokens were asked for")
+
+    monkeypatch.setattr(Reader, "logits", refuse)
+    assert train(tmp_path, remote(4)).evaluate()["eval_loss"] > 0
 
 
 def test_two_servers_by_route(server: Server, remote: Ask) -> None:
