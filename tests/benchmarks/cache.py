@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_distill.offline.codecs import Codec, Full, HeadSamples, Sampled, TopK
+from hf_distill.offline.codecs.selection import Selection, select, uniforms
+from hf_distill.offline.codecs.sparse import SparseCodec
 from metal_ops import DivergenceSpec, SparseTeacher, divergence, sparse_divergence
 from tests.benchmarks import timing
 
@@ -47,6 +49,7 @@ class Scheme:
     bytes_per_token: float
     loss: Loss
     decoded: Callable[[float], Tensor | None]
+    serves: Callable[[DivergenceSpec], bool] = lambda spec: True
 
 
 @dataclass
@@ -57,12 +60,14 @@ class Student:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--text", required=True, help="a jsonl file")
+    parser.add_argument("--text", help="a jsonl file; for the first table")
+    parser.add_argument("--tables", nargs="+", default=["fidelity", "speed"])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=768)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 2.0])
     parser.add_argument("--only", nargs="+", help="names of schemes that contain one of these")
-    parser.add_argument("--max-ratio", type=float, default=4.0)
+    parser.add_argument("--max-ratio", type=float, default=4.0, help="0: none")
+    parser.add_argument("--tail", default="auto", help="how the losses read a tail with draws")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--allocator", choices=["default", "keep"], default="default")
     return parser.parse_args()
@@ -118,12 +123,16 @@ def by_codec(codec: Codec, logits: Tensor, args: argparse.Namespace) -> Scheme:
 
     def loss(student: Tensor, spec: DivergenceSpec) -> Tensor:
         at = teacher.at(spec.temperature)
-        return sparse_divergence(student, at, spec, max_ratio=args.max_ratio or None)
+        return sparse_divergence(
+            student, at, spec, tail=args.tail, max_ratio=args.max_ratio or None
+        )
 
     def decoded(temperature: float) -> Tensor | None:
-        return spread(teacher.at(temperature), logits.shape[1]) if codec.top_k else None  # pyright: ignore
+        served = codec.serves(DivergenceSpec(temperature=temperature)) is None
+        known = served and teacher.ids.shape[1] > 0
+        return spread(teacher.at(temperature), logits.shape[1]) if known else None
 
-    return Scheme(stored + POSITION_BYTES, loss, decoded)
+    return Scheme(stored + POSITION_BYTES, loss, decoded, lambda spec: codec.serves(spec) is None)
 
 
 def by_log_probs(bytes_per_token: float, log_probs: Tensor) -> Scheme:
@@ -176,21 +185,27 @@ def polynomial(logits: Tensor, k: int, num_exact: int, degree: int, bucket: bool
     return by_log_probs(size, dense)
 
 
-def schemes(logits: Tensor, args: argparse.Namespace) -> Iterator[tuple[str, Scheme]]:
-    """Each by its name; made when it is its turn."""
-    wide = (1.0, 2.0)
-    codecs: dict[str, Codec] = {
+def codecs() -> dict[str, Codec]:
+    wide, one = (1.0, 2.0), (1.0, 1.0)
+    return {
         "full fp16": Full("fp16"),
         "full int8": Full("int8"),
         "head_samples (default)": HeadSamples(),
-        "head_samples, range (1, 1)": HeadSamples(temperature_range=(1.0, 1.0)),
+        "head_samples, k 32, n 16, range (1, 1)": HeadSamples(
+            32, num_samples=16, temperature_range=one
+        ),
         "head_samples, top_p 0.95": HeadSamples(top_p=0.95),
         "topk 50": TopK(50, temperature_range=wide),
+        "sampled 50, range (1, 1)": Sampled(50),
         "sampled 50": Sampled(50, temperature_range=wide),
     }
+
+
+def schemes(logits: Tensor, args: argparse.Namespace) -> Iterator[tuple[str, Scheme]]:
+    """Each by its name; made when it is its turn."""
     ids = id_bytes(logits.shape[1])
     makers: dict[str, Callable[[], Scheme]] = {
-        name: partial(by_codec, codec, logits, args) for name, codec in codecs.items()
+        name: partial(by_codec, codec, logits, args) for name, codec in codecs().items()
     } | {
         "renormalised top 50 fp16": lambda: renormalised(logits, 50, 2, ids),
         "renormalised top 128 fp16": lambda: renormalised(logits, 128, 2, ids),
@@ -212,3 +227,107 @@ def loss_and_gradient(loss: Loss, student: Student, spec: DivergenceSpec) -> tup
     mean.backward()
     assert logits.grad is not None
     return mean.item(), logits.grad.T @ student.hidden
+
+
+def divergence_of(log_p: Tensor, log_q: Tensor) -> float:
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+
+
+def fidelity(args: argparse.Namespace) -> None:
+    """The first table, one part per temperature."""
+    teacher, students = read_models(args)
+    specs = {
+        temperature: [DivergenceSpec(kind, temperature=temperature) for kind in KINDS]
+        for temperature in args.temperatures
+    }
+    exact = {
+        (name, spec): loss_and_gradient(partial(full, teacher), student, spec)
+        for name, student in students.items()
+        for wanted in specs.values()
+        for spec in wanted
+    }
+    cases = [f"{kind} {name}" for kind in KINDS for name in students]
+    for temperature, wanted in specs.items():
+        values = [f"{exact[name, spec][0]:.4f}" for spec in wanted for name in students]
+        print(f"\nTemperature {temperature:g}; losses {', '.join(cases)}: {', '.join(values)}\n")
+        columns = ["scheme", "B/token", "KL", *(f"{case}: loss, error, cos" for case in cases)]
+        print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+        log_p = (teacher / temperature).log_softmax(-1)
+        for scheme_name, scheme in schemes(teacher, args):
+            decoded = scheme.decoded(temperature)
+            kl = None if decoded is None else divergence_of(log_p, decoded)
+            cells = [scheme_name, f"{scheme.bytes_per_token:.0f}"]
+            cells.append("-" if kl is None else f"{kl:.3f}" if kl < 50 else "inf")
+            for spec in wanted:
+                for name, student in students.items():
+                    cells.append(compared(scheme, student, spec, exact[name, spec]))
+            print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def full(teacher: Tensor, student: Tensor, spec: DivergenceSpec) -> Tensor:
+    return divergence(student, teacher, spec)
+
+
+def compared(
+    scheme: Scheme, student: Student, spec: DivergenceSpec, exact: tuple[float, Tensor]
+) -> str:
+    """Error of the loss, of the gradient, and the gradient's cosine."""
+    if not scheme.serves(spec):
+        return "-"
+    value, gradient = loss_and_gradient(scheme.loss, student, spec)
+    error = (gradient - exact[1]).norm() / exact[1].norm()
+    cosine = nn.functional.cosine_similarity(gradient.flatten(), exact[1].flatten(), dim=0)
+    return f"{value / exact[0] - 1:+.1%}, {error:.3f}, {cosine:.3f}"
+
+
+def seconds(call: Callable[[], object], repeats: int) -> float:
+    """The fastest of some calls, in time of this process."""
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        call()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def speed(args: argparse.Namespace, vocab: int = 151_936, tokens: int = 40, times: int = 5) -> None:
+    """The second table: rows of 200 tokens, batches of 40 rows to decode."""
+    generator = torch.Generator().manual_seed(args.seed)
+    ranks = torch.stack([torch.randperm(vocab, generator=generator) for _ in range(tokens)])
+    logits = torch.randn(tokens, vocab, generator=generator) * 0.3 - 1.5 * (ranks + 1.0).log()
+    columns = ["codec", "B/token", "encode", "of it packing", "decode"]
+    print(f"\nVocabulary {vocab}; tokens/s of one core\n\n| " + " | ".join(columns) + " |")
+    print("|" + "---|" * len(columns))
+    for name, codec in codecs().items():
+        if args.only is not None and not any(part in name for part in args.only):
+            continue
+        encode = partial(codec.encode, logits, [tokens], [(args.seed, 0)], vocab)
+        (row,) = encode()
+        cells = [f"{sum(a.nbytes for a in row.values()) / tokens + POSITION_BYTES:.0f}"]
+        cells.append(f"{tokens / seconds(encode, 3):.0f}")
+        rows, lengths = [row], [tokens]
+        if not isinstance(codec, SparseCodec):
+            cells.append("-")
+        else:
+            points = uniforms([(args.seed, 0)], [tokens])
+            kept = select(logits, points, codec.plan)
+            many = Selection(*(np.concatenate([x] * 100) for x in kept))
+            pack = partial(codec.pack, many, [200] * 20, vocab)
+            cells.append(f"{4000 / seconds(pack, 10):,.0f}")
+            keys = [(args.seed, i) for i in range(times)]
+            parts = codec.encode(logits.repeat(times, 1), [tokens] * times, keys, vocab)
+            joined = {k: np.concatenate([p[k] for p in parts]) for k in row if k != "num_entries"}
+            rows, lengths = [joined | {"num_entries": row["num_entries"]}] * 40, [200] * 40
+        decode = partial(codec.decode, rows, lengths, vocab)
+        cells.append(f"{sum(lengths) / seconds(decode, 30):,.0f}")
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    given = arguments()
+    torch.set_num_threads(1)
+    timing.restart(given.allocator)
+    if "fidelity" in given.tables:
+        fidelity(given)
+    if "speed" in given.tables:
+        speed(given)

@@ -41,12 +41,17 @@ def arguments(description: str | None, shapes: list[str], **more: list[str]) -> 
     parser.add_argument("--no-memory", action="store_true", help="times and errors only")
     parser.add_argument("--memory-of", help="measure one variant's peak memory, then exit")
     parsed = parser.parse_args()
-    if parsed.allocator == "keep" and "MALLOC_MMAP_MAX_" not in os.environ:
+    restart(parsed.allocator)
+    return parsed
+
+
+def restart(allocator: str) -> None:
+    """Start the benchmark again with the allocator that was asked for, unless it has it."""
+    if allocator == "keep" and "MALLOC_MMAP_MAX_" not in os.environ:
         main = sys.modules["__main__"].__spec__
         assert main is not None
         command = [sys.executable, "-m", main.name, *sys.argv[1:]]
         raise SystemExit(subprocess.call(command, env=os.environ | KEEP))
-    return parsed
 
 
 def peak_mb(variant: Variant) -> float:

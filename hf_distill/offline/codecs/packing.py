@@ -50,14 +50,29 @@ def pack_ids(prefix: str, ids: np.ndarray, ends: Sequence[int], vocab: int) -> l
         ends: where each row's ids end.
         vocab: decides how many bits are stored.
     """
-    bits, spans = field_bits(vocab), list(pairwise([0, *ends]))
+    bits = field_bits(vocab)
     rows = [{f"{prefix}_low": part} for part in split(ids.astype(U16), ends)]
     if bits:
-        fields = (ids >> LOW_BITS).astype(U16).view(np.uint8).reshape(-1, 2)
-        flags = np.unpackbits(fields, axis=1, bitorder="little")[:, :bits]
-        for row, (a, b) in zip(rows, spans, strict=True):
-            row[f"{prefix}_high"] = np.packbits(flags[a:b], bitorder="little")
+        sizes = np.diff([0, *ends]).tolist()
+        byte_ends = accumulate(_field_bytes(size, bits) for size in sizes)
+        packed = split(_pack_fields(ids >> LOW_BITS, sizes, bits), byte_ends)
+        for row, part in zip(rows, packed, strict=True):
+            row[f"{prefix}_high"] = part
     return rows
+
+
+def _pack_fields(fields: np.ndarray, sizes: Sequence[int], bits: int) -> np.ndarray:
+    """The fields of all rows in bytes; each row starts with a byte of its own."""
+    if bits == 16:
+        return fields.astype(U16).view(U8)
+    fields, per_byte = fields.astype(U8), 8 // bits
+    if any(size % per_byte for size in sizes):
+        rows = split(fields, accumulate(sizes))
+        fields = np.concatenate([np.pad(row, (0, -len(row) % per_byte)) for row in rows])
+    packed = np.zeros(len(fields) // per_byte, U8)
+    for i in range(per_byte):
+        packed |= fields[i::per_byte] << (i * bits)
+    return packed
 
 
 @functools.cache
@@ -109,8 +124,10 @@ def join(rows: Rows, name: str, dtype: np.dtype, sizes: Sequence[int]) -> np.nda
     Raises:
         ValueError: a row has no such array, or one of another dtype or size.
     """
-    parts = [row.get(name) for row in rows]
-    for index, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+    parts = []
+    for index, (row, size) in enumerate(zip(rows, sizes, strict=True)):
+        part = row.get(name)
+        parts.append(part)
         if part is None:
             raise ValueError(f"row {index} has no array {name!r}")
         if part.dtype != dtype or part.ndim != 1 or part.size != size:
@@ -205,6 +222,18 @@ def _sum_bounds(
     return spread + alpha * log_tail[:, None], -spread
 
 
+def codes(values: np.ndarray, top: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Uint8: how far each value is on the way from top to last, both [N, 1] as they are stored."""
+    way = np.maximum(top.astype(np.float32) - last.astype(np.float32), 1e-6)
+    share = (top.astype(np.float32) - values) * (LEVELS / way)
+    return np.rint(np.clip(share, 0, LEVELS)).astype(U8)
+
+
+def steps(top: Tensor, last: Tensor) -> Tensor:
+    """What one unit of a code adds to the value of top."""
+    return (last - top) / LEVELS
+
+
 def pack_head(
     log_probs: np.ndarray, counts: np.ndarray, num_exact: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -220,21 +249,20 @@ def pack_head(
     Returns:
         The 16-bit values of all tokens and how many each token has, the 8-bit ones and how many.
     """
-    exact, coarse = head_masks(log_probs.shape[1], counts, num_exact)
-    values = log_probs
-    if log_probs.shape[1] > num_exact:
-        top = half(log_probs[:, num_exact - 1]).astype(np.float32)
-        values = log_probs.copy()
-        deepest = (np.where(np.isfinite(top), top, 0) - DEEPEST)[:, None]
-        values[:, num_exact:] = np.maximum(values[:, num_exact:], deepest)
-    stored = half(values)
-    codes = np.empty(0, U8)
-    if coarse.any():
-        last = np.take_along_axis(stored, counts[:, None] - 1, axis=1).astype(np.float32)
-        way = np.maximum(stored[:, num_exact - 1 : num_exact].astype(np.float32) - last, 1e-6)
-        share = (stored[:, num_exact - 1 : num_exact].astype(np.float32) - values) / way
-        codes = np.rint(np.clip(share[coarse], 0, 1) * LEVELS).astype(U8)
-    return stored[exact], exact.sum(1), codes, coarse.sum(1)
+    width = log_probs.shape[1]
+    if width > num_exact:
+        deepest = np.maximum(log_probs[:, num_exact - 1 : num_exact], -LARGEST_FP16) - DEEPEST
+        log_probs = np.maximum(log_probs, deepest)
+    stored = half(log_probs)
+    last = stored[np.arange(len(stored)), counts - 1][:, None]
+    middle = codes(log_probs[:, num_exact:], stored[:, num_exact - 1 : num_exact], last)
+    if (counts == width).all():
+        first = stored[:, : num_exact + 1].copy()
+        first[:, -1:] = last
+        sizes = np.full_like(counts, first.shape[1])
+        return first.reshape(-1), sizes, middle[:, :-1].reshape(-1), width - sizes
+    exact, coarse = head_masks(width, counts, num_exact)
+    return stored[exact], exact.sum(1), middle[coarse[:, num_exact:]], coarse.sum(1)
 
 
 def head_masks(width: int, counts: np.ndarray, num_exact: int) -> tuple[np.ndarray, np.ndarray]:
@@ -242,3 +270,19 @@ def head_masks(width: int, counts: np.ndarray, num_exact: int) -> tuple[np.ndarr
     place, counts = np.arange(width), counts[:, None]
     coarse = (place >= num_exact) & (place < counts - 1)
     return (place < counts) & ~coarse, coarse
+
+
+def pack_draws(log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities in no order: each token's largest and smallest in 16 bits, all in 8.
+
+    Args:
+        log_probs: [N, n] float32, n at least 1.
+
+    Returns:
+        [N, 2] float16 and [N, n] uint8, which divide the way between the two evenly.
+    """
+    log_probs = np.maximum(log_probs, -LARGEST_FP16)
+    top = log_probs.max(1, keepdims=True)
+    last = np.maximum(log_probs.min(1, keepdims=True), top - DEEPEST)
+    ends = half(np.concatenate([top, last], axis=1))
+    return ends, codes(log_probs, ends[:, :1], ends[:, 1:])

@@ -23,13 +23,19 @@ class Codec(Protocol):
 
     Attributes:
         name: under which `make_codec` knows the class.
-        temperature: at which the stored log-probabilities are taken.
-        temperature_range: smallest and largest temperature at which a loss may use them.
     """
 
     name: ClassVar[str]
-    temperature: float
-    temperature_range: tuple[float, float]
+
+    @property
+    def temperature(self) -> float:
+        """At which the stored log-probabilities are taken."""
+        ...
+
+    @property
+    def temperature_range(self) -> tuple[float, float]:
+        """Smallest and largest temperature at which a loss may use them."""
+        ...
 
     def settings(self) -> dict[str, Any]:
         """What JSON can hold; `make_codec(name, settings)` builds the same codec again."""

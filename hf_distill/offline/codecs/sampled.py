@@ -47,4 +47,9 @@ class Sampled(SparseCodec):
                 f"missing {spec.missing!r} leaves out all but the head, and draws have no head: "
                 'cache with the codec "head_samples"'
             )
+        if spec.clip is not None and spec.clip_level == "vocab_entry":
+            return (
+                "clip_level 'vocab_entry' bounds every entry, and draws know only some: use "
+                "clip_level 'token', or cache with the codec \"full\""
+            )
         return super().serves(spec)

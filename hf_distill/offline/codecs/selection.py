@@ -26,7 +26,7 @@ def block_tokens(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to keep.
+    """What is kept of a token, and how it is stored.
 
     Args:
         top_k: most entries of the head; 0 for none.
@@ -35,6 +35,9 @@ class Plan:
         proposal: the draws are in proportion to p ** proposal.
         orders: exponents of the tail's power sums.
         temperature: of the softmax.
+        temperature_range: of the losses that may use it.
+        num_exact: log-probabilities of the head that are stored in 16 bits.
+        merges_draws: whether repeated draws are stored once.
     """
 
     top_k: int
@@ -43,6 +46,9 @@ class Plan:
     proposal: float
     orders: tuple[float, ...]
     temperature: float
+    temperature_range: tuple[float, float]
+    num_exact: int
+    merges_draws: bool
 
 
 class Selection(NamedTuple):

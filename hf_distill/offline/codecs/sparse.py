@@ -7,7 +7,8 @@ A row of T tokens is stored as these 1-D arrays, each token's part after the one
 - `head_sizes` u8: entries of the head, [T]; nothing if every token has top_k.
 - `log_tail` f16 [T]: log of the mass of all other entries, by a log-sum-exp over them.
 - `log_sums` u16 [T * m]: log of the tail's sums of p ** alpha, see `packing.pack_sums`.
-- `draw_low`, `draw_high`, `draw_log_probs` f16: the draws from the tail.
+- `draw_low`, `draw_high`, `draw_ends` f16 [T * 2], `draw_codes` u8: the draws from the tail and
+  their log-probabilities, see `packing.pack_draws`.
 - `draw_sizes` u8 and `draw_repeats` u8, where repeated draws are stored once.
 - `entropy` f16 [T]: of the whole distribution, nats.
 - `num_entries` u32: entries of the vocabulary with any probability, [1] if all
@@ -32,7 +33,8 @@ from hf_distill.offline.codecs.reading import read
 from hf_distill.offline.codecs.selection import Plan, Selection, select, uniforms
 from metal_ops import DivergenceSpec, SparseTeacher
 
-NUM_ORDERS = 3
+NUM_ORDERS = 4
+MOST = 255  # what a count of one byte can hold
 
 
 def check(holds: bool, rule: str, value: object) -> None:
@@ -81,12 +83,15 @@ class SparseCodec:
             "temperature_range must be two positive numbers, the smaller first",
             self.temperature_range,
         )
-        check(0 <= self.top_k <= 255, "top_k must be in [0, 255]", self.top_k)
         check(
             self.top_p is None or 0 < self.top_p <= 1, "top_p must be None or in (0, 1]", self.top_p
         )
         check(self.num_exact >= 1, "num_exact must be at least 1", self.num_exact)
-        check(0 <= self.num_samples <= 255, "num_samples must be in [0, 255]", self.num_samples)
+        arguments = self.settings()
+        for name in ("top_k", "num_samples"):
+            if name in arguments:
+                most = f"{name} must be in [1, {MOST}]"
+                check(1 <= arguments[name] <= MOST, most, arguments[name])
 
     def settings(self) -> dict[str, Any]:
         """The arguments of the class, as JSON has them."""
@@ -101,19 +106,22 @@ class SparseCodec:
 
     @cached_property
     def proposal(self) -> float:
-        """The draws are in proportion to p ** proposal: the middle of the range of exponents."""
-        return sum(self._alphas) / 2
+        """The draws are in proportion to p ** proposal, what p is at the hottest temperature.
+
+        There the tail matters most; a colder loss loses little by such draws.
+        """
+        return self._alphas[0]
 
     @cached_property
     def orders(self) -> tuple[float, ...]:
-        """Exponents of the stored power sums: over the range evenly, the proposal's among them."""
+        """Exponents of the stored power sums, evenly over the range; 1 is the tail's mass."""
         low, high = self._alphas
         spread = (low + (high - low) * i / (NUM_ORDERS - 1) for i in range(NUM_ORDERS))
-        return tuple(sorted({*spread, self.proposal} - {1.0}))
+        return tuple(sorted({*spread} - {1.0}))
 
-    @property
+    @cached_property
     def plan(self) -> Plan:
-        """What to keep of a token."""
+        """What is kept of a token, and how it is stored."""
         return Plan(
             top_k=self.top_k,
             top_p=self.top_p,
@@ -121,6 +129,9 @@ class SparseCodec:
             proposal=self.proposal,
             orders=self.orders,
             temperature=self.temperature,
+            temperature_range=self.temperature_range,
+            num_exact=self.num_exact,
+            merges_draws=self.merges_draws,
         )
 
     def arrays(self, vocab: int) -> dict[str, np.dtype]:
@@ -133,7 +144,7 @@ class SparseCodec:
         if self.orders:
             names |= {"log_sums": u16}
         if self.num_samples:
-            names |= packing.id_arrays("draw", vocab) | {"draw_log_probs": f16}
+            names |= packing.id_arrays("draw", vocab) | {"draw_ends": f16, "draw_codes": u8}
         if self.merges_draws:
             names |= {"draw_sizes": u8, "draw_repeats": u8}
         return names | {"entropy": f16, "num_entries": packing.U32}
@@ -172,6 +183,7 @@ class SparseCodec:
             f"logits must be [{sum(lengths)}, V], the sum of lengths",
             list(logits.shape),
         )
+        check(len(keys) == len(lengths), f"there must be {len(lengths)} keys", len(keys))
         vocab = logits.shape[1]
         check(0 < real_vocab <= vocab, f"real_vocab must be in [1, {vocab}]", real_vocab)
         points = uniforms(keys, lengths)
@@ -210,7 +222,9 @@ class SparseCodec:
         self, kept: Selection, ends: list[int], vocab: int
     ) -> dict[str, list[np.ndarray]]:
         counts, width = kept.head_sizes, kept.head_ids.shape[1]
-        ids = kept.head_ids[np.arange(width) < counts[:, None]]
+        ids = kept.head_ids.reshape(-1)
+        if not (counts == width).all():
+            ids = kept.head_ids[np.arange(width) < counts[:, None]]
         row_ends = _row_ends(counts, ends)
         exact, num_exact, coarse, num_coarse = packing.pack_head(
             kept.head_log_probs, counts, self.num_exact
@@ -225,20 +239,23 @@ class SparseCodec:
     def _pack_draws(
         self, kept: Selection, ends: list[int], vocab: int
     ) -> dict[str, list[np.ndarray]]:
-        ids, log_probs = kept.draw_ids, packing.half(kept.draw_log_probs)
-        first = np.ones(ids.shape, bool)
-        columns: dict[str, list[np.ndarray]] = {}
+        num_tokens, most = kept.draw_ids.shape
+        range_ends, codes = packing.pack_draws(kept.draw_log_probs)
+        columns = {"draw_ends": packing.split(range_ends.reshape(-1), [2 * end for end in ends])}
+        ids, codes = kept.draw_ids.reshape(-1), codes.reshape(-1)
+        row_ends = [most * end for end in ends]
         if self.merges_draws:
-            first[:, 1:] = ids[:, 1:] != ids[:, :-1]
-            counts = first.sum(1)
-            repeats = np.diff(np.flatnonzero(first), append=first.size).astype(packing.U8)
-            columns["draw_sizes"] = packing.pack_counts(counts, ends, self.num_samples)
-            columns["draw_repeats"] = packing.split(repeats, _row_ends(counts, ends))
-        row_ends = _row_ends(first.sum(1), ends)
+            first = np.ones(kept.draw_ids.shape, bool)
+            first[:, 1:] = kept.draw_ids[:, 1:] != kept.draw_ids[:, :-1]
+            counts, kept_places = first.sum(1), np.flatnonzero(first)
+            repeats = np.diff(kept_places, append=num_tokens * most).astype(packing.U8)
+            ids, codes, row_ends = ids[kept_places], codes[kept_places], _row_ends(counts, ends)
+            columns["draw_sizes"] = packing.pack_counts(counts, ends, most)
+            columns["draw_repeats"] = packing.split(repeats, row_ends)
         return {
             **columns,
-            **_by_name(packing.pack_ids("draw", ids[first], row_ends, vocab)),
-            "draw_log_probs": packing.split(log_probs[first], row_ends),
+            **_by_name(packing.pack_ids("draw", ids, row_ends, vocab)),
+            "draw_codes": packing.split(codes, row_ends),
         }
 
     def decode(
@@ -250,7 +267,7 @@ class SparseCodec:
         They are divided by their sum: a wrong sum would be an error of the loss of the same size,
         and what then remains enters times log(p / q).
         """
-        return read(self, rows, lengths, vocab)
+        return read(self.plan, rows, lengths, vocab)
 
 
 def _row_ends(counts: np.ndarray, ends: Sequence[int]) -> list[int]:
