@@ -265,6 +265,17 @@ def test_another_run_is_refused(
         distil(tmp_path, found, **trained).train()
 
 
+def test_rows_for_evaluation_must_be_cached_too(tmp_path: Path) -> None:
+    rows, held_out = models.rows(), models.rows(4, seed=9)
+    run = distil(tmp_path, cached(tmp_path / "both", rows=[*rows, *held_out]))
+    live = distil(tmp_path, teacher())
+    found, wanted = (x.evaluate(held_out)["eval_soft"] for x in (run, live))
+    assert found == pytest.approx(wanted, rel=2e-3)
+    run = distil(tmp_path, cached(tmp_path / "one", rows=rows))
+    with pytest.raises(RowMismatch, match="rows for evaluation must be cached too"):
+        run.evaluate(held_out)
+
+
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     collator, rows = HintCollator(models.tokenizer()), models.problems()
     found = cached(tmp_path, rows=rows, data_collator=collator)
