@@ -216,8 +216,8 @@ class CacheReader:
         if row is None:
             raise RowMismatch(
                 f"{self.path}: no stored row has the ids of the batch's row of {begins}. Data, "
-                "tokenizer, chat template, truncation and hints must be those of the writing, and rows "
-                "for evaluation must be cached too"
+                "tokenizer, chat template, truncation and hints must be those of the writing, and "
+                "rows for evaluation must be cached too"
             )
         missing = [int(x) for x in wanted.positions if x not in row.positions]
         raise RowMismatch(
