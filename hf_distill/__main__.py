@@ -63,10 +63,15 @@ def _inspect(options: argparse.Namespace) -> int:
     print(f"{len(reader)} rows in {len(reader.manifest.shards)} shards: {checked} are right")
     if options.dataset is None:
         return 0
-    name = options.model or reader.manifest.config["teacher"]["name_or_path"]
+    teacher, own = (reader.manifest.config.get(x) or {} for x in ("teacher", "tokenizer"))
+    name = options.model or teacher["name_or_path"]
+    of = {"revision": None if options.model else teacher.get("revision")}
+    words = own.get("name_or_path") or name
+    tokenizer = AutoTokenizer.from_pretrained(words, **(of if words == name else {}))
     data = load_data(options.dataset, options.split, options.subset)
-    collator = default_collator(data, AutoTokenizer.from_pretrained(name), options.hint or ())
-    model = ModelTeacher(name).model
+    collator = default_collator(data, tokenizer, options.hint or ())
+    # another dtype would be measured too
+    model = ModelTeacher(name, teacher.get("dtype"), **of).model
     found = measure(CachedTeacher(options.path), model, data, collator, options.sample)
     print(f"against {name}, {min(options.sample, len(data))} rows:")
     print("\n".join(f"{key:15s} {value:.4g}" for key, value in found.items()))

@@ -27,7 +27,7 @@ from hf_distill.offline.errors import (
 from hf_distill.offline.identity import Collator
 from hf_distill.offline.reader import CacheReader
 from hf_distill.teachers.protocol import Stateless
-from metal_ops import DivergenceSpec, SparseTeacher
+from metal_ops import DivergenceSpec, SparseTeacher, sparse_divergence
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class CachedTeacher(Stateless):
         tail: how a loss reads what lies outside the stored entries: "auto" takes draws where there
             are some and one category else; "sampled"; "bucket", one category; "renorm", nothing,
             which is biased. See `metal_ops.sparse_divergence`.
-        max_ratio: largest weight of a draw, see there; None for no limit.
+        max_ratio: largest weight of a draw, >= 1, see there; None for no limit.
         verify: which checksums are compared: "lazy", of a shard when it is first read; "full", of
             all now; "size", none.
         teacher: the model or the name that must have been cached, or None for any.
@@ -61,6 +61,7 @@ class CachedTeacher(Stateless):
     Raises:
         CacheIncomplete, CacheCorrupt, FormatVersionError: see `CacheReader`.
         TeacherMismatch: another teacher was cached.
+        UnsupportedDivergence: the codec stores nothing that `tail` could read.
         ValueError: an argument is out of range.
     """
 
@@ -76,8 +77,8 @@ class CachedTeacher(Stateless):
     ) -> None:
         if tail not in TAILS:
             raise ValueError(f"tail must be one of {TAILS}, got {tail!r}")
-        if max_ratio is not None and not max_ratio > 0:
-            raise ValueError(f"max_ratio must be positive or None, got {max_ratio}")
+        if max_ratio is not None and not max_ratio >= 1:
+            raise ValueError(f"max_ratio must be at least 1, or None, got {max_ratio}")
         self.rule = TailRule(tail, max_ratio)
         self.reader = CacheReader(path, verify, copies)
         self.manifest = self.reader.manifest
@@ -88,6 +89,11 @@ class CachedTeacher(Stateless):
             raise UnsupportedDivergence(
                 f"{self.reader.path}: codec {self.codec.name!r} stores no draws: take tail "
                 "'bucket', or cache with 'head_samples'"
+            )
+        if tail in ("bucket", "renorm") and self._sparse and not self._like.ids.shape[-1]:
+            raise UnsupportedDivergence(
+                f"{self.reader.path}: codec {self.codec.name!r} stores draws only: take tail "
+                f"'sampled', or cache with 'head_samples' or 'topk'; got {tail!r}"
             )
         if teacher is not None:
             self._check_teacher(teacher)
@@ -134,6 +140,7 @@ class CachedTeacher(Stateless):
             )
         if refusal is not None:
             raise UnsupportedDivergence(f"{self.reader.path}: {refusal}")
+        self._check_rule(spec)
         about = self.manifest.config.get("tokenizer")
         if about is None or not isinstance(tokenizer, PreTrainedTokenizerBase):
             return
@@ -145,6 +152,20 @@ class CachedTeacher(Stateless):
                     f"of {about.get('name_or_path')!r}, got {found.get(name)} of "
                     f"{tokenizer.name_or_path!r}"
                 )
+
+    def _check_rule(self, spec: DivergenceSpec) -> None:
+        """The loss of no tokens, which has the errors of a loss of some."""
+        known = self._signal(self._like, torch.device("cpu")).sparse
+        if known is None:
+            return
+        try:
+            given = {"tail": self.rule.tail, "max_ratio": self.rule.max_ratio}
+            none = torch.empty(0, self.manifest.vocab_size)
+            sparse_divergence(none, known.at(spec.temperature), spec, **given)
+        except ValueError as error:
+            raise UnsupportedDivergence(
+                f"{self.reader.path}: {error}; or cache with the codec 'full'"
+            ) from error
 
     def prepare(self, accelerator: Accelerator, student: nn.Module, refusal: str | None) -> None:
         """Check the vocabulary.

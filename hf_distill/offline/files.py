@@ -140,11 +140,13 @@ class Folder:
             listed = self._fs.ls(f"{self._root}/{name}", detail=True)
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        files = [x for x in listed if x["type"] == "file"]
+        files = [x for x in listed if x["type"] != "directory"]  # or links to files
         return {x["name"].rsplit("/", 1)[-1]: int(x["size"]) for x in files}
 
-    def local(self, name: str, sha256: str) -> Path:
+    def local(self, name: str, sha256: str, size: int) -> Path:
         """A file of this machine with the file's bytes; a remote one is copied once.
+
+        A copy of another size is made again.
 
         Raises:
             CacheCorrupt: a remote file has another sha256.
@@ -152,7 +154,7 @@ class Folder:
         if self.is_local:
             return Path(self._root, name)
         copy = self._copies / f"{sha256}{Path(name).suffix}"
-        if not copy.exists():
+        if not copy.exists() or copy.stat().st_size != size:
             self._copies.mkdir(parents=True, exist_ok=True)
             with self._fs.open(f"{self._root}/{name}", "rb") as file:
                 _, found = commit(copy, iter(lambda: file.read(BLOCK), b""))

@@ -139,9 +139,14 @@ def dataset_identity(data: Data) -> dict[str, Any]:
     """num_rows, and the sha256 of the rows' JSON, one a line. It reads all of the data once."""
     digest = hashlib.sha256()
     for i in range(len(data)):
-        text = json.dumps(dict(data[i]), sort_keys=True, default=repr)
+        text = json.dumps(dict(data[i]), sort_keys=True, default=_listed)
         digest.update(text.encode() + b"\n")
     return {"num_rows": len(data), "sha256": digest.hexdigest()}
+
+
+def _listed(value: Any) -> Any:
+    """A tensor's or an array's values, whose text leaves some out; the text of anything else."""
+    return value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else repr(value)
 
 
 def collator_identity(collator: Collator, data: Data) -> dict[str, Any]:

@@ -6,6 +6,7 @@ is known of how it is spread. So these caches are of the codec `topk`, at one te
 Shapes: N scored tokens of some rows, K entries.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,6 +72,7 @@ class RecordedLogProbs:
         self.path, self.top_k, self.name = Path(path), top_k, name
         self._starts: dict[int, int] = {}  # of a row's line, by the hash of its ids
         self._vocab = 0
+        digest = hashlib.sha256()
         with open(self.path, "rb") as file, tqdm(desc="index", unit="row") as bar:
             for number, (start, line) in enumerate(_lines(file), 1):
                 try:
@@ -78,7 +80,13 @@ class RecordedLogProbs:
                 except (ValueError, TypeError, AttributeError) as error:
                     raise ValueError(f"{self.path}, line {number}: {error}") from error
                 self._starts[identity.row_hash(ids)] = start
+                digest.update(line)
                 bar.update()
+        self._sha256 = digest.hexdigest()
+
+    def identity(self) -> dict[str, Any]:
+        """The sha256 of all answers: a file that has changed is another teacher."""
+        return {"answers_sha256": self._sha256}
 
     def start(self, vocab: int) -> None:
         """Keep the vocabulary, below which ids must be."""
@@ -217,7 +225,7 @@ def cache_log_probs(
     """Write a cache from a server's log-probabilities, or from answers that were kept.
 
     It can be interrupted and goes on like `cache_teacher`; a server is asked again only for what
-    is missing.
+    is missing. A file that has changed gives another cache.
 
     Args:
         source: a `RecordedLogProbs`, or a `RemoteTeacher` (its own number of threads is not used).
@@ -259,8 +267,9 @@ def cache_log_probs(
     )
 
     def about() -> dict[str, Any]:
-        unknown = ("revision", "config_sha256", "weights_fingerprint")
-        return {"name_or_path": source.name, **dict.fromkeys(unknown), "tail": "1 - entries"}
+        unknown = dict.fromkeys(("revision", "config_sha256", "weights_fingerprint"))
+        known = source.identity() if isinstance(source, RecordedLogProbs) else {}
+        return {"name_or_path": source.name, **unknown, "tail": "1 - entries", **known}
 
     return write_all(
         cache, encoder, about, tokenizer, process_state(), overwrite=overwrite, verify=verify

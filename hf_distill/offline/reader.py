@@ -63,12 +63,11 @@ class CacheReader:
         self.path = os.fspath(path)
         self.verify = verify
         self.copies = Path(copies or Path(HF_HOME, "hf_distill"))
-        self._folder = Folder(self.path, self.copies)
+        self._begin()
         self.manifest = Manifest.read(self._folder.read(MANIFEST), f"{self.path}/{MANIFEST}")
         self._starts = np.array([shard.start for shard in self.manifest.shards], np.int64)
         self._verified: set[int] = set()
         self._index: tuple[np.ndarray, np.ndarray] | None = None
-        self._begin()
         self._check_sizes()
         if verify == "full":
             for number in range(len(self.manifest.shards)):
@@ -86,6 +85,7 @@ class CacheReader:
         return self.manifest.num_rows
 
     def _begin(self) -> None:
+        self._folder = Folder(self.path, self.copies)  # some file systems must not be forked
         self._process = os.getpid()
         self._lock = threading.RLock()
         self._open: OrderedDict[int, Shard] = OrderedDict()
@@ -127,11 +127,15 @@ class CacheReader:
 
     def _opened(self, number: int) -> Shard:
         wanted, name = self.manifest.shards[number], f"{self.path}/{shard_name(number)}"
-        path = self._folder.local(shard_name(number), wanted.sha256)
+        path = self._folder.local(shard_name(number), wanted.sha256, wanted.bytes)
         if self.verify != "size" and number not in self._verified:
             self._check_sidecar(number, wanted)
             try:
                 found = sha256_of(path)
+                if found != wanted.sha256 and not self._folder.is_local:
+                    path.unlink(missing_ok=True)  # the copy has been damaged, not the shard
+                    path = self._folder.local(shard_name(number), wanted.sha256, wanted.bytes)
+                    found = sha256_of(path)
             except OSError as error:
                 raise CacheCorrupt(f"{name} cannot be read: {error}") from error
             if found != wanted.sha256:
@@ -212,7 +216,8 @@ class CacheReader:
         if row is None:
             raise RowMismatch(
                 f"{self.path}: no stored row has the ids of the batch's row of {begins}. Data, "
-                "tokenizer, chat template, truncation and hints must be those of the writing"
+                "tokenizer, chat template, truncation and hints must be those of the writing, and "
+                "rows for evaluation must be cached too"
             )
         missing = [int(x) for x in wanted.positions if x not in row.positions]
         raise RowMismatch(

@@ -16,7 +16,12 @@ from hf_distill.offline.container import (
     shard_name,
     sidecar_name,
 )
-from hf_distill.offline.errors import CacheConfigMismatch, CacheCorrupt, CacheIncomplete
+from hf_distill.offline.errors import (
+    CacheConfigMismatch,
+    CacheCorrupt,
+    CacheError,
+    CacheIncomplete,
+)
 from hf_distill.offline.files import TMP, commit, entry, parse, pretty, sha256_of
 from hf_distill.offline.identity import first_difference
 from hf_distill.offline.manifest import (
@@ -85,7 +90,7 @@ def begin(cache: Path, config: Mapping[str, Any], overwrite: bool, verify: str) 
     Args:
         cache: the folder; it is made if it is not there.
         config: as it will stand in the manifest.
-        overwrite: whether to delete what is there of a cache.
+        overwrite: whether to delete what is there of another cache.
         verify: see `cache_teacher`.
 
     Returns:
@@ -96,8 +101,17 @@ def begin(cache: Path, config: Mapping[str, Any], overwrite: bool, verify: str) 
         OSError: the folder cannot be written.
     """
     (cache / FOLDER).mkdir(parents=True, exist_ok=True)
-    if overwrite:
-        _delete(cache)
+    try:
+        return _missing(cache, config, verify)
+    except CacheError:
+        if not overwrite:
+            raise
+    _delete(cache)
+    return _missing(cache, config, verify)
+
+
+def _missing(cache: Path, config: Mapping[str, Any], verify: str) -> list[int]:
+    """Numbers of the shards that are not there yet, or CacheError if the folder has another's."""
     for stale in (*cache.glob(f"*{TMP}"), *(cache / FOLDER).glob(f"*{TMP}")):
         stale.unlink()
     found = read_config(cache)

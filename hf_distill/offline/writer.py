@@ -286,7 +286,7 @@ def cache_teacher(
             Logits of ids that it does not have are padding of the vocabulary, and are left out.
         batch_size: rows in a forward of the teacher, at most.
         shard_rows: rows in a shard; None chooses shards of about 64 MiB.
-        seed: of draws; each row has its own random numbers.
+        seed: of draws, >= 0; each row has its own random numbers.
         overwrite: whether to delete a cache of something else in the folder.
         verify: how shards of an earlier run are checked: "size", or "full" for their sha256 too.
         teacher_revision: of the repository of a name; of a model, as it is to be recorded.
@@ -301,6 +301,8 @@ def cache_teacher(
         ValueError: an argument is out of range, or rows cannot be cached.
     """
     cache = checked(path, dataset, batch_size, shard_rows, verify)
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
     state = process_state()
     tokenizer = _tokenizer(model, processing_class, data_collator, teacher_revision)
     teacher = _teacher(model, teacher_revision)

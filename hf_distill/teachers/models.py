@@ -1,5 +1,6 @@
 """A teacher that is another model."""
 
+import os
 from typing import Any
 
 import torch
@@ -106,6 +107,16 @@ class ModelTeacher(Stateless):
         return self._reader.signal(self.model, side)
 
 
-def as_teacher(teacher: Teacher | nn.Module | str) -> Teacher:
-    """A teacher from a model, a name that `from_pretrained` takes, or a teacher."""
+def as_teacher(teacher: Teacher | nn.Module | str | os.PathLike[str]) -> Teacher:
+    """A teacher from a model, a name or folder that `from_pretrained` takes, or a teacher.
+
+    Raises:
+        ValueError: the folder holds a teacher cache.
+    """
+    if isinstance(teacher, str | os.PathLike):
+        teacher = os.fspath(teacher)
+        if os.path.isfile(os.path.join(teacher, "shards", "shard-00000.json")):
+            raise ValueError(
+                f"{teacher} is a teacher cache, not a model: give CachedTeacher({teacher!r})"
+            )
     return ModelTeacher(teacher) if isinstance(teacher, nn.Module | str) else teacher

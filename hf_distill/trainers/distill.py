@@ -180,8 +180,7 @@ class DistillTrainer(checkpoints.ResumableTrainer):
                 "a cached teacher has not the log-probability of every token, which divergence "
                 f"{self.args.divergence!r} reads: take another divergence"
             )
-        if self.args.alpha > 0:
-            teacher.check(self.objective.spec, self.processing_class)
+        teacher.check(self.objective.spec, self.processing_class)  # with alpha 0 it is measured
 
     def _hidden_states_refusal(self) -> str | None:
         """Why this run must read logits, or None."""

@@ -240,6 +240,7 @@ def test_several_caches_by_a_column(tmp_path: Path) -> None:
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], type[CacheError], str]] = [
     ({}, {"temperature": 2.5}, TemperatureOutOfRange, "from 1 to 2, not 2.5"),
     ({}, {"temperature": 0.5}, TemperatureOutOfRange, "from 1 to 2, not 0.5"),
+    ({}, {"temperature": 2.5, "alpha": 0.0}, TemperatureOutOfRange, "from 1 to 2, not 2.5"),
     ({}, {"model": models.llama(vocab_size=60)}, VocabSizeMismatch, "61 logits .* got 60"),
     ({}, {"rows": models.rows(seed=9)}, RowMismatch, "no stored row has the ids"),
     (
@@ -264,6 +265,17 @@ def test_another_run_is_refused(
         distil(tmp_path, found, **trained).train()
 
 
+def test_rows_for_evaluation_must_be_cached_too(tmp_path: Path) -> None:
+    rows, held_out = models.rows(), models.rows(4, seed=9)
+    run = distil(tmp_path, cached(tmp_path / "both", rows=[*rows, *held_out]))
+    live = distil(tmp_path, teacher())
+    found, wanted = (x.evaluate(held_out)["eval_soft"] for x in (run, live))
+    assert found == pytest.approx(wanted, rel=2e-3)
+    run = distil(tmp_path, cached(tmp_path / "one", rows=rows))
+    with pytest.raises(RowMismatch, match="rows for evaluation must be cached too"):
+        run.evaluate(held_out)
+
+
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     collator, rows = HintCollator(models.tokenizer()), models.problems()
     found = cached(tmp_path, rows=rows, data_collator=collator)
@@ -281,6 +293,9 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
 
 def test_another_teacher_is_refused(tmp_path: Path) -> None:
     cached(tmp_path)
+    for folder in (tmp_path / "cache", str(tmp_path / "cache")):
+        with pytest.raises(ValueError, match="is a teacher cache, not a model: give Cache"):
+            distil(tmp_path, folder)
     CachedTeacher(tmp_path / "cache", teacher=teacher())
     with pytest.raises(TeacherMismatch, match="weights_fingerprint must be"):
         CachedTeacher(tmp_path / "cache", teacher=teacher(2))
@@ -298,11 +313,32 @@ def test_a_loss_that_the_codec_does_not_serve_is_refused(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="take another divergence"):
         distil(tmp_path, found, divergence="policy_gradient", temperature=1.0)
     assert cached(tmp_path / "other", Sampled(4), tail="sampled").rule.tail == "sampled"
+    with pytest.raises(UnsupportedDivergence, match=r"stores draws only.*got 'bucket'"):
+        CachedTeacher(tmp_path / "other" / "cache", tail="bucket")
+
+
+@pytest.mark.parametrize(
+    ("tail", "settings", "words"),
+    [
+        ("auto", {"clip": 0.5}, "tail='bucket'; got the bound"),
+        ("sampled", {"support": "teacher_topk", "top_k": 8}, "needs support 'full'"),
+        ("bucket", {"missing": "renormalise"}, "'bucket' needs missing 'tail'"),
+    ],
+)
+def test_a_tail_rule_that_the_loss_contradicts_is_refused(
+    tmp_path: Path, tail: str, settings: dict[str, Any], words: str
+) -> None:
+    found = cached(tmp_path, HeadSamples(top_k=8), tail=tail)
+    with pytest.raises(UnsupportedDivergence, match=words):
+        found.check(DivergenceSpec("jsd", **settings))
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [({"tail": "none"}, "tail must be one of"), ({"max_ratio": 0.0}, "max_ratio must be positive")],
+    [
+        ({"tail": "none"}, "tail must be one of"),
+        ({"max_ratio": 0.9}, "max_ratio must be at least 1"),
+    ],
 )
 def test_arguments_out_of_range(tmp_path: Path, arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):

@@ -4,6 +4,7 @@ import hashlib
 import struct
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -101,6 +102,16 @@ def test_data_are_their_rows() -> None:
     assert found == identity.dataset_identity([dict(reversed(row.items())) for row in data])
     others = [data[::-1], data[:4], [*data[:4], data[4] | {"hint": "x"}]]
     assert len({identity.dataset_identity(x)["sha256"] for x in [data, *others]}) == 4
+
+
+@pytest.mark.parametrize("make", [torch.tensor, np.array])
+def test_arrays_are_all_of_their_values(make: Any) -> None:
+    """Their text leaves out the middle of a long one."""
+    long = list(range(2000))
+    made = [
+        identity.dataset_identity([{"x": make(x)}]) for x in (long, [*long[:999], 0, *long[1000:]])
+    ]
+    assert made[0] != made[1]
 
 
 def test_a_collator_is_what_it_makes() -> None:

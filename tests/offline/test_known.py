@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from hf_distill import DistillConfig, DistillTrainer
-from hf_distill.offline import CachedTeacher, RecordedLogProbs, TopK, cache_log_probs, cache_teacher
+from hf_distill.offline import (
+    CacheConfigMismatch,
+    CachedTeacher,
+    RecordedLogProbs,
+    TopK,
+    cache_log_probs,
+    cache_teacher,
+)
 from hf_distill.offline.identity import SideRow
 from tests.teachers.conftest import Ask, remote, server
 from tests.trainers import models
@@ -104,6 +111,17 @@ def test_a_run_from_it_is_the_run_with_the_server(tmp_path: Path, remote: Ask) -
         run.train()
         found.append([x["loss"] for x in run.state.log_history if "loss" in x])
     assert found[0] == pytest.approx(found[1], rel=5e-3)
+
+
+def test_other_answers_are_another_cache(tmp_path: Path) -> None:
+    def surer(line: dict[str, Any]) -> None:
+        line["prompt_logprobs"][1] = {str(i): {"logprob": -3.0 - i} for i in range(TOP_K)}
+
+    file, cache = tmp_path / "answers.jsonl", tmp_path / "cache"
+    cache_log_probs(recorded(file), models.rows(), cache, vocab_size=61, **GIVEN)
+    cache_log_probs(recorded(file), models.rows(), cache, vocab_size=61, **GIVEN)
+    with pytest.raises(CacheConfigMismatch, match=r"teacher\.answers_sha256"):
+        cache_log_probs(recorded(file, change=surer), models.rows(), cache, vocab_size=61, **GIVEN)
 
 
 def without_a_position(line: dict[str, Any]) -> None:

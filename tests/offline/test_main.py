@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from hf_distill import __version__
+from hf_distill import __main__, __version__
 from hf_distill.__main__ import main
 from hf_distill.offline import CacheReader, identity
 from tests.offline import caches
@@ -74,6 +76,27 @@ def test_a_dtype_and_a_tokenizer(folder: Path, tmp_path: Path) -> None:
     config = CacheReader(tmp_path / "cache").manifest.config
     assert config["teacher"]["dtype"] == "bfloat16"
     assert config["tokenizer"]["name_or_path"] == str(tmp_path / "other")
+
+
+def test_a_cache_is_measured_with_the_dtype_and_the_tokenizer_of_the_writing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = models.tokenizer()
+    words.chat_template = words.chat_template.replace("<|im_end|>", "so")
+    words.save_pretrained(tmp_path / "other")
+    other = ["--tokenizer", str(tmp_path / "other"), "--dtype", "bfloat16"]
+    assert main(arguments(folder, tmp_path / "cache", *other)) == 0
+    dtypes, load = [], __main__.ModelTeacher
+
+    def loaded(*given: Any, **more: Any) -> Any:
+        made = load(*given, **more)
+        dtypes.append(made.model.dtype)
+        return made
+
+    monkeypatch.setattr(__main__, "ModelTeacher", loaded)
+    measured = ["--dataset", str(folder / "rows.jsonl")]
+    assert main(["cache", "inspect", str(tmp_path / "cache"), *measured]) == 0
+    assert dtypes == [torch.bfloat16]
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,25 @@ def test_overwrite_deletes_a_cache_and_nothing_else(tmp_path: Path) -> None:
     assert caches.contents(tmp_path) == caches.contents(tmp_path / "fresh")
 
 
+def test_overwrite_keeps_what_is_the_same(tmp_path: Path) -> None:
+    """A job that is restarted with the same command goes on."""
+    caches.write(tmp_path)
+    lost = tmp_path / "shards" / "shard-00002.json"
+    lost.unlink()
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("shards/*")}
+    caches.write(tmp_path, overwrite=True)
+    changed = {p for p in tmp_path.glob("shards/*") if before.get(p) != p.stat().st_mtime_ns}
+    assert changed == {lost, lost.with_suffix(".safetensors")}
+    (tmp_path / "config.json").write_text("{")
+    caches.write(tmp_path, overwrite=True)
+    assert not before.items() & {p: p.stat().st_mtime_ns for p in before}.items()
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(CacheConfigMismatch, match=r"json has config_hash"):
+        caches.write(tmp_path, seed=7)
+    caches.write(tmp_path, seed=7, overwrite=True)
+    assert CacheReader(tmp_path, "full").manifest.config["codec"]["seed"] == 7
+
+
 def test_a_full_disk_is_an_error_and_what_is_whole_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -218,6 +218,7 @@ def broken_teacher() -> Any:
     ("changes", "message"),
     [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"shard_rows": 0}, "shard_rows must be at least 1, got 0"),
         ({"verify": "lazy"}, r"verify must be one of .* got 'lazy'"),
         ({"dataset": []}, "at least one row, got none"),

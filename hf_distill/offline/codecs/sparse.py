@@ -116,8 +116,10 @@ class SparseCodec:
     def orders(self) -> tuple[float, ...]:
         """Exponents of the stored power sums, evenly over the range; 1 is the tail's mass."""
         low, high = self._alphas
-        spread = (low + (high - low) * i / (NUM_ORDERS - 1) for i in range(NUM_ORDERS))
-        return tuple(sorted({*spread} - {1.0}))
+        between = (low + (high - low) * i / (NUM_ORDERS - 1) for i in range(1, NUM_ORDERS - 1))
+        # the ends are not computed: rounded, the last could miss the coldest temperature
+        inner = {x for x in between if not math.isclose(x, 1.0)}
+        return tuple(sorted({low, *inner, high} - {1.0}))
 
     @cached_property
     def plan(self) -> Plan:

@@ -22,6 +22,16 @@ def test_defaults() -> None:
     assert make_codec("topk", {"top_k": 7}) == TopK(7)
 
 
+def test_power_sums_reach_both_ends_of_every_range() -> None:
+    tenths = [i / 10 for i in range(3, 41)]
+    for low, high in ((a, b) for a in tenths for b in tenths if a <= b):
+        codec = HeadSamples(temperature_range=(low, high))
+        assert {1 / low, 1 / high} <= {1.0, *codec.orders}
+        assert 1.0 not in codec.orders
+    codec = HeadSamples(temperature=0.7, temperature_range=(0.5, 3.5))  # 1 among them, rounded
+    assert len(codec.orders) == 3
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
