@@ -31,6 +31,7 @@ from hf_distill.offline.writer import checked, process_state, write_all
 from hf_distill.teachers import RemoteTeacher, completions, remote
 
 IDS = ("input_ids", "prompt_token_ids")
+MASS_TOLERANCE = 0.05  # of entries and the rest; what is stored may be off by 0.1
 TOKEN_ID = "token_id:"  # vLLM's tokens as ids, where a protocol wants text
 
 
@@ -180,9 +181,11 @@ class KnownEncoder(RowEncoder):
             for at in row.positions
         ]
         lengths = [len(row.positions) for row in rows]
-        return self.codec.pack(
-            _selection(tokens, self.codec.top_k, self.vocab), lengths, self.vocab
-        )
+        try:
+            kept = _selection(tokens, self.codec.top_k, self.vocab)
+        except ValueError as error:
+            raise ValueError(f"rows {[row for _, row in keys]} of the data: {error}") from error
+        return self.codec.pack(kept, lengths, self.vocab)
 
 
 def _selection(tokens: Sequence[completions.TopK], top_k: int, vocab: int) -> Selection:
@@ -192,6 +195,13 @@ def _selection(tokens: Sequence[completions.TopK], top_k: int, vocab: int) -> Se
     """
     ids, log_probs, log_tail = remote.columns(tokens, top_k, vocab)
     known = torch.cat([log_probs, log_tail[:, None]], dim=-1)
+    total = known.exp().sum(-1)
+    if len(total) and float((total - 1).abs().max()) > MASS_TOLERANCE:
+        worst = float(total[(total - 1).abs().argmax()])
+        raise ValueError(
+            "entries and the rest, none of it more probable, must have the mass 1, got "
+            f"{worst:.3g}: are these the log-probabilities of a softmax at temperature 1?"
+        )
     entropy = -torch.special.xlogy(known.exp(), known.exp()).sum(-1)
     counts = (log_probs > -torch.inf).sum(-1).clamp_min(1)
     nothing = np.zeros((len(tokens), 0))

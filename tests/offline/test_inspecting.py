@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hf_distill import HintCollator
 from hf_distill.__main__ import main
@@ -51,6 +52,25 @@ def test_the_teacher_itself_is_close(tmp_path: Path, name: str) -> None:
         assert abs(found[key]) < floor < 0.01 < other[key]
     assert ("log_tail_error" in found) == (name != "full")
     assert found.get("log_tail_error", 0.0) < 5e-3
+
+
+def test_errors_are_the_largest_and_losses_the_mean_of_evenly_spread_rows(tmp_path: Path) -> None:
+    teacher, count = cached(tmp_path, TopK(top_k=models.VOCAB, num_exact=models.VOCAB)), 6
+    found = measure(teacher, models.llama(2), models.rows(), models.Pad(), count)
+    apart, losses = [], []
+    for row in (models.rows()[i * 16 // count] for i in range(count)):
+        with torch.no_grad():
+            ids = torch.tensor([row["input_ids"]])
+            scored = torch.tensor(row["labels"][1:]) >= 0
+            one, other = (
+                models.llama(seed)(input_ids=ids).logits[0, :-1][scored].log_softmax(-1)
+                for seed in (1, 2)
+            )
+        apart.append(float((one - other).abs().max()))
+        losses.append((one.exp() * (one - other)).sum(-1))
+    assert found["tokens"] == len(torch.cat(losses))
+    assert found["log_prob_error"] == pytest.approx(max(apart), abs=0.01)
+    assert found["forward_kl_1"] == pytest.approx(float(torch.cat(losses).mean()), rel=5e-3)
 
 
 def test_the_padding_of_a_vocabulary_is_no_error(tmp_path: Path) -> None:

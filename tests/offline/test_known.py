@@ -1,6 +1,7 @@
 """Caches of a server's log-probabilities are those of the model behind it."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,23 @@ def test_a_run_from_it_is_the_run_with_the_server(tmp_path: Path, remote: Ask) -
     assert found[0] == pytest.approx(found[1], rel=5e-3)
 
 
+def test_impossible_tokens_are_not_entries(tmp_path: Path) -> None:
+    """vLLM writes -9999 where it means minus infinity."""
+
+    def few(line: dict[str, Any]) -> None:
+        values = [-0.5, math.log(1 - math.exp(-0.5)), *[-9999.0] * (TOP_K - 2)]
+        line["prompt_logprobs"][4] = {str(9 - i): {"logprob": x} for i, x in enumerate(values)}
+
+    source, cache = recorded(tmp_path / "answers.jsonl", change=few), tmp_path / "cache"
+    cache_log_probs(source, models.rows(), cache, vocab_size=61, **GIVEN)
+    row = models.rows()[3]
+    found = CachedTeacher(cache).columns(models.Pad()([row]))
+    at = 4 - next(i for i, x in enumerate(row["labels"]) if i and x >= 0)
+    assert found["ids"][0, at].tolist() == [9, 8, *[-1] * (TOP_K - 2)]
+    total = found["log_probs"][0, at, :2].exp().sum() + found["log_tail"][0, at].exp()
+    assert float(total) == pytest.approx(1.0, abs=1e-5)
+
+
 def test_other_answers_are_another_cache(tmp_path: Path) -> None:
     def surer(line: dict[str, Any]) -> None:
         line["prompt_logprobs"][1] = {str(i): {"logprob": -3.0 - i} for i in range(TOP_K)}
@@ -131,6 +149,11 @@ def without_a_position(line: dict[str, Any]) -> None:
 def too_few(line: dict[str, Any]) -> None:
     entries = line["prompt_logprobs"][2]
     line["prompt_logprobs"][2] = dict(list(entries.items())[: TOP_K - 1])
+
+
+def too_little(line: dict[str, Any]) -> None:
+    values = [-3.0, *[-30.0] * (TOP_K - 1)]  # and 55 more of at most -30
+    line["prompt_logprobs"][1] = {str(i): {"logprob": x} for i, x in enumerate(values)}
 
 
 def too_much(line: dict[str, Any]) -> None:
@@ -154,6 +177,10 @@ def no_number(line: dict[str, Any]) -> None:
     [
         (without_a_position, "positions, as ids, got"),
         (too_few, "position 2: each token must have 6 entries, got 5"),
+        (
+            too_little,
+            "entries and the rest, none of it more probable, must have the mass 1, got 0.0",
+        ),
         (too_much, "position 1: the probabilities must not sum to more than 1"),
         (beyond, r"ids must be in \[0, 61\)"),
         (other_ids, "rows .* of the data: .* has no answer for a row of"),
