@@ -185,6 +185,7 @@ def tail_correction(
     """What draws from the tail add to `sparse_divergence` with missing "tail", [...], unclipped.
 
     draws: ids, the teacher's log-probabilities and log-weights, [..., n] each; ids < 0 are padding.
+    max_ratio bounds the gradient of a draw, not its value.
     """
     spec = spec.resolved()
     log_q = torch.log_softmax(student_logits / spec.temperature, dim=-1)
@@ -198,15 +199,12 @@ def tail_correction(
     ratio = (at - log_q_tail) - (log_p - log_p_tail)
     bound = math.log(max_ratio)
     lost = bregman(log_p, at, log_p_tail, log_q_tail, spec.kind, spec.beta)
-    if spec.kind in ("forward_kl", "soft_ce"):  # beyond the bound, along the tangent
-        edge = log_p - log_p_tail + log_q_tail + bound
-        start = bregman(log_p, edge, log_p_tail, log_q_tail, spec.kind, spec.beta)
-        line = (
-            start + (ratio - bound) * log_p.exp() * (max_ratio - 1) if max_ratio < math.inf else 0.0
-        )
-        lost = torch.where(ratio <= bound, lost, line)
-    else:
-        lost = lost.where(ratio <= bound, 0.0)
+    # the bound is one of the gradient; the value is that of the whole term
+    bounded = torch.zeros_like(lost)
+    if spec.kind in ("forward_kl", "soft_ce") and max_ratio < math.inf:
+        bounded = (max_ratio - 1) * log_p.exp() * ratio
+    bounded = bounded + (lost - bounded).detach()
+    lost = torch.where(ratio <= bound, lost, bounded)
     weight = log_weights.to(log_q.dtype).masked_fill(drawn < 0, -math.inf).exp()
     return spec.scale * _expect(weight, lost).sum(-1)
 

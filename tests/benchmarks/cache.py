@@ -147,8 +147,9 @@ def by_log_probs(bytes_per_token: float, log_probs: Tensor) -> Scheme:
 def spread(teacher: SparseTeacher, vocab: int) -> Tensor:
     """[N, V] log-probabilities, the tail's mass evenly on its entries."""
     size = (vocab - (teacher.ids >= 0).sum(-1, keepdim=True)).log()
-    dense = (teacher.log_tail[:, None] - size).expand(-1, vocab).clone()
-    return dense.scatter_(-1, teacher.ids, teacher.log_probs)
+    dense = (teacher.log_tail[:, None] - size).expand(-1, vocab + 1).clone()
+    places = teacher.ids.masked_fill(teacher.ids < 0, vocab)  # a column that is cut off
+    return dense.scatter_(-1, places, teacher.log_probs)[:, :vocab]
 
 
 def id_bytes(vocab: int) -> float:
@@ -276,7 +277,8 @@ def compared(
         return "-"
     value, gradient = loss_and_gradient(scheme.loss, student, spec)
     error = (gradient - exact[1]).norm() / exact[1].norm()
-    cosine = nn.functional.cosine_similarity(gradient.flatten(), exact[1].flatten(), dim=0)
+    pair = gradient.flatten().double(), exact[1].flatten().double()
+    cosine = nn.functional.cosine_similarity(*pair, dim=0)
     return f"{value / exact[0] - 1:+.1%}, {error:.3f}, {cosine:.3f}"
 
 
@@ -314,10 +316,8 @@ def speed(args: argparse.Namespace, vocab: int = 151_936, tokens: int = 40, time
             many = Selection(*(np.concatenate([x] * 100) for x in kept))
             pack = partial(codec.pack, many, [200] * 20, vocab)
             cells.append(f"{4000 / seconds(pack, 10):,.0f}")
-            keys = [(args.seed, i) for i in range(times)]
-            parts = codec.encode(logits.repeat(times, 1), [tokens] * times, keys, vocab)
-            joined = {k: np.concatenate([p[k] for p in parts]) for k in row if k != "num_entries"}
-            rows, lengths = [joined | {"num_entries": row["num_entries"]}] * 40, [200] * 40
+            (long,) = codec.encode(logits.repeat(times, 1), [200], [(args.seed, 0)], vocab)
+            rows, lengths = [long] * 40, [200] * 40
         decode = partial(codec.decode, rows, lengths, vocab)
         cells.append(f"{sum(lengths) / seconds(decode, 30):,.0f}")
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)

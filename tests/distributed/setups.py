@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_distill import DistillConfig, DistillTrainer, OPSDConfig, OPSDTrainer
 from hf_distill.alignment import unpad
+from hf_distill.offline import CachedTeacher, HeadSamples, cache_teacher
 from tests.trainers import models
 
 ROWS_PER_STEP = 4
@@ -28,6 +29,7 @@ def distill(folder: Path, num_processes: int, **changes: Any) -> DistillTrainer:
     """All weights; rows of uneven lengths, two micro-batches a step."""
     settings = {"gradient_accumulation_steps": 2, "max_steps": 2} | changes
     tokenizer = settings.pop("processing_class", None)
+    teacher = settings.pop("teacher", None) or models.llama(1)
     args = DistillConfig(**_options(folder, num_processes, **settings))
     return DistillTrainer(
         models.llama(),
@@ -35,8 +37,16 @@ def distill(folder: Path, num_processes: int, **changes: Any) -> DistillTrainer:
         models.Pad(),
         models.rows(longest=30),
         processing_class=tokenizer,
-        teacher=models.llama(1),
+        teacher=teacher,
     )
+
+
+def distill_cached(folder: Path, num_processes: int) -> DistillTrainer:
+    """From a cache that the processes have written together."""
+    rows, codec = models.rows(longest=30), HeadSamples(top_k=8, num_samples=4)
+    given = {"codec": codec, "data_collator": models.Pad(), "shard_rows": 3}
+    cache_teacher(models.llama(1), rows, folder / "cache", **given)
+    return distill(folder, num_processes, teacher=CachedTeacher(folder / "cache"))
 
 
 def distill_local_mean(folder: Path, num_processes: int) -> DistillTrainer:
@@ -154,6 +164,7 @@ def opsd_anchored(folder: Path, num_processes: int) -> OPSDTrainer:
 
 
 SETUPS = (
+    distill_cached,
     distill,
     distill_local_mean,
     distill_logits,

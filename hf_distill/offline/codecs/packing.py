@@ -199,27 +199,34 @@ def pack_sums(
         log_tail: [N] log t as it is stored.
         num_tail: [N] n.
     """
-    even, reach = _sum_bounds(orders, log_tail, num_tail)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        share = (log_sums - even) / reach
-    return np.rint(np.clip(np.nan_to_num(share), 0, 1) * 65535).astype(U16)
+    columns = []
+    for order, column in zip(orders, log_sums.T, strict=True):
+        even, reach = _sum_bounds(order, log_tail, num_tail)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            columns.append((column - even) / reach)
+    shares = np.nan_to_num(np.stack(columns, axis=1))
+    return np.rint(np.clip(shares, 0, 1) * 65535).astype(U16)
 
 
 def unpack_sums(
     stored: np.ndarray, orders: Sequence[float], log_tail: np.ndarray, num_tail: np.ndarray
 ) -> np.ndarray:
-    """[N, m] float32 log power sums; the arguments are those of `pack_sums`."""
-    even, reach = _sum_bounds(orders, log_tail, num_tail)
-    return even + stored * np.float32(1 / 65535) * reach
+    """[m, N] float32 log power sums; the arguments are those of `pack_sums`."""
+    log_sums = np.empty((len(orders), len(log_tail)), np.float32)
+    for row, order, column in zip(log_sums, orders, stored.T, strict=True):
+        even, reach = _sum_bounds(order, log_tail, num_tail)
+        np.multiply(column, reach, out=row)
+        row *= np.float32(1 / 65535)
+        row += even
+    return log_sums
 
 
 def _sum_bounds(
-    orders: Sequence[float], log_tail: np.ndarray, num_tail: np.ndarray
+    order: float, log_tail: np.ndarray, num_tail: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[N, m] float32 log sum if even, and what is to be added if one entry has all."""
-    alpha = np.asarray(orders, np.float32)
-    spread = np.log(np.maximum(num_tail, 1).astype(np.float32))[:, None] * (1 - alpha)
-    return spread + alpha * log_tail[:, None], -spread
+    """[N] float32 log sum if even, and what is to be added if one entry has all."""
+    spread = np.log(np.maximum(num_tail, 1).astype(np.float32)) * np.float32(1 - order)
+    return spread + np.float32(order) * log_tail, -spread
 
 
 def codes(values: np.ndarray, top: np.ndarray, last: np.ndarray) -> np.ndarray:

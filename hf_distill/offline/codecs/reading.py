@@ -121,7 +121,8 @@ def _even_head(exact: Tensor, coarse: Tensor, num_exact: int) -> Tensor:
     log_probs[:, :num_exact] = exact[:, :num_exact]
     log_probs[:, -1:] = exact[:, num_exact:]
     top, last = exact[:, num_exact - 1 : num_exact], exact[:, num_exact:]
-    torch.addcmul(top, coarse.float(), packing.steps(top, last), out=log_probs[:, num_exact:-1])
+    middle = log_probs[:, num_exact:-1]
+    torch.mul(coarse.float(), packing.steps(top, last), out=middle).add_(top)
     return log_probs
 
 
@@ -154,7 +155,7 @@ def _log_sums(
         return torch.empty(len(log_tail), 0)
     sizes = [num_orders * length for length in lengths]
     stored = packing.join(rows, "log_sums", packing.U16, sizes).reshape(-1, num_orders)
-    return from_numpy(packing.unpack_sums(stored, plan.orders, log_tail, num_tail))
+    return from_numpy(packing.unpack_sums(stored, plan.orders, log_tail, num_tail)).T.contiguous()
 
 
 def _draws(
@@ -193,7 +194,7 @@ def _draws(
         ids, codes = _padded(ids, drawn, -1), _padded(codes, drawn, 0)
         repeats = None if repeats is None else _padded(repeats, drawn, 1)
     top, last = ends[:, :1], ends[:, 1:]
-    log_probs = torch.addcmul(top - shift[:, None], codes.float(), packing.steps(top, last))
+    log_probs = codes.float().mul_(packing.steps(top, last)).add_(top - shift[:, None])
     log_weights = _log_weights(plan, log_probs, log_tail, log_sums)
     if repeats is not None:
         log_weights += repeats.float().log()

@@ -83,16 +83,20 @@ def test_full_codecs(vocab: int, name: str, step: float) -> None:
 @pytest.mark.parametrize("margin", [20.0, 26.0, 40.0, 90.0])
 def test_a_tail_that_is_almost_nothing_is_right(margin: float) -> None:
     """A float32 of 1 minus the head's mass has no digit left of a tail below 1e-7."""
-    logits = 0.5 * zipf_logits(3, 4000, slope=(0.2, 0.4))
-    logits[:, 17] += margin + math.log(4000)
+    logits = zipf_logits(3, 4000)
+    logits[:, 17] = logits.logsumexp(-1) + margin
     for codec in (HeadSamples(), TopK(), TopK(1)):
         teacher = decode(codec, logits, [3])
         tail = tail_of(exact(logits), teacher.ids).logsumexp(-1)
-        assert float(tail.max()) < -margin + 3
+        assert float(tail.max()) < -margin + 0.1
         torch.testing.assert_close(teacher.log_tail.double(), tail, atol=0, rtol=2**-11)
         assert bool(teacher.log_probs.isfinite().all())
         if teacher.samples is not None:
             assert bool((teacher.samples.log_weights.isfinite()).all())
+        if teacher.powers is not None:  # the rounding of log_tail is not in them
+            tail = tail_of(exact(logits), teacher.ids)
+            sums = torch.stack([(a * tail).logsumexp(-1) for a in teacher.powers.orders], -1)
+            torch.testing.assert_close(teacher.powers.log_sums.double(), sums, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("vocab", [4000, 49152, 151936])
@@ -130,11 +134,39 @@ def test_weights_are_those_of_the_draws() -> None:
     torch.testing.assert_close(teacher.samples.log_weights.double(), expected, atol=0.03, rtol=0)
 
 
+def test_everything_is_divided_by_the_same_mass() -> None:
+    """A head that is stored 3 % too heavy takes as much from the tail, its sums and its draws."""
+    codec = HeadSamples(8)
+    (row,) = encode(codec, zipf_logits(6, 3000), [6])
+    heavy = row | {"head_exact": (row["head_exact"] + np.float16(0.03)).astype(np.float16)}
+    before, after = (codec.decode([x], [6], 3000) for x in (row, heavy))
+    shift = after.log_tail - before.log_tail
+    assert float(shift.max()) < -5e-3
+    assert float((after.log_probs.exp().sum(-1) + after.log_tail.exp() - 1).abs().max()) < 1e-6
+    close = {"atol": 2e-6, "rtol": 0}
+    moved = after.samples.log_probs - before.samples.log_probs
+    torch.testing.assert_close(moved, shift[:, None].expand_as(moved), **close)
+    torch.testing.assert_close(after.samples.log_weights, before.samples.log_weights, **close)
+    moved = after.powers.log_sums - before.powers.log_sums
+    expected = shift[:, None] * torch.tensor(after.powers.orders)
+    torch.testing.assert_close(moved, expected, **close)
+
+
 @pytest.mark.parametrize("name", ["one temperature", "sampled"])
 def test_draws_in_proportion_to_p_weigh_exactly_the_mass_of_the_tail(name: str) -> None:
     teacher = decode(CODECS[name], zipf_logits(6, 3000), [6])
     mass = (teacher.samples.log_weights + teacher.samples.log_probs).exp().sum(-1)
     torch.testing.assert_close(mass, teacher.log_tail.exp(), atol=0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_the_entropy_is_stored(name: str) -> None:
+    logits = zipf_logits(6, 3000)
+    logits[2, 40:] = -torch.inf
+    (row,) = encode(SPARSE[name], logits, [6])
+    probs = exact(logits).exp()
+    expected = -torch.special.xlogy(probs, probs).sum(-1)
+    torch.testing.assert_close(torch.tensor(row["entropy"]).double(), expected, atol=0, rtol=6e-4)
 
 
 def test_repeated_draws_are_stored_once_with_their_number() -> None:
