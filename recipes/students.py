@@ -1,6 +1,7 @@
 """Students that are made from their teacher."""
 
 import copy
+from typing import cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -38,4 +39,5 @@ def keep_layers(teacher: PreTrainedModel, every: int) -> PreTrainedModel:
         elif block in names:
             state[names[block] + name.removeprefix(block)] = value
     student.load_state_dict(state)
-    return student.to(next(teacher.parameters()).dtype)
+    dtype = next(teacher.parameters()).dtype
+    return cast(PreTrainedModel, nn.Module.to(student, dtype=dtype))

@@ -85,22 +85,24 @@ class CachedTeacher(Stateless):
         self.codec = self._codec()
         # decoded once, so that batches from a loader know which kind of teacher they are of
         self._like = self.codec.decode([], [], self.manifest.vocab_size)
-        if tail == "sampled" and self._sparse and self._like.samples is None:
+        if isinstance(self._like, SparseTeacher):
+            self._check_tail(self._like)
+        if teacher is not None:
+            self._check_teacher(teacher)
+
+    def _check_tail(self, known: SparseTeacher) -> None:
+        """The tail rule must be one that what is stored serves."""
+        tail = self.rule.tail
+        if tail == "sampled" and known.samples is None:
             raise UnsupportedDivergence(
                 f"{self.reader.path}: codec {self.codec.name!r} stores no draws: take tail "
                 "'bucket', or cache with 'head_samples'"
             )
-        if tail in ("bucket", "renorm") and self._sparse and not self._like.ids.shape[-1]:
+        if tail in ("bucket", "renorm") and not known.ids.shape[-1]:
             raise UnsupportedDivergence(
                 f"{self.reader.path}: codec {self.codec.name!r} stores draws only: take tail "
                 f"'sampled', or cache with 'head_samples' or 'topk'; got {tail!r}"
             )
-        if teacher is not None:
-            self._check_teacher(teacher)
-
-    @property
-    def _sparse(self) -> bool:
-        return isinstance(self._like, SparseTeacher)
 
     def _codec(self) -> Codec:
         about = self.manifest.config["codec"]
@@ -233,7 +235,7 @@ class CachedTeacher(Stateless):
 
     def columns(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """What a data loader puts into a batch: see `stored.padded`; nothing for a dense codec."""
-        if not self._sparse:
+        if isinstance(self._like, Tensor):
             return {}  # [tokens, vocab] is read where it is used, not sent from a worker
         found, lengths = self._read(teacher_side(batch, student_side(batch)))
         assert isinstance(found, SparseTeacher)

@@ -3,7 +3,7 @@
 Shapes: N scored tokens of some rows, V logits per token, K stored entries.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -135,7 +135,7 @@ def _errors(teacher: CachedTeacher, signal: Any, logits: Tensor) -> dict[str, fl
     return errors
 
 
-def _joined(found: list[Mapping[str, float]]) -> dict[str, float]:
+def _joined(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Largest errors, sums of tokens, means of losses."""
     tokens = sum(each["tokens"] for each in found)
     joined = {"tokens": tokens}

@@ -38,8 +38,15 @@ TOKEN_ID = "token_id:"  # vLLM's tokens as ids, where a protocol wants text
 class LogProbs(Protocol):
     """Where log-probabilities come from."""
 
-    name: str
-    top_k: int
+    @property
+    def name(self) -> str:
+        """Of the teacher, for the manifest."""
+        ...
+
+    @property
+    def top_k(self) -> int:
+        """Entries of each token."""
+        ...
 
     def start(self, vocab: int) -> None:
         """Called once in every process: check what can be checked."""
@@ -258,9 +265,9 @@ def cache_log_probs(
     if num_threads < 1:
         raise ValueError(f"num_threads must be at least 1, got {num_threads}")
     tokenizer = processing_class or getattr(data_collator, "tokenizer", None)
-    if vocab_size is None and tokenizer is None:
+    vocab = vocab_size or (0 if tokenizer is None else identity.num_ids(tokenizer))
+    if not vocab:
         raise ValueError("the logits per token must be known: give vocab_size or a tokenizer")
-    vocab = vocab_size or identity.num_ids(tokenizer)
     if source.top_k > vocab:
         raise ValueError(f"top_k must be at most the vocabulary {vocab}, got {source.top_k}")
     encoder = KnownEncoder(
