@@ -86,7 +86,8 @@ def teacher_side(batch: Mapping[str, Any], student: Side) -> Side:
     ids, route = batch.get("teacher_input_ids"), batch.get(TEACHER_ROUTE)
     stored = batch.get(TEACHER_STORED)
     if ids is None:
-        return student._replace(route=route, stored=stored)
+        own = route is None and stored is None
+        return student if own else student._replace(route=route, stored=stored)
     inputs = {"input_ids": ids, "attention_mask": batch["teacher_attention_mask"]}
     predicts = predicts_from_index(batch["teacher_completion_index"], ids.shape[1])
     return Side(inputs, predicts, route, stored)
