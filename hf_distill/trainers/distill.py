@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -17,10 +16,11 @@ from hf_distill.monitors import MeanMeter, TokenMeter
 from hf_distill.offline import CachedCollator, CachedTeacher
 from hf_distill.probes import make_probe
 from hf_distill.rollouts import end_token_ids
-from hf_distill.teachers import RemoteTeacher, RoutedCollator, Teacher, as_teacher, each_teacher
+from hf_distill.teachers import RoutedCollator, Teacher, as_teacher
 from hf_distill.token_classes import token_classes
 from hf_distill.token_weights import TokenWeights
 from hf_distill.trainers import checkpoints
+from hf_distill.trainers.checks import check_setup
 from hf_distill.trainers.configs import DistillConfig
 from hf_distill.trainers.groups import ClassWeightsConfig, WatchdogConfig
 from hf_distill.trainers.scoring import Scoring, Share, Work
@@ -97,7 +97,7 @@ class DistillTrainer(checkpoints.ResumableTrainer):
             return
         self._weigh = TokenWeights(class_weights, self.processing_class)
         self._scoring = Scoring(self._weigh, args.loss_settings())
-        self._check_setup()
+        check_setup(self)
         # this class divides by num_items_in_batch itself, whatever the model's forward accepts
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -136,59 +136,13 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         else:
             self._probe = make_probe(teacher, self.accelerator)
 
-    def _check_setup(self) -> None:
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"one process per device is needed, got {self.args.n_gpu} GPUs in one process: "
-                "start the script with `accelerate launch`"
-            )
-        # accelerate sets MASTER_ADDR if several processes were asked for; without MPI it starts one
-        on_cpu = os.environ.get("ACCELERATE_USE_CPU") == "True"
-        if on_cpu and "MASTER_ADDR" in os.environ and self.accelerator.num_processes == 1:
-            logger.warning(
-                "`accelerate launch --cpu --num_processes N` starts one process unless MPI is "
-                "set up; `accelerate launch --multi_gpu --num_processes N` with --use_cpu in "
-                "the training arguments starts N processes on the CPU"
-            )
-        for teacher in each_teacher(self.teacher):
-            if isinstance(teacher, RemoteTeacher) and self.args.temperature != 1.0:
-                raise ValueError(
-                    "a remote teacher's log-probabilities are at temperature 1: set "
-                    f"temperature=1.0, got {self.args.temperature}"
-                )
-            if isinstance(teacher, CachedTeacher):
-                self._check_cached(teacher)
-        config = getattr(causal_lm(cast(nn.Module, self.model)), "config", None)
-        if getattr(config, "is_encoder_decoder", False):
-            raise ValueError("the student must be a decoder-only causal LM, got an encoder-decoder")
-        if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
-            raise ValueError(
-                "prompt-learning adapters put virtual tokens before the text, so labels and "
-                f"logits do not line up; got {self.model.active_peft_config.peft_type}"
-            )
-
-        settings = self._scoring.settings
-        if settings.anchor_weight > 0 and self._has_own_hard_loss():
-            raise ValueError(
-                f"anchor_weight {settings.anchor_weight} > 0 is a plain cross-entropy; it cannot "
-                "be combined with label smoothing or compute_loss_func"
-            )
-
-    def _check_cached(self, teacher: CachedTeacher) -> None:
-        if not isinstance(self.objective, losses.Objective):
-            raise ValueError(
-                "a cached teacher has not the log-probability of every token, which divergence "
-                f"{self.args.divergence!r} reads: take another divergence"
-            )
-        teacher.check(self.objective.spec, self.processing_class)  # with alpha 0 it is measured
-
     def _hidden_states_refusal(self) -> str | None:
         """Why this run must read logits, or None."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return "sharded parameters"
         if self.args.torch_compile:
             return "torch_compile"
-        if self._has_own_hard_loss():
+        if self.has_own_hard_loss():
             return "label smoothing and compute_loss_func take logits"
         return None
 
@@ -215,7 +169,7 @@ class DistillTrainer(checkpoints.ResumableTrainer):
             return losses.step_terms(student, self.objective, signal, scored)
 
         outputs = None
-        if return_outputs or self._has_own_hard_loss():
+        if return_outputs or self.has_own_hard_loss():
             outputs = model(**self._reader.forward_inputs(model, side.inputs))
             hard_loss = self._own_hard_loss(outputs, inputs["labels"], num_items_in_batch)
             terms = terms_of(losses.StudentLogits(outputs.logits[side.predicts], hard_loss))
@@ -281,7 +235,7 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         weights = [self._weigh(batch) for batch in batch_samples]
         if all(each is None for each in weights):
             return super()._get_num_items_in_batch(batch_samples, device)
-        if self._has_own_hard_loss():
+        if self.has_own_hard_loss():
             raise ValueError(
                 "weights of tokens reach neither label smoothing nor compute_loss_func, got both"
             )
@@ -300,7 +254,8 @@ class DistillTrainer(checkpoints.ResumableTrainer):
             read += self.data_collator.columns
         columns.extend(name for name in read if name not in columns)
 
-    def _has_own_hard_loss(self) -> bool:
+    def has_own_hard_loss(self) -> bool:
+        """Whether label smoothing or `compute_loss_func` takes the place of the cross-entropy."""
         return self.label_smoother is not None or self.compute_loss_func is not None
 
     def _own_hard_loss(

@@ -1,0 +1,79 @@
+"""What must hold before a run begins."""
+
+import logging
+import os
+from typing import TYPE_CHECKING, cast
+
+from peft import PeftModel
+from torch import nn
+
+from hf_distill import losses
+from hf_distill.heads import causal_lm
+from hf_distill.offline import CachedTeacher
+from hf_distill.teachers import RemoteTeacher, each_teacher
+
+if TYPE_CHECKING:
+    from hf_distill.trainers.distill import DistillTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def check_setup(trainer: "DistillTrainer") -> None:
+    """Check a trainer whose teacher and objective are known.
+
+    Raises:
+        ValueError: its loss could not be right; the message names the rule and the value.
+    """
+    _check_processes(trainer)
+    for teacher in each_teacher(trainer.teacher):
+        if isinstance(teacher, RemoteTeacher) and trainer.args.temperature != 1.0:
+            raise ValueError(
+                "a remote teacher's log-probabilities are at temperature 1: set "
+                f"temperature=1.0, got {trainer.args.temperature}"
+            )
+        if isinstance(teacher, CachedTeacher):
+            _check_cached(trainer, teacher)
+    _check_student(cast(nn.Module, trainer.model))
+    anchor_weight = trainer.args.loss_settings().anchor_weight
+    if anchor_weight > 0 and trainer.has_own_hard_loss():
+        raise ValueError(
+            f"anchor_weight {anchor_weight} > 0 is a plain cross-entropy; it cannot "
+            "be combined with label smoothing or compute_loss_func"
+        )
+
+
+def _check_processes(trainer: "DistillTrainer") -> None:
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"one process per device is needed, got {trainer.args.n_gpu} GPUs in one process: "
+            "start the script with `accelerate launch`"
+        )
+    # accelerate sets MASTER_ADDR if several processes were asked for; without MPI it starts one
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU") == "True"
+    if on_cpu and "MASTER_ADDR" in os.environ and trainer.accelerator.num_processes == 1:
+        logger.warning(
+            "`accelerate launch --cpu --num_processes N` starts one process unless MPI is "
+            "set up; `accelerate launch --multi_gpu --num_processes N` with --use_cpu in "
+            "the training arguments starts N processes on the CPU"
+        )
+
+
+def _check_student(model: nn.Module) -> None:
+    config = getattr(causal_lm(model), "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError("the student must be a decoder-only causal LM, got an encoder-decoder")
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            "prompt-learning adapters put virtual tokens before the text, so labels and "
+            f"logits do not line up; got {model.active_peft_config.peft_type}"
+        )
+
+
+def _check_cached(trainer: "DistillTrainer", teacher: CachedTeacher) -> None:
+    if not isinstance(trainer.objective, losses.Objective):
+        raise ValueError(
+            "a cached teacher has not the log-probability of every token, which divergence "
+            f"{trainer.args.divergence!r} reads: take another divergence"
+        )
+    # with alpha 0 it is measured
+    teacher.check(trainer.objective.spec, trainer.processing_class)
