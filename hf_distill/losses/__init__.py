@@ -13,6 +13,7 @@ from hf_distill.losses.step import (
     step_terms,
 )
 from hf_distill.losses.student import Student, StudentHidden, StudentLogits
+from hf_distill.losses.taid import TaidObjective, taid_target
 
 __all__ = [
     "ANCHOR_NAME",
@@ -26,9 +27,11 @@ __all__ = [
     "Student",
     "StudentHidden",
     "StudentLogits",
+    "TaidObjective",
     "Terms",
     "assert_finite",
     "behaviour_log_probs",
     "generalized_jsd_loss",
     "step_terms",
+    "taid_target",
 ]
