@@ -1,4 +1,4 @@
-"""TAID: a target that moves from the student to the teacher."""
+"""TAID, Temporally Adaptive Interpolated Distillation: the target moves to the teacher."""
 
 from dataclasses import dataclass, field, replace
 
@@ -36,7 +36,7 @@ def taid_target(logits: Tensor, teacher_logits: Tensor, t: float) -> Tensor:
 
 @dataclass(frozen=True)
 class TaidObjective(Objective):
-    """An `Objective` whose soft loss is KL(p_t || q): Temporally Adaptive Interpolated Distillation.
+    """An `Objective` whose soft loss is KL(p_t || q), of TAID.
 
     p_t = softmax(((1 - t) * student + t * teacher) / temperature) of the logits, the student's held
     constant, and q is the student. At t = 0 loss and gradient are zero, at t = 1 this is forward_kl

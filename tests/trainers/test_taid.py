@@ -1,0 +1,392 @@
+"""TAID in the trainer: its t from step to step, in checkpoints and logs; what it equals; settings."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import HfArgumentParser
+
+from hf_distill import DistillConfig, DistillTrainer, OPSDConfig, OPSDTrainer
+from hf_distill.trainers.groups import TaidConfig
+from hf_distill.trainers.taid import Taid, TaidState, next_state
+from tests.trainers import models
+
+pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
+
+# falls, rises, stands still, jumps
+LOSSES = [3.0, 2.5, 2.6, 2.1, 2.1, 1.0, 4.0, 3.9, 3.0, 2.8, 2.2, 2.0, 2.3, 1.9, 1.8, 0.9, 0.8, 1.2]
+LOSSES += [0.7, 0.6]
+# t moves faster than the linear target, also in a run of six steps
+PUSHED = {"t_start": 0.2, "t_end": 0.9, "step_size": 0.6, "momentum": 0.6}
+SLOWER = PUSHED | {"step_size": 0.1}
+
+
+def by_hand(config: TaidConfig, losses: list[float], total: int) -> list[float]:
+    """The t after each step, with the sigmoid as it is written."""
+    t, momentum, last, found = config.t_start, 0.0, None, []
+    for step, loss in enumerate(losses, start=1):
+        linear = config.t_start + (config.t_end - config.t_start) * step / total
+        if last is not None:
+            change = (last - loss) / (last + 1e-15)
+            momentum = config.momentum * momentum + (1 - config.momentum) * change
+            added = config.step_size * (1 / (1 + math.exp(-momentum))) * (1 - t)
+            t = min(config.t_end, max(linear, t + added))
+        last = loss
+        found.append(t)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("settings", "ahead"), [({}, 0), (PUSHED, 9), (SLOWER, 9), (SLOWER | {"momentum": 0.0}, 9)]
+)
+def test_t_moves_as_in_the_paper(settings: dict[str, float], ahead: int) -> None:
+    config = TaidConfig(**settings)
+    state, found = TaidState(config.t_start), []
+    for step, loss in enumerate(LOSSES, start=1):
+        state = next_state(config, state, loss, step / len(LOSSES))
+        found.append(state.t)
+    wanted = by_hand(config, LOSSES, len(LOSSES))
+    assert max(abs(a - b) for a, b in zip(found, wanted, strict=True)) < 1e-14
+    assert found == sorted(found)
+    assert found[0] == config.t_start
+    linear = [config.t_start + (config.t_end - config.t_start) * n / 20 for n in range(1, 21)]
+    assert sum(a > b + 1e-3 for a, b in zip(found, linear, strict=True)) >= ahead
+    assert found[1:] != linear[1:] if ahead else found[1:] == pytest.approx(linear[1:], abs=1e-12)
+
+
+def test_a_smaller_loss_moves_t_further() -> None:
+    config = TaidConfig(**PUSHED)
+    before = TaidState(0.4, 0.0, 2.0)
+    ts = [next_state(config, before, loss, 0.0).t for loss in (1.0, 2.0, 4.0, 1e6)]
+    assert ts == sorted(ts, reverse=True)
+    assert ts[1] == pytest.approx(0.4 + 0.6 * 0.5 * 0.6)
+    assert ts[-1] == 0.4  # the average is far below 0: no overflow
+
+
+def test_a_loss_of_zero_has_no_relative_change() -> None:
+    """The KL to itself, t_start = 0: the change would be -1e15 and stay in the average."""
+    config = TaidConfig(**PUSHED | {"t_start": 0.0})
+    state = next_state(config, TaidState(0.0, 0.0, 0.0), 1.0, 0.1)
+    assert (state.momentum, state.loss) == (0.0, 1.0)
+    assert state.t == pytest.approx(0.3)
+
+
+def test_not_adaptive_it_is_linear() -> None:
+    config = TaidConfig(t_start=0.2, t_end=0.8, adaptive=False)
+    state = TaidState(0.2)
+    for step, t in enumerate((0.35, 0.5, 0.65, 0.8), start=1):
+        state = next_state(config, state, math.nan, step / 4)
+        assert state == (pytest.approx(t), 0.0, None)
+
+
+def distill(folder: Path, **changes: Any) -> DistillTrainer:
+    kind = changes.pop("kind", DistillTrainer)
+    collator = changes.pop("collator", models.Pad())
+    args = DistillConfig(**models.options(folder, **changes))
+    rows = models.rows()
+    return kind(models.llama(), args, collator, rows, rows[:4], teacher=models.llama(1))
+
+
+def ts(trainer: Any) -> list[float]:
+    return [log["taid_t"] for log in models.steps(trainer)]
+
+
+def test_the_rule_reads_the_soft_loss_of_each_step(tmp_path: Path) -> None:
+    """The log's `soft` is that of the step, in nats; without weights J is its mean."""
+    trainer = distill(tmp_path, taid=PUSHED, max_steps=6)
+    trainer.train()
+    logs = models.steps(trainer)
+    wanted = by_hand(TaidConfig(**PUSHED), [log["soft"] for log in logs], 6)
+    assert ts(trainer) == pytest.approx([0.2, *wanted[:-1]], abs=1e-6)
+    assert trainer._taid.state.t == pytest.approx(wanted[-1], abs=1e-6)
+    assert ts(trainer)[3] - (0.2 + 0.7 * 3 / 6) > 0.01  # ahead of the linear target
+
+
+class SeesT(DistillTrainer):
+    """Keeps what each forward was compared with."""
+
+    seen: list[tuple[bool, float]]
+
+    def _present_objective(self, training: bool) -> Any:
+        objective = super()._present_objective(training)
+        self.seen = [*getattr(self, "seen", []), (training, objective.t)]
+        return objective
+
+
+def test_micro_batches_have_one_t_and_evaluation_the_teacher(tmp_path: Path) -> None:
+    trainer = distill(
+        tmp_path,
+        kind=SeesT,
+        taid=PUSHED,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        max_steps=4,
+    )
+    trainer.train()
+    logged = ts(trainer)
+    assert len(set(logged)) == 3
+    assert trainer.seen == [seen for t in logged for seen in ((True, t), (True, t), (False, 1.0))]
+
+
+def test_accumulation_does_not_change_t(tmp_path: Path) -> None:
+    """The mean over a step, not over the last of its micro-batches."""
+
+    def run(rows: int, steps: int) -> list[float]:
+        trainer = distill(
+            tmp_path,
+            taid=PUSHED,
+            max_steps=5,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=steps,
+        )
+        trainer.train()
+        return ts(trainer)
+
+    one = run(4, 1)
+    assert run(1, 4) == pytest.approx(one, abs=1e-6)
+    assert one[2] - (0.2 + 0.7 * 2 / 5) > 0.01
+
+
+def test_evaluation_does_not_move_t(tmp_path: Path) -> None:
+    plain = distill(tmp_path, taid=PUSHED)
+    plain.train()
+    evaluated = distill(tmp_path, taid=PUSHED, eval_strategy="steps", eval_steps=1)
+    evaluated.train()
+    assert ts(plain) == ts(evaluated)
+    assert plain._taid.state == evaluated._taid.state
+
+
+def test_evaluation_reports_the_kl_to_the_teacher(tmp_path: Path) -> None:
+    metrics = [
+        distill(tmp_path, **changes).evaluate() for changes in ({}, {"taid": {"t_start": 0.1}})
+    ]
+    for name in ("eval_loss", "eval_soft", "eval_hard", "eval_teacher_entropy"):
+        assert metrics[0][name] == metrics[1][name], name
+    assert metrics[1]["eval_taid_teacher_kl"] == metrics[1]["eval_soft"]
+    assert "eval_taid_teacher_kl" not in metrics[0]
+
+
+def logits_only(trainer: DistillTrainer) -> str:
+    return "the test asks for logits"
+
+
+@pytest.mark.parametrize("form", ["hidden", "logits"])
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_at_its_end_it_is_the_run_with_the_forward_kl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, alpha: float
+) -> None:
+    if form == "logits":
+        monkeypatch.setattr(DistillTrainer, "_hidden_states_refusal", logits_only)
+
+    def run(**changes: Any) -> dict[str, torch.Tensor]:
+        trainer = distill(tmp_path, alpha=alpha, **changes)
+        trainer.train()
+        return models.weights(trainer.model)
+
+    plain = run()
+    assert models.difference(plain, run(taid={"t_start": 1.0})) == 0.0
+    assert models.difference(plain, run(taid={"t_start": 0.9})) > 1e-5
+
+
+@pytest.mark.parametrize("form", ["hidden", "logits"])
+def test_at_its_start_the_soft_loss_moves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    if form == "logits":
+        monkeypatch.setattr(DistillTrainer, "_hidden_states_refusal", logits_only)
+
+    def moved(t_start: float) -> float:
+        trainer = distill(tmp_path, alpha=1.0, taid={"t_start": t_start}, max_steps=1)
+        before = models.weights(trainer.model)
+        trainer.train()
+        return models.difference(before, models.weights(trainer.model))
+
+    assert moved(0.0) < 1e-6  # Adam divides roundings by sqrt(v) + 1e-4
+    assert moved(0.4) > 1e-4
+
+
+def test_hidden_states_and_logits_give_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> tuple[dict[str, torch.Tensor], list[float]]:
+        trainer = distill(tmp_path, taid=PUSHED)
+        trainer.train()
+        return models.weights(trainer.model), ts(trainer)
+
+    hidden = run()
+    monkeypatch.setattr(DistillTrainer, "_hidden_states_refusal", logits_only)
+    logits = run()
+    assert models.difference(hidden[0], logits[0]) < 2e-6
+    assert hidden[1] == pytest.approx(logits[1], abs=1e-6)
+
+
+SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "taid": PUSHED}
+
+
+@pytest.mark.parametrize("taid", [PUSHED, {"t_start": 0.1, "adaptive": False}])
+def test_resumed_is_straight_bit_for_bit(tmp_path: Path, taid: dict[str, Any]) -> None:
+    straight = distill(tmp_path, **SAVING | {"taid": taid})
+    straight.train()
+    resumed = distill(tmp_path, **SAVING | {"taid": taid})
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert models.steps(resumed) == models.steps(straight)
+    assert len(set(ts(resumed))) == 5 + ("adaptive" in taid)  # the first step leaves t
+    assert resumed._taid.state == straight._taid.state
+    end = models.weights(straight.model), models.weights(resumed.model)
+    assert models.difference(*end) == 0.0
+
+
+@pytest.mark.parametrize("name", ["t", "momentum", "loss"])
+def test_each_part_of_the_state_counts(tmp_path: Path, name: str) -> None:
+    straight = distill(tmp_path, **SAVING)
+    straight.train()
+    path = tmp_path / "checkpoint-3" / "taid.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps(state | {name: state[name] * 0.5}))
+    resumed = distill(tmp_path, **SAVING)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    pairs = zip(ts(resumed), ts(straight), strict=True)
+    assert max(abs(a - b) for a, b in pairs) > 1e-3
+
+
+def test_resuming_without_the_state_is_an_error(tmp_path: Path) -> None:
+    distill(tmp_path, **SAVING | {"taid": None}).train()
+    with pytest.raises(FileNotFoundError, match=r"t of taid must be in the checkpoint: no .*json"):
+        distill(tmp_path, **SAVING).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_a_second_run_starts_anew(tmp_path: Path) -> None:
+    trainer = distill(tmp_path, taid=PUSHED)
+    trainer.train()
+    trainer.train()
+    assert ts(trainer)[0] == 0.2
+    trainer._taid.add(torch.ones(2), torch.ones(2))  # left over from a run that broke off
+    trainer.train()
+    assert ts(trainer)[0] == 0.2
+    assert trainer._taid.state.loss == pytest.approx(models.steps(trainer)[-1]["soft"], rel=1e-5)
+
+
+def test_the_loss_of_a_step_is_the_mean_of_the_processes() -> None:
+    """The weights of each are such that gradients, and losses, are averaged."""
+    asked = []
+
+    def reduce(own: torch.Tensor, reduction: str) -> torch.Tensor:
+        asked.append(reduction)
+        return (own + 4.0) / 2
+
+    accelerator: Any = SimpleNamespace(device=torch.device("cpu"), reduce=reduce)
+    taid = Taid(TaidConfig(), accelerator)
+    state = SimpleNamespace(global_step=1, max_steps=4)
+    taid.add(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.25]))
+    taid.add(torch.tensor([3.0]), torch.tensor([1.0]))
+    taid.on_step_end(None, state, None)
+    assert taid.state.loss == 4.0
+    taid.on_step_end(None, state, None)  # a process without a token of its own
+    assert taid.state.loss == 2.0
+    assert asked == ["mean", "mean"]
+
+
+def test_token_weights_count_in_the_loss_of_a_step(tmp_path: Path) -> None:
+    class Weighted(models.Pad):
+        def __call__(self, batch: Any) -> dict[str, torch.Tensor]:
+            made = super().__call__(batch)
+            return made | {"token_weights": (made["input_ids"] % 4) * 0.75}
+
+    def first(alpha: float) -> tuple[float, dict[str, float]]:
+        trainer = distill(tmp_path, collator=Weighted(), taid={}, alpha=alpha, max_steps=1)
+        trainer.train()
+        (log,) = models.steps(trainer)
+        return trainer._taid.state.loss, log
+
+    loss, log = first(1.0)
+    assert loss == pytest.approx(log["loss"], abs=1e-6)
+    assert abs(loss - log["soft"]) > 1e-4  # a plain mean
+    assert first(0.3)[0] == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_self_distillation(tmp_path: Path, on_policy: bool) -> None:
+    args = OPSDConfig(
+        **models.options(
+            tmp_path,
+            divergence="forward_kl",
+            taid=PUSHED,
+            on_policy=on_policy,
+            max_completion_length=8,
+        )
+    )
+    trainer = OPSDTrainer(
+        models.lora(models.llama()),
+        args,
+        train_dataset=models.problems(),
+        processing_class=models.tokenizer(),
+    )
+    trainer.train()
+    logs = models.steps(trainer)
+    assert all(0 < log["soft"] < log["taid_teacher_kl"] for log in logs)
+    assert ts(trainer)[0] == 0.2
+    assert ts(trainer)[2] > ts(trainer)[1] == 0.2
+
+
+@pytest.mark.parametrize("value", [{}, "{}", TaidConfig()])
+def test_it_is_on_with_its_defaults(value: Any) -> None:
+    made = DistillConfig(output_dir="out", report_to="none", taid=value)
+    assert made.taid == TaidConfig(0.4, 1.0, 5e-4, 0.99, True)
+    written = json.loads(made.to_json_string())["taid"]
+    assert written == {
+        "t_start": 0.4, "t_end": 1.0, "step_size": 5e-4, "momentum": 0.99, "adaptive": True
+    }  # fmt: skip
+    assert DistillConfig(output_dir="out", report_to="none", taid=written).taid == made.taid
+
+
+@pytest.mark.parametrize("value", [None, "null", " null "])
+def test_it_is_off(value: Any, tmp_path: Path) -> None:
+    trainer = distill(tmp_path, taid=value, max_steps=1)
+    assert trainer.args.taid is None
+    trainer.train()
+    assert not any("taid" in name for log in trainer.state.log_history for name in log)
+
+
+def test_the_command_line_turns_it_on() -> None:
+    words = ["--output_dir", "out", "--taid", '{"t_start": 0.1, "adaptive": false}']
+    (parsed,) = HfArgumentParser(DistillConfig).parse_args_into_dataclasses(words)
+    assert parsed.taid == TaidConfig(t_start=0.1, adaptive=False)
+    (parsed,) = HfArgumentParser(DistillConfig).parse_args_into_dataclasses(words[:2])
+    assert parsed.taid is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"divergence": "jsd"}, "taid needs divergence 'forward_kl', got 'jsd'"),
+        ({"divergence": "k3"}, "taid needs divergence 'forward_kl', got 'k3'"),
+        ({"alpha": 0.0}, "taid is a soft loss and needs alpha > 0, got 0.0"),
+        ({"taid": {"t_start": 1.2}}, r"taid.t_start must be in \[0, t_end = 1.0\], got 1.2"),
+        ({"taid": {"t_start": 0.7, "t_end": 0.5}}, r"t_start must be in \[0, t_end = 0.5\], got"),
+        ({"taid": {"t_start": -0.1}}, r"taid.t_start must be in .* got -0.1"),
+        ({"taid": {"t_start": 0.0, "t_end": 0.0}}, r"taid.t_end must be in \(0, 1\], got 0.0"),
+        ({"taid": {"t_end": 1.5}}, r"taid.t_end must be in \(0, 1\], got 1.5"),
+        ({"taid": {"step_size": -1e-4}}, r"taid.step_size must be in \[0, 1\], got -0.0001"),
+        ({"taid": {"step_size": 2}}, r"taid.step_size must be in \[0, 1\], got 2"),
+        ({"taid": {"momentum": 1.0}}, r"taid.momentum must be in \[0, 1\), got 1.0"),
+        ({"taid": {"momentum": -0.5}}, r"taid.momentum must be in \[0, 1\), got -0.5"),
+        (
+            {"taid": {"adaptive": False, "step_size": 0.1}},
+            "taid.step_size is read if taid.adaptive only, got 0.1",
+        ),
+        (
+            {"taid": {"adaptive": False, "momentum": 0.5}},
+            "taid.momentum is read if taid.adaptive only, got 0.5",
+        ),
+        ({"taid": {"alpha": 1}}, "taid has no field 'alpha'; it has t_start, t_end, step_size"),
+    ],
+)
+def test_settings_that_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DistillConfig(**{"output_dir": "out", "report_to": "none", "taid": {}} | changes)
