@@ -1,4 +1,4 @@
-"""TAID in the trainer: its t from step to step, in checkpoints and logs; what it equals; settings."""
+"""TAID in the trainer: its t from step to step, checkpoints, logs, what it equals, settings."""
 
 import json
 import math
@@ -21,8 +21,8 @@ pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
 LOSSES = [3.0, 2.5, 2.6, 2.1, 2.1, 1.0, 4.0, 3.9, 3.0, 2.8, 2.2, 2.0, 2.3, 1.9, 1.8, 0.9, 0.8, 1.2]
 LOSSES += [0.7, 0.6]
 # t moves faster than the linear target, also in a run of six steps
-PUSHED = {"t_start": 0.2, "t_end": 0.9, "step_size": 0.6, "momentum": 0.6}
-SLOWER = PUSHED | {"step_size": 0.1}
+PUSHED = {"t_start": 0.5, "t_end": 0.95, "step_size": 0.8, "momentum": 0.9}
+SLOWER = PUSHED | {"step_size": 0.15}
 
 
 def by_hand(config: TaidConfig, losses: list[float], total: int) -> list[float]:
@@ -41,7 +41,7 @@ def by_hand(config: TaidConfig, losses: list[float], total: int) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("settings", "ahead"), [({}, 0), (PUSHED, 9), (SLOWER, 9), (SLOWER | {"momentum": 0.0}, 9)]
+    ("settings", "ahead"), [({}, 0), (PUSHED, 9), (SLOWER, 5), (SLOWER | {"momentum": 0.0}, 5)]
 )
 def test_t_moves_as_in_the_paper(settings: dict[str, float], ahead: int) -> None:
     config = TaidConfig(**settings)
@@ -60,11 +60,11 @@ def test_t_moves_as_in_the_paper(settings: dict[str, float], ahead: int) -> None
 
 def test_a_smaller_loss_moves_t_further() -> None:
     config = TaidConfig(**PUSHED)
-    before = TaidState(0.4, 0.0, 2.0)
+    before = TaidState(0.6, 0.0, 2.0)
     ts = [next_state(config, before, loss, 0.0).t for loss in (1.0, 2.0, 4.0, 1e6)]
     assert ts == sorted(ts, reverse=True)
-    assert ts[1] == pytest.approx(0.4 + 0.6 * 0.5 * 0.6)
-    assert ts[-1] == 0.4  # the average is far below 0: no overflow
+    assert ts[1] == pytest.approx(0.6 + 0.8 * 0.5 * 0.4)
+    assert ts[-1] == 0.6  # the average is far below 0: no overflow
 
 
 def test_a_loss_of_zero_has_no_relative_change() -> None:
@@ -72,7 +72,18 @@ def test_a_loss_of_zero_has_no_relative_change() -> None:
     config = TaidConfig(**PUSHED | {"t_start": 0.0})
     state = next_state(config, TaidState(0.0, 0.0, 0.0), 1.0, 0.1)
     assert (state.momentum, state.loss) == (0.0, 1.0)
-    assert state.t == pytest.approx(0.3)
+    assert state.t == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(("total", "ahead"), [(3900, False), (4200, True)])
+def test_with_the_defaults_only_long_runs_get_ahead(total: int, ahead: bool) -> None:
+    config = TaidConfig()
+    state, found = TaidState(config.t_start), []
+    for step in range(1, total + 1):
+        state = next_state(config, state, 1.0, step / total)
+        found.append(state.t - (0.4 + 0.6 * step / total))
+    assert (max(found) > 1e-6) == ahead
+    assert state.t == 1.0
 
 
 def test_not_adaptive_it_is_linear() -> None:
@@ -101,9 +112,9 @@ def test_the_rule_reads_the_soft_loss_of_each_step(tmp_path: Path) -> None:
     trainer.train()
     logs = models.steps(trainer)
     wanted = by_hand(TaidConfig(**PUSHED), [log["soft"] for log in logs], 6)
-    assert ts(trainer) == pytest.approx([0.2, *wanted[:-1]], abs=1e-6)
+    assert ts(trainer) == pytest.approx([0.5, *wanted[:-1]], abs=1e-6)
     assert trainer._taid.state.t == pytest.approx(wanted[-1], abs=1e-6)
-    assert ts(trainer)[3] - (0.2 + 0.7 * 3 / 6) > 0.01  # ahead of the linear target
+    assert ts(trainer)[3] - (0.5 + 0.45 * 3 / 6) > 0.01  # ahead of the linear target
 
 
 class SeesT(DistillTrainer):
@@ -150,7 +161,7 @@ def test_accumulation_does_not_change_t(tmp_path: Path) -> None:
 
     one = run(4, 1)
     assert run(1, 4) == pytest.approx(one, abs=1e-6)
-    assert one[2] - (0.2 + 0.7 * 2 / 5) > 0.01
+    assert one[2] - (0.5 + 0.45 * 2 / 5) > 0.01
 
 
 def test_evaluation_does_not_move_t(tmp_path: Path) -> None:
@@ -265,10 +276,10 @@ def test_a_second_run_starts_anew(tmp_path: Path) -> None:
     trainer = distill(tmp_path, taid=PUSHED)
     trainer.train()
     trainer.train()
-    assert ts(trainer)[0] == 0.2
+    assert ts(trainer)[0] == 0.5
     trainer._taid.add(torch.ones(2), torch.ones(2))  # left over from a run that broke off
     trainer.train()
-    assert ts(trainer)[0] == 0.2
+    assert ts(trainer)[0] == 0.5
     assert trainer._taid.state.loss == pytest.approx(models.steps(trainer)[-1]["soft"], rel=1e-5)
 
 
@@ -330,8 +341,8 @@ def test_self_distillation(tmp_path: Path, on_policy: bool) -> None:
     trainer.train()
     logs = models.steps(trainer)
     assert all(0 < log["soft"] < log["taid_teacher_kl"] for log in logs)
-    assert ts(trainer)[0] == 0.2
-    assert ts(trainer)[2] > ts(trainer)[1] == 0.2
+    assert ts(trainer)[0] == 0.5
+    assert ts(trainer)[2] > ts(trainer)[1] == 0.5
 
 
 @pytest.mark.parametrize("value", [{}, "{}", TaidConfig()])
