@@ -14,6 +14,7 @@ from hf_distill.losses.step import (
     step_terms,
 )
 from hf_distill.losses.student import Student, StudentHidden, StudentLogits
+from hf_distill.losses.taid import TaidObjective, taid_target
 
 __all__ = [
     "ANCHOR_NAME",
@@ -28,6 +29,7 @@ __all__ = [
     "Student",
     "StudentHidden",
     "StudentLogits",
+    "TaidObjective",
     "Terms",
     "assert_finite",
     "attention_loss",
@@ -35,4 +37,5 @@ __all__ = [
     "generalized_jsd_loss",
     "hidden_loss",
     "step_terms",
+    "taid_target",
 ]

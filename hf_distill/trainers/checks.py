@@ -10,7 +10,7 @@ from torch import nn
 from hf_distill import losses
 from hf_distill.heads import causal_lm
 from hf_distill.offline import CachedTeacher
-from hf_distill.teachers import RemoteTeacher, each_teacher
+from hf_distill.teachers import RemoteTeacher, Teacher, each_teacher
 
 if TYPE_CHECKING:
     from hf_distill.trainers.distill import DistillTrainer
@@ -33,6 +33,7 @@ def check_setup(trainer: "DistillTrainer") -> None:
             )
         if isinstance(teacher, CachedTeacher):
             _check_cached(trainer, teacher)
+        _check_taid(trainer, teacher)
     _check_student(cast(nn.Module, trainer.model))
     anchor_weight = trainer.args.loss_settings().anchor_weight
     if anchor_weight > 0 and trainer.has_own_hard_loss():
@@ -66,6 +67,14 @@ def _check_student(model: nn.Module) -> None:
         raise ValueError(
             "prompt-learning adapters put virtual tokens before the text, so labels and "
             f"logits do not line up; got {model.active_peft_config.peft_type}"
+        )
+
+
+def _check_taid(trainer: "DistillTrainer", teacher: Teacher) -> None:
+    if trainer.args.taid is not None and isinstance(teacher, CachedTeacher | RemoteTeacher):
+        raise ValueError(
+            "taid mixes the logits of student and teacher, so it needs a teacher with logits or "
+            f"hidden states, got a {type(teacher).__name__}, which knows some log-probabilities"
         )
 
 

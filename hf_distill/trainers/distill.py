@@ -23,9 +23,10 @@ from hf_distill.token_weights import TokenWeights
 from hf_distill.trainers import checkpoints
 from hf_distill.trainers.checks import check_setup
 from hf_distill.trainers.configs import DistillConfig
-from hf_distill.trainers.groups import ClassWeightsConfig, HiddenConfig, WatchdogConfig
+from hf_distill.trainers.groups import ClassWeightsConfig, HiddenConfig, TaidConfig, WatchdogConfig
 from hf_distill.trainers.hidden import HiddenAlignment
 from hf_distill.trainers.scoring import Scoring, Share, Work
+from hf_distill.trainers.taid import Taid
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         self.teacher = None if teacher is None else as_teacher(teacher)
         self.objective = args.objective()
         self._layers: HiddenAlignment | None = None
+        self._taid: Taid | None = None
         class_weights = cast(ClassWeightsConfig, args.class_weights).active()
         if self.teacher is None:
             if class_weights is not None:
@@ -119,6 +121,9 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         self._layers = self._make_layers(self.teacher)
         self._mean_meters = {x: MeanMeter(self._mean_names()) for x in (True, False)}
         self.add_callback(_UpdateTeacher(self.teacher))
+        if args.taid is not None:
+            self._taid = Taid(cast(TaidConfig, args.taid), self.accelerator)
+            self.add_callback(self._taid)
         self._probe = None
         self._add_watchdog(self.teacher)
 
@@ -176,9 +181,10 @@ class DistillTrainer(checkpoints.ResumableTrainer):
             self._probe.keep(model, side, teacher_side)
         signal = self.teacher.signal(model, teacher_side)
         side, scored, counts = self._work(inputs, side, num_items_in_batch, model.training)
+        objective = self._present_objective(model.training)
 
         def terms_of(student: losses.Student) -> losses.Terms:
-            terms = losses.step_terms(student, self.objective, signal, scored)
+            terms = losses.step_terms(student, objective, signal, scored)
             if self._layers is None:
                 return terms
             return self._layers.add(terms, seen, signal, scored, self.args.hidden_weight)
@@ -197,8 +203,14 @@ class DistillTrainer(checkpoints.ResumableTrainer):
                 )
             else:
                 terms = terms_of(losses.StudentLogits(self._reader.logits(model, side)))
-        self._note(terms, scored.targets, counts, model.training)
+        self._note(terms, scored, counts, model.training)
         return (terms.loss, outputs) if return_outputs else terms.loss
+
+    def _present_objective(self, training: bool) -> losses.Objective | losses.SampledObjective:
+        """The loss of a token at this step."""
+        if self._taid is None or not training:
+            return self.objective
+        return self._taid.present(self.objective)
 
     def _check_batch(self, inputs: dict[str, Any]) -> None:
         """Called with every batch before it is used."""
@@ -218,11 +230,13 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         return self._scoring.work(inputs, side, share, training)
 
     def _note(
-        self, terms: losses.Terms, targets: Tensor, counts: Tensor | None, training: bool
+        self, terms: losses.Terms, scored: losses.Scored, counts: Tensor | None, training: bool
     ) -> None:
         """Stop at a loss that is not a number; count the metrics."""
         losses.assert_finite(terms)
-        counted = targets if counts is None else targets[counts]
+        if self._taid is not None and training:
+            self._taid.add(terms.soft, scored.weights)
+        counted = scored.targets if counts is None else scored.targets[counts]
         self._meters[training].add(terms.counted(counts), counted)
         self._mean_meters[training].add(terms.extra)
 
@@ -335,6 +349,8 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         """As in `Trainer`; training logs also hold the metrics of the scored tokens."""
         if "loss" in logs:
             logs.update(self._read_metrics(training=True))
+            if self._taid is not None:
+                logs.update(self._taid.metrics())
             if self.teacher is not None and self._probe is not None:
                 logs.update(self._probe.read(cast(nn.Module, self.model)))
         elif "train_loss" in logs and self.teacher is not None:
@@ -358,18 +374,23 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         with nullcontext() if self._layers is None else self._layers.detached():
             super()._load_best_model()
 
+    def _parts(self) -> list[HiddenAlignment | Taid]:
+        """What has a file of its own in a checkpoint."""
+        return [part for part in (self._layers, self._taid) if part is not None]
+
     def _save_extra(self, folder: str) -> None:
         """Write what resuming needs besides the Trainer's own files."""
         state = {} if self.teacher is None else self.teacher.state_dict()
         if state and self.args.should_save:
             save_file(state, os.path.join(folder, TEACHER_FILE))
-        if self._layers is not None and self.args.should_save:
-            self._layers.save(folder)
+        for part in self._parts():
+            if self.args.should_save:
+                part.save(folder)
 
     def _load_extra(self, folder: str) -> None:
         """Read what `_save_extra` wrote; the state is the checkpoint's."""
-        if self._layers is not None:
-            self._layers.load(folder)
+        for part in self._parts():
+            part.load(folder)
         if self.teacher is None or not self.teacher.state_dict():
             return
         path = os.path.join(folder, TEACHER_FILE)
