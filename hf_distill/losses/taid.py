@@ -36,7 +36,7 @@ def taid_target(logits: Tensor, teacher_logits: Tensor, t: float) -> Tensor:
 
 @dataclass(frozen=True)
 class TaidObjective(Objective):
-    """An `Objective` whose soft loss is KL(p_t || q), of TAID.
+    """An `Objective` whose soft loss is KL(p_t || q), a target between student and teacher.
 
     p_t = softmax(((1 - t) * student + t * teacher) / temperature) of the logits, the student's held
     constant, and q is the student. At t = 0 loss and gradient are zero, at t = 1 this is forward_kl

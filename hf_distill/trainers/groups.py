@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from hf_distill.faults import Limits
+from hf_distill.losses import HIDDEN_LOSSES
 from hf_distill.rollouts import check_engine
 from hf_distill.teachers import SelfTeacher
 from hf_distill.token_classes import CLASSES
@@ -74,6 +75,35 @@ class ClipConfig:
     def __post_init__(self) -> None:
         """Check the values where they are given."""
         DivergenceSpec("jsd", clip=self.bound, clip_level=self.level)
+
+
+@dataclass
+class HiddenConfig:
+    """How layers are compared.
+
+    Raises:
+        ValueError: a value is unknown or out of range.
+    """
+
+    loss: str = field(
+        default="mse", metadata={"help": "Of hidden states: mse, cosine or l1, mean over layers."}
+    )
+    attention_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight, >= 0, of KL(teacher || student) of the same layers' attention maps; "
+            "needs attn_implementation='eager'."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values where they are given."""
+        if self.loss not in HIDDEN_LOSSES:
+            raise ValueError(f"hidden.loss must be one of {HIDDEN_LOSSES}, got {self.loss!r}")
+        if not (math.isfinite(self.attention_weight) and self.attention_weight >= 0):
+            raise ValueError(
+                f"hidden.attention_weight must be at least 0, got {self.attention_weight}"
+            )
 
 
 @dataclass
