@@ -47,7 +47,7 @@ def next_state(config: TaidConfig, state: TaidState, loss: float, progress: floa
         Shing et al. 2025, arXiv:2501.16937, as in the authors' release but for three things. The
         release does so at every forward pass, here it is once an optimizer step. Its progress is
         that before the step, one step less. Its loss is the cross-entropy with the target, which
-        hardly changes with t; the KL grows with about t².
+        has the size of an entropy at any t; the KL grows with about t².
     """
     linear = config.t_start + (config.t_end - config.t_start) * progress
     if not config.adaptive:
