@@ -2,12 +2,13 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from hf_distill import alignment, losses, token_weights
@@ -23,6 +24,7 @@ from hf_distill.trainers import checkpoints
 from hf_distill.trainers.checks import check_setup
 from hf_distill.trainers.configs import DistillConfig
 from hf_distill.trainers.groups import ClassWeightsConfig, WatchdogConfig
+from hf_distill.trainers.hinting import Hinting, MadeLoader, deferred
 from hf_distill.trainers.scoring import Scoring, Share, Work
 
 logger = logging.getLogger(__name__)
@@ -85,11 +87,13 @@ class DistillTrainer(checkpoints.ResumableTrainer):
             raise TypeError(f"args must be a DistillConfig, got {type(args).__name__}")
         if teacher is None and args.alpha > 0:
             raise ValueError(f"alpha {args.alpha} > 0 needs a teacher; pass teacher= or alpha=0")
+        data_collator = deferred(data_collator, args)
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
         )
         self.teacher = None if teacher is None else as_teacher(teacher)
         self.objective = args.objective()
+        self._hinting = Hinting(args.seed)
         class_weights = cast(ClassWeightsConfig, args.class_weights).active()
         if self.teacher is None:
             if class_weights is not None:
@@ -226,6 +230,14 @@ class DistillTrainer(checkpoints.ResumableTrainer):
             return 1
         return self._num_ranks()
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """As in `Trainer`; rows that wait for their step are made batches of."""
+        step = self.state.global_step
+        batches = self._hinting.made(epoch_iterator, self.data_collator, step, training=True)
+        return super().get_batch_samples(batches, num_batches, device)
+
     def _get_num_items_in_batch(
         self, batch_samples: list[Any], device: torch.device
     ) -> Tensor | int | None:
@@ -287,9 +299,14 @@ class DistillTrainer(checkpoints.ResumableTrainer):
             loss = self.compute_loss(model, inputs, num_items_in_batch=count)
         return loss.detach(), None, None
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+    def evaluation_loop(
+        self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> Any:
         """As in `Trainer`, with the metrics of the scored tokens added."""
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loader = MadeLoader(dataloader, self._hinting, self.data_collator, self.state.global_step)
+        output = super().evaluation_loop(
+            cast(DataLoader, loader), *args, metric_key_prefix=metric_key_prefix, **kwargs
+        )
         for name, value in self._read_metrics(training=False).items():
             cast(dict, output.metrics)[f"{metric_key_prefix}_{name}"] = value
         return output
@@ -299,7 +316,8 @@ class DistillTrainer(checkpoints.ResumableTrainer):
             return {}
         self._alignment.read(self.accelerator)
         metrics = self._meters[training].read(self.accelerator, self.objective.unmeasured)
-        return metrics | self._mean_meters[training].read(self.accelerator)
+        metrics |= self._mean_meters[training].read(self.accelerator)
+        return metrics | self._hinting.read(self.accelerator, training)
 
     def _mean_names(self) -> tuple[str, ...]:
         """What is logged of `Terms.extra` in this run."""
