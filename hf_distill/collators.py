@@ -97,8 +97,8 @@ class HintCollator:
         self.completion_column = completion_column
         self.max_prompt_length = max_prompt_length
         plan = HintPlan.of(hint_dropout, max_hint_length, truncation)
-        if plan.drops and not self.hints:
-            raise ValueError(f"hint_dropout needs hints to drop, got {hint_dropout} and none")
+        if plan.depends_on_step and not self.hints:
+            raise ValueError(f"{plan.refusal()}, and there are no hints")
         self.hint_plan = plan if plan.depends_on_step else None
         self.max_hint_length, self._draw, self._leaves_out = plan.length_at(0), None, False
         self.max_completion_length = max_completion_length

@@ -2,17 +2,17 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from hf_distill import alignment, losses, token_weights
 from hf_distill.heads import Reader, causal_lm, vocab_size
+from hf_distill.hint_plans import plan_of
 from hf_distill.monitors import MeanMeter, TokenMeter
 from hf_distill.offline import CachedCollator, CachedTeacher
 from hf_distill.probes import make_probe
@@ -20,11 +20,10 @@ from hf_distill.rollouts import end_token_ids
 from hf_distill.teachers import RoutedCollator, Teacher, as_teacher
 from hf_distill.token_classes import token_classes
 from hf_distill.token_weights import TokenWeights
-from hf_distill.trainers import checkpoints
 from hf_distill.trainers.checks import check_setup
 from hf_distill.trainers.configs import DistillConfig
 from hf_distill.trainers.groups import ClassWeightsConfig, WatchdogConfig
-from hf_distill.trainers.hinting import Hinting, MadeLoader, deferred
+from hf_distill.trainers.hinting import HintingTrainer
 from hf_distill.trainers.scoring import Scoring, Share, Work
 
 logger = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ class _UpdateTeacher(TrainerCallback):
         self.teacher.update(model)
 
 
-class DistillTrainer(checkpoints.ResumableTrainer):
+class DistillTrainer(HintingTrainer):
     """A `Trainer` for causal LMs whose loss is alpha * soft + (1 - alpha) * hard.
 
     soft is the divergence of the args between teacher and student at every labelled token, hard the
@@ -87,17 +86,17 @@ class DistillTrainer(checkpoints.ResumableTrainer):
             raise TypeError(f"args must be a DistillConfig, got {type(args).__name__}")
         if teacher is None and args.alpha > 0:
             raise ValueError(f"alpha {args.alpha} > 0 needs a teacher; pass teacher= or alpha=0")
-        data_collator = deferred(data_collator, args)
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
         )
         self.teacher = None if teacher is None else as_teacher(teacher)
         self.objective = args.objective()
-        self._hinting = Hinting(args.seed)
         class_weights = cast(ClassWeightsConfig, args.class_weights).active()
         if self.teacher is None:
             if class_weights is not None:
                 raise ValueError("class_weights need a teacher; without one this is a Trainer")
+            if plan_of(self.data_collator) is not None:
+                raise ValueError("hints that depend on the step need a teacher, got None")
             return
         self._weigh = TokenWeights(class_weights, self.processing_class)
         self._scoring = Scoring(self._weigh, args.loss_settings())
@@ -230,14 +229,6 @@ class DistillTrainer(checkpoints.ResumableTrainer):
             return 1
         return self._num_ranks()
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | int | None]:
-        """As in `Trainer`; rows that wait for their step are made batches of."""
-        step = self.state.global_step
-        batches = self._hinting.made(epoch_iterator, self.data_collator, step, training=True)
-        return super().get_batch_samples(batches, num_batches, device)
-
     def _get_num_items_in_batch(
         self, batch_samples: list[Any], device: torch.device
     ) -> Tensor | int | None:
@@ -299,14 +290,9 @@ class DistillTrainer(checkpoints.ResumableTrainer):
             loss = self.compute_loss(model, inputs, num_items_in_batch=count)
         return loss.detach(), None, None
 
-    def evaluation_loop(
-        self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
-    ) -> Any:
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """As in `Trainer`, with the metrics of the scored tokens added."""
-        loader = MadeLoader(dataloader, self._hinting, self.data_collator, self.state.global_step)
-        output = super().evaluation_loop(
-            cast(DataLoader, loader), *args, metric_key_prefix=metric_key_prefix, **kwargs
-        )
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         for name, value in self._read_metrics(training=False).items():
             cast(dict, output.metrics)[f"{metric_key_prefix}_{name}"] = value
         return output

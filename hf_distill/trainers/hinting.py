@@ -1,21 +1,24 @@
-"""Hints that depend on the optimizer step: rows are rendered where the step is known.
+"""Hints that depend on the optimizer step: rows are collated where the step is known.
 
 A data loader reads ahead, in processes of its own, so a collator does not know the step that its
-batch is for. Where what it makes depends on the step, the loader passes the rows on as they are, and
-the trainer collates them when it takes a step's batches.
+batch is for. Where what it makes depends on the step, the loader passes the rows on as they are,
+and the trainer collates them when it takes a step's batches.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from hf_distill.budgets import DROPPED, TRUNCATED
 from hf_distill.hint_plans import collator_at, plan_of
 from hf_distill.hints import Row
 from hf_distill.monitors import ShareMeter
+from hf_distill.trainers.checkpoints import ResumableTrainer
 
 ROWS = "rows_to_collate"  # the only key of a batch that is not made yet
 
@@ -51,6 +54,12 @@ def deferred(collator: Any, args: TrainingArguments) -> Any:
         )
     loader.dispatch_batches = False  # None would be True for an iterable dataset
     return Deferred(collator)
+
+
+def shows_hints(batch: Mapping[str, Any], num_rows: int) -> bool:
+    """Whether one of a batch's first rows has kept its hints, as far as the collator says."""
+    dropped = batch.get(DROPPED)
+    return dropped is None or not bool(dropped[:num_rows].all())
 
 
 class Hinting:
@@ -94,7 +103,7 @@ class Hinting:
             step: optimizer steps taken.
             training: else evaluation.
         """
-        return map(lambda batch: self._made(batch, collator, step, training), batches)
+        return (self._made(batch, collator, step, training) for batch in batches)
 
     def _made(self, batch: Any, collator: Any, step: int, training: bool) -> Any:
         if isinstance(batch, Mapping) and ROWS in batch:
@@ -139,3 +148,26 @@ class MadeLoader:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
+
+
+class HintingTrainer(ResumableTrainer):
+    """A `Trainer` that makes batches of rows where hints depend on the step."""
+
+    def __init__(
+        self, model: Any, args: TrainingArguments, data_collator: Any, *others: Any, **kwargs: Any
+    ) -> None:
+        self._hinting = Hinting(args.seed)
+        super().__init__(model, args, deferred(data_collator, args), *others, **kwargs)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """As in `Trainer`; rows that waited for their step become batches."""
+        step = self.state.global_step
+        batches = self._hinting.made(epoch_iterator, self.data_collator, step, training=True)
+        return super().get_batch_samples(batches, num_batches, device)
+
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`; hints are as long as at the present step, and none is dropped."""
+        made = MadeLoader(dataloader, self._hinting, self.data_collator, self.state.global_step)
+        return super().evaluation_loop(cast(DataLoader, made), *args, **kwargs)

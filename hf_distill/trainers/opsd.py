@@ -30,6 +30,7 @@ from hf_distill.trainers import sampling
 from hf_distill.trainers.configs import ClipConfig, OPSDConfig
 from hf_distill.trainers.distill import DistillTrainer
 from hf_distill.trainers.groups import RolloutConfig
+from hf_distill.trainers.hinting import shows_hints
 from hf_distill.trainers.samplers import RepeatSampler
 from hf_distill.trainers.scoring import BEHAVIOUR
 from hf_distill.trainers.unused import unused
@@ -93,6 +94,7 @@ class OPSDTrainer(DistillTrainer):
         self.hint_collator, self.environment = data_collator, environment
         self._window: Window | None = None
         self._resumed: dict[str, Any] | None = None
+        self._has_shown_hints = False
         for text in unused(args, environment is not None, teacher is None):
             logger.warning("a setting is not used: %s", text)
         teacher = args.make_teacher() if teacher is None else as_teacher(teacher)
@@ -187,10 +189,11 @@ class OPSDTrainer(DistillTrainer):
         logger.info("without a hint student and teacher are %.1e nats apart", found)
 
     def _check_batch(self, inputs: dict[str, Any]) -> None:
-        is_first = not self._alignment.started
         super()._check_batch(inputs)
-        if is_first and self.args.process_index == 0:
-            warn_of_lost_context(inputs, self.hint_collator.tokenizer, NUM_CHECKED)
+        if not self._has_shown_hints and shows_hints(inputs, NUM_CHECKED):
+            self._has_shown_hints = True
+            if self.args.process_index == 0:
+                warn_of_lost_context(inputs, self.hint_collator.tokenizer, NUM_CHECKED)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
