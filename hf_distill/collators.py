@@ -12,17 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from hf_distill import alignment, budgets
 from hf_distill.alignment import Rendered
 from hf_distill.budgets import DROPPED, TRUNCATED, Made
-from hf_distill.dialogues import (
-    SCORED,
-    check_before,
-    continuation,
-    render,
-    scored_messages,
-    splice,
-)
+from hf_distill.dialogues import SCORED, continuation, render, scored_messages, splice
 from hf_distill.episodes import Episode
 from hf_distill.hint_plans import HintPlan, Value
-from hf_distill.hints import Hint, Messages, Placed, Prompt, Row, insert_all, placed
+from hf_distill.hints import Hint, Messages, Placed, Prompt, Row, check_before, insert_all, placed
 
 SHOWN_TOKENS = 8
 TRUNCATIONS = ("error", "hint")

@@ -35,20 +35,6 @@ def scored_messages(
     return sorted(i for i in found if i is not None)
 
 
-def check_before(hints: Sequence[Placed], reply: int) -> None:
-    """Each hint must stand before a reply that is scored; the last of these is message `reply`.
-
-    Raises:
-        ValueError: one stands behind it.
-    """
-    for hint in hints:
-        if hint.start > reply:
-            raise ValueError(
-                "a hint must stand before a reply that is scored, the last is message "
-                f"{reply}; got {hint.hint.where!r} of message {hint.at}"
-            )
-
-
 def continuation(messages: Messages, template: Template, eos_token_id: int | None) -> list[int]:
     """Token ids between the end token of a reply and the next reply: messages, then its prompt.
 

@@ -114,11 +114,15 @@ class HintPlan:
 
     def refusal(self) -> str:
         """Why rows cannot be made without a step."""
-        settings = {"hint_dropout": self.dropout} if self.drops else {}
+        said = [f"hint_dropout {_range(self.dropout)}"] if self.drops else []
         if self.length is not None and self.length_changes:
-            settings["max_hint_length"] = self.length
-        said = [f"{k} from {v.bounds[0]:g} to {v.bounds[1]:g}" for k, v in settings.items()]
+            said.append(f"max_hint_length {_range(self.length)}")
         return f"what the teacher reads depends on the optimizer step ({', '.join(said)})"
+
+
+def _range(schedule: Schedule) -> str:
+    low, high = schedule.bounds
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 def plan_of(collator: Any) -> HintPlan | None:
