@@ -107,7 +107,9 @@ def test_a_dropped_hint_was_not_cut() -> None:
 
 
 def test_an_error_in_a_hint_does_not_wait_for_a_step_that_keeps_it() -> None:
-    with pytest.raises(ValueError, match="row 0 of the batch: the hint of .* max_hint_length is 1"):
+    with pytest.raises(
+        ValueError, match=r"row 0 of the batch: the hint of .* max_hint_length is 1"
+    ):
         collator(max_hint_length=1).at(0, SEED)([ROW])
 
 
