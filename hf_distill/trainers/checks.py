@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_distill import losses
 from hf_distill.heads import causal_lm
+from hf_distill.hint_plans import plan_of
 from hf_distill.offline import CachedTeacher
 from hf_distill.teachers import RemoteTeacher, Teacher, each_teacher
 
@@ -79,6 +80,11 @@ def _check_taid(trainer: "DistillTrainer", teacher: Teacher) -> None:
 
 
 def _check_cached(trainer: "DistillTrainer", teacher: CachedTeacher) -> None:
+    plan = plan_of(trainer.data_collator)
+    if plan is not None:
+        raise ValueError(
+            f"a cached teacher knows its rows with the hints of the writing, and {plan.refusal()}"
+        )
     if not isinstance(trainer.objective, losses.Objective):
         raise ValueError(
             "a cached teacher has not the log-probability of every token, which divergence "

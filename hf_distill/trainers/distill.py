@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from hf_distill import alignment, losses, token_weights
 from hf_distill.heads import Reader, causal_lm, vocab_size
+from hf_distill.hint_plans import plan_of
 from hf_distill.monitors import MeanMeter, TokenMeter
 from hf_distill.offline import CachedCollator, CachedTeacher
 from hf_distill.probes import make_probe
@@ -20,11 +21,11 @@ from hf_distill.rollouts import end_token_ids
 from hf_distill.teachers import RoutedCollator, Teacher, as_teacher
 from hf_distill.token_classes import token_classes
 from hf_distill.token_weights import TokenWeights
-from hf_distill.trainers import checkpoints
 from hf_distill.trainers.checks import check_setup
 from hf_distill.trainers.configs import DistillConfig
 from hf_distill.trainers.groups import ClassWeightsConfig, HiddenConfig, TaidConfig, WatchdogConfig
 from hf_distill.trainers.hidden import HiddenAlignment
+from hf_distill.trainers.hinting import HintingTrainer
 from hf_distill.trainers.scoring import Scoring, Share, Work
 from hf_distill.trainers.taid import Taid
 
@@ -44,7 +45,7 @@ class _UpdateTeacher(TrainerCallback):
         self.teacher.update(model)
 
 
-class DistillTrainer(checkpoints.ResumableTrainer):
+class DistillTrainer(HintingTrainer):
     """A `Trainer` for causal LMs whose loss is alpha * soft + (1 - alpha) * hard.
 
     soft is the divergence of the args between teacher and student at every labelled token, hard the
@@ -99,6 +100,8 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         if self.teacher is None:
             if class_weights is not None:
                 raise ValueError("class_weights need a teacher; without one this is a Trainer")
+            if plan_of(self.data_collator) is not None:
+                raise ValueError("hints that depend on the step need a teacher, got None")
             return
         self._weigh = TokenWeights(class_weights, self.processing_class)
         self._scoring = Scoring(self._weigh, args.loss_settings())
@@ -335,7 +338,8 @@ class DistillTrainer(checkpoints.ResumableTrainer):
             return {}
         self._alignment.read(self.accelerator)
         metrics = self._meters[training].read(self.accelerator, self.objective.unmeasured)
-        return metrics | self._mean_meters[training].read(self.accelerator)
+        metrics |= self._mean_meters[training].read(self.accelerator)
+        return metrics | self._hinting.read(self.accelerator, training)
 
     def _mean_names(self) -> tuple[str, ...]:
         """What is logged of `Terms.extra` in this run."""

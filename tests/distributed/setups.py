@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_distill import DistillConfig, DistillTrainer, OPSDConfig, OPSDTrainer
+from hf_distill import DistillConfig, DistillTrainer, HintCollator, OPSDConfig, OPSDTrainer
 from hf_distill.alignment import unpad
 from hf_distill.offline import CachedTeacher, HeadSamples, cache_teacher
 from tests.trainers import models
@@ -92,6 +92,14 @@ def _opsd(
 
 def opsd_off_policy(folder: Path, num_processes: int) -> OPSDTrainer:
     return _opsd(folder, num_processes, models.lora(models.llama()), on_policy=False)
+
+
+def opsd_hint_dropout(folder: Path, num_processes: int) -> OPSDTrainer:
+    """Rows whose hints are dropped or cut as the step says, on whatever process they are."""
+    plan = {"hint_dropout": "linear:0.2->0.8@3", "max_hint_length": "linear:8->2@3"}
+    collator = HintCollator(models.tokenizer(), truncation="hint", **plan)
+    args = OPSDConfig(**_options(folder, num_processes, on_policy=False, max_steps=4))
+    return OPSDTrainer(models.lora(models.llama()), args, collator, models.problems())
 
 
 def opsd_on_policy(folder: Path, num_processes: int) -> OPSDTrainer:
@@ -180,6 +188,7 @@ SETUPS = (
     opsd_anchored,
     stopped_by_one,
     opsd_off_policy,
+    opsd_hint_dropout,
     opsd_on_policy,
     opsd_repeated,
 )
