@@ -274,7 +274,8 @@ class Reader:
         lm = causal_lm(model)
         names = inspect.signature(lm.forward).parameters
         if is_classifier(lm):
-            return {name: value for name, value in inputs.items() if name in names}
+            named = {name: value for name, value in inputs.items() if name in names}
+            return named or dict(inputs)  # a forward of *args and **kwargs names none
         result: dict[str, Any] = dict(inputs)
         if "use_cache" in names:
             result.setdefault("use_cache", False)

@@ -42,7 +42,8 @@ def _seeded(make: Callable[[], nn.Module], seed: int) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                parameter.mul_(40 if name.startswith(("classifier", "score")) else 5)
+                is_last = name in ("classifier.weight", "classifier.out_proj.weight")
+                parameter.mul_(40 if is_last else 5)
     return model.eval()
 
 
