@@ -24,7 +24,7 @@ SUM_ERROR = 1e-5  # relative, of a float32 mean over rows; measured: 6e-7
 def said(model: nn.Module, row: dict[str, Any]) -> Tensor:
     """[C] logits in float64 of one row, without padding."""
     names = ["input_ids", "attention_mask"]
-    names += ["token_type_ids"] if type(model).__name__.startswith("Bert") else []
+    names += ["token_type_ids"] if type(model).__name__.startswith(("Bert", "Roberta")) else []
     with torch.no_grad():
         return model.double()(**{name: torch.tensor([row[name]]) for name in names}).logits[0]
 
