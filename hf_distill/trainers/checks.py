@@ -2,14 +2,16 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from hf_distill import losses
 from hf_distill.heads import causal_lm
 from hf_distill.hint_plans import plan_of
+from hf_distill.model_kinds import check_kind
 from hf_distill.offline import CachedTeacher
 from hf_distill.teachers import RemoteTeacher, Teacher, each_teacher
 
@@ -35,12 +37,35 @@ def check_setup(trainer: "DistillTrainer") -> None:
         if isinstance(teacher, CachedTeacher):
             _check_cached(trainer, teacher)
         _check_taid(trainer, teacher)
-    _check_student(cast(nn.Module, trainer.model))
+    if trainer._classification is None:
+        _check_student(cast(nn.Module, trainer.model))
+    check_anchor(trainer)
+
+
+def check_anchor(trainer: "DistillTrainer") -> None:
+    """Anchor rows are learnt by cross-entropy, which must be the run's hard loss.
+
+    Raises:
+        ValueError: there is an anchor and another hard loss.
+    """
     anchor_weight = trainer.args.loss_settings().anchor_weight
     if anchor_weight > 0 and trainer.has_own_hard_loss():
         raise ValueError(
             f"anchor_weight {anchor_weight} > 0 is a plain cross-entropy; it cannot "
-            "be combined with label smoothing or compute_loss_func"
+            "be combined with label smoothing, compute_loss_func or a model's own loss"
+        )
+
+
+def check_unweighted(weights: Sequence[Tensor | None]) -> None:
+    """Batches must have no weights of tokens, because the hard loss could not read them.
+
+    Raises:
+        ValueError: one has.
+    """
+    if any(each is not None for each in weights):
+        raise ValueError(
+            "weights of tokens reach neither label smoothing nor compute_loss_func nor a model's "
+            "own loss, got both"
         )
 
 
@@ -61,6 +86,7 @@ def _check_processes(trainer: "DistillTrainer") -> None:
 
 
 def _check_student(model: nn.Module) -> None:
+    check_kind(causal_lm(model))
     config = getattr(causal_lm(model), "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError("the student must be a decoder-only causal LM, got an encoder-decoder")
