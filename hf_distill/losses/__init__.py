@@ -1,5 +1,6 @@
 """From what student and teacher say of each token to the scalar the optimizer sees."""
 
+from hf_distill.losses.entropy import entropy_share
 from hf_distill.losses.jsd import generalized_jsd_loss
 from hf_distill.losses.objective import Objective, Terms, assert_finite
 from hf_distill.losses.sampled import SAMPLED_KINDS, SampledObjective
@@ -29,6 +30,7 @@ __all__ = [
     "Terms",
     "assert_finite",
     "behaviour_log_probs",
+    "entropy_share",
     "generalized_jsd_loss",
     "step_terms",
 ]

@@ -10,10 +10,10 @@ from transformers import TrainingArguments
 from hf_distill.losses import SAMPLED_KINDS, Objective, SampledObjective
 from hf_distill.teachers import SelfTeacher
 from hf_distill.trainers.groups import (
-    ClassWeightsConfig,
     ClipConfig,
     RolloutConfig,
     SelfTeacherConfig,
+    TokenWeightsConfig,
     WatchdogConfig,
     as_group,
 )
@@ -66,9 +66,12 @@ class DistillConfig(TrainingArguments):
     clip: ClipConfig | str | dict[str, Any] | None = field(
         default=None, metadata={"help": "A bound on the soft loss: bound, level."}
     )
-    class_weights: ClassWeightsConfig | str | dict[str, Any] | None = field(
+    token_weights: TokenWeightsConfig | str | dict[str, Any] | None = field(
         default=None,
-        metadata={"help": "Weights of tokens by class: special, number, punctuation, space, word."},
+        metadata={
+            "help": "How much tokens count: special, number, punctuation, space, word, entropy, "
+            "reasoning, markers."
+        },
     )
     watchdog: WatchdogConfig | str | dict[str, Any] | None = field(
         default=None,
@@ -81,7 +84,7 @@ class DistillConfig(TrainingArguments):
         if not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
         self.clip = as_group("clip", ClipConfig, self.clip)
-        self.class_weights = as_group("class_weights", ClassWeightsConfig, self.class_weights)
+        self.token_weights = as_group("token_weights", TokenWeightsConfig, self.token_weights)
         self.watchdog = as_group("watchdog", WatchdogConfig, self.watchdog)
         self.objective()
 

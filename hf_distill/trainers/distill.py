@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from hf_distill import alignment, losses, token_weights
-from hf_distill.heads import Reader, causal_lm, vocab_size
+from hf_distill.heads import Reader, Signal, causal_lm, vocab_size
 from hf_distill.monitors import MeanMeter, TokenMeter
 from hf_distill.offline import CachedCollator, CachedTeacher
 from hf_distill.probes import make_probe
@@ -22,8 +22,9 @@ from hf_distill.token_weights import TokenWeights
 from hf_distill.trainers import checkpoints
 from hf_distill.trainers.checks import check_setup
 from hf_distill.trainers.configs import DistillConfig
-from hf_distill.trainers.groups import ClassWeightsConfig, WatchdogConfig
-from hf_distill.trainers.scoring import Scoring, Share, Work
+from hf_distill.trainers.groups import TokenWeightsConfig, WatchdogConfig
+from hf_distill.trainers.scoring import Scoring, Share
+from hf_distill.trainers.weighing import Weighing
 
 logger = logging.getLogger(__name__)
 
@@ -90,13 +91,11 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         )
         self.teacher = None if teacher is None else as_teacher(teacher)
         self.objective = args.objective()
-        class_weights = cast(ClassWeightsConfig, args.class_weights).active()
         if self.teacher is None:
-            if class_weights is not None:
-                raise ValueError("class_weights need a teacher; without one this is a Trainer")
+            self._check_without_teacher(cast(TokenWeightsConfig, args.token_weights).active())
             return
-        self._weigh = TokenWeights(class_weights, self.processing_class)
-        self._scoring = Scoring(self._weigh, args.loss_settings())
+        self._weighing = self._make_weighing()
+        self._scoring = Scoring(args.loss_settings())
         check_setup(self)
         # this class divides by num_items_in_batch itself, whatever the model's forward accepts
         self.model_accepts_loss_kwargs = True
@@ -117,6 +116,12 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         self.add_callback(_UpdateTeacher(self.teacher))
         self._probe = None
         self._add_watchdog(self.teacher)
+
+    def _make_weighing(self) -> Weighing:
+        config = cast(TokenWeightsConfig, self.args.token_weights)
+        around = config.by_class(), self.processing_class, config.reasoning
+        weigh = TokenWeights(*around, config.around_reasoning())
+        return Weighing(weigh, config.entropy, vocab_size(causal_lm(cast(nn.Module, self.model))))
 
     def _token_classes(self) -> Tensor | None:
         """[V] the class of each token, where the processing class is a tokenizer."""
@@ -155,15 +160,19 @@ class DistillTrainer(checkpoints.ResumableTrainer):
     ) -> Any:
         """Teacher's signal, student's terms, normalised over the whole optimizer step."""
         if self.teacher is None:
-            self._check_without_teacher(inputs)
+            self._check_without_teacher(token_weights.KEY in inputs)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self._check_batch(inputs)
+        if not self._weighing.was_asked(inputs):
+            self._check_batch(inputs)
         side = alignment.student_side(inputs)
         teacher_side = alignment.teacher_side(inputs, side)
         if self._probe is not None:
             self._probe.keep(model, side, teacher_side)
-        signal = self.teacher.signal(model, teacher_side)
-        side, scored, counts = self._work(inputs, side, num_items_in_batch, model.training)
+        ask = partial(self.teacher.signal, model, teacher_side)
+        weighed, signal = self._weighing.of(inputs, ask)
+        self._mean_meters[model.training].add(weighed.logged)
+        share = self._share(weighed.weights, num_items_in_batch)
+        side, scored, counts = self._scoring.work(inputs, side, share, model.training)
 
         def terms_of(student: losses.Student) -> losses.Terms:
             return losses.step_terms(student, self.objective, signal, scored)
@@ -184,16 +193,16 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         """Called with every batch before it is used."""
         self._alignment.add(inputs)
 
-    def _work(
-        self,
-        inputs: Mapping[str, Any],
-        side: alignment.Side,
-        num_items_in_batch: Tensor | int | None,
-        training: bool,
-    ) -> Work:
+    def _ask(self, inputs: dict[str, Any]) -> Signal:
+        """The teacher's signal of a batch on its device, before the step's first loss."""
+        self._check_batch(inputs)
+        teacher_side = alignment.teacher_side(inputs, alignment.student_side(inputs))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return cast(Teacher, self.teacher).signal(self.model_wrapped, teacher_side)
+
+    def _share(self, weights: Tensor | None, num_items_in_batch: Tensor | int | None) -> Share:
         num_averaged = self._num_averaged(num_items_in_batch)
-        share = Share(num_items_in_batch, num_averaged, self._num_ranks())
-        return self._scoring.work(inputs, side, share, training)
+        return Share(weights, num_items_in_batch, num_averaged, self._num_ranks())
 
     def _note(
         self, terms: losses.Terms, targets: Tensor, counts: Tensor | None, training: bool
@@ -212,8 +221,8 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         return losses.behaviour_log_probs(self._reader, cast(nn.Module, self.model_wrapped), batch)
 
     @staticmethod
-    def _check_without_teacher(inputs: Mapping[str, Any]) -> None:
-        if token_weights.KEY in inputs:
+    def _check_without_teacher(given: bool) -> None:
+        if given:
             raise ValueError(f"{token_weights.KEY} need a teacher; without one this is a Trainer")
 
     def _num_ranks(self) -> int:
@@ -232,7 +241,7 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         """As in `Trainer`; if tokens have weights, the sum of theirs."""
         if self.teacher is None:
             return super()._get_num_items_in_batch(batch_samples, device)
-        weights = [self._weigh(batch) for batch in batch_samples]
+        weights = self._weighing.ahead(batch_samples, self._prepare_inputs, self._ask)
         if all(each is None for each in weights):
             return super()._get_num_items_in_batch(batch_samples, device)
         if self.has_own_hard_loss():
@@ -306,7 +315,7 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         settings = self._scoring.settings
         reused = () if settings.importance_clip is None else losses.IMPORTANCE_NAMES
         anchor = (losses.ANCHOR_NAME,) if settings.anchor_weight > 0 else ()
-        return (*self.objective.extra_names, *reused, *anchor)
+        return (*self.objective.extra_names, *reused, *anchor, *self._weighing.names)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `Trainer`; training logs also hold the metrics of the scored tokens."""

@@ -125,7 +125,7 @@ def distill_weighted(folder: Path, num_processes: int) -> DistillTrainer:
         folder,
         num_processes,
         divergence="policy_gradient",
-        class_weights={"number": 3.0},
+        token_weights={"number": 3.0},
         processing_class=models.tokenizer(),
     )
     trainer.data_collator = _Weighted()
