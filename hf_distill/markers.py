@@ -37,6 +37,8 @@ def _spelt(token: str, text: str) -> bytes:
         return bytes([int(found[1], 16)])
     if all(character in BYTE_SPELLING for character in token):
         return bytes(BYTE_SPELLING[character] for character in token)
+    if len(token) == 1 and ord(token) < 256:  # ByT5 has all bytes as they are
+        return bytes([ord(token)])
     return text.encode()
 
 
@@ -60,7 +62,9 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
     behind = texts(tokenizer, [[*before, i] for i in ids])
     for i, token, text in zip(ids, tokens, behind, strict=True):
         text = text.removeprefix(start)
-        pieces[i] = _spelt(token, text) if UNDECODED in text else text.encode()
+        # a byte of a character is shown as a stand-in or, by ByT5, not at all
+        is_part = UNDECODED in text or (not text and len(token) == 1)
+        pieces[i] = _spelt(token, text) if is_part else text.encode()
     return pieces
 
 
