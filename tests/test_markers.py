@@ -75,13 +75,7 @@ TEXTS = [
     "<<think>><//think></think>>",
     "no block at all </think>",
 ]
-MARKERS = [
-    THINK,
-    ("◁think▷", "◁/think▷"),
-    ("[THINK]", "[/THINK]"),
-    ("<<", "<<<"),
-    ("think", "/think"),
-]
+OTHERS = [("◁think▷", "◁/think▷"), ("[THINK]", "[/THINK]"), ("<<", "<<<"), ("think", "/think")]
 
 
 @pytest.mark.parametrize("markers", [THINK, *OTHERS], ids=lambda x: x[0])
