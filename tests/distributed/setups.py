@@ -132,6 +132,17 @@ def distill_weighted(folder: Path, num_processes: int) -> DistillTrainer:
     return trainer
 
 
+def distill_entropy(folder: Path, num_processes: int) -> DistillTrainer:
+    """The sum of weights is known once every process has asked its teacher."""
+    settings = {"entropy": 4.0, "reasoning": 0.25, "markers": ["1", "2"], "number": 3.0}
+    tokenizer = models.tokenizer()
+    trainer = distill(folder, num_processes, token_weights=settings, processing_class=tokenizer)
+    trainer.data_collator = _Weighted()
+    with torch.no_grad():  # sure of some tokens, unsure of others
+        trainer.teacher.model.lm_head.weight.mul_(4)
+    return trainer
+
+
 class _Anchored(OPSDTrainer):
     """Batches with anchor rows, longer and shorter than the others; some have nothing scored."""
 
@@ -166,6 +177,7 @@ def opsd_anchored(folder: Path, num_processes: int) -> OPSDTrainer:
 SETUPS = (
     distill_cached,
     distill,
+    distill_entropy,
     distill_local_mean,
     distill_logits,
     distill_nothing_to_score,

@@ -13,7 +13,7 @@ from metal_ops import SparseTeacher, TailSamples
 
 N, H, V = 11, 6, 23
 EPS = torch.finfo(torch.float32).eps
-ROUNDING = 8 * EPS  # relative to the sum of -p log p; measured: 1.3 eps
+ROUNDING = 8 * EPS  # relative to the sum of -p log p; measured: 1.2 eps
 
 
 def loop(logits: Tensor) -> Tensor:
