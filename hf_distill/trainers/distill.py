@@ -197,8 +197,9 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         """The teacher's signal of a batch on its device, before the step's first loss."""
         self._check_batch(inputs)
         teacher_side = alignment.teacher_side(inputs, alignment.student_side(inputs))
+        model = cast(nn.Module, self.model_wrapped)
         with torch.no_grad(), self.compute_loss_context_manager():
-            return cast(Teacher, self.teacher).signal(self.model_wrapped, teacher_side)
+            return cast(Teacher, self.teacher).signal(model, teacher_side)
 
     def _share(self, weights: Tensor | None, num_items_in_batch: Tensor | int | None) -> Share:
         num_averaged = self._num_averaged(num_items_in_batch)

@@ -172,6 +172,8 @@ def test_the_teacher_sees_each_micro_batch_once(
     )
     trainer.train()
     asked: list[Tensor] = []
+    checked: list[Any] = []
+    monkeypatch.setattr(trainer, "_check_batch", checked.append)
     forward = type(trainer.teacher.model).forward
 
     def noted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -189,6 +191,7 @@ def test_the_teacher_sees_each_micro_batch_once(
     trainer.train()
     first = Weighted()(rows()[:4])["input_ids"]
     assert len(asked) == 4
+    assert len(checked) == 2 + 4  # so is its alignment
     assert torch.equal(asked[0], first)
 
 
