@@ -14,6 +14,8 @@ from hf_distill.hint_plans import plan_of
 from hf_distill.model_kinds import check_kind
 from hf_distill.offline import CachedTeacher
 from hf_distill.teachers import RemoteTeacher, Teacher, each_teacher
+from hf_distill.trainers.groups import TokenWeightsConfig
+from hf_distill.trainers.unused import unused_weights
 
 if TYPE_CHECKING:
     from hf_distill.trainers.distill import DistillTrainer
@@ -39,6 +41,7 @@ def check_setup(trainer: "DistillTrainer") -> None:
         _check_taid(trainer, teacher)
     if trainer._classification is None:
         _check_student(cast(nn.Module, trainer.model))
+    _check_token_weights(trainer)
     check_anchor(trainer)
 
 
@@ -67,6 +70,27 @@ def check_unweighted(weights: Sequence[Tensor | None]) -> None:
             "weights of tokens reach neither label smoothing nor compute_loss_func nor a model's "
             "own loss, got both"
         )
+
+
+def _check_token_weights(trainer: "DistillTrainer") -> None:
+    config = cast(TokenWeightsConfig, trainer.args.token_weights)
+    for text in unused_weights(trainer.args):
+        logger.warning("a setting is not used: %s", text)
+    whole = config.entropy > 0 or config.around_reasoning() is not None
+    split = trainer.get_cp_size() * trainer.get_sp_size()
+    if whole and split > 1:
+        raise ValueError(
+            "token_weights.entropy and token_weights.reasoning need whole rows on each process, "
+            f"got rows that are split over {split} (context or sequence parallelism)"
+        )
+    for teacher in each_teacher(trainer.teacher) if config.entropy > 0 else []:
+        if isinstance(teacher, CachedTeacher):
+            low, high = teacher.codec.temperature_range
+            if not low <= 1.0 <= high:
+                raise ValueError(
+                    "token_weights.entropy is the teacher's at temperature 1, the cache serves "
+                    f"{low:g} to {high:g}: write it with a temperature_range that has 1"
+                )
 
 
 def _check_processes(trainer: "DistillTrainer") -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SINGLE_LABEL = "single_label_classification"
-TOKEN_SETTINGS = ("class_weights",)  # fields of the config that are about tokens or their layers
+TOKEN_SETTINGS = ("token_weights", "hidden_layers")  # fields of the config that are about tokens or their layers
 LABEL_KEYS = ("labels", "label", "label_ids")  # of collators; not the model's inputs
 OF_TEXT = ("entropy_collapse", "entropy_explosion")  # limits for a vocabulary, not for classes
 HARD = "hard_of_labelled"
@@ -190,11 +190,12 @@ class Classification:
                 alpha < 1 needs.
         """
         rows = self._read(inputs)
+        objective = trainer._present_objective(model.training)
         labelled = int((rows.targets != IGNORE_INDEX).sum())
         counts = _counts(num_items, labelled, len(rows.targets))
-        self._check_labels(rows, counts, trainer.objective.alpha)
+        self._check_labels(rows, counts, objective.alpha)
         signal = cast(Teacher, trainer.teacher).signal(model, rows.side)
-        use_labels = labelled > 0 and trainer.objective.alpha < 1.0
+        use_labels = labelled > 0 and objective.alpha < 1.0
         own = use_labels and not trainer.has_own_hard_loss()
         named = {self.label_name: rows.labels} if own else {}
         outputs = model(**trainer._reader.forward_inputs(model, rows.side.inputs), **named)
@@ -209,11 +210,11 @@ class Classification:
         weights = torch.ones_like(rows.targets, dtype=torch.float32) * (averaged / counts.rows)
         student = losses.StudentLogits(outputs.logits, hard)
         scored = losses.Scored(rows.targets, weights)
-        terms = losses.step_terms(student, trainer.objective, signal, scored)
-        if trainer.objective.alpha < 1.0:
+        terms = losses.step_terms(student, objective, signal, scored)
+        if objective.alpha < 1.0:
             per_row = terms.hard.masked_fill(rows.targets == IGNORE_INDEX, torch.nan)
             terms = terms._replace(extra={**terms.extra, HARD: per_row})
-        trainer._note(terms, rows.targets, None, model.training)
+        trainer._note(terms, scored, None, model.training)
         return (terms.loss, outputs) if return_outputs else terms.loss
 
     def named(self, metrics: Mapping[str, float]) -> dict[str, float]:

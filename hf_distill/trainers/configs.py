@@ -11,12 +11,12 @@ from hf_distill.layers import parse_layers
 from hf_distill.losses import SAMPLED_KINDS, Objective, SampledObjective, TaidObjective
 from hf_distill.teachers import SelfTeacher
 from hf_distill.trainers.groups import (
-    ClassWeightsConfig,
     ClipConfig,
     HiddenConfig,
     RolloutConfig,
     SelfTeacherConfig,
     TaidConfig,
+    TokenWeightsConfig,
     WatchdogConfig,
     as_group,
     as_optional_group,
@@ -70,9 +70,12 @@ class DistillConfig(TrainingArguments):
     clip: ClipConfig | str | dict[str, Any] | None = field(
         default=None, metadata={"help": "A bound on the soft loss: bound, level."}
     )
-    class_weights: ClassWeightsConfig | str | dict[str, Any] | None = field(
+    token_weights: TokenWeightsConfig | str | dict[str, Any] | None = field(
         default=None,
-        metadata={"help": "Weights of tokens by class: special, number, punctuation, space, word."},
+        metadata={
+            "help": "How much tokens count: special, number, punctuation, space, word, entropy, "
+            "reasoning, markers."
+        },
     )
     hidden_layers: list[Any] | str | None = field(
         default=None,
@@ -105,7 +108,7 @@ class DistillConfig(TrainingArguments):
         if not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
         self.clip = as_group("clip", ClipConfig, self.clip)
-        self.class_weights = as_group("class_weights", ClassWeightsConfig, self.class_weights)
+        self.token_weights = as_group("token_weights", TokenWeightsConfig, self.token_weights)
         self.hidden = as_group("hidden", HiddenConfig, self.hidden)
         self.hidden_layers = parse_layers(self.hidden_layers)
         if not (math.isfinite(self.hidden_weight) and self.hidden_weight >= 0):

@@ -2,8 +2,8 @@
 
 import logging
 import os
-from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from hf_distill import alignment, losses, token_weights
-from hf_distill.heads import Reader, causal_lm, vocab_size
+from hf_distill.heads import Reader, Signal, causal_lm, vocab_size
 from hf_distill.hint_plans import plan_of
 from hf_distill.monitors import MeanMeter, TokenMeter
 from hf_distill.offline import CachedCollator, CachedTeacher
@@ -24,12 +24,18 @@ from hf_distill.token_weights import TokenWeights
 from hf_distill.trainers import classifiers
 from hf_distill.trainers.checks import check_setup, check_unweighted
 from hf_distill.trainers.configs import DistillConfig
-from hf_distill.trainers.groups import ClassWeightsConfig, HiddenConfig, TaidConfig, WatchdogConfig
+from hf_distill.trainers.groups import (
+    HiddenConfig,
+    TaidConfig,
+    TokenWeightsConfig,
+    WatchdogConfig,
+)
 from hf_distill.trainers.hard_losses import HardLoss
 from hf_distill.trainers.hidden import HiddenAlignment
 from hf_distill.trainers.hinting import HintingTrainer
-from hf_distill.trainers.scoring import Scoring, Share, Work
+from hf_distill.trainers.scoring import Scoring, Share
 from hf_distill.trainers.taid import Taid
+from hf_distill.trainers.weighing import Weighing
 
 logger = logging.getLogger(__name__)
 
@@ -99,15 +105,13 @@ class DistillTrainer(HintingTrainer):
         self.objective = args.objective()
         self._layers: HiddenAlignment | None = None
         self._taid: Taid | None = None
-        class_weights = cast(ClassWeightsConfig, args.class_weights).active()
         if self.teacher is None:
-            if class_weights is not None:
-                raise ValueError("class_weights need a teacher; without one this is a Trainer")
+            self._check_without_teacher(cast(TokenWeightsConfig, args.token_weights).active())
             if plan_of(self.data_collator) is not None:
                 raise ValueError("hints that depend on the step need a teacher, got None")
             return
-        self._weigh = TokenWeights(class_weights, self.processing_class)
-        self._scoring = Scoring(self._weigh, args.loss_settings())
+        self._weighing = self._make_weighing()
+        self._scoring = Scoring(args.loss_settings())
         self._classification = classifiers.for_student(self)
         self._hard_loss = HardLoss(self)
         check_setup(self)
@@ -145,6 +149,12 @@ class DistillTrainer(HintingTrainer):
             return None
         model = cast(nn.Module, self.model)
         return HiddenAlignment(model, teacher, args.hidden_layers, settings, args.seed)
+
+    def _make_weighing(self) -> Weighing:
+        config = cast(TokenWeightsConfig, self.args.token_weights)
+        around = config.by_class(), self.processing_class, config.reasoning
+        weigh = TokenWeights(*around, config.around_reasoning())
+        return Weighing(weigh, config.entropy, vocab_size(causal_lm(cast(nn.Module, self.model))))
 
     def _token_classes(self) -> Tensor | None:
         """[V] the class of each token, where the processing class is a tokenizer."""
@@ -187,19 +197,23 @@ class DistillTrainer(HintingTrainer):
     ) -> Any:
         """Teacher's signal, student's terms, normalised over the whole optimizer step."""
         if self.teacher is None:
-            self._check_without_teacher(inputs)
+            self._check_without_teacher(token_weights.KEY in inputs)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._classification is not None:
             arguments = model, inputs, return_outputs, num_items_in_batch
             return self._classification.compute_loss(self, *arguments)
-        self._check_batch(inputs)
+        if not self._weighing.was_asked(inputs):
+            self._check_batch(inputs)
         self._hard_loss.look(model, inputs)
         side = alignment.student_side(inputs)
         teacher_side = alignment.teacher_side(inputs, side)
         if self._probe is not None:
             self._probe.keep(model, side, teacher_side)
-        signal = self.teacher.signal(model, teacher_side)
-        side, scored, counts = self._work(inputs, side, num_items_in_batch, model.training)
+        ask = partial(self.teacher.signal, model, teacher_side)
+        weighed, signal = self._weighing.of(inputs, ask)
+        self._mean_meters[model.training].add(weighed.logged)
+        share = self._share(weighed.weights, num_items_in_batch)
+        side, scored, counts = self._scoring.work(inputs, side, share, model.training)
         objective = self._present_objective(model.training)
 
         def terms_of(student: losses.Student) -> losses.Terms:
@@ -238,16 +252,17 @@ class DistillTrainer(HintingTrainer):
         if self._layers is not None:
             self._layers.check(inputs)
 
-    def _work(
-        self,
-        inputs: Mapping[str, Any],
-        side: alignment.Side,
-        num_items_in_batch: Tensor | int | None,
-        training: bool,
-    ) -> Work:
+    def _ask(self, inputs: dict[str, Any]) -> Signal:
+        """The teacher's signal of a batch on its device, before the step's first loss."""
+        self._check_batch(inputs)
+        teacher_side = alignment.teacher_side(inputs, alignment.student_side(inputs))
+        model = cast(nn.Module, self.model_wrapped)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return cast(Teacher, self.teacher).signal(model, teacher_side)
+
+    def _share(self, weights: Tensor | None, num_items_in_batch: Tensor | int | None) -> Share:
         num_averaged = self._num_averaged(num_items_in_batch)
-        share = Share(num_items_in_batch, num_averaged, self._num_ranks())
-        return self._scoring.work(inputs, side, share, training)
+        return Share(weights, num_items_in_batch, num_averaged, self._num_ranks())
 
     def _note(
         self, terms: losses.Terms, scored: losses.Scored, counts: Tensor | None, training: bool
@@ -268,8 +283,8 @@ class DistillTrainer(HintingTrainer):
         return losses.behaviour_log_probs(self._reader, cast(nn.Module, self.model_wrapped), batch)
 
     @staticmethod
-    def _check_without_teacher(inputs: Mapping[str, Any]) -> None:
-        if token_weights.KEY in inputs:
+    def _check_without_teacher(given: bool) -> None:
+        if given:
             raise ValueError(f"{token_weights.KEY} need a teacher; without one this is a Trainer")
 
     def _num_ranks(self) -> int:
@@ -290,7 +305,7 @@ class DistillTrainer(HintingTrainer):
             return super()._get_num_items_in_batch(batch_samples, device)
         if self._classification is not None:
             return self._classification.count(self, batch_samples, device)
-        weights = [self._weigh(batch) for batch in batch_samples]
+        weights = self._weighing.ahead(batch_samples, self._prepare_inputs, self._ask)
         if all(each is None for each in weights):
             return super()._get_num_items_in_batch(batch_samples, device)
         if self.has_own_hard_loss():
@@ -360,7 +375,14 @@ class DistillTrainer(HintingTrainer):
         anchor = (losses.ANCHOR_NAME,) if settings.anchor_weight > 0 else ()
         hidden = () if self._layers is None else self._layers.names
         rows = () if self._classification is None else self._classification.metric_names
-        return (*self.objective.extra_names, *reused, *anchor, *hidden, *rows)
+        return (
+            *self.objective.extra_names,
+            *reused,
+            *anchor,
+            *hidden,
+            *rows,
+            *self._weighing.names,
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `Trainer`; training logs also hold the metrics of the scored tokens."""
