@@ -1,6 +1,7 @@
 """From what student and teacher say of each token to the scalar the optimizer sees."""
 
 from hf_distill.losses.jsd import generalized_jsd_loss
+from hf_distill.losses.normalised import normalised_jsd
 from hf_distill.losses.objective import Objective, Terms, assert_finite
 from hf_distill.losses.sampled import SAMPLED_KINDS, SampledObjective
 from hf_distill.losses.step import (
@@ -30,5 +31,6 @@ __all__ = [
     "assert_finite",
     "behaviour_log_probs",
     "generalized_jsd_loss",
+    "normalised_jsd",
     "step_terms",
 ]

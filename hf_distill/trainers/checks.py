@@ -10,6 +10,7 @@ from torch import nn
 from hf_distill import losses
 from hf_distill.heads import causal_lm
 from hf_distill.offline import CachedTeacher
+from hf_distill.schedules import Schedule
 from hf_distill.teachers import RemoteTeacher, each_teacher
 
 if TYPE_CHECKING:
@@ -26,10 +27,11 @@ def check_setup(trainer: "DistillTrainer") -> None:
     """
     _check_processes(trainer)
     for teacher in each_teacher(trainer.teacher):
-        if isinstance(teacher, RemoteTeacher) and trainer.args.temperature != 1.0:
+        temperature = trainer.args.temperature
+        if isinstance(teacher, RemoteTeacher) and Schedule.parse(temperature).bounds != (1.0, 1.0):
             raise ValueError(
                 "a remote teacher's log-probabilities are at temperature 1: set "
-                f"temperature=1.0, got {trainer.args.temperature}"
+                f"temperature=1.0, got {temperature}"
             )
         if isinstance(teacher, CachedTeacher):
             _check_cached(trainer, teacher)
@@ -70,10 +72,13 @@ def _check_student(model: nn.Module) -> None:
 
 
 def _check_cached(trainer: "DistillTrainer", teacher: CachedTeacher) -> None:
-    if not isinstance(trainer.objective, losses.Objective):
-        raise ValueError(
-            "a cached teacher has not the log-probability of every token, which divergence "
-            f"{trainer.args.divergence!r} reads: take another divergence"
-        )
-    # with alpha 0 it is measured
-    teacher.check(trainer.objective.spec, trainer.processing_class)
+    tokenizer = trainer.processing_class
+    for objective in trainer.args.objectives():
+        if not isinstance(objective, losses.Objective):
+            raise ValueError(
+                "a cached teacher has not the log-probability of every token, which divergence "
+                f"{trainer.args.divergence!r} reads: take another divergence"
+            )
+        # with alpha 0 it is measured
+        teacher.check(objective.spec, tokenizer)
+        tokenizer = None  # is checked

@@ -19,7 +19,7 @@ from hf_distill.rollouts import end_token_ids
 from hf_distill.teachers import RoutedCollator, Teacher, as_teacher
 from hf_distill.token_classes import token_classes
 from hf_distill.token_weights import TokenWeights
-from hf_distill.trainers import checkpoints
+from hf_distill.trainers import checkpoints, scheduled
 from hf_distill.trainers.checks import check_setup
 from hf_distill.trainers.configs import DistillConfig
 from hf_distill.trainers.groups import ClassWeightsConfig, WatchdogConfig
@@ -83,13 +83,11 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         args = DistillConfig(output_dir="tmp_trainer") if args is None else args
         if not isinstance(args, DistillConfig):
             raise TypeError(f"args must be a DistillConfig, got {type(args).__name__}")
-        if teacher is None and args.alpha > 0:
-            raise ValueError(f"alpha {args.alpha} > 0 needs a teacher; pass teacher= or alpha=0")
+        scheduled.check_teacher(args, teacher is not None)
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
         )
         self.teacher = None if teacher is None else as_teacher(teacher)
-        self.objective = args.objective()
         class_weights = cast(ClassWeightsConfig, args.class_weights).active()
         if self.teacher is None:
             if class_weights is not None:
@@ -117,6 +115,11 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         self.add_callback(_UpdateTeacher(self.teacher))
         self._probe = None
         self._add_watchdog(self.teacher)
+
+    @property
+    def objective(self) -> losses.Objective | losses.SampledObjective:
+        """The loss of a token now: of every micro-batch of the next optimizer step."""
+        return self.args.objective(self.state.global_step)
 
     def _token_classes(self) -> Tensor | None:
         """[V] the class of each token, where the processing class is a tokenizer."""
@@ -312,6 +315,7 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         """As in `Trainer`; training logs also hold the metrics of the scored tokens."""
         if "loss" in logs:
             logs.update(self._read_metrics(training=True))
+            logs.update(scheduled.logged(self.args, self.state.global_step))
             if self.teacher is not None and self._probe is not None:
                 logs.update(self._probe.read(cast(nn.Module, self.model)))
         elif "train_loss" in logs and self.teacher is not None:
