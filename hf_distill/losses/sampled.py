@@ -20,7 +20,7 @@ Source:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -84,7 +84,7 @@ class SampledObjective:
     temperature: float = 1.0
     temperature_scaling: str = "none"
     clip: float | None = None
-    measures_hard: bool = False
+    measures_hard: bool = field(default=False, kw_only=True)
 
     extra_names = ("advantage",)
 

@@ -8,17 +8,27 @@ from typing import Any, NamedTuple, cast
 
 from transformers import TrainingArguments
 
-from hf_distill.losses import SAMPLED_KINDS, Objective, SampledObjective, normalised_jsd
+from hf_distill.layers import parse_layers
+from hf_distill.losses import (
+    SAMPLED_KINDS,
+    Objective,
+    SampledObjective,
+    TaidObjective,
+    normalised_jsd,
+)
 from hf_distill.schedules import Schedule, Value
 from hf_distill.teachers import SelfTeacher
 from hf_distill.trainers import scheduled
 from hf_distill.trainers.groups import (
     ClassWeightsConfig,
     ClipConfig,
+    HiddenConfig,
     RolloutConfig,
     SelfTeacherConfig,
+    TaidConfig,
     WatchdogConfig,
     as_group,
+    as_optional_group,
 )
 from metal_ops import DivergenceSpec
 
@@ -34,10 +44,10 @@ class LossSettings(NamedTuple):
 class DistillConfig(TrainingArguments):
     """TrainingArguments and what defines the objective, alpha * soft + (1 - alpha) * hard.
 
-    temperature, alpha and beta are numbers or follow the optimizer steps, as a `Schedule` or its
-    text ("linear:4.0->1.0@1000"). A group (`clip`) is its dataclass, a mapping with some of its
-    fields (as in YAML), or the same as JSON text (as on a command line); it is the dataclass
-    afterwards.
+    temperature, alpha, beta and hidden_weight are numbers or follow the optimizer steps, as a
+    `Schedule` or its text ("linear:4.0->1.0@1000"). A group (`clip`) is its dataclass, a mapping
+    with some of its fields (as in YAML), or the same as JSON text (as on a command line); it is the
+    dataclass afterwards.
     """
 
     temperature: Value = field(
@@ -75,9 +85,29 @@ class DistillConfig(TrainingArguments):
         default=None,
         metadata={"help": "Weights of tokens by class: special, number, punctuation, space, word."},
     )
+    hidden_layers: list[Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Layers whose hidden states are compared: 'uniform', 'last', student layers "
+            "such as [6, 12], or pairs [[6, 12], [12, 24]] (student, teacher); None is none."
+        },
+    )
+    hidden_weight: Value = field(
+        default=0.1, metadata={"help": "Weight of the hidden loss, >= 0; needs hidden_layers."}
+    )
+    hidden: HiddenConfig | str | dict[str, Any] | None = field(
+        default=None, metadata={"help": "How layers are compared: loss, attention_weight."}
+    )
     watchdog: WatchdogConfig | str | dict[str, Any] | None = field(
         default=None,
         metadata={"help": "What happens at faults: action, window, and a limit per fault."},
+    )
+    taid: TaidConfig | str | dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "TAID, a target between student and teacher: t_start, t_end, step_size, "
+            "momentum, adaptive; {} takes the defaults, None is off."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -85,17 +115,22 @@ class DistillConfig(TrainingArguments):
         super().__post_init__()
         for name in scheduled.RANGES:
             setattr(self, name, scheduled.checked(name, getattr(self, name)))
-        scheduled.check_beta(self.divergence, self.beta)
+        scheduled.check_read(self)
         self.clip = as_group("clip", ClipConfig, self.clip)
         self.class_weights = as_group("class_weights", ClassWeightsConfig, self.class_weights)
+        self.hidden = as_group("hidden", HiddenConfig, self.hidden)
+        self.hidden_layers = parse_layers(self.hidden_layers)
         self.watchdog = as_group("watchdog", WatchdogConfig, self.watchdog)
+        self.taid = as_optional_group("taid", TaidConfig, self.taid)
+        if self.taid is not None and scheduled.largest(self, "alpha") == 0:
+            raise ValueError(f"taid is a soft loss and needs alpha > 0, got {self.alpha}")
         list(self.objectives())
 
     def objective(self, step: int = 0) -> Objective | SampledObjective:
         """The loss of a token in the optimizer step that follows `step` of them.
 
         Raises:
-            ValueError: a value is out of range, or the clip is not one of this divergence.
+            ValueError: a value is out of range, or the clip or taid is not one of this divergence.
         """
         return self._objective(scheduled.values_at(self, step))
 
@@ -110,11 +145,14 @@ class DistillConfig(TrainingArguments):
     def _objective(self, values: Mapping[str, float]) -> Objective | SampledObjective:
         alpha = values["alpha"]
         measures_hard = Schedule.parse(self.alpha).bounds[0] < 1.0
+        if self.taid is not None and self.divergence != "forward_kl":
+            raise ValueError(f"taid needs divergence 'forward_kl', got {self.divergence!r}")
         if self.divergence not in SAMPLED_KINDS:
             spec, factor = self._divergence_spec(values), 1.0
             if self.divergence == "jsd" and Schedule.parse(self.beta).moves:
                 spec, factor = normalised_jsd(spec)
-            return Objective(spec, alpha, factor, measures_hard)
+            kind = Objective if self.taid is None else TaidObjective
+            return kind(spec, alpha, factor=factor, measures_hard=measures_hard)
         clip = cast(ClipConfig, self.clip)
         if clip.bound is not None and clip.level != "token":
             raise ValueError(
@@ -127,7 +165,7 @@ class DistillConfig(TrainingArguments):
             values["temperature"],
             self.temperature_scaling,
             clip.bound,
-            measures_hard,
+            measures_hard=measures_hard,
         )
 
     def loss_settings(self) -> LossSettings:

@@ -23,6 +23,7 @@ RANGES = {
     "temperature": Range(lambda x: 0.0 < x < math.inf, "positive and finite"),
     "alpha": _SHARE,
     "beta": _SHARE,
+    "hidden_weight": Range(lambda x: x >= 0.0, "at least 0"),
 }
 """The fields of `DistillConfig` that take a `Value`, in the order of the log."""
 
@@ -49,16 +50,22 @@ def checked(name: str, value: Value) -> Value:
     return schedule.at(0) if is_number else value
 
 
-def check_beta(divergence: str, beta: Value) -> None:
-    """A schedule of beta needs a divergence that reads it.
+def check_read(args: Any) -> None:
+    """What moves must be read.
 
     Raises:
-        ValueError: it does not.
+        ValueError: beta moves and the divergence has none, or hidden_weight without layers.
     """
-    if Schedule.parse(beta).moves and divergence not in WITH_BETA:
+    found = moving(args)
+    if "beta" in found and args.divergence not in WITH_BETA:
         raise ValueError(
             f"a schedule of beta needs a divergence that reads it, one of {sorted(WITH_BETA)}, "
-            f"got {divergence!r} and {str(beta)!r}"
+            f"got {args.divergence!r} and {str(args.beta)!r}"
+        )
+    if "hidden_weight" in found and args.hidden_layers is None:
+        raise ValueError(
+            f"a schedule of hidden_weight needs hidden_layers, got {str(args.hidden_weight)!r} and "
+            "None"
         )
 
 
@@ -70,7 +77,7 @@ def check_teacher(args: Any, has_teacher: bool) -> None:
     """
     if has_teacher:
         return
-    if Schedule.parse(args.alpha).bounds[1] > 0:
+    if largest(args, "alpha") > 0:
         raise ValueError(f"alpha {args.alpha} > 0 needs a teacher; pass teacher= or alpha=0")
     for name, schedule in moving(args).items():
         raise ValueError(
@@ -86,6 +93,16 @@ def schedules(args: Any) -> dict[str, Schedule]:
 def moving(args: Any) -> dict[str, Schedule]:
     """The schedules of more than one value."""
     return {name: schedule for name, schedule in schedules(args).items() if schedule.moves}
+
+
+def largest(args: Any, name: str) -> float:
+    """The largest value that a field takes."""
+    return Schedule.parse(getattr(args, name)).bounds[1]
+
+
+def value_at(args: Any, name: str, step: int) -> float:
+    """A field's value after so many optimizer steps."""
+    return Schedule.parse(getattr(args, name)).at(step)
 
 
 def values_at(args: Any, step: int) -> dict[str, float]:

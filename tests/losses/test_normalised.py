@@ -31,7 +31,7 @@ def spec_of(beta: float, **changes: Any) -> DivergenceSpec:
 
 def objective(beta: float, alpha: float = 1.0, **changes: Any) -> Objective:
     spec, factor = normalised_jsd(spec_of(beta, **changes))
-    return Objective(spec, alpha, factor)
+    return Objective(spec, alpha, factor=factor)
 
 
 def quotient(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
@@ -237,7 +237,9 @@ def test_a_cross_entropy_without_a_share_is_measured_where_it_is_wanted(
     scored = torch.randint(0, V, (N,)), torch.rand(N, dtype=torch.float64)
     spec = DivergenceSpec("forward_kl", 0.5, TEMPERATURE)
     bare, full = (
-        terms_of(Objective(spec, alpha, 1.0, wanted), form, teacher, tuple(leaves), *scored)
+        terms_of(
+            Objective(spec, alpha, measures_hard=wanted), form, teacher, tuple(leaves), *scored
+        )
         for wanted in (False, True)
     )
     want = F.cross_entropy(F.linear(*leaves), scored[0], reduction="none").detach()
@@ -247,7 +249,7 @@ def test_a_cross_entropy_without_a_share_is_measured_where_it_is_wanted(
     one, other = (torch.autograd.grad(x.loss, leaves) for x in (bare, full))
     torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
     assert Objective(spec, 1.0).unmeasured == ("hard", "clipped")
-    assert Objective(spec, 1.0, 1.0, True).unmeasured == ("clipped",)
+    assert Objective(spec, 1.0, measures_hard=True).unmeasured == ("clipped",)
 
 
 @pytest.mark.parametrize("form", ["hidden", "logits"])
