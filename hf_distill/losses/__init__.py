@@ -3,6 +3,7 @@
 from hf_distill.losses.entropy import entropy_share
 from hf_distill.losses.hidden import HIDDEN_LOSSES, attention_loss, hidden_loss
 from hf_distill.losses.jsd import generalized_jsd_loss
+from hf_distill.losses.normalised import normalised_jsd
 from hf_distill.losses.objective import Objective, Terms, assert_finite
 from hf_distill.losses.sampled import SAMPLED_KINDS, SampledObjective
 from hf_distill.losses.step import (
@@ -38,6 +39,7 @@ __all__ = [
     "entropy_share",
     "generalized_jsd_loss",
     "hidden_loss",
+    "normalised_jsd",
     "step_terms",
     "taid_target",
 ]

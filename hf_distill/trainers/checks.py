@@ -13,6 +13,7 @@ from hf_distill.heads import causal_lm
 from hf_distill.hint_plans import plan_of
 from hf_distill.model_kinds import check_kind
 from hf_distill.offline import CachedTeacher
+from hf_distill.schedules import Schedule
 from hf_distill.teachers import RemoteTeacher, Teacher, each_teacher
 from hf_distill.trainers.groups import TokenWeightsConfig
 from hf_distill.trainers.unused import unused_weights
@@ -31,10 +32,11 @@ def check_setup(trainer: "DistillTrainer") -> None:
     """
     _check_processes(trainer)
     for teacher in each_teacher(trainer.teacher):
-        if isinstance(teacher, RemoteTeacher) and trainer.args.temperature != 1.0:
+        temperature = trainer.args.temperature
+        if isinstance(teacher, RemoteTeacher) and Schedule.parse(temperature).bounds != (1.0, 1.0):
             raise ValueError(
                 "a remote teacher's log-probabilities are at temperature 1: set "
-                f"temperature=1.0, got {trainer.args.temperature}"
+                f"temperature=1.0, got {temperature}"
             )
         if isinstance(teacher, CachedTeacher):
             _check_cached(trainer, teacher)
@@ -135,10 +137,14 @@ def _check_cached(trainer: "DistillTrainer", teacher: CachedTeacher) -> None:
         raise ValueError(
             f"a cached teacher knows its rows with the hints of the writing, and {plan.refusal()}"
         )
-    if not isinstance(trainer.objective, losses.Objective):
+    objectives = list(trainer.args.objectives())
+    if not all(isinstance(objective, losses.Objective) for objective in objectives):
         raise ValueError(
             "a cached teacher has not the log-probability of every token, which divergence "
             f"{trainer.args.divergence!r} reads: take another divergence"
         )
+    tokenizer = trainer.processing_class
     # with alpha 0 it is measured
-    teacher.check(trainer.objective.spec, trainer.processing_class)
+    for spec in dict.fromkeys(cast(losses.Objective, each).spec for each in objectives):
+        teacher.check(spec, tokenizer)
+        tokenizer = None  # it is the same for all

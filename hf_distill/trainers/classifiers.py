@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SINGLE_LABEL = "single_label_classification"
-TOKEN_SETTINGS = ("token_weights", "hidden_layers")  # fields of the config that are about tokens or their layers
+TOKEN_SETTINGS = (
+    "token_weights",
+    "hidden_layers",
+)  # fields of the config that are about tokens or their layers
 LABEL_KEYS = ("labels", "label", "label_ids")  # of collators; not the model's inputs
 OF_TEXT = ("entropy_collapse", "entropy_explosion")  # limits for a vocabulary, not for classes
 HARD = "hard_of_labelled"

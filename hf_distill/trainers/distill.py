@@ -21,7 +21,7 @@ from hf_distill.rollouts import end_token_ids
 from hf_distill.teachers import RoutedCollator, Teacher, as_teacher
 from hf_distill.token_classes import token_classes
 from hf_distill.token_weights import TokenWeights
-from hf_distill.trainers import classifiers
+from hf_distill.trainers import classifiers, scheduled
 from hf_distill.trainers.checks import check_setup, check_unweighted
 from hf_distill.trainers.configs import DistillConfig
 from hf_distill.trainers.groups import (
@@ -96,13 +96,11 @@ class DistillTrainer(HintingTrainer):
         args = DistillConfig(output_dir="tmp_trainer") if args is None else args
         if not isinstance(args, DistillConfig):
             raise TypeError(f"args must be a DistillConfig, got {type(args).__name__}")
-        if teacher is None and args.alpha > 0:
-            raise ValueError(f"alpha {args.alpha} > 0 needs a teacher; pass teacher= or alpha=0")
+        scheduled.check_teacher(args, teacher is not None)
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
         )
         self.teacher = None if teacher is None else as_teacher(teacher)
-        self.objective = args.objective()
         self._layers: HiddenAlignment | None = None
         self._taid: Taid | None = None
         if self.teacher is None:
@@ -142,10 +140,16 @@ class DistillTrainer(HintingTrainer):
         self._probe = None
         self._add_watchdog(self.teacher)
 
+    @property
+    def objective(self) -> losses.Objective | losses.SampledObjective:
+        """The loss of a token now: of every micro-batch of the next optimizer step."""
+        return self.args.objective(self.state.global_step)
+
     def _make_layers(self, teacher: Teacher) -> HiddenAlignment | None:
         args = self.args
         settings = cast(HiddenConfig, args.hidden)
-        if args.hidden_layers is None or not (args.hidden_weight or settings.attention_weight):
+        weighs = scheduled.largest(args, "hidden_weight") > 0
+        if args.hidden_layers is None or not (weighs or settings.attention_weight):
             return None
         model = cast(nn.Module, self.model)
         return HiddenAlignment(model, teacher, args.hidden_layers, settings, args.seed)
@@ -220,7 +224,8 @@ class DistillTrainer(HintingTrainer):
             terms = losses.step_terms(student, objective, signal, scored)
             if self._layers is None:
                 return terms
-            return self._layers.add(terms, seen, signal, scored, self.args.hidden_weight)
+            weight = scheduled.value_at(self.args, "hidden_weight", self.state.global_step)
+            return self._layers.add(terms, seen, signal, scored, weight)
 
         outputs, own_outputs = None, return_outputs or self.has_own_hard_loss()
         at_head = not own_outputs and signal.logits is None
@@ -388,6 +393,7 @@ class DistillTrainer(HintingTrainer):
         """As in `Trainer`; training logs also hold the metrics of the scored tokens."""
         if "loss" in logs:
             logs.update(self._read_metrics(training=True))
+            logs.update(scheduled.logged(self.args, self.state.global_step))
             if self._taid is not None:
                 logs.update(self._taid.metrics())
             if self.teacher is not None and self._probe is not None:
