@@ -11,7 +11,8 @@ from hf_distill import losses
 from hf_distill.heads import causal_lm
 from hf_distill.hint_plans import plan_of
 from hf_distill.offline import CachedTeacher
-from hf_distill.teachers import RemoteTeacher, each_teacher
+from hf_distill.teachers import RemoteTeacher, Teacher, each_teacher
+from hf_distill.trainers.groups import ClassWeightsConfig
 
 if TYPE_CHECKING:
     from hf_distill.trainers.distill import DistillTrainer
@@ -34,6 +35,7 @@ def check_setup(trainer: "DistillTrainer") -> None:
             )
         if isinstance(teacher, CachedTeacher):
             _check_cached(trainer, teacher)
+        _check_taid(trainer, teacher)
     _check_student(cast(nn.Module, trainer.model))
     anchor_weight = trainer.args.loss_settings().anchor_weight
     if anchor_weight > 0 and trainer.has_own_hard_loss():
@@ -41,6 +43,18 @@ def check_setup(trainer: "DistillTrainer") -> None:
             f"anchor_weight {anchor_weight} > 0 is a plain cross-entropy; it cannot "
             "be combined with label smoothing or compute_loss_func"
         )
+
+
+def check_without_teacher(trainer: "DistillTrainer") -> None:
+    """Check a trainer that has no teacher.
+
+    Raises:
+        ValueError: a setting is of what a teacher says.
+    """
+    if cast(ClassWeightsConfig, trainer.args.class_weights).active() is not None:
+        raise ValueError("class_weights need a teacher; without one this is a Trainer")
+    if plan_of(trainer.data_collator) is not None:
+        raise ValueError("hints that depend on the step need a teacher, got None")
 
 
 def _check_processes(trainer: "DistillTrainer") -> None:
@@ -67,6 +81,14 @@ def _check_student(model: nn.Module) -> None:
         raise ValueError(
             "prompt-learning adapters put virtual tokens before the text, so labels and "
             f"logits do not line up; got {model.active_peft_config.peft_type}"
+        )
+
+
+def _check_taid(trainer: "DistillTrainer", teacher: Teacher) -> None:
+    if trainer.args.taid is not None and isinstance(teacher, CachedTeacher | RemoteTeacher):
+        raise ValueError(
+            "taid mixes the logits of student and teacher, so it needs a teacher with logits or "
+            f"hidden states, got a {type(teacher).__name__}, which knows some log-probabilities"
         )
 
 

@@ -140,6 +140,12 @@ def distill_weighted(folder: Path, num_processes: int) -> DistillTrainer:
     return trainer
 
 
+def distill_taid(folder: Path, num_processes: int) -> DistillTrainer:
+    """Its t follows the loss of both processes, ahead of the linear target."""
+    taid = {"t_start": 0.5, "t_end": 0.95, "step_size": 0.8, "momentum": 0.9}
+    return distill(folder, num_processes, taid=taid, max_steps=4)
+
+
 class _Anchored(OPSDTrainer):
     """Batches with anchor rows, longer and shorter than the others; some have nothing scored."""
 
@@ -177,6 +183,7 @@ SETUPS = (
     distill_local_mean,
     distill_logits,
     distill_nothing_to_score,
+    distill_taid,
     distill_weighted,
     opsd_anchored,
     stopped_by_one,
