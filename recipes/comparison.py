@@ -19,6 +19,7 @@ from accelerate import PartialState
 from convert_gguf import resolve_model
 from heldout import HeldOut, Judge, short_rows
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogFormatter
 from students import keep_layers
 from transformers import (
     AutoModelForCausalLM,
@@ -310,7 +311,9 @@ def draw(path: Path, results: Results) -> None:
             low, high = [min(x) for x in at_step], [max(x) for x in at_step]
             axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
         axis.set(title=title, xlabel="optimizer step", yscale="log")
-    axes[1].legend()
+        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            ticks(LogFormatter())  # 2 and 3 instead of powers of ten
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

@@ -195,14 +195,14 @@ def describe(seed: str, name: str, result: Result) -> list[str]:
     unaided = Accuracy.from_dict(result["unaided"])
     cells = [seed, name, str(unaided).strip(), f"{unaided.ended:.1%}"]
     other = result["other"]
-    cells += ["", ""] if other is None else [f"{other['loss']:.3f}", f"{other['kl']:.4f}"]
+    cells += ["", ""] if other is None else [f"{other['loss']:.4f}", f"{other['kl']:.3g}"]
     return [*cells, f"{result['seconds']:.0f}" if "seconds" in result else ""]
 
 
 def show(results: Results) -> str:
     """All seeds as a Markdown table."""
     header = ["seed", "arm", "unaided accuracy", "completions that end", "loss on the other task"]
-    header += ["KL(base || student) there", "seconds"]
+    header += ["KL from the base there", "seconds"]
     rows = [describe(seed, name, r) for seed, found in results.items() for name, r in found.items()]
     return arms.table(header, rows)
 
@@ -287,9 +287,11 @@ def main() -> None:
     arms.write(folder / "results.json", results)
     draw(folder / "lora_self_distill.png", results)
     for seed, found in results.items():
-        hinted = Accuracy.from_dict(found[BASE]["hinted"])
+        hinted = str(Accuracy.from_dict(found[BASE]["hinted"])).strip()
         share = found[BASE]["trained_share"]
-        print(f"seed {seed}: base with the hint {hinted}; trained {share:.2%} of its parameters")
+        print(
+            f"seed {seed}: base with the hint {hinted}; trained {share:.2%} of the base"
+        )
     print("\n" + show(results) + f"\n\nsee {folder / 'lora_self_distill.png'}", flush=True)
 
 
