@@ -1,5 +1,6 @@
 """From what student and teacher say of each token to the scalar the optimizer sees."""
 
+from hf_distill.losses.entropy import entropy_share
 from hf_distill.losses.hidden import HIDDEN_LOSSES, attention_loss, hidden_loss
 from hf_distill.losses.jsd import generalized_jsd_loss
 from hf_distill.losses.normalised import normalised_jsd
@@ -35,6 +36,7 @@ __all__ = [
     "assert_finite",
     "attention_loss",
     "behaviour_log_probs",
+    "entropy_share",
     "generalized_jsd_loss",
     "hidden_loss",
     "normalised_jsd",

@@ -20,12 +20,12 @@ from hf_distill.schedules import Schedule, Value
 from hf_distill.teachers import SelfTeacher
 from hf_distill.trainers import scheduled
 from hf_distill.trainers.groups import (
-    ClassWeightsConfig,
     ClipConfig,
     HiddenConfig,
     RolloutConfig,
     SelfTeacherConfig,
     TaidConfig,
+    TokenWeightsConfig,
     WatchdogConfig,
     as_group,
     as_optional_group,
@@ -81,9 +81,12 @@ class DistillConfig(TrainingArguments):
     clip: ClipConfig | str | dict[str, Any] | None = field(
         default=None, metadata={"help": "A bound on the soft loss: bound, level."}
     )
-    class_weights: ClassWeightsConfig | str | dict[str, Any] | None = field(
+    token_weights: TokenWeightsConfig | str | dict[str, Any] | None = field(
         default=None,
-        metadata={"help": "Weights of tokens by class: special, number, punctuation, space, word."},
+        metadata={
+            "help": "How much tokens count: special, number, punctuation, space, word, entropy, "
+            "reasoning, markers."
+        },
     )
     hidden_layers: list[Any] | str | None = field(
         default=None,
@@ -117,12 +120,12 @@ class DistillConfig(TrainingArguments):
             setattr(self, name, scheduled.checked(name, getattr(self, name)))
         scheduled.check_read(self)
         self.clip = as_group("clip", ClipConfig, self.clip)
-        self.class_weights = as_group("class_weights", ClassWeightsConfig, self.class_weights)
+        self.token_weights = as_group("token_weights", TokenWeightsConfig, self.token_weights)
         self.hidden = as_group("hidden", HiddenConfig, self.hidden)
         self.hidden_layers = parse_layers(self.hidden_layers)
         self.watchdog = as_group("watchdog", WatchdogConfig, self.watchdog)
         self.taid = as_optional_group("taid", TaidConfig, self.taid)
-        if self.taid is not None and scheduled.largest(self, "alpha") == 0:
+        if self.taid is not None and scheduled.bounds(self, "alpha")[1] == 0:
             raise ValueError(f"taid is a soft loss and needs alpha > 0, got {self.alpha}")
         list(self.objectives())
 
@@ -144,7 +147,7 @@ class DistillConfig(TrainingArguments):
 
     def _objective(self, values: Mapping[str, float]) -> Objective | SampledObjective:
         alpha = values["alpha"]
-        measures_hard = Schedule.parse(self.alpha).bounds[0] < 1.0
+        measures_hard = scheduled.bounds(self, "alpha")[0] < 1.0
         if self.taid is not None and self.divergence != "forward_kl":
             raise ValueError(f"taid needs divergence 'forward_kl', got {self.divergence!r}")
         if self.divergence not in SAMPLED_KINDS:
