@@ -13,10 +13,10 @@ from hf_distill.heads import causal_lm
 from hf_distill.hint_plans import plan_of
 from hf_distill.model_kinds import check_kind
 from hf_distill.offline import CachedTeacher
-from hf_distill.schedules import Schedule
 from hf_distill.teachers import RemoteTeacher, Teacher, each_teacher
 from hf_distill.trainers.groups import TokenWeightsConfig
 from hf_distill.trainers.unused import unused_weights
+from hf_distill.trainers import scheduled
 
 if TYPE_CHECKING:
     from hf_distill.trainers.distill import DistillTrainer
@@ -31,12 +31,12 @@ def check_setup(trainer: "DistillTrainer") -> None:
         ValueError: its loss could not be right; the message names the rule and the value.
     """
     _check_processes(trainer)
+    low, high = scheduled.bounds(trainer.args, "temperature")
     for teacher in each_teacher(trainer.teacher):
-        temperature = trainer.args.temperature
-        if isinstance(teacher, RemoteTeacher) and Schedule.parse(temperature).bounds != (1.0, 1.0):
+        if isinstance(teacher, RemoteTeacher) and (low, high) != (1.0, 1.0):
             raise ValueError(
                 "a remote teacher's log-probabilities are at temperature 1: set "
-                f"temperature=1.0, got {temperature}"
+                f"temperature=1.0, got {trainer.args.temperature}"
             )
         if isinstance(teacher, CachedTeacher):
             _check_cached(trainer, teacher)

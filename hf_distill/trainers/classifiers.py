@@ -214,7 +214,7 @@ class Classification:
         student = losses.StudentLogits(outputs.logits, hard)
         scored = losses.Scored(rows.targets, weights)
         terms = losses.step_terms(student, objective, signal, scored)
-        if objective.alpha < 1.0:
+        if "hard" not in objective.unmeasured:
             per_row = terms.hard.masked_fill(rows.targets == IGNORE_INDEX, torch.nan)
             terms = terms._replace(extra={**terms.extra, HARD: per_row})
         trainer._note(terms, scored, None, model.training)

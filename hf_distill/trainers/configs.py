@@ -125,7 +125,7 @@ class DistillConfig(TrainingArguments):
         self.hidden_layers = parse_layers(self.hidden_layers)
         self.watchdog = as_group("watchdog", WatchdogConfig, self.watchdog)
         self.taid = as_optional_group("taid", TaidConfig, self.taid)
-        if self.taid is not None and scheduled.largest(self, "alpha") == 0:
+        if self.taid is not None and scheduled.bounds(self, "alpha")[1] == 0:
             raise ValueError(f"taid is a soft loss and needs alpha > 0, got {self.alpha}")
         list(self.objectives())
 
@@ -147,7 +147,7 @@ class DistillConfig(TrainingArguments):
 
     def _objective(self, values: Mapping[str, float]) -> Objective | SampledObjective:
         alpha = values["alpha"]
-        measures_hard = Schedule.parse(self.alpha).bounds[0] < 1.0
+        measures_hard = scheduled.bounds(self, "alpha")[0] < 1.0
         if self.taid is not None and self.divergence != "forward_kl":
             raise ValueError(f"taid needs divergence 'forward_kl', got {self.divergence!r}")
         if self.divergence not in SAMPLED_KINDS:

@@ -145,7 +145,7 @@ class DistillTrainer(HintingTrainer):
     def _make_layers(self, teacher: Teacher) -> HiddenAlignment | None:
         args = self.args
         settings = cast(HiddenConfig, args.hidden)
-        weighs = scheduled.largest(args, "hidden_weight") > 0
+        weighs = scheduled.bounds(args, "hidden_weight")[1] > 0
         if args.hidden_layers is None or not (weighs or settings.attention_weight):
             return None
         model = cast(nn.Module, self.model)

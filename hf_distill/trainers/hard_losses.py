@@ -13,6 +13,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from hf_distill.alignment import IGNORE_INDEX
 from hf_distill.heads import PROBE_TOKENS, causal_lm, evaluating
+from hf_distill.trainers import scheduled
 from hf_distill.trainers.checks import check_anchor, check_unweighted
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class HardLoss:
         self._trainer = trainer
         self._accepts_count = trainer.model_accepts_loss_kwargs  # the Trainer has looked
         self._found: _Found | None = None
-        wanted = trainer.args.alpha != 1.0 and not self._is_users()
+        wanted = scheduled.bounds(trainer.args, "alpha")[0] < 1.0 and not self._is_users()
         wanted = wanted and trainer._classification is None
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         self._to_probe = wanted and not sharded

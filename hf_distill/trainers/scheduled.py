@@ -77,7 +77,7 @@ def check_teacher(args: Any, has_teacher: bool) -> None:
     """
     if has_teacher:
         return
-    if largest(args, "alpha") > 0:
+    if bounds(args, "alpha")[1] > 0:
         raise ValueError(f"alpha {args.alpha} > 0 needs a teacher; pass teacher= or alpha=0")
     for name, schedule in moving(args).items():
         raise ValueError(
@@ -95,9 +95,9 @@ def moving(args: Any) -> dict[str, Schedule]:
     return {name: schedule for name, schedule in schedules(args).items() if schedule.moves}
 
 
-def largest(args: Any, name: str) -> float:
-    """The largest value that a field takes."""
-    return Schedule.parse(getattr(args, name)).bounds[1]
+def bounds(args: Any, name: str) -> tuple[float, float]:
+    """The least and the largest value that a field takes."""
+    return Schedule.parse(getattr(args, name)).bounds
 
 
 def value_at(args: Any, name: str, step: int) -> float:

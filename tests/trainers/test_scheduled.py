@@ -148,6 +148,34 @@ def test_a_hard_loss_of_ones_own_is_measured_too(tmp_path: Path) -> None:
     assert first["hard"] == hard[0]["hard"]
 
 
+@pytest.mark.parametrize("ends", [(0.0, 2.0), (2.0, 0.0)])
+def test_the_weight_of_hidden_states_follows_its_schedule(
+    tmp_path: Path, ends: tuple[float, float]
+) -> None:
+    schedule = Schedule.linear(*ends, 4)
+    settings = {"hidden_layers": [1]}
+    found = logs(distill(tmp_path, **FROZEN, **settings, hidden_weight=schedule))
+    for step in STEPS:
+        value = schedule.at(step)
+        want = one_value(distill, tmp_path, step, **settings, hidden_weight=value)
+        assert found[step]["hidden_weight"] == value
+        assert found[step]["loss"] == want["loss"]
+        assert found[step]["hidden"] > 0
+    assert found[2]["loss"] != found[0]["loss"]
+
+
+def test_taid_takes_the_steps_temperature_and_alpha(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"taid": {"t_start": 0.3, "t_end": 0.3, "adaptive": False}}
+    moving = {"temperature": "linear:3->1@4", "alpha": "linear:1->0.5@4"}
+    found = logs(distill(tmp_path, **FROZEN, **settings, **moving))
+    for step, temperature, alpha in ((0, 3.0, 1.0), (2, 2.0, 0.75)):
+        numbers = {"temperature": temperature, "alpha": alpha}
+        want = one_value(distill, tmp_path, step, **settings, **numbers)
+        for name in ("loss", "soft", "taid_teacher_kl"):
+            assert found[step][name] == want[name], name
+    assert all("hard" in log for log in found)
+
+
 @MAKERS
 def test_a_beta_on_a_schedule_goes_from_kl_to_kl(tmp_path: Path, make: Any) -> None:
     found = logs(make(tmp_path, **FROZEN, divergence="jsd", beta="linear:0->1@4"))
@@ -230,6 +258,9 @@ def config(**changes: Any) -> DistillConfig:
         ({"divergence": "skew_kl", "beta": "linear:0->1@4"}, "beta of skew_kl must be below 1"),
         ({"beta": "linear:0->1@4"}, "needs a divergence that reads it, .*'jsd'.* got 'forward_kl'"),
         ({"divergence": "k3", "beta": "linear:0->1@4"}, "needs a divergence that reads it"),
+        ({"hidden_weight": "linear:0->-1@4"}, "hidden_weight must be at least 0, got -1.0 of"),
+        ({"hidden_weight": "linear:1->0@4"}, "needs hidden_layers, got 'linear:1->0@4' and None"),
+        ({"taid": {}, "alpha": "constant:0"}, "taid is a soft loss and needs alpha > 0"),
     ],
 )
 def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
