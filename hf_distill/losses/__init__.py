@@ -13,11 +13,13 @@ from hf_distill.losses.step import (
     step_terms,
 )
 from hf_distill.losses.student import Student, StudentHidden, StudentLogits
+from hf_distill.losses.universal import UNIVERSAL, UniversalObjective
 
 __all__ = [
     "ANCHOR_NAME",
     "IMPORTANCE_NAMES",
     "SAMPLED_KINDS",
+    "UNIVERSAL",
     "Anchor",
     "Importance",
     "Objective",
@@ -27,6 +29,7 @@ __all__ = [
     "StudentHidden",
     "StudentLogits",
     "Terms",
+    "UniversalObjective",
     "assert_finite",
     "behaviour_log_probs",
     "generalized_jsd_loss",

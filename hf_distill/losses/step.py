@@ -11,6 +11,7 @@ from hf_distill.losses import tokens
 from hf_distill.losses.objective import Objective, Terms
 from hf_distill.losses.sampled import SampledObjective
 from hf_distill.losses.student import Student
+from hf_distill.losses.universal import UniversalObjective
 
 IMPORTANCE_NAMES = ("importance_ratio", "importance_clipped")
 ANCHOR_NAME = "anchor"
@@ -70,7 +71,10 @@ def _importance(student: Student, scored: Scored) -> tuple[Tensor, dict[str, Ten
 
 
 def step_terms(
-    student: Student, objective: Objective | SampledObjective, teacher: Signal, scored: Scored
+    student: Student,
+    objective: Objective | SampledObjective | UniversalObjective,
+    teacher: Signal,
+    scored: Scored,
 ) -> Terms:
     """The terms of a micro-batch.
 
@@ -92,7 +96,10 @@ def step_terms(
 
 
 def _compared(
-    student: Student, objective: Objective | SampledObjective, teacher: Signal, scored: Scored
+    student: Student,
+    objective: Objective | SampledObjective | UniversalObjective,
+    teacher: Signal,
+    scored: Scored,
 ) -> Terms:
     weights, extra = _importance(student, scored)
     terms = student.terms(objective, teacher, scored.targets, weights, scored.weights)

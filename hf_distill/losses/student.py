@@ -11,6 +11,7 @@ from hf_distill.heads import Head, Signal
 from hf_distill.losses import tokens
 from hf_distill.losses.objective import Objective, Terms, hard_sum
 from hf_distill.losses.sampled import SampledObjective
+from hf_distill.losses.universal import UniversalObjective
 
 
 class Student(Protocol):
@@ -30,7 +31,7 @@ class Student(Protocol):
 
     def terms(
         self,
-        objective: Objective | SampledObjective,
+        objective: Objective | SampledObjective | UniversalObjective,
         teacher: Signal,
         targets: Tensor,
         weights: Tensor,
@@ -61,7 +62,7 @@ class StudentHidden:
 
     def terms(
         self,
-        objective: Objective | SampledObjective,
+        objective: Objective | SampledObjective | UniversalObjective,
         teacher: Signal,
         targets: Tensor,
         weights: Tensor,
@@ -95,7 +96,7 @@ class StudentLogits:
 
     def terms(
         self,
-        objective: Objective | SampledObjective,
+        objective: Objective | SampledObjective | UniversalObjective,
         teacher: Signal,
         targets: Tensor,
         weights: Tensor,

@@ -7,7 +7,13 @@ from typing import Any, NamedTuple, cast
 
 from transformers import TrainingArguments
 
-from hf_distill.losses import SAMPLED_KINDS, Objective, SampledObjective
+from hf_distill.losses import (
+    SAMPLED_KINDS,
+    UNIVERSAL,
+    Objective,
+    SampledObjective,
+    UniversalObjective,
+)
 from hf_distill.teachers import SelfTeacher
 from hf_distill.trainers.groups import (
     ClassWeightsConfig,
@@ -46,7 +52,8 @@ class DistillConfig(TrainingArguments):
         default="forward_kl",
         metadata={
             "help": "forward_kl = KL(teacher||student), reverse_kl, jsd (with beta), another kind "
-            "of metal_ops.DivergenceSpec, or policy_gradient or k3, of the tokens alone."
+            "of metal_ops.DivergenceSpec; policy_gradient or k3, of the tokens alone; or uld, for "
+            "another tokenizer's teacher."
         },
     )
     beta: float = field(
@@ -85,12 +92,16 @@ class DistillConfig(TrainingArguments):
         self.watchdog = as_group("watchdog", WatchdogConfig, self.watchdog)
         self.objective()
 
-    def objective(self) -> Objective | SampledObjective:
+    def objective(self) -> Objective | SampledObjective | UniversalObjective:
         """The loss of a token.
 
         Raises:
-            ValueError: a value is out of range, or the clip is not one of this divergence.
+            ValueError: a value is out of range, or the clip is not one of this divergence, or a
+                setting is given that it does not read.
         """
+        if self.divergence == UNIVERSAL:
+            self._check_universal()
+            return UniversalObjective(self.alpha, self.temperature, self.temperature_scaling)
         if self.divergence not in SAMPLED_KINDS:
             return Objective(self.divergence_spec(), self.alpha)
         clip = cast(ClipConfig, self.clip)
@@ -102,6 +113,16 @@ class DistillConfig(TrainingArguments):
         return SampledObjective(
             self.divergence, self.alpha, self.temperature, self.temperature_scaling, clip.bound
         )
+
+    def _check_universal(self) -> None:
+        """Settings of other divergences must be as they are."""
+        beta = next(x.default for x in fields(self) if x.name == "beta")
+        bound = cast(ClipConfig, self.clip).bound
+        for name, value, plain in (("beta", self.beta, beta), ("clip.bound", bound, None)):
+            if value != plain:
+                raise ValueError(
+                    f"divergence {UNIVERSAL!r} has no {name}: leave it at {plain}, got {value}"
+                )
 
     def loss_settings(self) -> LossSettings:
         """What the loss knows of rollouts: here nothing."""

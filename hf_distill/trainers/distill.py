@@ -24,6 +24,8 @@ from hf_distill.trainers.checks import check_setup
 from hf_distill.trainers.configs import DistillConfig
 from hf_distill.trainers.groups import ClassWeightsConfig, WatchdogConfig
 from hf_distill.trainers.scoring import Scoring, Share, Work
+from hf_distill.trainers.vocabulary import Vocabulary
+from hf_distill.universal import UniversalCollator
 
 logger = logging.getLogger(__name__)
 
@@ -98,13 +100,14 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         self._weigh = TokenWeights(class_weights, self.processing_class)
         self._scoring = Scoring(self._weigh, args.loss_settings())
         check_setup(self)
+        self._vocabulary = Vocabulary(self)
         # this class divides by num_items_in_batch itself, whatever the model's forward accepts
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._loss_shifts_labels = True
         self.label_names = ["labels"]  # PEFT's forward hides them from the Trainer
         refusal = self._hidden_states_refusal()
-        self._reader = Reader("student", refusal)
+        self._reader = Reader("student", refusal, self._vocabulary.size)
         classes = self._token_classes()
         self._meters = {True: TokenMeter(classes), False: TokenMeter(classes)}
         self._mean_meters = {x: MeanMeter(self._mean_names()) for x in (True, False)}
@@ -162,7 +165,7 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         teacher_side = alignment.teacher_side(inputs, side)
         if self._probe is not None:
             self._probe.keep(model, side, teacher_side)
-        signal = self.teacher.signal(model, teacher_side)
+        signal = self._vocabulary.signal(self.teacher.signal(model, teacher_side), inputs)
         side, scored, counts = self._work(inputs, side, num_items_in_batch, model.training)
 
         def terms_of(student: losses.Student) -> losses.Terms:
@@ -171,6 +174,7 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         outputs = None
         if return_outputs or self.has_own_hard_loss():
             outputs = model(**self._reader.forward_inputs(model, side.inputs))
+            outputs = self._vocabulary.outputs(outputs)
             hard_loss = self._own_hard_loss(outputs, inputs["labels"], num_items_in_batch)
             terms = terms_of(losses.StudentLogits(outputs.logits[side.predicts], hard_loss))
         elif signal.logits is None and self._reader.reads_hidden(model, side.inputs):
@@ -182,6 +186,7 @@ class DistillTrainer(checkpoints.ResumableTrainer):
 
     def _check_batch(self, inputs: dict[str, Any]) -> None:
         """Called with every batch before it is used."""
+        self._vocabulary.check(inputs)
         self._alignment.add(inputs)
 
     def _work(
@@ -209,6 +214,7 @@ class DistillTrainer(checkpoints.ResumableTrainer):
 
         See `losses.behaviour_log_probs`; the batch must be on the student's device.
         """
+        self._vocabulary.check(batch)
         return losses.behaviour_log_probs(self._reader, cast(nn.Module, self.model_wrapped), batch)
 
     @staticmethod
@@ -250,7 +256,7 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         super()._set_signature_columns_if_needed()
         columns = cast("list[str]", self._signature_columns)
         read = [token_weights.KEY] if self.teacher is not None else []
-        if isinstance(self.data_collator, RoutedCollator):
+        if isinstance(self.data_collator, RoutedCollator | UniversalCollator):
             read += self.data_collator.columns
         columns.extend(name for name in read if name not in columns)
 
