@@ -78,6 +78,7 @@ class Watchdog(TrainerCallback, ExportableState):
         self.last: dict[str, list[list[float]]] = {}
         self.reported: dict[str, float] = {}
         self.num_logs = 0
+        self.vocab: int | None = None  # entries of the logits that are used; None: all
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint, as transformers' `ExportableState` wants it."""
@@ -128,7 +129,7 @@ class Watchdog(TrainerCallback, ExportableState):
         if self.action == "off" or logs is None or "loss" not in logs:
             return
         self._keep(logs)
-        size = None if model is None else vocab_size(causal_lm(model))
+        size = self.vocab or (None if model is None else vocab_size(causal_lm(model)))
         ln_vocab = math.nan if size is None else math.log(size)
         scene = Scene(ln_vocab, getattr(args, "temperature", 1.0))
         found = list(self._findings(logs, scene))

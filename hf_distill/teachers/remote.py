@@ -118,12 +118,14 @@ class RemoteTeacher(Stateless):
         Raises:
             ValueError, RemoteTeacherError: as `prepare`.
         """
-        if vocab is None or min(vocab, self.vocab_size or vocab) < self.top_k:
+        fewest = None if vocab is None else min(vocab, self.vocab_size or vocab)
+        if vocab is None or fewest is None or fewest < self.top_k:
             raise ValueError(
-                f"top_k must be at most the student's vocabulary, got {self.top_k} and {vocab}"
+                "top_k must be at most the student's vocabulary, and vocab_size, got "
+                f"{self.top_k} and {fewest}"
             )
         self._vocab = vocab if self.vocab_size is None else self.vocab_size
-        ids = [min(vocab, self._vocab) * (i + 1) // (PROBE_TOKENS + 1) for i in range(PROBE_TOKENS)]
+        ids = [fewest * (i + 1) // (PROBE_TOKENS + 1) for i in range(PROBE_TOKENS)]
         first, again = (self.top_log_probs(ids) for _ in range(2))
         pairs = zip(first, again, strict=True)
         apart = max(

@@ -133,7 +133,9 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         if config.action == "off":
             return
         # before the callbacks that report, so that they see its metrics
-        self.callback_handler.callbacks.insert(0, config.make())
+        watchdog = config.make()
+        watchdog.vocab = self._vocabulary.size
+        self.callback_handler.callbacks.insert(0, watchdog)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             logger.info("the watchdog does not probe the teacher: parameters are sharded")
         else:

@@ -113,7 +113,7 @@ def test_templates_are_each_sides_own() -> None:
 @pytest.mark.parametrize(
     ("budgets", "message"),
     [
-        ({"max_prompt_length": 6}, "for the student: row 0 .* has 7 tokens, max_prompt_length"),
+        ({"max_prompt_length": 5}, "for the student: row 0 .* has 6 tokens, max_prompt_length"),
         ({"max_prompt_length": 8}, "for the teacher: row 0 .* has 15 tokens, max_prompt_length"),
         ({"max_completion_length": 17}, "for the teacher: .* has 18 tokens, max_completion_len"),
         ({"completion_column": "reply"}, "for the student: row 0 .* there is no 'reply'"),
@@ -125,7 +125,7 @@ def test_a_bad_row_is_named_with_its_side(budgets: dict[str, Any], message: str)
 
 
 def a_pair_without_a_student(batch: dict[str, Tensor]) -> None:
-    batch["teacher_completion_index"][1, 2] = 20
+    batch["teacher_completion_index"][1, :3] = torch.tensor([15, 16, 17])
 
 
 def pairs_that_cross(batch: dict[str, Tensor]) -> None:
