@@ -1,6 +1,7 @@
 """Vocabularies that are padded differently: a run is that of models without padding."""
 
 import logging
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -179,12 +180,13 @@ def test_a_remote_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
     bare = distil(tmp_path, unpadded(models.llama()), unpadded(teacher()), temperature=1.0)
-    with serving(teacher()) as state:
-        remote = RemoteTeacher(state.url, "tiny", TEACHER, vocab_size=TEACHER)
+    with (
+        serving(teacher()) as state,
+        closing(RemoteTeacher(state.url, "tiny", TEACHER, vocab_size=TEACHER)) as remote,
+    ):
         padded = distil(tmp_path, models.llama(), remote, temperature=1.0)
         assert padded._vocabulary.size == IDS
         same_runs(padded, bare, 5e-6)
-        remote.close()
 
 
 def test_a_server_with_more_entries_must_say_how_many(
@@ -192,8 +194,10 @@ def test_a_server_with_more_entries_must_say_how_many(
 ) -> None:
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    with serving(models.llama(1)) as state:
-        remote = RemoteTeacher(state.url, "tiny", TEACHER)
+    with (
+        serving(models.llama(1)) as state,
+        closing(RemoteTeacher(state.url, "tiny", TEACHER)) as remote,
+    ):
         with pytest.raises(RemoteTeacherError, match=r"below .* of 50, got \d+ \(vocab_size says"):
             distil(tmp_path, teacher(0), remote, temperature=1.0)
         remote.vocab_size = models.VOCAB
@@ -201,7 +205,6 @@ def test_a_server_with_more_entries_must_say_how_many(
         remote.vocab_size = TEACHER - 1
         with pytest.raises(ValueError, match=r"top_k must be at most .*, got 50 and 49"):
             distil(tmp_path, teacher(0), remote, temperature=1.0)
-        remote.close()
 
 
 def test_routed_teachers_of_several_sizes(tmp_path: Path) -> None:
