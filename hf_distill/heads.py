@@ -21,6 +21,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from hf_distill.alignment import Side
+from hf_distill.layers import States, Watch
 from hf_distill.model_kinds import is_classifier
 from metal_ops import SparseTeacher, reference
 
@@ -54,7 +55,8 @@ class Signal:
     """What a model says about the N scored tokens, in one of three forms.
 
     `logits` [N, V]; `hidden` [N, H] and `head`; or `sparse`, the log-probabilities of a few entries
-    and the mass of the rest, with a rule for that rest. Exactly one form is set.
+    and the mass of the rest, with a rule for that rest. Exactly one form is set. `states` are
+    those of the layers that are compared.
     """
 
     logits: Tensor | None = None
@@ -62,6 +64,7 @@ class Signal:
     head: Head | None = None
     sparse: SparseTeacher | None = None
     tail: TailRule = field(default_factory=TailRule)
+    states: States = field(default_factory=States)
 
     def dense(self) -> Tensor:
         """[N, V] logits, projected now if they were not.
@@ -235,6 +238,7 @@ class Reader:
 
     def __init__(self, name: str, refusal: str | None = None) -> None:
         self.name = name
+        self.watch = Watch(name)  # layers whose states a signal has
         self._refusal = refusal
         self._post: tuple[float, float | None] | None = None
 
@@ -314,7 +318,15 @@ class Reader:
             frozen_head: False keeps the head's own parameter in the signal, so that the op can see
                 that student and teacher share it; True takes its value now.
         """
-        if not self.reads_hidden(model, side.inputs):
+        reads_hidden = self.reads_hidden(model, side.inputs)
+        with self.watch.on(causal_lm(model), side.predicts) as seen:
+            found = self._signal(model, side, frozen_head, reads_hidden)
+        return replace(found, states=seen.states())
+
+    def _signal(
+        self, model: nn.Module, side: Side, frozen_head: bool, reads_hidden: bool
+    ) -> Signal:
+        if not reads_hidden:
             return Signal(logits=self.logits(model, side))
 
         def read(hidden: Tensor, head: Head) -> Signal:

@@ -1,5 +1,6 @@
 """From what student and teacher say of each token to the scalar the optimizer sees."""
 
+from hf_distill.losses.hidden import HIDDEN_LOSSES, attention_loss, hidden_loss
 from hf_distill.losses.jsd import generalized_jsd_loss
 from hf_distill.losses.objective import Objective, Terms, assert_finite
 from hf_distill.losses.sampled import SAMPLED_KINDS, SampledObjective
@@ -13,9 +14,11 @@ from hf_distill.losses.step import (
     step_terms,
 )
 from hf_distill.losses.student import Student, StudentHidden, StudentLogits
+from hf_distill.losses.taid import TaidObjective, taid_target
 
 __all__ = [
     "ANCHOR_NAME",
+    "HIDDEN_LOSSES",
     "IMPORTANCE_NAMES",
     "SAMPLED_KINDS",
     "Anchor",
@@ -26,9 +29,13 @@ __all__ = [
     "Student",
     "StudentHidden",
     "StudentLogits",
+    "TaidObjective",
     "Terms",
     "assert_finite",
+    "attention_loss",
     "behaviour_log_probs",
     "generalized_jsd_loss",
+    "hidden_loss",
     "step_terms",
+    "taid_target",
 ]

@@ -1,6 +1,6 @@
 """Objective: a divergence to the teacher over the vocabulary, and cross-entropy."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -88,10 +88,11 @@ class Objective:
         second projection of the student unless the signal is sparse.
         """
         if teacher.sparse is not None:
-            return self._sparse_from_hidden(
+            known = teacher.sparse.at(self.spec.temperature)
+            return self._in_chunks(
                 hidden,
                 head,
-                teacher,
+                lambda at: replace(teacher, sparse=known.rows(at)),
                 targets,
                 weights,
                 weights if hard_weights is None else hard_weights,
@@ -126,28 +127,31 @@ class Objective:
         loss, hard = tokens.cross_entropy(hidden, head, targets, hard_weights)
         return Terms(mixed(self.alpha, terms.loss, loss), terms.soft, hard, terms.stats, {})
 
-    def _sparse_from_hidden(
+    def _in_chunks(
         self,
         hidden: Tensor,
         head: Head,
-        teacher: Signal,
+        teacher: Callable[[slice], Signal],
         targets: Tensor,
         weights: Tensor,
         hard_weights: Tensor,
     ) -> Terms:
-        """`from_logits`, a chunk of tokens at a time."""
-        assert teacher.sparse is not None
-        known = teacher.sparse.at(self.spec.temperature)
+        """`from_logits`, a chunk of tokens at a time; `teacher` gives the signal of some."""
 
         def piece(logits: Tensor, at: slice) -> tuple[Tensor, Tensor]:
-            part = replace(teacher, sparse=known.rows(at))
-            terms = self.from_logits(logits, part, targets[at], weights[at], hard_weights[at])
-            return terms.loss, torch.stack([terms.soft, terms.hard, *terms.stats])
+            terms = self.from_logits(
+                logits, teacher(at), targets[at], weights[at], hard_weights[at]
+            )
+            extra = (terms.extra[name] for name in self.extra_names)
+            return terms.loss, torch.stack([terms.soft, terms.hard, *terms.stats, *extra])
 
         largest = torch.maximum(weights.abs(), hard_weights.abs())
         loss, values = tokens.sum_over_chunks(hidden, head, piece, largest)
-        soft, hard, *stats = values if values.numel() else values.new_zeros(6, 0)
-        return Terms(loss, soft, hard, DivergenceStats(*stats), {})
+        if not len(hidden):
+            values = values.new_zeros(6 + len(self.extra_names), 0)
+        soft, hard, *stats = values[:6]
+        extra = dict(zip(self.extra_names, values[6:], strict=True))
+        return Terms(loss, soft, hard, DivergenceStats(*stats), extra)
 
     def from_logits(
         self,

@@ -1,6 +1,7 @@
 """A teacher that is another model."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from hf_distill.alignment import Side
 from hf_distill.heads import Reader, Signal
+from hf_distill.layers import Watch
 from hf_distill.model_kinds import CLASSIFIER
 from hf_distill.teachers.protocol import Stateless, Teacher, check_vocabulary
 
@@ -136,6 +138,14 @@ class ModelTeacher(Stateless):
         check_vocabulary(student, self.model)
         place(self.model, accelerator.device)
         self._reader = Reader("teacher", refusal)
+
+    def watched_model(self, student: nn.Module) -> nn.Module:
+        """The model whose layers `watch` numbers."""
+        return self.model
+
+    def watch(self, layers: Sequence[int], attention: bool) -> None:
+        """Signals have these layers' states from now on, see `hf_distill.layers`."""
+        self._reader.watch = Watch("teacher", layers, attention)
 
     def signal(self, student: nn.Module, side: Side) -> Signal:
         """The frozen model's view of its side of the batch."""

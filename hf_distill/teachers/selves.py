@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_distill.alignment import Side
 from hf_distill.heads import Reader, Signal, evaluating, unwrap
+from hf_distill.layers import Watch
 from hf_distill.schedules import Schedule
 
 logger = logging.getLogger(__name__)
@@ -157,6 +158,14 @@ class SelfTeacher:
                 "teacher live: a self-teacher that follows the student tends to collapse into "
                 "endless completions; watch completion_ended, or use 'base'"
             )
+
+    def watched_model(self, student: nn.Module) -> nn.Module:
+        """The model whose layers `watch` numbers."""
+        return student if self._copy is None else self._copy
+
+    def watch(self, layers: Sequence[int], attention: bool) -> None:
+        """Signals have these layers' states from now on, see `hf_distill.layers`."""
+        self._reader.watch = Watch("teacher", layers, attention)
 
     def signal(self, student: nn.Module, side: Side) -> Signal:
         """The teacher's view of its side of the batch."""

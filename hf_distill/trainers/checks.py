@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from hf_distill import losses
 from hf_distill.heads import causal_lm
+from hf_distill.hint_plans import plan_of
 from hf_distill.model_kinds import check_kind
 from hf_distill.offline import CachedTeacher
-from hf_distill.teachers import RemoteTeacher, each_teacher
+from hf_distill.teachers import RemoteTeacher, Teacher, each_teacher
 
 if TYPE_CHECKING:
     from hf_distill.trainers.distill import DistillTrainer
@@ -35,6 +36,7 @@ def check_setup(trainer: "DistillTrainer") -> None:
             )
         if isinstance(teacher, CachedTeacher):
             _check_cached(trainer, teacher)
+        _check_taid(trainer, teacher)
     if trainer._classification is None:
         _check_student(cast(nn.Module, trainer.model))
     check_anchor(trainer)
@@ -95,7 +97,20 @@ def _check_student(model: nn.Module) -> None:
         )
 
 
+def _check_taid(trainer: "DistillTrainer", teacher: Teacher) -> None:
+    if trainer.args.taid is not None and isinstance(teacher, CachedTeacher | RemoteTeacher):
+        raise ValueError(
+            "taid mixes the logits of student and teacher, so it needs a teacher with logits or "
+            f"hidden states, got a {type(teacher).__name__}, which knows some log-probabilities"
+        )
+
+
 def _check_cached(trainer: "DistillTrainer", teacher: CachedTeacher) -> None:
+    plan = plan_of(trainer.data_collator)
+    if plan is not None:
+        raise ValueError(
+            f"a cached teacher knows its rows with the hints of the writing, and {plan.refusal()}"
+        )
     if not isinstance(trainer.objective, losses.Objective):
         raise ValueError(
             "a cached teacher has not the log-probability of every token, which divergence "

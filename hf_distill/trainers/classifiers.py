@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SINGLE_LABEL = "single_label_classification"
-TOKEN_SETTINGS = ("class_weights",)  # fields of the config that are about tokens or their layers
+TOKEN_SETTINGS = ("class_weights", "hidden_layers")  # of the config, about scored tokens
 LABEL_KEYS = ("labels", "label", "label_ids")  # of collators; not the model's inputs
 OF_TEXT = ("entropy_collapse", "entropy_explosion")  # limits for a vocabulary, not for classes
 HARD = "hard_of_labelled"
@@ -72,6 +72,20 @@ def for_student(trainer: "DistillTrainer") -> "Classification | None":
     if len(names) != 1:
         raise ValueError(f"a classifier needs one name of its labels, got label_names {names}")
     return Classification(names[0], _inputs_of(trainer.teacher))
+
+
+def take_over_counting(trainer: "DistillTrainer") -> None:
+    """Tell the `Trainer` that the loss is divided by a count, whatever the model accepts."""
+    rows = trainer._classification
+    trainer.model_accepts_loss_kwargs = trainer.loss_is_scaled_for_ga = True
+    trainer._loss_shifts_labels = rows is None
+    # PEFT's forward hides them from the Trainer
+    trainer.label_names = ["labels" if rows is None else rows.label_name]
+
+
+def columns(trainer: "DistillTrainer") -> tuple[str, ...]:
+    """Columns of the data that teachers of a classifier read, which the student need not."""
+    return () if trainer._classification is None else trainer._classification.columns
 
 
 def _check_problem(config: Any) -> None:
@@ -189,12 +203,12 @@ class Classification:
             ValueError: the batch is not one of single-label rows, or there are no labels, which
                 alpha < 1 needs.
         """
-        rows = self._read(inputs)
+        rows, objective = self._read(inputs), trainer._present_objective(model.training)
         labelled = int((rows.targets != IGNORE_INDEX).sum())
         counts = _counts(num_items, labelled, len(rows.targets))
-        self._check_labels(rows, counts, trainer.objective.alpha)
+        self._check_labels(rows, counts, objective.alpha)
         signal = cast(Teacher, trainer.teacher).signal(model, rows.side)
-        use_labels = labelled > 0 and trainer.objective.alpha < 1.0
+        use_labels = labelled > 0 and objective.alpha < 1.0
         own = use_labels and not trainer.has_own_hard_loss()
         named = {self.label_name: rows.labels} if own else {}
         outputs = model(**trainer._reader.forward_inputs(model, rows.side.inputs), **named)
@@ -205,15 +219,15 @@ class Classification:
             hard = outputs.loss * (labelled * averaged / counts.labelled)
         elif use_labels:
             given = None if num_items is None else counts.labelled
-            hard = cast(Tensor, trainer._own_hard_loss(outputs, cast(Tensor, rows.labels), given))
+            hard = trainer._hard_loss.of(outputs, cast(Tensor, rows.labels), given)
         weights = torch.ones_like(rows.targets, dtype=torch.float32) * (averaged / counts.rows)
         student = losses.StudentLogits(outputs.logits, hard)
         scored = losses.Scored(rows.targets, weights)
-        terms = losses.step_terms(student, trainer.objective, signal, scored)
-        if trainer.objective.alpha < 1.0:
+        terms = losses.step_terms(student, objective, signal, scored)
+        if objective.alpha < 1.0:
             per_row = terms.hard.masked_fill(rows.targets == IGNORE_INDEX, torch.nan)
             terms = terms._replace(extra={**terms.extra, HARD: per_row})
-        trainer._note(terms, rows.targets, None, model.training)
+        trainer._note(terms, scored, None, model.training)
         return (terms.loss, outputs) if return_outputs else terms.loss
 
     def named(self, metrics: Mapping[str, float]) -> dict[str, float]:

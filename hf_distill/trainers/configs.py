@@ -7,15 +7,19 @@ from typing import Any, NamedTuple, cast
 
 from transformers import TrainingArguments
 
-from hf_distill.losses import SAMPLED_KINDS, Objective, SampledObjective
+from hf_distill.layers import parse_layers
+from hf_distill.losses import SAMPLED_KINDS, Objective, SampledObjective, TaidObjective
 from hf_distill.teachers import SelfTeacher
 from hf_distill.trainers.groups import (
     ClassWeightsConfig,
     ClipConfig,
+    HiddenConfig,
     RolloutConfig,
     SelfTeacherConfig,
+    TaidConfig,
     WatchdogConfig,
     as_group,
+    as_optional_group,
 )
 from metal_ops import DivergenceSpec
 
@@ -70,9 +74,29 @@ class DistillConfig(TrainingArguments):
         default=None,
         metadata={"help": "Weights of tokens by class: special, number, punctuation, space, word."},
     )
+    hidden_layers: list[Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Layers whose hidden states are compared: 'uniform', 'last', student layers "
+            "such as [6, 12], or pairs [[6, 12], [12, 24]] (student, teacher); None is none."
+        },
+    )
+    hidden_weight: float = field(
+        default=0.1, metadata={"help": "Weight of the hidden loss, >= 0; needs hidden_layers."}
+    )
+    hidden: HiddenConfig | str | dict[str, Any] | None = field(
+        default=None, metadata={"help": "How layers are compared: loss, attention_weight."}
+    )
     watchdog: WatchdogConfig | str | dict[str, Any] | None = field(
         default=None,
         metadata={"help": "What happens at faults: action, window, and a limit per fault."},
+    )
+    taid: TaidConfig | str | dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "TAID, a target between student and teacher: t_start, t_end, step_size, "
+            "momentum, adaptive; {} takes the defaults, None is off."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -82,17 +106,27 @@ class DistillConfig(TrainingArguments):
             raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
         self.clip = as_group("clip", ClipConfig, self.clip)
         self.class_weights = as_group("class_weights", ClassWeightsConfig, self.class_weights)
+        self.hidden = as_group("hidden", HiddenConfig, self.hidden)
+        self.hidden_layers = parse_layers(self.hidden_layers)
+        if not (math.isfinite(self.hidden_weight) and self.hidden_weight >= 0):
+            raise ValueError(f"hidden_weight must be at least 0, got {self.hidden_weight}")
         self.watchdog = as_group("watchdog", WatchdogConfig, self.watchdog)
+        self.taid = as_optional_group("taid", TaidConfig, self.taid)
+        if self.taid is not None and self.alpha == 0:
+            raise ValueError(f"taid is a soft loss and needs alpha > 0, got {self.alpha}")
         self.objective()
 
     def objective(self) -> Objective | SampledObjective:
         """The loss of a token.
 
         Raises:
-            ValueError: a value is out of range, or the clip is not one of this divergence.
+            ValueError: a value is out of range, or the clip or taid is not one of this divergence.
         """
+        if self.taid is not None and self.divergence != "forward_kl":
+            raise ValueError(f"taid needs divergence 'forward_kl', got {self.divergence!r}")
         if self.divergence not in SAMPLED_KINDS:
-            return Objective(self.divergence_spec(), self.alpha)
+            kind = Objective if self.taid is None else TaidObjective
+            return kind(self.divergence_spec(), self.alpha)
         clip = cast(ClipConfig, self.clip)
         if clip.bound is not None and clip.level != "token":
             raise ValueError(

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -12,19 +13,23 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from hf_distill import alignment, losses, token_weights
 from hf_distill.heads import Reader, causal_lm, vocab_size
+from hf_distill.hint_plans import plan_of
 from hf_distill.monitors import MeanMeter, TokenMeter
 from hf_distill.offline import CachedCollator, CachedTeacher
-from hf_distill.probes import make_probe
 from hf_distill.rollouts import end_token_ids
 from hf_distill.teachers import RoutedCollator, Teacher, as_teacher
 from hf_distill.token_classes import token_classes
 from hf_distill.token_weights import TokenWeights
-from hf_distill.trainers import checkpoints, classifiers
+from hf_distill.trainers import classifiers
 from hf_distill.trainers.checks import check_setup, check_unweighted
 from hf_distill.trainers.configs import DistillConfig
-from hf_distill.trainers.groups import ClassWeightsConfig, WatchdogConfig
+from hf_distill.trainers.groups import ClassWeightsConfig, HiddenConfig, TaidConfig
 from hf_distill.trainers.hard_losses import HardLoss
+from hf_distill.trainers.hidden import HiddenAlignment
+from hf_distill.trainers.hinting import HintingTrainer
 from hf_distill.trainers.scoring import Scoring, Share, Work
+from hf_distill.trainers.taid import Taid
+from hf_distill.trainers.watching import add_watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +47,7 @@ class _UpdateTeacher(TrainerCallback):
         self.teacher.update(model)
 
 
-class DistillTrainer(checkpoints.ResumableTrainer):
+class DistillTrainer(HintingTrainer):
     """A `Trainer` for causal LMs and classifiers: loss = alpha * soft + (1 - alpha) * hard.
 
     soft is the divergence of the args between teacher and student at every labelled token, hard the
@@ -92,58 +97,54 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         )
         self.teacher = None if teacher is None else as_teacher(teacher)
         self.objective = args.objective()
+        self._layers: HiddenAlignment | None = None
+        self._taid: Taid | None = None
         class_weights = cast(ClassWeightsConfig, args.class_weights).active()
         if self.teacher is None:
             if class_weights is not None:
                 raise ValueError("class_weights need a teacher; without one this is a Trainer")
+            if plan_of(self.data_collator) is not None:
+                raise ValueError("hints that depend on the step need a teacher, got None")
             return
         self._weigh = TokenWeights(class_weights, self.processing_class)
         self._scoring = Scoring(self._weigh, args.loss_settings())
         self._classification = classifiers.for_student(self)
         self._hard_loss = HardLoss(self)
         check_setup(self)
-        # this class divides by num_items_in_batch itself, whatever the model's forward accepts
-        self.model_accepts_loss_kwargs = True
-        self.loss_is_scaled_for_ga = True
-        rows = self._classification
-        self._loss_shifts_labels = rows is None
-        # PEFT's forward hides them from the Trainer
-        self.label_names = ["labels" if rows is None else rows.label_name]
-        self._teacher_columns = () if rows is None else rows.columns
+        classifiers.take_over_counting(self)
         refusal = self._hidden_states_refusal()
         self._reader = Reader("student", refusal)
-        classes = self._token_classes() if rows is None else None
+        classes = self._token_classes()
         self._meters = {True: TokenMeter(classes), False: TokenMeter(classes)}
-        self._mean_meters = {x: MeanMeter(self._mean_names()) for x in (True, False)}
         eos_token_id = getattr(processing_class, "eos_token_id", None)
         end_ids = end_token_ids(causal_lm(cast(nn.Module, self.model)), eos_token_id)
         self._alignment = alignment.AlignmentMeter(end_ids)
         self.teacher.prepare(self.accelerator, cast(nn.Module, self.model), refusal)
         if isinstance(self.teacher, CachedTeacher):
             self.data_collator = CachedCollator(self.data_collator, self.teacher)
+        self._layers = self._make_layers(self.teacher)
+        self._mean_meters = {x: MeanMeter(self._mean_names()) for x in (True, False)}
         self.add_callback(_UpdateTeacher(self.teacher))
-        self._probe = None
-        self._add_watchdog(self.teacher)
+        if args.taid is not None:
+            self._taid = Taid(cast(TaidConfig, args.taid), self.accelerator)
+            self.add_callback(self._taid)
+        self._probe = add_watchdog(self, self.teacher)
+
+    def _make_layers(self, teacher: Teacher) -> HiddenAlignment | None:
+        args = self.args
+        settings = cast(HiddenConfig, args.hidden)
+        if args.hidden_layers is None or not (args.hidden_weight or settings.attention_weight):
+            return None
+        model = cast(nn.Module, self.model)
+        return HiddenAlignment(model, teacher, args.hidden_layers, settings, args.seed)
 
     def _token_classes(self) -> Tensor | None:
         """[V] the class of each token, where the processing class is a tokenizer."""
         size = vocab_size(causal_lm(cast(nn.Module, self.model)))
+        size = size if self._classification is None else None  # a row's class is no token
         if not isinstance(self.processing_class, PreTrainedTokenizerBase) or size is None:
             return None
         return token_classes(self.processing_class, size)
-
-    def _add_watchdog(self, teacher: Teacher) -> None:
-        config = cast(WatchdogConfig, self.args.watchdog)
-        if config.action == "off":
-            return
-        if self._classification is not None:
-            config = classifiers.without_text_limits(config)
-        # before the callbacks that report, so that they see its metrics
-        self.callback_handler.callbacks.insert(0, config.make())
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            logger.info("the watchdog does not probe the teacher: parameters are sharded")
-        elif self._classification is None:
-            self._probe = make_probe(teacher, self.accelerator)
 
     def _hidden_states_refusal(self) -> str | None:
         """Why this run must read logits, or None."""
@@ -179,26 +180,43 @@ class DistillTrainer(checkpoints.ResumableTrainer):
             self._probe.keep(model, side, teacher_side)
         signal = self.teacher.signal(model, teacher_side)
         side, scored, counts = self._work(inputs, side, num_items_in_batch, model.training)
+        objective = self._present_objective(model.training)
 
         def terms_of(student: losses.Student) -> losses.Terms:
-            return losses.step_terms(student, self.objective, signal, scored)
+            terms = losses.step_terms(student, objective, signal, scored)
+            if self._layers is None:
+                return terms
+            return self._layers.add(terms, seen, signal, scored, self.args.hidden_weight)
 
-        outputs = None
-        if return_outputs or self.has_own_hard_loss():
-            asked = self._hard_loss.arguments(inputs["labels"], num_items_in_batch)
-            outputs = model(**self._reader.forward_inputs(model, side.inputs), **asked)
-            hard_loss = self._own_hard_loss(outputs, inputs["labels"], num_items_in_batch)
-            terms = terms_of(losses.StudentLogits(outputs.logits[side.predicts], hard_loss))
-        elif signal.logits is None and self._reader.reads_hidden(model, side.inputs):
-            terms = self._reader.at_head(model, side, lambda *x: terms_of(losses.StudentHidden(*x)))
-        else:
-            terms = terms_of(losses.StudentLogits(self._reader.logits(model, side)))
-        self._note(terms, scored.targets, counts, model.training)
+        outputs, own_outputs = None, return_outputs or self.has_own_hard_loss()
+        at_head = not own_outputs and signal.logits is None
+        at_head = at_head and self._reader.reads_hidden(model, side.inputs)
+        with nullcontext() if self._layers is None else self._layers.watching(side) as seen:
+            if own_outputs:
+                asked = self._hard_loss.arguments(inputs["labels"], num_items_in_batch)
+                outputs = model(**self._reader.forward_inputs(model, side.inputs), **asked)
+                hard_loss = self._hard_loss.of(outputs, inputs["labels"], num_items_in_batch)
+                terms = terms_of(losses.StudentLogits(outputs.logits[side.predicts], hard_loss))
+            elif at_head:
+                terms = self._reader.at_head(
+                    model, side, lambda *x: terms_of(losses.StudentHidden(*x))
+                )
+            else:
+                terms = terms_of(losses.StudentLogits(self._reader.logits(model, side)))
+        self._note(terms, scored, counts, model.training)
         return (terms.loss, outputs) if return_outputs else terms.loss
+
+    def _present_objective(self, training: bool) -> losses.Objective | losses.SampledObjective:
+        """The loss of a token at this step."""
+        if self._taid is None or not training:
+            return self.objective
+        return self._taid.present(self.objective)
 
     def _check_batch(self, inputs: dict[str, Any]) -> None:
         """Called with every batch before it is used."""
         self._alignment.add(inputs)
+        if self._layers is not None:
+            self._layers.check(inputs)
 
     def _work(
         self,
@@ -212,11 +230,13 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         return self._scoring.work(inputs, side, share, training)
 
     def _note(
-        self, terms: losses.Terms, targets: Tensor, counts: Tensor | None, training: bool
+        self, terms: losses.Terms, scored: losses.Scored, counts: Tensor | None, training: bool
     ) -> None:
         """Stop at a loss that is not a number; count the metrics."""
         losses.assert_finite(terms)
-        counted = targets if counts is None else targets[counts]
+        if self._taid is not None and training:
+            self._taid.add(terms.soft, scored.weights)
+        counted = scored.targets if counts is None else scored.targets[counts]
         self._meters[training].add(terms.counted(counts), counted)
         self._mean_meters[training].add(terms.extra)
 
@@ -265,7 +285,7 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         """As in `Trainer`, with the columns that this class and its collators read."""
         super()._set_signature_columns_if_needed()
         columns = cast("list[str]", self._signature_columns)
-        read = [] if self.teacher is None else [token_weights.KEY, *self._teacher_columns]
+        read = [] if self.teacher is None else [token_weights.KEY, *classifiers.columns(self)]
         if isinstance(self.data_collator, RoutedCollator):
             read += self.data_collator.columns
         columns.extend(name for name in read if name not in columns)
@@ -273,13 +293,6 @@ class DistillTrainer(checkpoints.ResumableTrainer):
     def has_own_hard_loss(self) -> bool:
         """Whether another hard loss takes the place of the cross-entropy, see `HardLoss`."""
         return self._hard_loss.replaces
-
-    def _own_hard_loss(
-        self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None
-    ) -> Tensor | None:
-        """The hard loss that is not the cross-entropy, as the Trainer scales it, or None."""
-        loss = self._hard_loss.of(outputs, labels, num_items_in_batch)
-        return None if loss is None else loss * self._num_averaged(num_items_in_batch)
 
     def prediction_step(
         self,
@@ -310,6 +323,7 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         self._alignment.read(self.accelerator)
         metrics = self._meters[training].read(self.accelerator, self.objective.unmeasured)
         metrics |= self._mean_meters[training].read(self.accelerator)
+        metrics |= self._hinting.read(self.accelerator, training)
         return metrics if self._classification is None else self._classification.named(metrics)
 
     def _mean_names(self) -> tuple[str, ...]:
@@ -317,27 +331,56 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         settings = self._scoring.settings
         reused = () if settings.importance_clip is None else losses.IMPORTANCE_NAMES
         anchor = (losses.ANCHOR_NAME,) if settings.anchor_weight > 0 else ()
+        hidden = () if self._layers is None else self._layers.names
         rows = () if self._classification is None else self._classification.metric_names
-        return (*self.objective.extra_names, *reused, *anchor, *rows)
+        return (*self.objective.extra_names, *reused, *anchor, *hidden, *rows)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `Trainer`; training logs also hold the metrics of the scored tokens."""
         if "loss" in logs:
             logs.update(self._read_metrics(training=True))
+            if self._taid is not None:
+                logs.update(self._taid.metrics())
             if self.teacher is not None and self._probe is not None:
                 logs.update(self._probe.read(cast(nn.Module, self.model)))
         elif "train_loss" in logs and self.teacher is not None:
             self._alignment.read(self.accelerator)  # the run ends; it may not have logged before
         super().log(logs, start_time)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`; projections of hidden states are a part of the model meanwhile."""
+        with nullcontext() if self._layers is None else self._layers.attached():
+            return super().train(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        with nullcontext() if self._layers is None else self._layers.detached():
+            super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with nullcontext() if self._layers is None else self._layers.detached():
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with nullcontext() if self._layers is None else self._layers.detached():
+            super()._load_best_model()
+
+    def _parts(self) -> list[HiddenAlignment | Taid]:
+        """What has a file of its own in a checkpoint."""
+        return [part for part in (self._layers, self._taid) if part is not None]
+
     def _save_extra(self, folder: str) -> None:
         """Write what resuming needs besides the Trainer's own files."""
         state = {} if self.teacher is None else self.teacher.state_dict()
         if state and self.args.should_save:
             save_file(state, os.path.join(folder, TEACHER_FILE))
+        for part in self._parts():
+            if self.args.should_save:
+                part.save(folder)
 
     def _load_extra(self, folder: str) -> None:
         """Read what `_save_extra` wrote; the state is the checkpoint's."""
+        for part in self._parts():
+            part.load(folder)
         if self.teacher is None or not self.teacher.state_dict():
             return
         path = os.path.join(folder, TEACHER_FILE)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from hf_distill.faults import Limits
+from hf_distill.losses import HIDDEN_LOSSES
 from hf_distill.rollouts import check_engine
 from hf_distill.teachers import SelfTeacher
 from hf_distill.token_classes import CLASSES
@@ -47,6 +48,13 @@ def as_group(name: str, kind: type[Group], value: Any) -> Group:
     return kind(**given)
 
 
+def as_optional_group(name: str, kind: type[Group], value: Any) -> Group | None:
+    """As `as_group`, for a group that is off if it is None (or "null"), and on if it is {}."""
+    if value is None or (isinstance(value, str) and value.strip() == "null"):
+        return None
+    return as_group(name, kind, value)
+
+
 @dataclass
 class ClipConfig:
     """A bound on the divergence.
@@ -67,6 +75,35 @@ class ClipConfig:
     def __post_init__(self) -> None:
         """Check the values where they are given."""
         DivergenceSpec("jsd", clip=self.bound, clip_level=self.level)
+
+
+@dataclass
+class HiddenConfig:
+    """How layers are compared.
+
+    Raises:
+        ValueError: a value is unknown or out of range.
+    """
+
+    loss: str = field(
+        default="mse", metadata={"help": "Of hidden states: mse, cosine or l1, mean over layers."}
+    )
+    attention_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight, >= 0, of KL(teacher || student) of the same layers' attention maps; "
+            "needs attn_implementation='eager'."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values where they are given."""
+        if self.loss not in HIDDEN_LOSSES:
+            raise ValueError(f"hidden.loss must be one of {HIDDEN_LOSSES}, got {self.loss!r}")
+        if not (math.isfinite(self.attention_weight) and self.attention_weight >= 0):
+            raise ValueError(
+                f"hidden.attention_weight must be at least 0, got {self.attention_weight}"
+            )
 
 
 @dataclass
@@ -97,6 +134,48 @@ class ClassWeightsConfig:
         """`by_class`, or None if all are 1."""
         weights = self.by_class()
         return None if all(weight == 1.0 for weight in weights) else weights
+
+
+@dataclass
+class TaidConfig:
+    """How the target of TAID moves from the student (t = 0) to the teacher (t = 1).
+
+    The defaults are those of the paper, where step_size is alpha and momentum is beta.
+
+    Raises:
+        ValueError: a value is out of range, or one that is not read was changed.
+    """
+
+    t_start: float = field(default=0.4, metadata={"help": "t at the first step, in [0, t_end]."})
+    t_end: float = field(default=1.0, metadata={"help": "The largest t, in (0, 1]."})
+    step_size: float = field(
+        default=5e-4,
+        metadata={"help": "The most that a step adds beside the linear way, per 1 - t, in [0, 1]."},
+    )
+    momentum: float = field(
+        default=0.99, metadata={"help": "Decay of the average change of the loss, in [0, 1)."}
+    )
+    adaptive: bool = field(
+        default=True,
+        metadata={"help": "False: t is linear in the progress of training, and that alone."},
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values where they are given."""
+        if not 0.0 < self.t_end <= 1.0:
+            raise ValueError(f"taid.t_end must be in (0, 1], got {self.t_end}")
+        if not 0.0 <= self.t_start <= self.t_end:
+            raise ValueError(
+                f"taid.t_start must be in [0, t_end = {self.t_end}], got {self.t_start}"
+            )
+        if not 0.0 <= self.step_size <= 1.0:
+            raise ValueError(f"taid.step_size must be in [0, 1], got {self.step_size}")
+        if not 0.0 <= self.momentum < 1.0:
+            raise ValueError(f"taid.momentum must be in [0, 1), got {self.momentum}")
+        for name in ("step_size", "momentum"):
+            value = getattr(self, name)
+            if not self.adaptive and value != getattr(TaidConfig, name):
+                raise ValueError(f"taid.{name} is read if taid.adaptive only, got {value}")
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_distill import DistillConfig, DistillTrainer, OPSDConfig, OPSDTrainer
+from hf_distill import DistillConfig, DistillTrainer, HintCollator, OPSDConfig, OPSDTrainer
 from hf_distill.alignment import unpad
 from hf_distill.offline import CachedTeacher, HeadSamples, cache_teacher
 from tests.trainers import models
@@ -94,6 +94,14 @@ def opsd_off_policy(folder: Path, num_processes: int) -> OPSDTrainer:
     return _opsd(folder, num_processes, models.lora(models.llama()), on_policy=False)
 
 
+def opsd_hint_dropout(folder: Path, num_processes: int) -> OPSDTrainer:
+    """Rows whose hints are dropped or cut as the step says, on whatever process they are."""
+    plan = {"hint_dropout": "linear:0.2->0.8@3", "max_hint_length": "linear:8->2@3"}
+    collator = HintCollator(models.tokenizer(), truncation="hint", **plan)
+    args = OPSDConfig(**_options(folder, num_processes, on_policy=False, max_steps=4))
+    return OPSDTrainer(models.lora(models.llama()), args, collator, models.problems())
+
+
 def opsd_on_policy(folder: Path, num_processes: int) -> OPSDTrainer:
     """Greedy, for samples depend on the rows that share a process. Completions are kept."""
     return _opsd(folder, num_processes, models.lora(models.llama()), log_completions=1)
@@ -130,6 +138,12 @@ def distill_weighted(folder: Path, num_processes: int) -> DistillTrainer:
     )
     trainer.data_collator = _Weighted()
     return trainer
+
+
+def distill_taid(folder: Path, num_processes: int) -> DistillTrainer:
+    """Its t follows the loss of both processes, ahead of the linear target."""
+    taid = {"t_start": 0.5, "t_end": 0.95, "step_size": 0.8, "momentum": 0.9}
+    return distill(folder, num_processes, taid=taid, max_steps=4)
 
 
 class _Anchored(OPSDTrainer):
@@ -169,10 +183,12 @@ SETUPS = (
     distill_local_mean,
     distill_logits,
     distill_nothing_to_score,
+    distill_taid,
     distill_weighted,
     opsd_anchored,
     stopped_by_one,
     opsd_off_policy,
+    opsd_hint_dropout,
     opsd_on_policy,
     opsd_repeated,
 )
