@@ -367,3 +367,13 @@ def test_limits_for_texts_are_off_unless_they_are_set(tmp_path: Path) -> None:
     assert plain.entropy_explosion is None
     assert plain.zero_gradient is not None
     assert limits(entropy_collapse=0.2).entropy_collapse == 0.2
+
+
+def test_a_uniform_teacher_is_reported(tmp_path: Path) -> None:
+    """The watchdog measures entropies against ln C, not against the vocabulary."""
+    teacher = classifying.bert(1)
+    nn.init.zeros_(teacher.classifier.weight)
+    for each, fault in ((teacher, True), (classifying.bert(1), False)):
+        trainer = classifying.trainer(tmp_path, teacher=each, max_steps=1)
+        trainer.train()
+        assert ("watchdog_teacher_uniform" in trainer.state.log_history[0]) == fault
