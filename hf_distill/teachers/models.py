@@ -62,7 +62,10 @@ def _names_classifier(name: str, kwargs: dict[str, Any]) -> bool:
         where = {key: kwargs[key] for key in where if key in kwargs}
         if find_adapter_config_file(name, subfolder=kwargs.get("subfolder", ""), **where):
             return False  # the folder holds adapters, and no config of the model
-        config, _ = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **kwargs)
+        try:
+            config, _ = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **kwargs)
+        except OSError:
+            return False  # loading the model will say what is missing
     return any(x.endswith(CLASSIFIER) for x in getattr(config, "architectures", None) or ())
 
 

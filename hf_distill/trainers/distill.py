@@ -13,22 +13,19 @@ from hf_distill import alignment, losses, token_weights
 from hf_distill.heads import Reader, Signal, causal_lm, vocab_size
 from hf_distill.monitors import MeanMeter, TokenMeter
 from hf_distill.offline import CachedCollator, CachedTeacher
-from hf_distill.probes import make_probe
 from hf_distill.rollouts import end_token_ids
 from hf_distill.teachers import RoutedCollator, Teacher, as_teacher
 from hf_distill.token_classes import token_classes
 from hf_distill.trainers import classifiers, hidden, scheduled, weighing
 from hf_distill.trainers.checks import check_setup, check_unweighted, check_without_teacher
 from hf_distill.trainers.configs import DistillConfig
-from hf_distill.trainers.groups import (
-    TaidConfig,
-    WatchdogConfig,
-)
+from hf_distill.trainers.groups import TaidConfig
 from hf_distill.trainers.hard_losses import HardLoss
 from hf_distill.trainers.scoring import Scoring, Share
 from hf_distill.trainers.stateful import StatefulTrainer
 from hf_distill.trainers.taid import Taid
 from hf_distill.trainers.vocabulary import Vocabulary
+from hf_distill.trainers.watching import add_watchdog
 from hf_distill.universal import UniversalCollator
 
 logger = logging.getLogger(__name__)
@@ -110,17 +107,11 @@ class DistillTrainer(StatefulTrainer):
         self._hard_loss = HardLoss(self)
         check_setup(self)
         self._vocabulary = Vocabulary(self)
-        # this class divides by num_items_in_batch itself, whatever the model's forward accepts
-        self.model_accepts_loss_kwargs = True
-        self.loss_is_scaled_for_ga = True
-        rows = self._classification
-        self._loss_shifts_labels = rows is None
-        # PEFT's forward hides them from the Trainer
-        self.label_names = ["labels" if rows is None else rows.label_name]
-        self._teacher_columns = () if rows is None else rows.columns
+        classifiers.take_over_counting(self)
         refusal = self._hidden_states_refusal()
         self._reader = Reader("student", refusal, self._vocabulary.size)
-        classes = None if rows else _classes_of(self.model, self.processing_class)
+        is_text = self._classification is None  # a row's class is no token
+        classes = _classes_of(self.model, self.processing_class) if is_text else None
         self._meters = {True: TokenMeter(classes), False: TokenMeter(classes)}
         eos_token_id = getattr(processing_class, "eos_token_id", None)
         end_ids = end_token_ids(causal_lm(cast(nn.Module, self.model)), eos_token_id)
@@ -134,28 +125,12 @@ class DistillTrainer(StatefulTrainer):
         if args.taid is not None:
             self._taid = Taid(cast(TaidConfig, args.taid), self.accelerator)
             self.add_callback(self._taid)
-        self._probe = None
-        self._add_watchdog(self.teacher)
+        self._probe = add_watchdog(self, self.teacher)
 
     @property
     def objective(self) -> losses.AnyObjective:
         """The loss of a token now: of every micro-batch of the next optimizer step."""
         return self.args.objective(self.state.global_step)
-
-    def _add_watchdog(self, teacher: Teacher) -> None:
-        config = cast(WatchdogConfig, self.args.watchdog)
-        if config.action == "off":
-            return
-        if self._classification is not None:
-            config = classifiers.without_text_limits(config)
-        # before the callbacks that report, so that they see its metrics
-        watchdog = config.make()
-        watchdog.vocab = self._vocabulary.size
-        self.callback_handler.callbacks.insert(0, watchdog)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            logger.info("the watchdog does not probe the teacher: parameters are sharded")
-        elif self._classification is None:
-            self._probe = make_probe(teacher, self.accelerator)
 
     def _hidden_states_refusal(self) -> str | None:
         """Why this run must read logits, or None."""
@@ -212,7 +187,7 @@ class DistillTrainer(StatefulTrainer):
                 asked = self._hard_loss.arguments(inputs["labels"], num_items_in_batch)
                 outputs = model(**self._reader.forward_inputs(model, side.inputs), **asked)
                 outputs = self._vocabulary.outputs(outputs)
-                hard_loss = self._own_hard_loss(outputs, inputs["labels"], num_items_in_batch)
+                hard_loss = self._hard_loss.of(outputs, inputs["labels"], num_items_in_batch)
                 terms = terms_of(losses.StudentLogits(outputs.logits[side.predicts], hard_loss))
             elif at_head:
                 terms = self._reader.at_head(
@@ -312,7 +287,7 @@ class DistillTrainer(StatefulTrainer):
         """As in `Trainer`, with the columns that this class and its collators read."""
         super()._set_signature_columns_if_needed()
         columns = cast("list[str]", self._signature_columns)
-        read = [] if self.teacher is None else [token_weights.KEY, *self._teacher_columns]
+        read = [] if self.teacher is None else [token_weights.KEY, *classifiers.columns(self)]
         if isinstance(self.data_collator, RoutedCollator | UniversalCollator):
             read += self.data_collator.columns
         columns.extend(name for name in read if name not in columns)
@@ -320,13 +295,6 @@ class DistillTrainer(StatefulTrainer):
     def has_own_hard_loss(self) -> bool:
         """Whether another hard loss takes the place of the cross-entropy, see `HardLoss`."""
         return self._hard_loss.replaces
-
-    def _own_hard_loss(
-        self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None
-    ) -> Tensor | None:
-        """The hard loss that is not the cross-entropy, as the Trainer scales it, or None."""
-        loss = self._hard_loss.of(outputs, labels, num_items_in_batch)
-        return None if loss is None else loss * self._num_averaged(num_items_in_batch)
 
     def prediction_step(
         self,

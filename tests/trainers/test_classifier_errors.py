@@ -159,6 +159,10 @@ def test_alpha_zero_and_no_labelled_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"hidden_layers": "last"},
+            "hidden_layers are about tokens, of which a clas",
+        ),
         ({"divergence": "k3"}, "divergence 'k3' reads sampled tokens"),
         ({"divergence": "policy_gradient"}, "divergence 'policy_gradient' reads sampled tokens"),
         ({"data_collator": HintCollator(models.tokenizer())}, "a HintCollator makes rows of sc"),
