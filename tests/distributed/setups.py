@@ -133,7 +133,7 @@ def distill_weighted(folder: Path, num_processes: int) -> DistillTrainer:
         folder,
         num_processes,
         divergence="policy_gradient",
-        class_weights={"number": 3.0},
+        token_weights={"number": 3.0},
         processing_class=models.tokenizer(),
     )
     trainer.data_collator = _Weighted()
@@ -144,6 +144,17 @@ def distill_taid(folder: Path, num_processes: int) -> DistillTrainer:
     """Its t follows the loss of both processes, ahead of the linear target."""
     taid = {"t_start": 0.5, "t_end": 0.95, "step_size": 0.8, "momentum": 0.9}
     return distill(folder, num_processes, taid=taid, max_steps=4)
+
+
+def distill_entropy(folder: Path, num_processes: int) -> DistillTrainer:
+    """The sum of weights is known once every process has asked its teacher."""
+    settings = {"entropy": 4.0, "reasoning": 0.25, "markers": ["1", "2"], "number": 3.0}
+    tokenizer = models.tokenizer()
+    trainer = distill(folder, num_processes, token_weights=settings, processing_class=tokenizer)
+    trainer.data_collator = _Weighted()
+    with torch.no_grad():  # sure of some tokens, unsure of others
+        trainer.teacher.model.lm_head.weight.mul_(4)
+    return trainer
 
 
 class _Anchored(OPSDTrainer):
@@ -180,6 +191,7 @@ def opsd_anchored(folder: Path, num_processes: int) -> OPSDTrainer:
 SETUPS = (
     distill_cached,
     distill,
+    distill_entropy,
     distill_local_mean,
     distill_logits,
     distill_nothing_to_score,
