@@ -113,7 +113,8 @@ class Start:
         model, tokenizer = load_pretrained(model_args)
         if not isinstance(model, PeftModel):
             raise ValueError(
-                f"the base is the model without its adapter: set use_peft, got {False}"
+                "the base is the model with its adapter off: use_peft must be true, got "
+                f"{model_args.use_peft}"
             )
         self.model: PeftModel = model.to(config.device)
         self.collator = HintCollator(
@@ -289,9 +290,7 @@ def main() -> None:
     for seed, found in results.items():
         hinted = str(Accuracy.from_dict(found[BASE]["hinted"])).strip()
         share = found[BASE]["trained_share"]
-        print(
-            f"seed {seed}: base with the hint {hinted}; trained {share:.2%} of the base"
-        )
+        print(f"seed {seed}: base with the hint {hinted}; trained {share:.2%} of the base")
     print("\n" + show(results) + f"\n\nsee {folder / 'lora_self_distill.png'}", flush=True)
 
 
