@@ -208,11 +208,11 @@ def test_resuming_without_the_state_is_an_error(tmp_path: Path) -> None:
 def test_a_second_run_starts_anew(tmp_path: Path) -> None:
     trainer = distill(tmp_path, taid=PUSHED)
     trainer.train()
-    trainer.train()
-    assert ts(trainer)[0] == 0.5
+    assert ts(trainer)[-1] > 0.5
     trainer._taid.add(torch.ones(2), torch.ones(2))  # left over from a run that broke off
+    trainer.args.max_steps = 1
     trainer.train()
-    assert ts(trainer)[0] == 0.5
+    assert ts(trainer) == [0.5]
     assert trainer._taid.state.loss == pytest.approx(models.steps(trainer)[-1]["soft"], rel=1e-5)
 
 
