@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from hf_distill.alignment import Side
 from hf_distill.layers import States, Watch
+from hf_distill.model_kinds import is_classifier
 from metal_ops import SparseTeacher, reference
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,9 @@ def output_head(lm: nn.Module) -> Any:
 
 
 def vocab_size(lm: nn.Module) -> int | None:
-    """Number of logits per position, or None if the model does not say."""
+    """Number of logits per position, or per row; None if the model does not say."""
+    if is_classifier(lm):
+        return cast(Any, lm.config).num_labels
     head = output_head(lm)
     if isinstance(head, nn.Linear):
         return head.out_features
@@ -269,9 +272,14 @@ class Reader:
         """The inputs, with the cache off and positions counted from each row's first real token.
 
         Explicit positions make a left-padded row mean what the right-padded one does, also for
-        models with learnt positions.
+        models with learnt positions. A classifier gets those inputs that its forward names, as
+        they are: encoders count their positions in ways of their own.
         """
-        names = inspect.signature(causal_lm(model).forward).parameters
+        lm = causal_lm(model)
+        names = inspect.signature(lm.forward).parameters
+        if is_classifier(lm):
+            named = {name: value for name, value in inputs.items() if name in names}
+            return named or dict(inputs)  # a forward of *args and **kwargs names none
         result: dict[str, Any] = dict(inputs)
         if "use_cache" in names:
             result.setdefault("use_cache", False)
@@ -293,7 +301,7 @@ class Reader:
             return model(**kwargs)
 
     def logits(self, model: nn.Module, side: Side) -> Tensor:
-        """[N, V] logits of the scored positions."""
+        """[N, V] logits of the scored positions; of a classifier [N, C], of the rows."""
         kwargs = self.forward_inputs(model, side.inputs)
         if "logits_to_keep" in inspect.signature(causal_lm(model).forward).parameters:
             kwargs["logits_to_keep"] = side.predicts

@@ -28,7 +28,7 @@ def replace(text: str, old: str, new: str) -> str:
 
 @pytest.mark.filterwarnings(PEFT_WARNING)
 def test_self_distillation_example(tmp_path: Path):
-    code, _, environment, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, _, weaned, environment, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     tokenizer = word_problems.build_tokenizer()
     word_problems.build_model(tokenizer, seed=0).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -42,6 +42,10 @@ def test_self_distillation_example(tmp_path: Path):
     assert names["trainer"].state.global_step == 2
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     PeftModel.from_pretrained(base, tmp_path / "out")
+    exec(weaned, names)
+    for step, few in ((0, True), (500, False)):  # of 80 rows, an expected 0 and 64
+        made = names["collator"].at(step, seed=0).contexts(20 * names["rows"])
+        assert (made["teacher_hint_dropped"].sum() < 20) == few
     small = "max_steps=2, per_device_train_batch_size=4, max_completion_length=4, report_to='none'"
     settings = f"output_dir={str(tmp_path / 'judged')!r}, use_cpu=True, {small}"
     names |= {"Hint": Hint, "model": names["trainer"].model}

@@ -1,7 +1,9 @@
 """From what student and teacher say of each token to the scalar the optimizer sees."""
 
+from hf_distill.losses.entropy import entropy_share
 from hf_distill.losses.hidden import HIDDEN_LOSSES, attention_loss, hidden_loss
 from hf_distill.losses.jsd import generalized_jsd_loss
+from hf_distill.losses.normalised import normalised_jsd
 from hf_distill.losses.objective import Objective, Terms, assert_finite
 from hf_distill.losses.sampled import SAMPLED_KINDS, SampledObjective
 from hf_distill.losses.step import (
@@ -34,8 +36,10 @@ __all__ = [
     "assert_finite",
     "attention_loss",
     "behaviour_log_probs",
+    "entropy_share",
     "generalized_jsd_loss",
     "hidden_loss",
+    "normalised_jsd",
     "step_terms",
     "taid_target",
 ]

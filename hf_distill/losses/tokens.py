@@ -51,16 +51,15 @@ def log_probs(hidden: Tensor, head: Head, targets: Tensor, temperature: float = 
     Returns:
         [N] float32 (float64 for float64 logits), in nats, at most 0.
     """
-    weight, bias = _local(head)
-    parts = [
-        gathered(
-            reference.head(hidden[at], weight, bias, head.logit_scale, head.softcap),
-            targets[at],
-            temperature,
-        )
-        for at in chunks(len(hidden), len(weight))
-    ]
+    parts = [gathered(logits, targets[at], temperature) for logits, at in projected(hidden, head)]
     return torch.cat(parts) if parts else wide(hidden).new_zeros(0)
+
+
+def projected(hidden: Tensor, head: Head) -> Iterator[tuple[Tensor, slice]]:
+    """Logits [n, V] of hidden states [N, H], a chunk of tokens at a time, and which they are."""
+    weight, bias = _local(head)
+    for at in chunks(len(hidden), len(weight)):
+        yield reference.head(hidden[at], weight, bias, head.logit_scale, head.softcap), at
 
 
 def _local(head: Head) -> tuple[Tensor, Tensor | None]:

@@ -7,12 +7,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+)
 from transformers.utils.import_utils import is_bitsandbytes_available
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from hf_distill.alignment import Side
 from hf_distill.heads import Reader, Signal
 from hf_distill.layers import Watch
+from hf_distill.model_kinds import CLASSIFIER
 from hf_distill.teachers.protocol import Stateless, Teacher, check_vocabulary
 
 QUANTIZATIONS = ("8bit", "4bit")
@@ -41,6 +48,31 @@ def _quantization_config(quantization: str, dtype: torch.dtype | None) -> BitsAn
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype or torch.bfloat16)
 
 
+def _names_classifier(name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether what `from_pretrained` takes says of itself that it is a sequence classifier."""
+    config = kwargs.get("config")
+    if config is None:
+        where = ("cache_dir", "force_download", "token", "revision", "local_files_only")
+        where = {key: kwargs[key] for key in where if key in kwargs}
+        if find_adapter_config_file(name, subfolder=kwargs.get("subfolder", ""), **where):
+            return False  # the folder holds adapters, and no config of the model
+        config, _ = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **kwargs)
+    return any(x.endswith(CLASSIFIER) for x in getattr(config, "architectures", None) or ())
+
+
+def _loaded_classifier(name: str, arguments: dict[str, Any]) -> nn.Module:
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        name, output_loading_info=True, **arguments
+    )
+    missing = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
+    if missing:
+        raise ValueError(
+            f"a teacher must be trained, but {name!r} has no weights for {missing[0]!r} "
+            f"({len(missing)} such)"
+        )
+    return model
+
+
 def _loaded(
     name: str, dtype: str | torch.dtype | None, quantization: str | None, kwargs: dict[str, Any]
 ) -> nn.Module:
@@ -49,6 +81,8 @@ def _loaded(
         arguments["dtype"] = dtype = _dtype(dtype)
     if quantization is not None:
         arguments["quantization_config"] = _quantization_config(quantization, dtype)
+    if _names_classifier(name, kwargs):
+        return _loaded_classifier(name, arguments)
     return AutoModelForCausalLM.from_pretrained(name, **arguments)
 
 
@@ -60,17 +94,18 @@ def place(model: nn.Module, device: torch.device) -> None:
 
 
 class ModelTeacher(Stateless):
-    """Another causal LM, frozen. Its dtype need not be the student's.
+    """Another causal LM or sequence classifier, frozen. Its dtype need not be the student's.
 
     Args:
-        model: a model, or what `AutoModelForCausalLM.from_pretrained` takes.
+        model: a model, or what `AutoModelForCausalLM.from_pretrained` takes, or, if its config
+            says that it is a classifier, `AutoModelForSequenceClassification.from_pretrained`.
         dtype: to load a name in, such as "bfloat16"; None leaves it to `from_pretrained`.
         quantization: "8bit" or "4bit" to quantize a name's weights with bitsandbytes, or None.
         **from_pretrained_kwargs: more arguments of `from_pretrained` for a name.
 
     Raises:
         ValueError: dtype or quantization is unknown, or one of the arguments for names is given
-            with a model, which is taken as it is.
+            with a model, which is taken as it is; or a classifier lacks some of its weights.
         ImportError: quantization needs bitsandbytes, which is not installed.
     """
 

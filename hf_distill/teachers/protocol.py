@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from hf_distill.alignment import Side
 from hf_distill.heads import Signal, causal_lm, vocab_size
+from hf_distill.model_kinds import check_classes, is_classifier
 
 
 class Teacher(Protocol):
@@ -48,11 +49,14 @@ class Stateless:
 
 
 def check_vocabulary(student: nn.Module, teacher: nn.Module) -> None:
-    """Both must give as many logits.
+    """Both must give as many logits; classifiers those of the same classes.
 
     Raises:
-        ValueError: naming both sizes.
+        ValueError: naming both sizes, or as `check_classes`.
     """
+    if is_classifier(causal_lm(student)) or is_classifier(causal_lm(teacher)):
+        check_classes(causal_lm(student), causal_lm(teacher))
+        return
     sizes = vocab_size(causal_lm(student)), vocab_size(causal_lm(teacher))
     if None not in sizes and sizes[0] != sizes[1]:
         raise ValueError(

@@ -2,8 +2,8 @@
 
 import logging
 import os
-from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from hf_distill import alignment, losses, token_weights
-from hf_distill.heads import Reader, causal_lm, vocab_size
+from hf_distill.heads import Reader, Signal, causal_lm, vocab_size
 from hf_distill.monitors import MeanMeter, TokenMeter
 from hf_distill.offline import CachedCollator, CachedTeacher
 from hf_distill.probes import make_probe
@@ -20,13 +20,21 @@ from hf_distill.rollouts import end_token_ids
 from hf_distill.teachers import RoutedCollator, Teacher, as_teacher
 from hf_distill.token_classes import token_classes
 from hf_distill.token_weights import TokenWeights
-from hf_distill.trainers import checkpoints
-from hf_distill.trainers.checks import check_setup
+from hf_distill.trainers import classifiers, scheduled
+from hf_distill.trainers.checks import check_setup, check_unweighted, check_without_teacher
 from hf_distill.trainers.configs import DistillConfig
-from hf_distill.trainers.groups import ClassWeightsConfig, HiddenConfig, TaidConfig, WatchdogConfig
+from hf_distill.trainers.groups import (
+    HiddenConfig,
+    TaidConfig,
+    TokenWeightsConfig,
+    WatchdogConfig,
+)
+from hf_distill.trainers.hard_losses import HardLoss
 from hf_distill.trainers.hidden import HiddenAlignment
-from hf_distill.trainers.scoring import Scoring, Share, Work
+from hf_distill.trainers.hinting import HintingTrainer
+from hf_distill.trainers.scoring import Scoring, Share
 from hf_distill.trainers.taid import Taid
+from hf_distill.trainers.weighing import Weighing
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +52,14 @@ class _UpdateTeacher(TrainerCallback):
         self.teacher.update(model)
 
 
-class DistillTrainer(checkpoints.ResumableTrainer):
-    """A `Trainer` for causal LMs whose loss is alpha * soft + (1 - alpha) * hard.
+class DistillTrainer(HintingTrainer):
+    """A `Trainer` for causal LMs and classifiers: loss = alpha * soft + (1 - alpha) * hard.
 
     soft is the divergence of the args between teacher and student at every labelled token, hard the
-    cross-entropy of the labels (with `label_smoothing_factor` or `compute_loss_func`, that one).
-    Both are summed and divided by the number of labelled tokens of the whole optimizer step. Where
-    the models allow it, [rows, positions, vocab] logits are never built.
+    cross-entropy of the labels (with `label_smoothing_factor` or `compute_loss_func`, that one; of
+    a student whose own loss is another, its own). Both are summed and divided by the number of
+    labelled tokens of the whole optimizer step. Where the models allow it, [rows, positions, vocab]
+    logits are never built. Of sequence classifiers, see `classifiers.Classification`.
 
     Args:
         model: the student; every argument but `teacher` is that of `Trainer`.
@@ -86,31 +95,32 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         args = DistillConfig(output_dir="tmp_trainer") if args is None else args
         if not isinstance(args, DistillConfig):
             raise TypeError(f"args must be a DistillConfig, got {type(args).__name__}")
-        if teacher is None and args.alpha > 0:
-            raise ValueError(f"alpha {args.alpha} > 0 needs a teacher; pass teacher= or alpha=0")
+        scheduled.check_teacher(args, teacher is not None)
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
         )
         self.teacher = None if teacher is None else as_teacher(teacher)
-        self.objective = args.objective()
         self._layers: HiddenAlignment | None = None
         self._taid: Taid | None = None
-        class_weights = cast(ClassWeightsConfig, args.class_weights).active()
         if self.teacher is None:
-            if class_weights is not None:
-                raise ValueError("class_weights need a teacher; without one this is a Trainer")
+            check_without_teacher(self)
             return
-        self._weigh = TokenWeights(class_weights, self.processing_class)
-        self._scoring = Scoring(self._weigh, args.loss_settings())
+        self._weighing = self._make_weighing()
+        self._scoring = Scoring(args.loss_settings())
+        self._classification = classifiers.for_student(self)
+        self._hard_loss = HardLoss(self)
         check_setup(self)
         # this class divides by num_items_in_batch itself, whatever the model's forward accepts
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self._loss_shifts_labels = True
-        self.label_names = ["labels"]  # PEFT's forward hides them from the Trainer
+        rows = self._classification
+        self._loss_shifts_labels = rows is None
+        # PEFT's forward hides them from the Trainer
+        self.label_names = ["labels" if rows is None else rows.label_name]
+        self._teacher_columns = () if rows is None else rows.columns
         refusal = self._hidden_states_refusal()
         self._reader = Reader("student", refusal)
-        classes = self._token_classes()
+        classes = self._token_classes() if rows is None else None
         self._meters = {True: TokenMeter(classes), False: TokenMeter(classes)}
         eos_token_id = getattr(processing_class, "eos_token_id", None)
         end_ids = end_token_ids(causal_lm(cast(nn.Module, self.model)), eos_token_id)
@@ -127,13 +137,25 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         self._probe = None
         self._add_watchdog(self.teacher)
 
+    @property
+    def objective(self) -> losses.Objective | losses.SampledObjective:
+        """The loss of a token now: of every micro-batch of the next optimizer step."""
+        return self.args.objective(self.state.global_step)
+
     def _make_layers(self, teacher: Teacher) -> HiddenAlignment | None:
         args = self.args
         settings = cast(HiddenConfig, args.hidden)
-        if args.hidden_layers is None or not (args.hidden_weight or settings.attention_weight):
+        weighs = scheduled.bounds(args, "hidden_weight")[1] > 0
+        if args.hidden_layers is None or not (weighs or settings.attention_weight):
             return None
         model = cast(nn.Module, self.model)
         return HiddenAlignment(model, teacher, args.hidden_layers, settings, args.seed)
+
+    def _make_weighing(self) -> Weighing:
+        config = cast(TokenWeightsConfig, self.args.token_weights)
+        around = config.by_class(), self.processing_class, config.reasoning
+        weigh = TokenWeights(*around, config.around_reasoning())
+        return Weighing(weigh, config.entropy, vocab_size(causal_lm(cast(nn.Module, self.model))))
 
     def _token_classes(self) -> Tensor | None:
         """[V] the class of each token, where the processing class is a tokenizer."""
@@ -146,21 +168,25 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         config = cast(WatchdogConfig, self.args.watchdog)
         if config.action == "off":
             return
+        if self._classification is not None:
+            config = classifiers.without_text_limits(config)
         # before the callbacks that report, so that they see its metrics
         self.callback_handler.callbacks.insert(0, config.make())
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             logger.info("the watchdog does not probe the teacher: parameters are sharded")
-        else:
+        elif self._classification is None:
             self._probe = make_probe(teacher, self.accelerator)
 
     def _hidden_states_refusal(self) -> str | None:
         """Why this run must read logits, or None."""
+        if self._classification is not None:
+            return "a classifier has few logits"
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return "sharded parameters"
         if self.args.torch_compile:
             return "torch_compile"
         if self.has_own_hard_loss():
-            return "label smoothing and compute_loss_func take logits"
+            return "label smoothing, compute_loss_func and a model's own loss take logits"
         return None
 
     def compute_loss(
@@ -172,29 +198,39 @@ class DistillTrainer(checkpoints.ResumableTrainer):
     ) -> Any:
         """Teacher's signal, student's terms, normalised over the whole optimizer step."""
         if self.teacher is None:
-            self._check_without_teacher(inputs)
+            self._check_without_teacher(token_weights.KEY in inputs)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self._check_batch(inputs)
+        if self._classification is not None:
+            arguments = model, inputs, return_outputs, num_items_in_batch
+            return self._classification.compute_loss(self, *arguments)
+        if not self._weighing.was_asked(inputs):
+            self._check_batch(inputs)
+        self._hard_loss.look(model, inputs)
         side = alignment.student_side(inputs)
         teacher_side = alignment.teacher_side(inputs, side)
         if self._probe is not None:
             self._probe.keep(model, side, teacher_side)
-        signal = self.teacher.signal(model, teacher_side)
-        side, scored, counts = self._work(inputs, side, num_items_in_batch, model.training)
+        ask = partial(self.teacher.signal, model, teacher_side)
+        weighed, signal = self._weighing.of(inputs, ask)
+        self._mean_meters[model.training].add(weighed.logged)
+        share = self._share(weighed.weights, num_items_in_batch)
+        side, scored, counts = self._scoring.work(inputs, side, share, model.training)
         objective = self._present_objective(model.training)
 
         def terms_of(student: losses.Student) -> losses.Terms:
             terms = losses.step_terms(student, objective, signal, scored)
             if self._layers is None:
                 return terms
-            return self._layers.add(terms, seen, signal, scored, self.args.hidden_weight)
+            weight = scheduled.value_at(self.args, "hidden_weight", self.state.global_step)
+            return self._layers.add(terms, seen, signal, scored, weight)
 
         outputs, own_outputs = None, return_outputs or self.has_own_hard_loss()
         at_head = not own_outputs and signal.logits is None
         at_head = at_head and self._reader.reads_hidden(model, side.inputs)
         with nullcontext() if self._layers is None else self._layers.watching(side) as seen:
             if own_outputs:
-                outputs = model(**self._reader.forward_inputs(model, side.inputs))
+                asked = self._hard_loss.arguments(inputs["labels"], num_items_in_batch)
+                outputs = model(**self._reader.forward_inputs(model, side.inputs), **asked)
                 hard_loss = self._own_hard_loss(outputs, inputs["labels"], num_items_in_batch)
                 terms = terms_of(losses.StudentLogits(outputs.logits[side.predicts], hard_loss))
             elif at_head:
@@ -218,16 +254,17 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         if self._layers is not None:
             self._layers.check(inputs)
 
-    def _work(
-        self,
-        inputs: Mapping[str, Any],
-        side: alignment.Side,
-        num_items_in_batch: Tensor | int | None,
-        training: bool,
-    ) -> Work:
+    def _ask(self, inputs: dict[str, Any]) -> Signal:
+        """The teacher's signal of a batch on its device, before the step's first loss."""
+        self._check_batch(inputs)
+        teacher_side = alignment.teacher_side(inputs, alignment.student_side(inputs))
+        model = cast(nn.Module, self.model_wrapped)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return cast(Teacher, self.teacher).signal(model, teacher_side)
+
+    def _share(self, weights: Tensor | None, num_items_in_batch: Tensor | int | None) -> Share:
         num_averaged = self._num_averaged(num_items_in_batch)
-        share = Share(num_items_in_batch, num_averaged, self._num_ranks())
-        return self._scoring.work(inputs, side, share, training)
+        return Share(weights, num_items_in_batch, num_averaged, self._num_ranks())
 
     def _note(
         self, terms: losses.Terms, scored: losses.Scored, counts: Tensor | None, training: bool
@@ -248,8 +285,8 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         return losses.behaviour_log_probs(self._reader, cast(nn.Module, self.model_wrapped), batch)
 
     @staticmethod
-    def _check_without_teacher(inputs: Mapping[str, Any]) -> None:
-        if token_weights.KEY in inputs:
+    def _check_without_teacher(given: bool) -> None:
+        if given:
             raise ValueError(f"{token_weights.KEY} need a teacher; without one this is a Trainer")
 
     def _num_ranks(self) -> int:
@@ -268,13 +305,13 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         """As in `Trainer`; if tokens have weights, the sum of theirs."""
         if self.teacher is None:
             return super()._get_num_items_in_batch(batch_samples, device)
-        weights = [self._weigh(batch) for batch in batch_samples]
+        if self._classification is not None:
+            return self._classification.count(self, batch_samples, device)
+        weights = self._weighing.ahead(batch_samples, self._prepare_inputs, self._ask)
         if all(each is None for each in weights):
             return super()._get_num_items_in_batch(batch_samples, device)
         if self.has_own_hard_loss():
-            raise ValueError(
-                "weights of tokens reach neither label smoothing nor compute_loss_func, got both"
-            )
+            check_unweighted(weights)
         count = token_weights.total(batch_samples, weights).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = cast(Tensor, self.accelerator.gather(count)).sum()
@@ -285,27 +322,21 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         """As in `Trainer`, with the columns that this class and its collators read."""
         super()._set_signature_columns_if_needed()
         columns = cast("list[str]", self._signature_columns)
-        read = [token_weights.KEY] if self.teacher is not None else []
+        read = [] if self.teacher is None else [token_weights.KEY, *self._teacher_columns]
         if isinstance(self.data_collator, RoutedCollator):
             read += self.data_collator.columns
         columns.extend(name for name in read if name not in columns)
 
     def has_own_hard_loss(self) -> bool:
-        """Whether label smoothing or `compute_loss_func` takes the place of the cross-entropy."""
-        return self.label_smoother is not None or self.compute_loss_func is not None
+        """Whether another hard loss takes the place of the cross-entropy, see `HardLoss`."""
+        return self._hard_loss.replaces
 
     def _own_hard_loss(
         self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None
     ) -> Tensor | None:
-        """The hard loss of `compute_loss_func` or label smoothing, as the Trainer scales it."""
-        if self.compute_loss_func is not None:
-            loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
-        elif self.label_smoother is not None:
-            kwargs = {"shift_labels": True, "num_items_in_batch": num_items_in_batch}
-            loss = self.label_smoother(outputs, labels, **kwargs)
-        else:
-            return None
-        return loss * self._num_averaged(num_items_in_batch)
+        """The hard loss that is not the cross-entropy, as the Trainer scales it, or None."""
+        loss = self._hard_loss.of(outputs, labels, num_items_in_batch)
+        return None if loss is None else loss * self._num_averaged(num_items_in_batch)
 
     def prediction_step(
         self,
@@ -335,7 +366,9 @@ class DistillTrainer(checkpoints.ResumableTrainer):
             return {}
         self._alignment.read(self.accelerator)
         metrics = self._meters[training].read(self.accelerator, self.objective.unmeasured)
-        return metrics | self._mean_meters[training].read(self.accelerator)
+        metrics |= self._mean_meters[training].read(self.accelerator)
+        metrics |= self._hinting.read(self.accelerator, training)
+        return metrics if self._classification is None else self._classification.named(metrics)
 
     def _mean_names(self) -> tuple[str, ...]:
         """What is logged of `Terms.extra` in this run."""
@@ -343,12 +376,21 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         reused = () if settings.importance_clip is None else losses.IMPORTANCE_NAMES
         anchor = (losses.ANCHOR_NAME,) if settings.anchor_weight > 0 else ()
         hidden = () if self._layers is None else self._layers.names
-        return (*self.objective.extra_names, *reused, *anchor, *hidden)
+        rows = () if self._classification is None else self._classification.metric_names
+        return (
+            *self.objective.extra_names,
+            *reused,
+            *anchor,
+            *hidden,
+            *rows,
+            *self._weighing.names,
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `Trainer`; training logs also hold the metrics of the scored tokens."""
         if "loss" in logs:
             logs.update(self._read_metrics(training=True))
+            logs.update(scheduled.logged(self.args, self.state.global_step))
             if self._taid is not None:
                 logs.update(self._taid.metrics())
             if self.teacher is not None and self._probe is not None:

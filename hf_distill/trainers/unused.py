@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any, cast
 
-from hf_distill.trainers.configs import OPSDConfig
-from hf_distill.trainers.groups import RolloutConfig, SelfTeacherConfig
+from hf_distill.trainers.configs import DistillConfig, OPSDConfig
+from hf_distill.trainers.groups import RolloutConfig, SelfTeacherConfig, TokenWeightsConfig
 
 READERS = {"ema_decay": "ema", "lora_scale": "lora_scale"}  # of SelfTeacherConfig's fields
 
@@ -37,3 +37,11 @@ def unused(args: OPSDConfig, has_environment: bool, own_teacher: bool) -> list[s
         if not own_teacher or args.teacher != READERS[name]:
             found.append(f"self_teacher.{name} needs teacher {READERS[name]!r}")
     return found
+
+
+def unused_weights(args: DistillConfig) -> list[str]:
+    """As `unused`, of the group `token_weights`."""
+    config = cast(TokenWeightsConfig, args.token_weights)
+    if "markers" not in _changed(config) or config.around_reasoning() is not None:
+        return []
+    return ["token_weights.markers needs a token_weights.reasoning other than 1"]
