@@ -14,9 +14,9 @@ from hf_distill.hint_plans import plan_of
 from hf_distill.model_kinds import check_kind
 from hf_distill.offline import CachedTeacher
 from hf_distill.teachers import RemoteTeacher, Teacher, each_teacher
+from hf_distill.trainers import scheduled
 from hf_distill.trainers.groups import TokenWeightsConfig
 from hf_distill.trainers.unused import unused_weights
-from hf_distill.trainers import scheduled
 
 if TYPE_CHECKING:
     from hf_distill.trainers.distill import DistillTrainer
