@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -105,7 +105,7 @@ def output_head(lm: nn.Module) -> Any:
 def vocab_size(lm: nn.Module) -> int | None:
     """Number of logits per position, or per row; None if the model does not say."""
     if is_classifier(lm):
-        return lm.config.num_labels
+        return cast(Any, lm.config).num_labels
     head = output_head(lm)
     if isinstance(head, nn.Linear):
         return head.out_features

@@ -1,7 +1,7 @@
 """What kind of model a model is: a causal LM or a sequence classifier, and whether two fit."""
 
 import logging
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
@@ -51,7 +51,7 @@ def check_classes(student: nn.Module, teacher: nn.Module) -> None:
             "student and teacher must both be causal LMs or both be sequence classifiers, got "
             f"{kinds[0]} and {kinds[1]}"
         )
-    mine, theirs = student.config, teacher.config
+    mine, theirs = cast(Any, student.config), cast(Any, teacher.config)
     if mine.num_labels != theirs.num_labels:
         raise ValueError(
             f"student and teacher must have the same classes, got {mine.num_labels} for the "

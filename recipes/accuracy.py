@@ -1,7 +1,9 @@
 """Accuracy of a model on a task: greedy completions, graded, with a 95 % interval."""
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -51,6 +53,11 @@ class Accuracy:
     def to_dict(self) -> dict[str, object]:
         """For JSON."""
         return {**asdict(self), "share": self.share, "interval_95": self.interval()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Accuracy":
+        """From what `to_dict` gave."""
+        return cls(**{x.name: values[x.name] for x in fields(cls)})
 
 
 def measure(

@@ -81,8 +81,13 @@ SHARED_WITH_CONTROL = (
     "learning_rate",
     "lr_scheduler_type",
     "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
     "adam_beta2",
     "seed",
+    "bf16",
+    "fp16",
+    "logging_steps",
     "disable_tqdm",
     "use_cpu",
     "dataloader_pin_memory",
@@ -90,8 +95,8 @@ SHARED_WITH_CONTROL = (
 
 
 @dataclass
-class RecipeArguments:
-    """What the recipe itself needs."""
+class TaskArguments:
+    """Which task, and how accuracy on it is measured."""
 
     dataset: str = field(
         default="openai/gsm8k",
@@ -99,11 +104,6 @@ class RecipeArguments:
             "help": "A hub id with GSM8K's columns, a folder with train.jsonl and test.jsonl, or "
             "'arithmetic' (generated sums and differences)."
         },
-    )
-    demo: bool = field(default=False, metadata={"help": "Word problems and a tiny model, on CPU."})
-    warm_up_steps: int = field(
-        default=400,
-        metadata={"help": "Supervised steps that teach the demo's model to read hints."},
     )
     num_eval: int = field(default=256, metadata={"help": "Held-out problems to grade, >= 1."})
     eval_batch_size: int = field(default=64, metadata={"help": "Rows per generation, >= 1."})
@@ -116,12 +116,24 @@ class RecipeArguments:
     )
 
 
+@dataclass
+class RecipeArguments(TaskArguments):
+    """What the recipe itself needs."""
+
+    demo: bool = field(default=False, metadata={"help": "Word problems and a tiny model, on CPU."})
+    warm_up_steps: int = field(
+        default=400,
+        metadata={"help": "Supervised steps that teach the demo's model to read hints."},
+    )
+
+
 class TrackAccuracy(TrainerCallback):
     """Measures unaided accuracy every few steps; the curve is in `points`."""
 
     def __init__(self, every: int, evaluate: Any) -> None:
         self.every, self.evaluate = every, evaluate
         self.points: list[tuple[int, float]] = []
+        self.seconds = 0.0  # that measuring took
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Called by the Trainer."""
@@ -130,7 +142,9 @@ class TrackAccuracy(TrainerCallback):
             and state.global_step % self.every == 0
             and state.global_step < state.max_steps
         ):
+            began = time.perf_counter()
             self.points.append((state.global_step, self.evaluate(model).share))
+            self.seconds += time.perf_counter() - began
 
 
 class Run:
@@ -194,28 +208,41 @@ class Run:
 
     def control(self, start: nn.Module) -> None:
         """Supervised fine-tuning of the same start on the references, the same number of steps."""
-
-        def student_rows(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-            batch = self.collator(rows)
-            return {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
-
-        config = DistillConfig(
-            **{name: getattr(self.config, name) for name in SHARED_WITH_CONTROL},
-            output_dir=str(Path(str(self.config.output_dir)) / "control"),
-            alpha=0.0,
-            report_to="none",
-            save_strategy="no",
-            remove_unused_columns=False,
-        )
-        DistillTrainer(start, config, student_rows, self.task.train).train()
+        folder = Path(str(self.config.output_dir)) / "control"
+        supervised(start, self.config, self.collator, self.task.train, folder).train()
         self.report(start, "after SFT control", views=("unaided",))
 
 
-def load_task(recipe: RecipeArguments, seed: int) -> math_tasks.Task:
+def supervised(
+    model: nn.Module,
+    config: OPSDConfig,
+    collator: HintCollator,
+    rows: list[math_tasks.Row],
+    folder: Path,
+    callbacks: list[TrainerCallback] | None = None,
+) -> DistillTrainer:
+    """A trainer on the references, with what a config of self-distillation says of training."""
+
+    def student_rows(rows: list[math_tasks.Row]) -> dict[str, torch.Tensor]:
+        batch = collator(rows)
+        return {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
+
+    settings = DistillConfig(
+        **{name: getattr(config, name) for name in SHARED_WITH_CONTROL},
+        output_dir=str(folder),
+        alpha=0.0,
+        report_to="none",
+        save_strategy="no",
+        remove_unused_columns=False,
+    )
+    return DistillTrainer(model, settings, student_rows, rows, callbacks=callbacks)
+
+
+def load_task(recipe: TaskArguments, seed: int) -> math_tasks.Task:
     """The task that the arguments name."""
     if recipe.num_eval < 1:
         raise ValueError(f"num_eval must be at least 1, got {recipe.num_eval}")
-    if recipe.demo:
+    if isinstance(recipe, RecipeArguments) and recipe.demo:
         return math_tasks.stories(4000, recipe.num_eval, seed)
     if recipe.dataset == "arithmetic":
         return math_tasks.arithmetic(recipe.num_eval, seed)
@@ -226,11 +253,16 @@ def load_model(
     recipe: RecipeArguments, config: OPSDConfig, model_args: ModelConfig
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The student, with adapters if asked for, and its tokenizer."""
-    if recipe.demo:
-        tokenizer = word_problems.build_tokenizer()
-        model = word_problems.build_model(tokenizer, config.seed)
-        word_problems.warm_up(model, tokenizer, steps=recipe.warm_up_steps, seed=config.seed)
-        return model, tokenizer
+    if not recipe.demo:
+        return load_pretrained(model_args)
+    tokenizer = word_problems.build_tokenizer()
+    model = word_problems.build_model(tokenizer, config.seed)
+    word_problems.warm_up(model, tokenizer, steps=recipe.warm_up_steps, seed=config.seed)
+    return model, tokenizer
+
+
+def load_pretrained(model_args: ModelConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The model that the arguments name, with adapters if asked for, and its tokenizer."""
     assert model_args.model_name_or_path is not None
     with PartialState().main_process_first():  # one process converts, the others find the result
         path = resolve_model(model_args.model_name_or_path)

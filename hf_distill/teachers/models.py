@@ -13,8 +13,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
 )
-from transformers.utils import find_adapter_config_file
 from transformers.utils.import_utils import is_bitsandbytes_available
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from hf_distill.alignment import Side
 from hf_distill.heads import Reader, Signal

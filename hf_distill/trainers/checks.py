@@ -95,6 +95,18 @@ def _check_token_weights(trainer: "DistillTrainer") -> None:
                 )
 
 
+def check_without_teacher(trainer: "DistillTrainer") -> None:
+    """Check a trainer that has no teacher.
+
+    Raises:
+        ValueError: a setting is of what a teacher says.
+    """
+    if cast(TokenWeightsConfig, trainer.args.token_weights).active():
+        raise ValueError("token_weights need a teacher; without one this is a Trainer")
+    if plan_of(trainer.data_collator) is not None:
+        raise ValueError("hints that depend on the step need a teacher, got None")
+
+
 def _check_processes(trainer: "DistillTrainer") -> None:
     if trainer.args.n_gpu > 1:
         raise ValueError(

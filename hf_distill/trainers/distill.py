@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from hf_distill import alignment, losses, token_weights
 from hf_distill.heads import Reader, Signal, causal_lm, vocab_size
-from hf_distill.hint_plans import plan_of
 from hf_distill.monitors import MeanMeter, TokenMeter
 from hf_distill.offline import CachedCollator, CachedTeacher
 from hf_distill.probes import make_probe
@@ -22,7 +21,7 @@ from hf_distill.teachers import RoutedCollator, Teacher, as_teacher
 from hf_distill.token_classes import token_classes
 from hf_distill.token_weights import TokenWeights
 from hf_distill.trainers import classifiers, scheduled
-from hf_distill.trainers.checks import check_setup, check_unweighted
+from hf_distill.trainers.checks import check_setup, check_unweighted, check_without_teacher
 from hf_distill.trainers.configs import DistillConfig
 from hf_distill.trainers.groups import (
     HiddenConfig,
@@ -104,9 +103,7 @@ class DistillTrainer(HintingTrainer):
         self._layers: HiddenAlignment | None = None
         self._taid: Taid | None = None
         if self.teacher is None:
-            self._check_without_teacher(cast(TokenWeightsConfig, args.token_weights).active())
-            if plan_of(self.data_collator) is not None:
-                raise ValueError("hints that depend on the step need a teacher, got None")
+            check_without_teacher(self)
             return
         self._weighing = self._make_weighing()
         self._scoring = Scoring(args.loss_settings())

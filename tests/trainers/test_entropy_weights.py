@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from hf_distill import DistillConfig, DistillTrainer, OPSDConfig, OPSDTrainer, alignment
 from hf_distill.offline import CachedTeacher, HeadSamples, cache_teacher
 from hf_distill.token_classes import CLASSES, token_classes
+from hf_distill.token_weights import TokenWeights
 from hf_distill.trainers.weighing import KEPT
 from tests.trainers import models
 from tests.trainers.test_token_weights import KINDS, MicroBatchMean, Weighted, final, make
@@ -208,6 +209,7 @@ def test_a_signal_is_kept_until_its_loss_only(tmp_path: Path) -> None:
     losses.append(trainer.compute_loss(trainer.model, bare, num_items_in_batch=count))
     assert losses[0].item() == losses[1].item() == losses[2].item()
     assert trainer._get_num_items_in_batch(batches, torch.device("cpu")) == count  # not squared
+    assert all(batch[KEPT].signal is not None for batch in batches)  # asked for the new step
 
 
 def test_at_their_defaults_they_are_off(tmp_path: Path) -> None:
@@ -286,6 +288,16 @@ def test_a_block_that_the_prompt_opens(tmp_path: Path) -> None:
     (step,) = models.steps(trainer)
     assert step["tokens"] == 4 * 4  # so, 3, the dot and the end token
     assert step["reasoning_share"] == pytest.approx(2 / 6)
+
+
+def test_padding_is_outside_of_every_block() -> None:
+    """Even if its token is a marker, in front of the row's own text."""
+    weigh = TokenWeights(None, models.tokenizer(), 0.5, ("<pad>", "done"))
+    ids, mask = torch.tensor([[0, 0, 5, 6], [5, 0, 6, 7]]), torch.tensor([[0, 0, 1, 1], [1] * 4])
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(ids == 0, -100)}
+    assert weigh(batch).tolist() == [[0, 0, 1, 1], [1, 0, 0.5, 0.5]]
+    del batch["attention_mask"]
+    assert weigh(batch).tolist() == [[0, 0, 0.5, 0.5], [1, 0, 0.5, 0.5]]
 
 
 def cached(folder: Path, temperatures: tuple[float, float]) -> CachedTeacher:

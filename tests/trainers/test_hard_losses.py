@@ -273,7 +273,8 @@ def test_what_an_own_loss_cannot_be_combined_with(tmp_path: Path, own: str) -> N
     message = "weights of tokens reach neither label smoothing nor compute_loss_func nor a model's"
     with pytest.raises(ValueError, match=message):
         distil(tmp_path, OWN[own](), collator=collate, remove_unused_columns=False)
-    config = OPSDConfig(**models.options(tmp_path, alpha=0.5, anchor_weight=0.1))
+    settings = {"alpha": 0.5, "anchor_weight": 0.1, "max_completion_length": 8}
+    config = OPSDConfig(**models.options(tmp_path, **settings))
     tokenizer, data = models.tokenizer(), models.problems()
     with pytest.raises(ValueError, match=r"anchor_weight 0.1 > 0 is a plain cross-entropy"):
         OPSDTrainer(OWN[own](), config, None, data, processing_class=tokenizer).train()
