@@ -289,9 +289,7 @@ def main() -> None:
     for seed, found in results.items():
         hinted = str(Accuracy.from_dict(found[BASE]["hinted"])).strip()
         share = found[BASE]["trained_share"]
-        print(
-            f"seed {seed}: base with the hint {hinted}; trained {share:.2%} of the base"
-        )
+        print(f"seed {seed}: base with the hint {hinted}; trained {share:.2%} of the base")
     print("\n" + show(results) + f"\n\nsee {folder / 'lora_self_distill.png'}", flush=True)
 
 
