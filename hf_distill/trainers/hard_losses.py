@@ -130,7 +130,7 @@ class HardLoss:
                 return
             self._note(_Found(reason))
             check_anchor(self._trainer)
-            check_unweighted([self._trainer._weigh(inputs)])
+            check_unweighted([self._trainer._weighing.known(inputs)])
         if self._found is not None and self._accepts_count and _ignores_count(lm, row):
             self._found = self._found._replace(ignores_count=True)
 

@@ -103,6 +103,11 @@ class Weighing:
             found.append(weighed.weights)
         return found
 
+    def known(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """The weights that `ahead` has found, or those that need no teacher."""
+        kept = batch.get(KEPT)
+        return self.weigh(batch) if kept is None else kept.weights
+
     @staticmethod
     def was_asked(batch: Mapping[str, Any]) -> bool:
         """Whether the teacher has seen the batch and its signal waits there."""
