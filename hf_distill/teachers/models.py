@@ -13,7 +13,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import has_file
+from transformers.utils.hub import has_file
 from transformers.utils.import_utils import is_bitsandbytes_available
 
 from hf_distill.alignment import Side
