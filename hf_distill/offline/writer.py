@@ -49,7 +49,7 @@ WAIT = datetime.timedelta(days=7)  # of processes for the slowest; the default i
 def _teacher(model: nn.Module | str | Teacher, revision: str | None) -> nn.Module:
     """The model to run."""
     if isinstance(model, str):
-        given = {} if revision is None else {"revision": revision}
+        given: dict[str, Any] = {} if revision is None else {"revision": revision}
         return ModelTeacher(model, **given).model
     if isinstance(model, nn.Module):
         return model

@@ -16,7 +16,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import has_file
+from transformers.utils.hub import has_file
 from transformers.utils.import_utils import is_bitsandbytes_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
