@@ -259,12 +259,13 @@ def test_settings_out_of_range(changes: dict[str, Any]) -> None:
         UniversalObjective(0.5, **changes)
 
 
+@pytest.mark.parametrize("reused", [1.0, 1e-6])
 @pytest.mark.parametrize("path", ["hidden", "logits"])
-def test_small_weights_do_not_vanish_in_float16(path: str) -> None:
+def test_small_weights_do_not_vanish_in_float16(path: str, reused: float) -> None:
     """A long batch: of the order of 1e-8, less than float16's smallest number."""
     exact = draw(11, 17)
     exact |= {name: 1e-8 * exact[name] for name in ("weights", "hard_weights")}
-    exact["weights"][:4] = 0.0  # the hard loss's tokens still count
+    exact["weights"] *= reused  # the hard loss's tokens still count
     given = {k: v if v.dtype == torch.int64 else v.half() for k, v in exact.items()}
     given |= {name: exact[name].float() for name in ("weights", "hard_weights")}
     want = {k: v if v.dtype == torch.int64 else v.double() for k, v in given.items()}
