@@ -22,6 +22,7 @@ from hf_distill import (
     UniversalCollator,
     routed,
 )
+from hf_distill.heads import Signal
 from hf_distill.offline import CachedTeacher, cache_teacher
 from tests.trainers import models
 from tests.trainers.letters import SIZE, letters, reader
@@ -316,6 +317,10 @@ def test_unsure_teachers_of_other_tokens_weigh_those_beside_theirs(tmp_path: Pat
     assert log["entropy_factor"] == pytest.approx(1 + 0.5 * log["paired"] * share, rel=1e-5)
     assert share > 0.1
     assert log["paired"] < 0.6
+    paired = torch.tensor([0, 1, 0, 1]).bool()
+    said = Signal(logits=torch.tensor([[0.0, 0.0], [0.0, -torch.inf]]), paired=paired)
+    factor = trainer._weighing._entropy_factor(said, 4)
+    assert factor.tolist() == pytest.approx([1.0, 1.5, 1.0, 1.0])
 
 
 def test_taid_is_not_of_other_tokens(tmp_path: Path) -> None:
