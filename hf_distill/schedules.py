@@ -149,8 +149,8 @@ class Schedule:
             points: from step to value, or pairs (step, value); steps ascend.
         """
         pairs: Iterable[tuple[int, float]]
-        pairs: Any = points.items() if isinstance(points, Mapping) else points
-        return cls("piecewise", tuple((step, value) for step, value in pairs))
+        given: Any = points.items() if isinstance(points, Mapping) else points
+        return cls("piecewise", tuple((step, value) for step, value in given))
 
     @classmethod
     def parse(cls, value: Union[float, str, "Schedule", None]) -> "Schedule":
