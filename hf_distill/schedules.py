@@ -148,9 +148,8 @@ class Schedule:
         Args:
             points: from step to value, or pairs (step, value); steps ascend.
         """
-        pairs: Iterable[tuple[int, float]]
-        given: Any = points.items() if isinstance(points, Mapping) else points
-        return cls("piecewise", tuple((step, value) for step, value in given))
+        pairs: Any = points.items() if isinstance(points, Mapping) else points
+        return cls("piecewise", tuple((step, value) for step, value in pairs))
 
     @classmethod
     def parse(cls, value: Union[float, str, "Schedule", None]) -> "Schedule":
