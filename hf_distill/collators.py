@@ -201,7 +201,7 @@ class HintCollator:
 
     def _without_hints(self) -> "HintCollator":
         bare = copy.copy(self)
-        bare.hints, bare.scored, bare.hint_plan, bare._draw = (), "all", None, None
+        bare.hints, bare.scored, bare.hint_plan = (), "all", None
         return bare
 
     def references(self, rows: Sequence[Row]) -> dict[str, Tensor]:

@@ -80,6 +80,7 @@ class Watchdog(TrainerCallback, ExportableState):
         self.last: dict[str, list[list[float]]] = {}
         self.reported: dict[str, float] = {}
         self.num_logs = 0
+        self.vocab: int | None = None  # entries of the logits that are used; None: all
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint, as transformers' `ExportableState` wants it."""
@@ -130,7 +131,7 @@ class Watchdog(TrainerCallback, ExportableState):
         if self.action == "off" or logs is None or "loss" not in logs:
             return
         self._keep(logs)
-        size = None if model is None else vocab_size(causal_lm(model))
+        size = self.vocab or (None if model is None else vocab_size(causal_lm(model)))
         ln_vocab = math.nan if size is None else math.log(size)
         # over a log's steps the entropy is that of no hotter softmax
         temperature = Schedule.parse(getattr(args, "temperature", 1.0))

@@ -113,7 +113,8 @@ class Start:
         model, tokenizer = load_pretrained(model_args)
         if not isinstance(model, PeftModel):
             raise ValueError(
-                f"the base is the model without its adapter: set use_peft, got {False}"
+                "the base is the model with its adapter off: use_peft must be true, got "
+                f"{model_args.use_peft}"
             )
         self.model: PeftModel = model.to(config.device)
         self.collator = HintCollator(

@@ -14,6 +14,7 @@ import hf_distill
 from hf_distill import DistillConfig, Hint, HintCollator, OPSDConfig
 from metal_ops import available_backends
 from metal_ops.spec import KINDS
+from tests.trainers import letters, models
 from tests.trainers.models import PEFT_WARNING
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +73,25 @@ def test_offline_example(tmp_path: Path):
     logs = names["trainer"].state.log_history
     assert names["trainer"].state.global_step == 2
     assert logs[-1]["train_loss"] > 0
+
+
+def test_universal_example(tmp_path: Path):
+    lines = re.findall(r"^    (collator = Univ.*|config = .*\"uld\".*)$", README, re.MULTILINE)
+    assert len(lines) == 2
+    small = f"output_dir={str(tmp_path)!r}, use_cpu=True, max_steps=2, report_to='none'"
+    names = {name: getattr(hf_distill, name) for name in ("DistillConfig", "UniversalCollator")}
+    names |= {"student_tokenizer": models.tokenizer(), "teacher_tokenizer": letters.letters()}
+    exec(replace("\n".join(lines), 'output_dir="out"', small), names)
+    trainer = hf_distill.DistillTrainer(
+        models.llama(),
+        names["config"],
+        names["collator"],
+        models.problems(),
+        processing_class=names["student_tokenizer"],
+        teacher=letters.reader(),
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
 
 
 def test_changed_lines_of_a_trainer_script():

@@ -15,15 +15,18 @@ from hf_distill.losses.step import (
     behaviour_log_probs,
     step_terms,
 )
-from hf_distill.losses.student import Student, StudentHidden, StudentLogits
+from hf_distill.losses.student import AnyObjective, Student, StudentHidden, StudentLogits
 from hf_distill.losses.taid import TaidObjective, taid_target
+from hf_distill.losses.universal import UNIVERSAL, UniversalObjective
 
 __all__ = [
     "ANCHOR_NAME",
     "HIDDEN_LOSSES",
     "IMPORTANCE_NAMES",
     "SAMPLED_KINDS",
+    "UNIVERSAL",
     "Anchor",
+    "AnyObjective",
     "Importance",
     "Objective",
     "SampledObjective",
@@ -33,6 +36,7 @@ __all__ = [
     "StudentLogits",
     "TaidObjective",
     "Terms",
+    "UniversalObjective",
     "assert_finite",
     "attention_loss",
     "behaviour_log_probs",

@@ -1,5 +1,6 @@
 """A teacher that is another model."""
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -11,16 +12,21 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import has_file
 from transformers.utils.import_utils import is_bitsandbytes_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from hf_distill.alignment import Side
-from hf_distill.heads import Reader, Signal
+from hf_distill.heads import Reader, Signal, causal_lm, vocab_size
 from hf_distill.layers import Watch
 from hf_distill.model_kinds import CLASSIFIER
-from hf_distill.teachers.protocol import Stateless, Teacher, check_vocabulary
+from hf_distill.teachers.protocol import Stateless, Teacher
+
+logger = logging.getLogger(__name__)
 
 QUANTIZATIONS = ("8bit", "4bit")
 
@@ -56,7 +62,10 @@ def _names_classifier(name: str, kwargs: dict[str, Any]) -> bool:
         where = {key: kwargs[key] for key in where if key in kwargs}
         if find_adapter_config_file(name, subfolder=kwargs.get("subfolder", ""), **where):
             return False  # the folder holds adapters, and no config of the model
-        config, _ = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **kwargs)
+        try:
+            config, _ = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **kwargs)
+        except OSError:
+            return False  # loading the model will say what is missing
     return any(x.endswith(CLASSIFIER) for x in getattr(config, "architectures", None) or ())
 
 
@@ -93,6 +102,24 @@ def place(model: nn.Module, device: torch.device) -> None:
         model.to(device)
 
 
+WHERE = ("revision", "cache_dir", "local_files_only", "token")  # of a repository's files
+
+
+def _tokenizer(name: str, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that lies beside a model, or None."""
+    where = {key: kwargs[key] for key in WHERE if key in kwargs}
+    folder = kwargs.get("subfolder") or ""
+    # without its files some classes come out with a handful of ids instead of an error
+    if not has_file(name, os.path.join(folder, "tokenizer_config.json"), **where):
+        return None
+    more = {key: kwargs[key] for key in ("subfolder", "trust_remote_code") if key in kwargs}
+    try:
+        return AutoTokenizer.from_pretrained(name, **where, **more)
+    except (ImportError, OSError, ValueError) as error:
+        logger.warning("teacher %s: its tokenizer cannot be loaded: %s", name, error)
+        return None
+
+
 class ModelTeacher(Stateless):
     """Another causal LM or sequence classifier, frozen. Its dtype need not be the student's.
 
@@ -101,6 +128,8 @@ class ModelTeacher(Stateless):
             says that it is a classifier, `AutoModelForSequenceClassification.from_pretrained`.
         dtype: to load a name in, such as "bfloat16"; None leaves it to `from_pretrained`.
         quantization: "8bit" or "4bit" to quantize a name's weights with bitsandbytes, or None.
+        tokenizer: of the model, which is compared with the student's; None is the one that lies
+            beside a name's weights, and unknown for a model.
         **from_pretrained_kwargs: more arguments of `from_pretrained` for a name.
 
     Raises:
@@ -114,9 +143,12 @@ class ModelTeacher(Stateless):
         model: nn.Module | str,
         dtype: str | torch.dtype | None = None,
         quantization: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         **from_pretrained_kwargs: Any,
     ) -> None:
+        self._tokenizer, self._beside = tokenizer, None
         if isinstance(model, str):
+            self._beside = (model, from_pretrained_kwargs)
             model = _loaded(model, dtype, quantization, from_pretrained_kwargs)
         else:
             given = {"dtype": dtype, "quantization": quantization}
@@ -128,14 +160,28 @@ class ModelTeacher(Stateless):
                 )
         self.model: nn.Module = model.eval().requires_grad_(False)
 
+    @property
+    def vocab_size(self) -> int | None:
+        """Logits per token, or None if the model does not say."""
+        return vocab_size(causal_lm(self.model))
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer of its ids, loaded at the first call; None if it is not known."""
+        if self._tokenizer is None and self._beside is not None:
+            self._tokenizer, self._beside = _tokenizer(*self._beside), None
+        return self._tokenizer
+
     def prepare(self, accelerator: Accelerator, student: nn.Module, refusal: str | None) -> None:
-        """Check the vocabulary and move the model to the trainer's device, unless it is placed."""
+        """Move the model to the trainer's device, unless it is placed.
+
+        Raises:
+            ValueError: it is the student's own object.
+        """
         if self.model is student:
             raise ValueError(
                 "the teacher must not be the student's own object, which is frozen with it: use "
                 "SelfTeacher, or a copy"
             )
-        check_vocabulary(student, self.model)
         place(self.model, accelerator.device)
         self._reader = Reader("teacher", refusal)
 

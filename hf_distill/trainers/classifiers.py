@@ -30,10 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SINGLE_LABEL = "single_label_classification"
-TOKEN_SETTINGS = (
-    "token_weights",
-    "hidden_layers",
-)  # fields of the config that are about tokens or their layers
+TOKEN_SETTINGS = ("token_weights", "hidden_layers")  # of the config, about scored tokens
 LABEL_KEYS = ("labels", "label", "label_ids")  # of collators; not the model's inputs
 OF_TEXT = ("entropy_collapse", "entropy_explosion")  # limits for a vocabulary, not for classes
 HARD = "hard_of_labelled"
@@ -75,6 +72,20 @@ def for_student(trainer: "DistillTrainer") -> "Classification | None":
     if len(names) != 1:
         raise ValueError(f"a classifier needs one name of its labels, got label_names {names}")
     return Classification(names[0], _inputs_of(trainer.teacher))
+
+
+def take_over_counting(trainer: "DistillTrainer") -> None:
+    """Tell the `Trainer` that the loss is divided by a count, whatever the model accepts."""
+    rows = trainer._classification
+    trainer.model_accepts_loss_kwargs = trainer.loss_is_scaled_for_ga = True
+    trainer._loss_shifts_labels = rows is None
+    # PEFT's forward hides them from the Trainer
+    trainer.label_names = ["labels" if rows is None else rows.label_name]
+
+
+def columns(trainer: "DistillTrainer") -> tuple[str, ...]:
+    """Columns of the data that teachers of a classifier read, which the student need not."""
+    return () if trainer._classification is None else trainer._classification.columns
 
 
 def _check_problem(config: Any) -> None:
@@ -192,8 +203,7 @@ class Classification:
             ValueError: the batch is not one of single-label rows, or there are no labels, which
                 alpha < 1 needs.
         """
-        rows = self._read(inputs)
-        objective = trainer._present_objective(model.training)
+        rows, objective = self._read(inputs), trainer._present_objective(model.training)
         labelled = int((rows.targets != IGNORE_INDEX).sum())
         counts = _counts(num_items, labelled, len(rows.targets))
         self._check_labels(rows, counts, objective.alpha)
@@ -209,7 +219,7 @@ class Classification:
             hard = outputs.loss * (labelled * averaged / counts.labelled)
         elif use_labels:
             given = None if num_items is None else counts.labelled
-            hard = cast(Tensor, trainer._own_hard_loss(outputs, cast(Tensor, rows.labels), given))
+            hard = trainer._hard_loss.of(outputs, cast(Tensor, rows.labels), given)
         weights = torch.ones_like(rows.targets, dtype=torch.float32) * (averaged / counts.rows)
         student = losses.StudentLogits(outputs.logits, hard)
         scored = losses.Scored(rows.targets, weights)

@@ -11,9 +11,12 @@ from transformers import TrainingArguments
 from hf_distill.layers import parse_layers
 from hf_distill.losses import (
     SAMPLED_KINDS,
+    UNIVERSAL,
+    AnyObjective,
     Objective,
     SampledObjective,
     TaidObjective,
+    UniversalObjective,
     normalised_jsd,
 )
 from hf_distill.schedules import Schedule, Value
@@ -61,7 +64,8 @@ class DistillConfig(TrainingArguments):
         default="forward_kl",
         metadata={
             "help": "forward_kl = KL(teacher||student), reverse_kl, jsd (with beta), another kind "
-            "of metal_ops.DivergenceSpec, or policy_gradient or k3, of the tokens alone."
+            "of metal_ops.DivergenceSpec; policy_gradient or k3, of the tokens alone; or uld, for "
+            "another tokenizer's teacher."
         },
     )
     beta: Value = field(
@@ -129,15 +133,16 @@ class DistillConfig(TrainingArguments):
             raise ValueError(f"taid is a soft loss and needs alpha > 0, got {self.alpha}")
         list(self.objectives())
 
-    def objective(self, step: int = 0) -> Objective | SampledObjective:
+    def objective(self, step: int = 0) -> AnyObjective:
         """The loss of a token in the optimizer step that follows `step` of them.
 
         Raises:
-            ValueError: a value is out of range, or the clip or taid is not one of this divergence.
+            ValueError: a value is out of range, the clip or taid is not one of this divergence,
+                or a setting is given that it does not read.
         """
         return self._objective(scheduled.values_at(self, step))
 
-    def objectives(self) -> Iterator[Objective | SampledObjective]:
+    def objectives(self) -> Iterator[AnyObjective]:
         """Those of the ends of all schedules, and between them: what holds for these always holds.
 
         Raises:
@@ -145,11 +150,19 @@ class DistillConfig(TrainingArguments):
         """
         return map(self._objective, scheduled.extremes(self))
 
-    def _objective(self, values: Mapping[str, float]) -> Objective | SampledObjective:
+    def _objective(self, values: Mapping[str, float]) -> AnyObjective:
         alpha = values["alpha"]
         measures_hard = scheduled.bounds(self, "alpha")[0] < 1.0
         if self.taid is not None and self.divergence != "forward_kl":
             raise ValueError(f"taid needs divergence 'forward_kl', got {self.divergence!r}")
+        if self.divergence == UNIVERSAL:
+            self._check_universal()
+            return UniversalObjective(
+                alpha,
+                values["temperature"],
+                self.temperature_scaling,
+                measures_hard=measures_hard,
+            )
         if self.divergence not in SAMPLED_KINDS:
             spec, factor = self._divergence_spec(values), 1.0
             if self.divergence == "jsd" and Schedule.parse(self.beta).moves:
@@ -170,6 +183,16 @@ class DistillConfig(TrainingArguments):
             clip.bound,
             measures_hard=measures_hard,
         )
+
+    def _check_universal(self) -> None:
+        """Settings of other divergences must be as they are."""
+        beta = next(x.default for x in fields(self) if x.name == "beta")
+        bound = cast(ClipConfig, self.clip).bound
+        for name, value, plain in (("beta", self.beta, beta), ("clip.bound", bound, None)):
+            if value != plain:
+                raise ValueError(
+                    f"divergence {UNIVERSAL!r} has no {name}: leave it at {plain}, got {value}"
+                )
 
     def loss_settings(self) -> LossSettings:
         """What the loss knows of rollouts: here nothing."""

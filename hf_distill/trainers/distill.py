@@ -1,13 +1,11 @@
 """DistillTrainer: a Trainer whose loss compares the student with a teacher."""
 
 import logging
-import os
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
@@ -15,30 +13,30 @@ from hf_distill import alignment, losses, token_weights
 from hf_distill.heads import Reader, Signal, causal_lm, vocab_size
 from hf_distill.monitors import MeanMeter, TokenMeter
 from hf_distill.offline import CachedCollator, CachedTeacher
-from hf_distill.probes import make_probe
 from hf_distill.rollouts import end_token_ids
 from hf_distill.teachers import RoutedCollator, Teacher, as_teacher
 from hf_distill.token_classes import token_classes
-from hf_distill.token_weights import TokenWeights
-from hf_distill.trainers import classifiers, scheduled
+from hf_distill.trainers import classifiers, hidden, scheduled, weighing
 from hf_distill.trainers.checks import check_setup, check_unweighted, check_without_teacher
 from hf_distill.trainers.configs import DistillConfig
-from hf_distill.trainers.groups import (
-    HiddenConfig,
-    TaidConfig,
-    TokenWeightsConfig,
-    WatchdogConfig,
-)
+from hf_distill.trainers.groups import TaidConfig
 from hf_distill.trainers.hard_losses import HardLoss
-from hf_distill.trainers.hidden import HiddenAlignment
-from hf_distill.trainers.hinting import HintingTrainer
 from hf_distill.trainers.scoring import Scoring, Share
+from hf_distill.trainers.stateful import StatefulTrainer
 from hf_distill.trainers.taid import Taid
-from hf_distill.trainers.weighing import Weighing
+from hf_distill.trainers.vocabulary import Vocabulary
+from hf_distill.trainers.watching import add_watchdog
+from hf_distill.universal import UniversalCollator
 
 logger = logging.getLogger(__name__)
 
-TEACHER_FILE = "teacher.safetensors"
+
+def _classes_of(model: Any, processing_class: Any) -> Tensor | None:
+    """[V] the class of each token, where the processing class is a tokenizer."""
+    size = vocab_size(causal_lm(model))
+    if not isinstance(processing_class, PreTrainedTokenizerBase) or size is None:
+        return None
+    return token_classes(processing_class, size)
 
 
 class _UpdateTeacher(TrainerCallback):
@@ -52,7 +50,7 @@ class _UpdateTeacher(TrainerCallback):
         self.teacher.update(model)
 
 
-class DistillTrainer(HintingTrainer):
+class DistillTrainer(StatefulTrainer):
     """A `Trainer` for causal LMs and classifiers: loss = alpha * soft + (1 - alpha) * hard.
 
     soft is the divergence of the args between teacher and student at every labelled token, hard the
@@ -100,27 +98,20 @@ class DistillTrainer(HintingTrainer):
             model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
         )
         self.teacher = None if teacher is None else as_teacher(teacher)
-        self._layers: HiddenAlignment | None = None
-        self._taid: Taid | None = None
         if self.teacher is None:
             check_without_teacher(self)
             return
-        self._weighing = self._make_weighing()
+        self._weighing = weighing.for_trainer(self)
         self._scoring = Scoring(args.loss_settings())
         self._classification = classifiers.for_student(self)
         self._hard_loss = HardLoss(self)
         check_setup(self)
-        # this class divides by num_items_in_batch itself, whatever the model's forward accepts
-        self.model_accepts_loss_kwargs = True
-        self.loss_is_scaled_for_ga = True
-        rows = self._classification
-        self._loss_shifts_labels = rows is None
-        # PEFT's forward hides them from the Trainer
-        self.label_names = ["labels" if rows is None else rows.label_name]
-        self._teacher_columns = () if rows is None else rows.columns
+        self._vocabulary = Vocabulary(self)
+        classifiers.take_over_counting(self)
         refusal = self._hidden_states_refusal()
-        self._reader = Reader("student", refusal)
-        classes = self._token_classes() if rows is None else None
+        self._reader = Reader("student", refusal, self._vocabulary.size)
+        is_text = self._classification is None  # a row's class is no token
+        classes = _classes_of(self.model, self.processing_class) if is_text else None
         self._meters = {True: TokenMeter(classes), False: TokenMeter(classes)}
         eos_token_id = getattr(processing_class, "eos_token_id", None)
         end_ids = end_token_ids(causal_lm(cast(nn.Module, self.model)), eos_token_id)
@@ -128,54 +119,18 @@ class DistillTrainer(HintingTrainer):
         self.teacher.prepare(self.accelerator, cast(nn.Module, self.model), refusal)
         if isinstance(self.teacher, CachedTeacher):
             self.data_collator = CachedCollator(self.data_collator, self.teacher)
-        self._layers = self._make_layers(self.teacher)
+        self._layers = hidden.for_trainer(self)
         self._mean_meters = {x: MeanMeter(self._mean_names()) for x in (True, False)}
         self.add_callback(_UpdateTeacher(self.teacher))
         if args.taid is not None:
             self._taid = Taid(cast(TaidConfig, args.taid), self.accelerator)
             self.add_callback(self._taid)
-        self._probe = None
-        self._add_watchdog(self.teacher)
+        self._probe = add_watchdog(self, self.teacher)
 
     @property
-    def objective(self) -> losses.Objective | losses.SampledObjective:
+    def objective(self) -> losses.AnyObjective:
         """The loss of a token now: of every micro-batch of the next optimizer step."""
         return self.args.objective(self.state.global_step)
-
-    def _make_layers(self, teacher: Teacher) -> HiddenAlignment | None:
-        args = self.args
-        settings = cast(HiddenConfig, args.hidden)
-        weighs = scheduled.bounds(args, "hidden_weight")[1] > 0
-        if args.hidden_layers is None or not (weighs or settings.attention_weight):
-            return None
-        model = cast(nn.Module, self.model)
-        return HiddenAlignment(model, teacher, args.hidden_layers, settings, args.seed)
-
-    def _make_weighing(self) -> Weighing:
-        config = cast(TokenWeightsConfig, self.args.token_weights)
-        around = config.by_class(), self.processing_class, config.reasoning
-        weigh = TokenWeights(*around, config.around_reasoning())
-        return Weighing(weigh, config.entropy, vocab_size(causal_lm(cast(nn.Module, self.model))))
-
-    def _token_classes(self) -> Tensor | None:
-        """[V] the class of each token, where the processing class is a tokenizer."""
-        size = vocab_size(causal_lm(cast(nn.Module, self.model)))
-        if not isinstance(self.processing_class, PreTrainedTokenizerBase) or size is None:
-            return None
-        return token_classes(self.processing_class, size)
-
-    def _add_watchdog(self, teacher: Teacher) -> None:
-        config = cast(WatchdogConfig, self.args.watchdog)
-        if config.action == "off":
-            return
-        if self._classification is not None:
-            config = classifiers.without_text_limits(config)
-        # before the callbacks that report, so that they see its metrics
-        self.callback_handler.callbacks.insert(0, config.make())
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            logger.info("the watchdog does not probe the teacher: parameters are sharded")
-        elif self._classification is None:
-            self._probe = make_probe(teacher, self.accelerator)
 
     def _hidden_states_refusal(self) -> str | None:
         """Why this run must read logits, or None."""
@@ -210,7 +165,7 @@ class DistillTrainer(HintingTrainer):
         teacher_side = alignment.teacher_side(inputs, side)
         if self._probe is not None:
             self._probe.keep(model, side, teacher_side)
-        ask = partial(self.teacher.signal, model, teacher_side)
+        ask = partial(self._signal, model, teacher_side, inputs)
         weighed, signal = self._weighing.of(inputs, ask)
         self._mean_meters[model.training].add(weighed.logged)
         share = self._share(weighed.weights, num_items_in_batch)
@@ -231,7 +186,8 @@ class DistillTrainer(HintingTrainer):
             if own_outputs:
                 asked = self._hard_loss.arguments(inputs["labels"], num_items_in_batch)
                 outputs = model(**self._reader.forward_inputs(model, side.inputs), **asked)
-                hard_loss = self._own_hard_loss(outputs, inputs["labels"], num_items_in_batch)
+                outputs = self._vocabulary.outputs(outputs)
+                hard_loss = self._hard_loss.of(outputs, inputs["labels"], num_items_in_batch)
                 terms = terms_of(losses.StudentLogits(outputs.logits[side.predicts], hard_loss))
             elif at_head:
                 terms = self._reader.at_head(
@@ -242,14 +198,22 @@ class DistillTrainer(HintingTrainer):
         self._note(terms, scored, counts, model.training)
         return (terms.loss, outputs) if return_outputs else terms.loss
 
-    def _present_objective(self, training: bool) -> losses.Objective | losses.SampledObjective:
+    def _present_objective(self, training: bool) -> losses.AnyObjective:
         """The loss of a token at this step."""
         if self._taid is None or not training:
             return self.objective
         return self._taid.present(self.objective)
 
+    def _signal(
+        self, model: nn.Module, teacher_side: alignment.Side, inputs: dict[str, Any]
+    ) -> Signal:
+        """The teacher's, about the entries of the vocabulary that are used."""
+        signal = cast(Teacher, self.teacher).signal(model, teacher_side)
+        return self._vocabulary.signal(signal, inputs)
+
     def _check_batch(self, inputs: dict[str, Any]) -> None:
         """Called with every batch before it is used."""
+        self._vocabulary.check(inputs)
         self._alignment.add(inputs)
         if self._layers is not None:
             self._layers.check(inputs)
@@ -260,7 +224,7 @@ class DistillTrainer(HintingTrainer):
         teacher_side = alignment.teacher_side(inputs, alignment.student_side(inputs))
         model = cast(nn.Module, self.model_wrapped)
         with torch.no_grad(), self.compute_loss_context_manager():
-            return cast(Teacher, self.teacher).signal(model, teacher_side)
+            return self._signal(model, teacher_side, inputs)
 
     def _share(self, weights: Tensor | None, num_items_in_batch: Tensor | int | None) -> Share:
         num_averaged = self._num_averaged(num_items_in_batch)
@@ -282,6 +246,7 @@ class DistillTrainer(HintingTrainer):
 
         See `losses.behaviour_log_probs`; the batch must be on the student's device.
         """
+        self._vocabulary.check(batch)
         return losses.behaviour_log_probs(self._reader, cast(nn.Module, self.model_wrapped), batch)
 
     @staticmethod
@@ -322,21 +287,14 @@ class DistillTrainer(HintingTrainer):
         """As in `Trainer`, with the columns that this class and its collators read."""
         super()._set_signature_columns_if_needed()
         columns = cast("list[str]", self._signature_columns)
-        read = [] if self.teacher is None else [token_weights.KEY, *self._teacher_columns]
-        if isinstance(self.data_collator, RoutedCollator):
+        read = [] if self.teacher is None else [token_weights.KEY, *classifiers.columns(self)]
+        if isinstance(self.data_collator, RoutedCollator | UniversalCollator):
             read += self.data_collator.columns
         columns.extend(name for name in read if name not in columns)
 
     def has_own_hard_loss(self) -> bool:
         """Whether another hard loss takes the place of the cross-entropy, see `HardLoss`."""
         return self._hard_loss.replaces
-
-    def _own_hard_loss(
-        self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None
-    ) -> Tensor | None:
-        """The hard loss that is not the cross-entropy, as the Trainer scales it, or None."""
-        loss = self._hard_loss.of(outputs, labels, num_items_in_batch)
-        return None if loss is None else loss * self._num_averaged(num_items_in_batch)
 
     def prediction_step(
         self,
@@ -398,44 +356,3 @@ class DistillTrainer(HintingTrainer):
         elif "train_loss" in logs and self.teacher is not None:
             self._alignment.read(self.accelerator)  # the run ends; it may not have logged before
         super().log(logs, start_time)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`; projections of hidden states are a part of the model meanwhile."""
-        with nullcontext() if self._layers is None else self._layers.attached():
-            return super().train(*args, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        with nullcontext() if self._layers is None else self._layers.detached():
-            super()._save(output_dir, state_dict)
-
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with nullcontext() if self._layers is None else self._layers.detached():
-            super()._load_from_checkpoint(*args, **kwargs)
-
-    def _load_best_model(self) -> None:
-        with nullcontext() if self._layers is None else self._layers.detached():
-            super()._load_best_model()
-
-    def _parts(self) -> list[HiddenAlignment | Taid]:
-        """What has a file of its own in a checkpoint."""
-        return [part for part in (self._layers, self._taid) if part is not None]
-
-    def _save_extra(self, folder: str) -> None:
-        """Write what resuming needs besides the Trainer's own files."""
-        state = {} if self.teacher is None else self.teacher.state_dict()
-        if state and self.args.should_save:
-            save_file(state, os.path.join(folder, TEACHER_FILE))
-        for part in self._parts():
-            if self.args.should_save:
-                part.save(folder)
-
-    def _load_extra(self, folder: str) -> None:
-        """Read what `_save_extra` wrote; the state is the checkpoint's."""
-        for part in self._parts():
-            part.load(folder)
-        if self.teacher is None or not self.teacher.state_dict():
-            return
-        path = os.path.join(folder, TEACHER_FILE)
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"the teacher's state must be in the checkpoint: no {path}")
-        self.teacher.load_state_dict(load_file(path))

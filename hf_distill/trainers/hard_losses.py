@@ -159,6 +159,12 @@ class HardLoss:
             labels: of the batch.
             num_items: labelled tokens (a classifier's rows) of the step, or None for this batch's.
         """
+        loss = self._unscaled(outputs, labels, num_items)
+        return None if loss is None else loss * self._trainer._num_averaged(num_items)
+
+    def _unscaled(
+        self, outputs: Any, labels: Tensor, num_items: Tensor | int | None
+    ) -> Tensor | None:
         trainer = self._trainer
         if trainer.compute_loss_func is not None:
             return trainer.compute_loss_func(outputs, labels, num_items_in_batch=num_items)

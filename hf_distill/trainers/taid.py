@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import TrainerCallback
 
-from hf_distill.losses import Objective, SampledObjective, TaidObjective
+from hf_distill.losses import AnyObjective, TaidObjective
 from hf_distill.trainers.groups import TaidConfig
 
 TAID_FILE = "taid.json"
@@ -76,7 +76,7 @@ class Taid(TrainerCallback):
         self._sum: Tensor | None = None
         self._used = config.t_start
 
-    def present(self, objective: Objective | SampledObjective) -> TaidObjective:
+    def present(self, objective: AnyObjective) -> TaidObjective:
         """The objective with the t of this step."""
         assert isinstance(objective, TaidObjective)
         return replace(objective, t=self.state.t)

@@ -7,20 +7,33 @@ step's tokens are counted, and what it said is kept with each micro-batch for it
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_distill import alignment
-from hf_distill.heads import Signal
+from hf_distill.heads import Signal, causal_lm, vocab_size
 from hf_distill.losses import entropy_share
 from hf_distill.token_weights import TokenWeights
+from hf_distill.trainers.groups import TokenWeightsConfig
+
+if TYPE_CHECKING:
+    from hf_distill.trainers.distill import DistillTrainer
 
 KEPT = f"{alignment.TEACHER_PREFIX}weighed"  # in a batch; the prefix hides it from the student
 REASONING_SHARE, ENTROPY_FACTOR = "reasoning_share", "entropy_factor"
 
 Ask = Callable[[], Signal]
+
+
+def for_trainer(trainer: "DistillTrainer") -> "Weighing":
+    """What the config asks for."""
+    config = cast(TokenWeightsConfig, trainer.args.token_weights)
+    around = config.by_class(), trainer.processing_class, config.reasoning
+    weigh = TokenWeights(*around, config.around_reasoning())
+    size = vocab_size(causal_lm(cast(nn.Module, trainer.model)))
+    return Weighing(weigh, config.entropy, size)
 
 
 @dataclass

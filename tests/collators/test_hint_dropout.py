@@ -207,7 +207,7 @@ def test_lengths_are_rounded_down_but_for_rounding_errors(value: Any, tokens: in
     [
         ({"hint_dropout": -0.1}, r"hint_dropout must stay in \[0, 1\], got -0.1"),
         ({"hint_dropout": "linear:0.0->1.5@9"}, r"must stay in \[0, 1\], got linear:0.0->1.5@9"),
-        ({"hint_dropout": "often"}, "a schedule must be like .* got 'often'"),
+        ({"hint_dropout": "often"}, "got 'often'"),
         ({"max_hint_length": -1}, "max_hint_length must not be negative, got -1"),
         (
             {"max_hint_length": "linear:9->1@9"},

@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_distill import DistillConfig, DistillTrainer, HintCollator, OPSDConfig, OPSDTrainer
 from hf_distill.alignment import unpad
 from hf_distill.offline import CachedTeacher, HeadSamples, cache_teacher
-from tests.trainers import models
+from tests.trainers import classifying, models
 
 ROWS_PER_STEP = 4
 SAVED_AT = 3
@@ -140,6 +140,17 @@ def distill_weighted(folder: Path, num_processes: int) -> DistillTrainer:
     return trainer
 
 
+def classify(folder: Path, num_processes: int) -> DistillTrainer:
+    """A classifier, the labels of the processes' rows missing at different rates."""
+    changes = {"gradient_accumulation_steps": 2, "max_steps": 2, "alpha": 0.3}
+    rows = classifying.rows(unlabelled=1)
+    for row in rows[:3]:
+        row["label"] = -100
+    options = _options(folder, num_processes, **changes)
+    options.pop("output_dir")
+    return classifying.trainer(folder, data=rows, **options)
+
+
 def distill_taid(folder: Path, num_processes: int) -> DistillTrainer:
     """Its t follows the loss of both processes, ahead of the linear target."""
     taid = {"t_start": 0.5, "t_end": 0.95, "step_size": 0.8, "momentum": 0.9}
@@ -189,6 +200,7 @@ def opsd_anchored(folder: Path, num_processes: int) -> OPSDTrainer:
 
 
 SETUPS = (
+    classify,
     distill_cached,
     distill,
     distill_entropy,

@@ -179,6 +179,21 @@ def test_the_models_own_loss_is_the_hard_one(tmp_path: Path) -> None:
     assert trainer.state.log_history[0]["loss"] == mixed(0.4, want | {"hard": float(hard)})
 
 
+def test_taid(tmp_path: Path) -> None:
+    """The target of the first step is t_start of the way to the teacher."""
+    settings = {"alpha": 1.0, "taid": {"t_start": 0.4}, "max_steps": 1}
+    trainer = classifying.trainer(tmp_path, **settings)
+    trainer.train()
+    values = []
+    for row in classifying.rows()[:4]:
+        z, w = said(classifying.bert(), row) / 2, said(classifying.bert(1), row) / 2
+        q, p = z.softmax(-1), (0.6 * z + 0.4 * w).softmax(-1)
+        values.append(4 * float((p * (p / q).log()).sum()))
+    logs = trainer.state.log_history[0]
+    assert logs["loss"] == pytest.approx(np.mean(values), rel=SUM_ERROR)
+    assert "taid_teacher_kl" in logs
+
+
 @pytest.mark.parametrize("lacking", ["column", "value"])
 def test_alpha_one_needs_no_labels(tmp_path: Path, lacking: str) -> None:
     data, shown = classifying.rows(8, unlabelled=4), classifying.rows(8)
@@ -352,3 +367,13 @@ def test_limits_for_texts_are_off_unless_they_are_set(tmp_path: Path) -> None:
     assert plain.entropy_explosion is None
     assert plain.zero_gradient is not None
     assert limits(entropy_collapse=0.2).entropy_collapse == 0.2
+
+
+def test_a_uniform_teacher_is_reported(tmp_path: Path) -> None:
+    """The watchdog measures entropies against ln C, not against the vocabulary."""
+    teacher = classifying.bert(1)
+    nn.init.zeros_(teacher.classifier.weight)
+    for each, fault in ((teacher, True), (classifying.bert(1), False)):
+        trainer = classifying.trainer(tmp_path, teacher=each, max_steps=1)
+        trainer.train()
+        assert ("watchdog_teacher_uniform" in trainer.state.log_history[0]) == fault

@@ -21,7 +21,7 @@ from hf_distill import (
 )
 from hf_distill.trainers.groups import TaidConfig
 from hf_distill.trainers.taid import Taid
-from tests.trainers import models
+from tests.trainers import classifying, models
 from tests.trainers.test_taid_rule import PUSHED, by_hand
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
@@ -50,21 +50,23 @@ def test_the_rule_reads_the_soft_loss_of_each_step(tmp_path: Path) -> None:
     assert ts(trainer)[3] - (0.5 + 0.45 * 3 / 6) > 0.01  # ahead of the linear target
 
 
-class SeesT(DistillTrainer):
-    """Keeps what each forward was compared with."""
+class SeesObjective(DistillTrainer):
+    """Keeps what each forward was compared by."""
 
-    seen: list[tuple[bool, float]]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seen: list[tuple[bool, Any]] = []
 
     def _present_objective(self, training: bool) -> Any:
         objective = super()._present_objective(training)
-        self.seen = [*getattr(self, "seen", []), (training, objective.t)]
+        self.seen.append((training, objective))
         return objective
 
 
 def test_micro_batches_have_one_t_and_evaluation_the_teacher(tmp_path: Path) -> None:
     trainer = distill(
         tmp_path,
-        kind=SeesT,
+        kind=SeesObjective,
         taid=PUSHED,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
@@ -75,7 +77,8 @@ def test_micro_batches_have_one_t_and_evaluation_the_teacher(tmp_path: Path) -> 
     trainer.train()
     logged = ts(trainer)
     assert len(set(logged)) == 3
-    assert trainer.seen == [seen for t in logged for seen in ((True, t), (True, t), (False, 1.0))]
+    seen = [(training, objective.t) for training, objective in trainer.seen]
+    assert seen == [pair for t in logged for pair in ((True, t), (True, t), (False, 1.0))]
 
 
 def test_accumulation_does_not_change_t(tmp_path: Path) -> None:
@@ -208,11 +211,11 @@ def test_resuming_without_the_state_is_an_error(tmp_path: Path) -> None:
 def test_a_second_run_starts_anew(tmp_path: Path) -> None:
     trainer = distill(tmp_path, taid=PUSHED)
     trainer.train()
-    trainer.train()
-    assert ts(trainer)[0] == 0.5
+    assert ts(trainer)[-1] > 0.5
     trainer._taid.add(torch.ones(2), torch.ones(2))  # left over from a run that broke off
+    trainer.args.max_steps = 1
     trainer.train()
-    assert ts(trainer)[0] == 0.5
+    assert ts(trainer) == [0.5]
     assert trainer._taid.state.loss == pytest.approx(models.steps(trainer)[-1]["soft"], rel=1e-5)
 
 
@@ -297,3 +300,35 @@ def test_teachers_that_know_a_few_entries_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"taid mixes .*, got a (Cached|Remote)Teacher"):
             DistillTrainer(models.llama(), args, models.Pad(), rows, teacher=teacher)
     remote.close()
+
+
+def test_schedules_and_t_move_together(tmp_path: Path) -> None:
+    trainer = distill(
+        tmp_path,
+        kind=SeesObjective,
+        taid=PUSHED,
+        max_steps=4,
+        alpha="linear:1.0->0.2@4",
+        temperature="linear:4.0->2.0@4",
+    )
+    trainer.train()
+    seen = [(x.alpha, x.spec.temperature, x.t) for _, x in trainer.seen]
+    moving = zip([1.0, 0.8, 0.6, 0.4], [4.0, 3.5, 3.0, 2.5], strict=True)
+    assert seen == [(pytest.approx(a), b, t) for (a, b), t in zip(moving, ts(trainer), strict=True)]
+    assert len(set(ts(trainer))) == 3
+
+
+def test_classifiers(tmp_path: Path) -> None:
+    def run(**changes: Any) -> Any:
+        trainer = classifying.trainer(tmp_path, alpha=0.5, max_steps=3, **changes)
+        trainer.train()
+        return trainer
+
+    plain, end, moved = (run(taid=taid) for taid in (None, {"t_start": 1.0}, PUSHED))
+    weights = [models.weights(x.model) for x in (plain, end, moved)]
+    assert models.difference(weights[0], weights[1]) == 0.0
+    assert models.difference(weights[0], weights[2]) > 1e-5
+    assert ts(moved)[2] > ts(moved)[1] == 0.5
+    first, want = models.steps(moved)[0], models.steps(plain)[0]
+    assert first["taid_teacher_kl"] == pytest.approx(want["soft"], rel=1e-5)
+    assert 0 < first["soft"] < 0.5 * want["soft"]

@@ -86,6 +86,8 @@ def test_not_adaptive_it_is_linear() -> None:
     for step, t in enumerate((0.35, 0.5, 0.65, 0.8), start=1):
         state = next_state(config, state, math.nan, step / 4)
         assert state == (pytest.approx(t), 0.0, None)
+    config = TaidConfig(t_start=0.3, t_end=0.9, adaptive=False)
+    assert next_state(config, state, math.nan, 1.0).t == 0.9  # the sum is rounded to more
 
 
 @pytest.mark.parametrize("value", [{}, "{}", TaidConfig()])
