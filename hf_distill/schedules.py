@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Union
+from typing import Any, Union, cast
 
 FORMS = (
     'a number, "0.5", "linear:4.0->1.0@1000", "cosine:4.0->1.0@1000", '
@@ -148,9 +148,8 @@ class Schedule:
         Args:
             points: from step to value, or pairs (step, value); steps ascend.
         """
-        pairs: Iterable[tuple[int, float]]
         pairs = points.items() if isinstance(points, Mapping) else points
-        return cls("piecewise", tuple((step, value) for step, value in pairs))
+        return cls("piecewise", tuple(cast("Iterable[tuple[int, float]]", pairs)))
 
     @classmethod
     def parse(cls, value: Union[float, str, "Schedule", None]) -> "Schedule":
