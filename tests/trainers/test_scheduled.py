@@ -381,6 +381,7 @@ def test_the_watchdog_does_not_take_a_schedule_for_a_collapse(
 
 def test_the_watchdog_takes_the_largest_temperature_for_its_limit(tmp_path: Path) -> None:
     """A uniform teacher is told from a hot softmax; a limit of the cold end would be below 0."""
-    (log, *_) = logs(distill(tmp_path, temperature="linear:1->0.1@6"))
+    settings: dict[str, Any] = {"watchdog": {"teacher_uniform": 0.01}}
+    (log, *_) = logs(distill(tmp_path, temperature="linear:1->0.1@6", **settings))
     assert log["teacher_entropy"] > 0.3
     assert "watchdog_teacher_uniform" not in log
