@@ -24,7 +24,7 @@ from hf_distill.alignment import Side
 from hf_distill.heads import Reader, Signal, causal_lm, vocab_size
 from hf_distill.layers import Watch
 from hf_distill.model_kinds import CLASSIFIER
-from hf_distill.teachers.protocol import Stateless, Teacher, check_kinds
+from hf_distill.teachers.protocol import Stateless, Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -175,14 +175,13 @@ class ModelTeacher(Stateless):
         """Move the model to the trainer's device, unless it is placed.
 
         Raises:
-            ValueError: it is the student's own object, or a classifier of other classes.
+            ValueError: it is the student's own object.
         """
         if self.model is student:
             raise ValueError(
                 "the teacher must not be the student's own object, which is frozen with it: use "
                 "SelfTeacher, or a copy"
             )
-        check_kinds(student, self.model)
         place(self.model, accelerator.device)
         self._reader = Reader("teacher", refusal)
 

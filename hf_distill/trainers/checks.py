@@ -13,7 +13,7 @@ from hf_distill.heads import causal_lm
 from hf_distill.hint_plans import plan_of
 from hf_distill.model_kinds import check_kind
 from hf_distill.offline import CachedTeacher
-from hf_distill.teachers import RemoteTeacher, Teacher, each_teacher
+from hf_distill.teachers import ModelTeacher, RemoteTeacher, Teacher, check_kinds, each_teacher
 from hf_distill.trainers import scheduled
 from hf_distill.trainers.groups import TokenWeightsConfig
 from hf_distill.trainers.unused import unused_weights
@@ -33,6 +33,8 @@ def check_setup(trainer: "DistillTrainer") -> None:
     _check_processes(trainer)
     low, high = scheduled.bounds(trainer.args, "temperature")
     for teacher in each_teacher(trainer.teacher):
+        if isinstance(teacher, ModelTeacher):
+            check_kinds(cast(nn.Module, trainer.model), teacher.model)
         if isinstance(teacher, RemoteTeacher) and (low, high) != (1.0, 1.0):
             raise ValueError(
                 "a remote teacher's log-probabilities are at temperature 1: set "

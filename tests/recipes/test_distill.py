@@ -1,6 +1,7 @@
 """Students of a teacher in miniature: what arms share, what they differ in, what is kept."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -285,3 +286,29 @@ def test_renormalised_entries_are_all_there_is(checkpoint: Path, gsm8k: Path, tm
     assert 0 < float(kept.max()) < 0.95  # 50 of 63 entries
     torch.testing.assert_close(alone.log_probs.exp(), whole.log_probs.exp() / kept)
     assert alone.log_tail.tolist() == [-torch.inf] * len(alone.ids)
+
+
+@pytest.mark.distributed
+def test_two_processes_train_and_write_what_one_does(
+    run, tmp_path: Path, checkpoint: Path, gsm8k: Path
+):
+    given = ["--arms", "sft", "cache", "--max_steps", 2]
+    one = run(distill, tmp_path / "one", *given)["arms"]
+    two = tmp_path / "two"
+    accelerate = Path(sys.executable).parent / "accelerate"
+    command = [accelerate, "launch", "--num_processes", 2, "--cpu", "--main_process_port", 29533]
+    command += [distill.__file__, "--teacher_name_or_path", checkpoint, "--dataset", gsm8k]
+    command += ["--output_dir", two, *FEW, *given, "--per_device_train_batch_size", 2]
+    done = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("| sft ") == 1  # the table is printed once
+    found = json.loads((two / "results.json").read_text())["arms"]
+    for name in ("sft", "cache"):
+        points = found[name]["0"]["heldout"]
+        assert points[0] == pytest.approx(one[name]["0"]["heldout"][0], rel=1e-5)
+        assert points[-1] == pytest.approx(one[name]["0"]["heldout"][-1], rel=1e-5)
+        assert points[-1] != pytest.approx(points[0], rel=1e-3)
+    shape_of(two / "distill.png")

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 ROOT = Path(lora_self_distill.__file__).parent.parent
 FEW = [
     "--num_eval", 4, "--num_other", 3, "--max_completion_length", 6, "--max_steps", 12,
-    "--per_device_train_batch_size", 4, "--learning_rate", 0.01, "--warmup_steps", 0,
+    "--per_device_train_batch_size", 4, "--learning_rate", 0.003, "--warmup_steps", 0,
     "--disable_tqdm", "true", "--use_cpu",
 ]  # fmt: skip
 

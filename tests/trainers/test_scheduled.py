@@ -349,6 +349,13 @@ def test_a_cache_must_have_every_temperature(tmp_path: Path) -> None:
     assert found[1]["loss"] == want[1]["loss"]
 
 
+def test_what_is_checked_of_a_schedule_has_its_ends_and_what_lies_between() -> None:
+    made = config(divergence="jsd", beta="linear:0->1@4", temperature="linear:1->3@4")
+    found = {(x.spec.resolved().kind, x.spec.temperature) for x in made.objectives()}
+    kinds = ("forward_kl", "jsd", "reverse_kl")
+    assert found == {(kind, temperature) for kind in kinds for temperature in (1.0, 2.0, 3.0)}
+
+
 @pytest.mark.filterwarnings("ignore:reverse_kl")
 def test_a_cache_must_serve_every_beta(tmp_path: Path) -> None:
     teacher = cached(tmp_path, Sampled(8))
@@ -370,3 +377,10 @@ def test_the_watchdog_does_not_take_a_schedule_for_a_collapse(
     entropies = [log["student_entropy"] for log in found]
     changed = max(entropies) / min(entropies)
     assert (changed > 2) == (text != "constant:2.0")
+
+
+def test_the_watchdog_takes_the_largest_temperature_for_its_limit(tmp_path: Path) -> None:
+    """A uniform teacher is told from a hot softmax; a limit of the cold end would be below 0."""
+    (log, *_) = logs(distill(tmp_path, temperature="linear:1->0.1@6"))
+    assert log["teacher_entropy"] > 0.3
+    assert "watchdog_teacher_uniform" not in log
