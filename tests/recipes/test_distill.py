@@ -182,7 +182,7 @@ def test_another_tokenizer_is_refused(run, tmp_path: Path, checkpoint: Path):
     tokenizer.add_tokens(["hello"])
     AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
-    with pytest.raises(ValueError, match="must share a tokenizer, got .*student and .*model"):
+    with pytest.raises(ValueError, match=r"must share a tokenizer, got .*student and .*model"):
         run(distill, tmp_path / "out", "--student_name_or_path", tmp_path / "student")
 
 
