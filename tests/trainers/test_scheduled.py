@@ -103,7 +103,7 @@ def one_value(make: Any, folder: Path, step: int, **changes: Any) -> dict[str, f
         (opsd, "temperature", Schedule.exponential(3.0, 1.0, 4)),
         (opsd, "alpha", Schedule.cosine(1.0, 0.2, 4)),
     ],
-    ids=str,
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_every_micro_batch_of_a_step_uses_the_steps_value(
     tmp_path: Path, make: Any, name: str, schedule: Schedule
