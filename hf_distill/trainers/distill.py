@@ -101,12 +101,12 @@ class DistillTrainer(StatefulTrainer):
         if self.teacher is None:
             check_without_teacher(self)
             return
-        self._weighing = weighing.for_trainer(self)
         self._scoring = Scoring(args.loss_settings())
         self._classification = classifiers.for_student(self)
         self._hard_loss = HardLoss(self)
         check_setup(self)
         self._vocabulary = Vocabulary(self)
+        self._weighing = weighing.for_trainer(self)
         classifiers.take_over_counting(self)
         refusal = self._hidden_states_refusal()
         self._reader = Reader("student", refusal, self._vocabulary.size)

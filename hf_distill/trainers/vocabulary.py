@@ -53,6 +53,8 @@ class Vocabulary:
         self._tokenizer = processing if isinstance(processing, PreTrainedTokenizerBase) else None
         self._universal = isinstance(trainer.objective, UniversalObjective)
         self._different: str | None = None
+        self._needs_one: str | None = None
+        self._is_one = False  # known to be the same
         self.size: int | None = None
         if trainer._classification is not None:  # logits of classes
             return
@@ -113,6 +115,7 @@ class Vocabulary:
                 "probabilities only, 'forward_kl' would compare those of each token",
                 UNIVERSAL,
             )
+            self._is_one = True
             return None
         return _both(one, other)
 
@@ -158,13 +161,18 @@ class Vocabulary:
         """Check a batch.
 
         Raises:
-            ValueError: it has teacher rows of another tokenizer, which the divergence does not
-                compare, or lacks them; or a labelled id is beyond what is used.
+            ValueError: it has teacher rows of another tokenizer, which the divergence or a setting
+                cannot compare, or lacks them; or a labelled id is beyond what is used.
         """
         own = pairs.has_own_tokens(batch)
         if own and not self._universal:
             raise ValueError(
                 f"a batch with {pairs.TEACHER_OWN_TOKENS} needs divergence {UNIVERSAL!r}"
+            )
+        if own and self._needs_one is not None and not self._is_one:
+            raise ValueError(
+                f"{self._needs_one} needs student and teacher to have one tokenizer, got a batch "
+                f"with {pairs.TEACHER_OWN_TOKENS}"
             )
         if self._different is not None and not own:
             raise ValueError(
@@ -202,8 +210,10 @@ class Vocabulary:
             what: the setting, for the error.
 
         Raises:
-            ValueError: the tokenizers are known to be different.
+            ValueError: the tokenizers are known to be different. Where they are not known, `check`
+                raises at the first batch with tokens of the teacher's own.
         """
+        self._needs_one = what
         if self._different is not None:
             raise ValueError(
                 f"{what} needs student and teacher to have one tokenizer, whose tokens stand at "

@@ -32,7 +32,7 @@ def for_trainer(trainer: "DistillTrainer") -> "Weighing":
     config = cast(TokenWeightsConfig, trainer.args.token_weights)
     around = config.by_class(), trainer.processing_class, config.reasoning
     weigh = TokenWeights(*around, config.around_reasoning())
-    size = vocab_size(causal_lm(cast(nn.Module, trainer.model)))
+    size = trainer._vocabulary.size or vocab_size(causal_lm(cast(nn.Module, trainer.model)))
     return Weighing(weigh, config.entropy, size)
 
 
@@ -143,6 +143,9 @@ class Weighing:
     @torch.no_grad()
     def _entropy_factor(self, signal: Signal, num_tokens: int) -> Tensor:
         share = entropy_share(signal, self.vocab)
+        if signal.paired is not None:  # where the teacher says nothing a token counts once
+            everywhere = share.new_zeros(signal.paired.shape)
+            share = everywhere.masked_scatter(signal.paired, share)
         if len(share) != num_tokens:
             raise ValueError(
                 "token_weights.entropy needs the teacher's entropy at each of the student's "

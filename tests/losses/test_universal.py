@@ -257,3 +257,27 @@ def test_what_cannot_be_compared_is_an_error(path: str) -> None:
 def test_settings_out_of_range(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
         UniversalObjective(0.5, **changes)
+
+
+@pytest.mark.parametrize("path", ["hidden", "logits"])
+def test_small_weights_do_not_vanish_in_float16(path: str) -> None:
+    """A long batch: of the order of 1e-8, less than float16's smallest number."""
+    exact = draw(11, 17)
+    exact |= {name: 1e-8 * exact[name] for name in ("weights", "hard_weights")}
+    exact["weights"][:4] = 0.0  # the hard loss's tokens still count
+    given = {k: v if v.dtype == torch.int64 else v.half() for k, v in exact.items()}
+    given |= {name: exact[name].float() for name in ("weights", "hard_weights")}
+    want = {k: v if v.dtype == torch.int64 else v.double() for k, v in given.items()}
+    grads = []
+    for values in (given, want):
+        hidden, weight = (values[name].clone().requires_grad_() for name in ("hidden", "weight"))
+        rest = (signal(values), values["targets"], values["weights"], values["hard_weights"])
+        if path == "hidden":
+            terms = UniversalObjective(0.5).from_hidden(hidden, Head(weight, None), *rest)
+        else:
+            terms = UniversalObjective(0.5).from_logits(hidden @ weight.T, *rest)
+        loss = 1e8 * terms.loss  # as a gradient scaler does
+        grads.append(torch.autograd.grad(loss, [hidden, weight]))
+    for one, two in zip(*grads, strict=True):
+        # float16 has 11 bits: of logits up to 10 and sums of 11 terms
+        torch.testing.assert_close(one.double(), two, rtol=0, atol=2e-2 * two.abs().max().item())

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,55 @@ def test_teachers_that_say_too_little(tmp_path: Path) -> None:
     cache_teacher(models.llama(1), models.problems(), tmp_path / "c", data_collator=collator)
     with pytest.raises(ValueError, match=r"a cached teacher .* divergence 'uld' reads"):
         distil(tmp_path, None, CachedTeacher(tmp_path / "c"), collator=collator)
+
+
+def test_hidden_layers_need_one_tokenizer(tmp_path: Path) -> None:
+    settings = {"hidden_layers": "last"}
+    with pytest.raises(ValueError, match=f"^hidden_layers needs .* one tokenizer, .* got {BOTH}"):
+        distil(tmp_path, **settings)
+    collator = UniversalCollator(WORDS, LETTERS)
+    hidden_by_a_function = distil(
+        tmp_path,
+        collator=lambda rows: collator(rows),
+        remove_unused_columns=False,
+        **settings,
+    )
+    with pytest.raises(ValueError, match=r"hidden_layers needs .* got a batch with teacher_own"):
+        hidden_by_a_function.train()
+    same = UniversalCollator(WORDS, WORDS)
+    trainer = distil(tmp_path, None, models.llama(1), collator=same, **settings)
+    trainer.train()
+    assert all(log["hidden"] > 0 for log in models.steps(trainer))
+
+
+def test_unsure_teachers_of_other_tokens_weigh_those_beside_theirs(tmp_path: Path) -> None:
+    trainer = distil(
+        tmp_path, reader(0), models.llama(1), collator=UniversalCollator(LETTERS, WORDS),
+        tokenizer=LETTERS, token_weights={"entropy": 0.5}, max_steps=1, temperature=1.0,
+    )  # fmt: skip
+    trainer.train()
+    (log,) = models.steps(trainer)
+    # the mean of 1 + 0.5 H / ln V over the tokens with a pair, and of 1 over the others
+    share = log["teacher_entropy"] / math.log(models.VOCAB)
+    assert log["entropy_factor"] == pytest.approx(1 + 0.5 * log["paired"] * share, rel=1e-5)
+    assert share > 0.1
+    assert log["paired"] < 0.6
+
+
+def test_taid_is_not_of_other_tokens(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="taid needs divergence 'forward_kl', got 'uld'"):
+        DistillConfig(**models.options(tmp_path, divergence="uld", taid={}))
+
+
+def test_temperature_and_alpha_may_move(tmp_path: Path) -> None:
+    moving = {"temperature": "linear:3.0->1.0@2", "alpha": "linear:1.0->0.0@2"}
+    trainer = distil(tmp_path, **moving)
+    trainer.train()
+    first, _, last = models.steps(trainer)
+    assert first["loss"] == pytest.approx(first["soft"], rel=1e-5)
+    assert last["loss"] == pytest.approx(last["hard"], rel=1e-5)
+    with pytest.raises(ValueError, match="a schedule of beta needs a divergence that reads it"):
+        distil(tmp_path, beta="linear:0.1->0.9@2")
 
 
 def test_what_needs_one_tokenizer_can_ask(tmp_path: Path) -> None:

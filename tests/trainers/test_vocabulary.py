@@ -96,8 +96,11 @@ def test_padded_entries_take_no_part(tmp_path: Path, family: str) -> None:
         {"divergence": "k3", "temperature": 1.0},
         {"divergence": "reverse_kl", "alpha": 1.0},
         {"label_smoothing_factor": 0.1},
+        {"taid": {}},
+        {"hidden_layers": "last"},
+        {"token_weights": {"entropy": 0.5}},
     ],
-    ids=["sampled", "soft alone", "label smoothing"],
+    ids=["sampled", "soft alone", "label smoothing", "taid", "hidden", "entropy"],
 )
 def test_every_loss_is_cut(tmp_path: Path, changes: dict[str, Any]) -> None:
     padded = distil(tmp_path, models.llama(), teacher(), **changes)
@@ -156,6 +159,7 @@ def test_an_own_loss_function_sees_what_is_cut(tmp_path: Path) -> None:
     same_runs(*runs)
 
 
+@pytest.mark.parametrize("changes", [{}, {"token_weights": {"entropy": 0.5}}], ids=["", "entropy"])
 @pytest.mark.parametrize(
     "codec",
     [
@@ -165,15 +169,15 @@ def test_an_own_loss_function_sees_what_is_cut(tmp_path: Path) -> None:
     ],
     ids=["top k", "draws", "dense"],
 )
-def test_a_cached_teacher(tmp_path: Path, codec: Any) -> None:
+def test_a_cached_teacher(tmp_path: Path, codec: Any, changes: dict[str, Any]) -> None:
     collator = HintCollator(WORDS, ())
     for name, model in (("padded", teacher()), ("bare", unpadded(teacher()))):
         cache_teacher(model, models.problems(), tmp_path / name, codec=codec,
                       data_collator=collator, batch_size=3, shard_rows=4)  # fmt: skip
-    padded = distil(tmp_path, models.llama(), CachedTeacher(tmp_path / "padded"))
+    padded = distil(tmp_path, models.llama(), CachedTeacher(tmp_path / "padded"), **changes)
     bare = CachedTeacher(tmp_path / "bare")
     # what is stored is rounded to 16 bits, here and there alike but for the last of them
-    same_runs(padded, distil(tmp_path, unpadded(models.llama()), bare), tolerance=2e-5)
+    same_runs(padded, distil(tmp_path, unpadded(models.llama()), bare, **changes), tolerance=2e-5)
 
 
 def test_a_remote_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,6 +238,13 @@ def test_reused_completions_are_weighed_by_what_is_cut(tmp_path: Path) -> None:
     trainer.train()
     assert models.steps(trainer)[0]["importance_ratio"] == pytest.approx(1.0, abs=1e-6)
     assert models.steps(trainer)[1]["importance_ratio"] != pytest.approx(1.0, abs=1e-6)
+
+
+def test_the_log_probs_of_reused_completions_have_no_label_beyond_the_cut(tmp_path: Path) -> None:
+    rows = [{"input_ids": [5, 6, 7, 8], "attention_mask": [1] * 4, "labels": [-100, 6, 44, 8]}]
+    trainer = distil(tmp_path, models.llama(), teacher())
+    with pytest.raises(ValueError, match="labels of row 0, position 2, is 44"):
+        trainer.behaviour_log_probs(models.Pad()(rows))
 
 
 def test_a_label_beyond_the_cut_is_named(tmp_path: Path) -> None:
