@@ -148,8 +148,7 @@ class Schedule:
         Args:
             points: from step to value, or pairs (step, value); steps ascend.
         """
-        pairs: Iterable[tuple[int, float]]
-        pairs = points.items() if isinstance(points, Mapping) else points
+        pairs: Any = points.items() if isinstance(points, Mapping) else points
         return cls("piecewise", tuple((step, value) for step, value in pairs))
 
     @classmethod

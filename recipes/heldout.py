@@ -4,6 +4,7 @@ import time
 from typing import Any, NamedTuple
 
 import math_tasks
+from accelerate import PartialState
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
@@ -51,6 +52,24 @@ class Distance(NamedTuple):
     kl: float
 
 
+def even_batch_size(num_rows: int, num_processes: int, largest: int) -> int:
+    """Rows per batch and process, at most `largest`, such that all processes have as many batches.
+
+    Otherwise rows would be repeated to fill the last batches, and would count more than others.
+
+    Raises:
+        ValueError: `num_processes` does not divide `num_rows`.
+    """
+    if num_processes == 1:
+        return largest
+    if num_rows % num_processes:
+        raise ValueError(
+            f"held-out rows must be a multiple of the {num_processes} processes, got {num_rows}"
+        )
+    share = num_rows // num_processes
+    return next(size for size in range(min(largest, share), 0, -1) if share % size == 0)
+
+
 class Judge:
     """Measures a student whenever it is called.
 
@@ -60,6 +79,9 @@ class Judge:
         collator: of the rows.
         rows: that are held out.
         config: whose device, precision, batch size and output folder are used.
+
+    Raises:
+        ValueError: the rows cannot be shared evenly by the processes.
     """
 
     def __init__(
@@ -82,7 +104,9 @@ class Judge:
             bf16=config.bf16,
             fp16=config.fp16,
             dataloader_pin_memory=config.dataloader_pin_memory,
-            per_device_eval_batch_size=config.per_device_eval_batch_size,
+            per_device_eval_batch_size=even_batch_size(
+                len(rows), PartialState().num_processes, config.per_device_eval_batch_size
+            ),
         )
         self._trainer = DistillTrainer(
             student,
@@ -125,7 +149,8 @@ class HeldOut(TrainerCallback):
     def measure(self, step: int) -> None:
         """Take a point."""
         began = time.perf_counter()
-        self.points.append((step, *self.judge()))
+        loss, kl = self.judge()
+        self.points.append((step, loss, kl))
         self.seconds += time.perf_counter() - began
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

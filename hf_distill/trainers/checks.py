@@ -16,7 +16,7 @@ from hf_distill.offline import CachedTeacher
 from hf_distill.teachers import ModelTeacher, RemoteTeacher, Teacher, check_kinds, each_teacher
 from hf_distill.trainers import scheduled
 from hf_distill.trainers.groups import TokenWeightsConfig
-from hf_distill.trainers.unused import unused_weights
+from hf_distill.trainers.unused import unused_anywhere
 
 if TYPE_CHECKING:
     from hf_distill.trainers.distill import DistillTrainer
@@ -78,7 +78,7 @@ def check_unweighted(weights: Sequence[Tensor | None]) -> None:
 
 def _check_token_weights(trainer: "DistillTrainer") -> None:
     config = cast(TokenWeightsConfig, trainer.args.token_weights)
-    for text in unused_weights(trainer.args):
+    for text in unused_anywhere(trainer.args):
         logger.warning("a setting is not used: %s", text)
     whole = config.entropy > 0 or config.around_reasoning() is not None
     split = trainer.get_cp_size() * trainer.get_sp_size()

@@ -113,8 +113,8 @@ def _check_settings(trainer: "DistillTrainer") -> None:
         )
     if not isinstance(trainer.objective, losses.Objective):
         raise ValueError(
-            f"divergence {args.divergence!r} is one of tokens, and a classifier has none: take "
-            "another divergence"
+            f"divergence {args.divergence!r} is one of tokens, sampled or of two vocabularies, and "
+            "a classifier has classes: take a kind of metal_ops.DivergenceSpec"
         )
     fields = {field.name: field for field in dataclasses.fields(args)}
     for name in TOKEN_SETTINGS:

@@ -182,7 +182,9 @@ class DistillTrainer(StatefulTrainer):
         outputs, own_outputs = None, return_outputs or self.has_own_hard_loss()
         at_head = not own_outputs and signal.logits is None
         at_head = at_head and self._reader.reads_hidden(model, side.inputs)
-        with nullcontext() if self._layers is None else self._layers.watching(side) as seen:
+        layers = self._layers
+        watching: Any = nullcontext() if layers is None else layers.watching(side)
+        with watching as seen:
             if own_outputs:
                 asked = self._hard_loss.arguments(inputs["labels"], num_items_in_batch)
                 outputs = model(**self._reader.forward_inputs(model, side.inputs), **asked)

@@ -163,9 +163,9 @@ def test_alpha_zero_and_no_labelled_row(tmp_path: Path) -> None:
             {"hidden_layers": "last"},
             "hidden_layers are about tokens, of which a clas",
         ),
-        ({"divergence": "k3"}, "divergence 'k3' is one of tokens"),
-        ({"divergence": "uld"}, "divergence 'uld' is one of tokens, and a classifier has none"),
+        ({"divergence": "k3"}, "divergence 'k3' is one of tokens, sampled or"),
         ({"divergence": "policy_gradient"}, "divergence 'policy_gradient' is one of tokens"),
+        ({"divergence": "uld"}, "divergence 'uld' is one of tokens"),
         ({"data_collator": HintCollator(models.tokenizer())}, "a HintCollator makes rows of sc"),
         ({"label_names": ["start", "end"]}, r"one name of its labels, got label_names \['start'"),
         (

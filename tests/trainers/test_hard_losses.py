@@ -133,7 +133,7 @@ def distil(
 ) -> DistillTrainer:
     collator = changes.pop("collator", models.Pad())
     args = DistillConfig(**models.options(folder, **{"alpha": 0.0} | changes))
-    rows, teacher = models.rows(ignored=1), models.llama(1)
+    rows, teacher = models.rows(), models.llama(1)
     trainer = kind(student, args, collator, rows, teacher=teacher, **extra or {})
     trainer.train()
     return trainer
@@ -144,7 +144,7 @@ def test_alpha_zero_is_trainer_on_every_path(tmp_path: Path, path: str) -> None:
     """Loss and weights; labels that are not shifted, or twice, would show."""
     make, kind, settings, extra = PATHS[path]
     args = TrainingArguments(**models.options(tmp_path, **settings))
-    plain = Trainer(make(), args, models.Pad(), models.rows(ignored=1), **extra)
+    plain = Trainer(make(), args, models.Pad(), models.rows(), **extra)
     plain.train()
     found = distil(tmp_path, make(), kind, extra, **settings)
     for log, want in zip(models.steps(found), models.steps(plain), strict=True):
@@ -258,7 +258,7 @@ def test_a_registered_loss_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("own", ["instance", "penalty"])
 def test_evaluation_reads_it_too(tmp_path: Path, own: str) -> None:
     trainer = distil(tmp_path, OWN[own](), max_steps=1, learning_rate=0.0)
-    rows = models.rows(4, ignored=1)
+    rows = models.rows(4)
     with_outputs = trainer.predict(rows).metrics["test_loss"]
     assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(with_outputs, rel=1e-6)
     assert with_outputs == pytest.approx(trainer.state.log_history[0]["loss"], rel=1e-6)
@@ -272,7 +272,7 @@ def test_what_an_own_loss_cannot_be_combined_with(tmp_path: Path, own: str) -> N
 
     message = "weights of tokens reach neither label smoothing nor compute_loss_func nor a model's"
     with pytest.raises(ValueError, match=message):
-        distil(tmp_path, OWN[own](), collator=collate, remove_unused_columns=False)
+        distil(tmp_path, OWN[own](), collator=collate, remove_unused_columns=False, max_steps=1)
     settings = {"alpha": 0.5, "anchor_weight": 0.1, "max_completion_length": 8}
     config = OPSDConfig(**models.options(tmp_path, **settings))
     tokenizer, data = models.tokenizer(), models.problems()
@@ -285,7 +285,7 @@ def test_a_micro_batch_without_labels(tmp_path: Path) -> None:
 
     def collate(rows: list[Any]) -> dict[str, Tensor]:
         batch = models.Pad()(rows)
-        if rows[0]["input_ids"] == models.rows(ignored=1)[0]["input_ids"]:
+        if rows[0]["input_ids"] == models.rows()[0]["input_ids"]:
             batch["labels"].fill_(-100)
         return batch
 

@@ -103,7 +103,7 @@ def one_value(make: Any, folder: Path, step: int, **changes: Any) -> dict[str, f
         (opsd, "temperature", Schedule.exponential(3.0, 1.0, 4)),
         (opsd, "alpha", Schedule.cosine(1.0, 0.2, 4)),
     ],
-    ids=str,
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_every_micro_batch_of_a_step_uses_the_steps_value(
     tmp_path: Path, make: Any, name: str, schedule: Schedule
@@ -381,6 +381,7 @@ def test_the_watchdog_does_not_take_a_schedule_for_a_collapse(
 
 def test_the_watchdog_takes_the_largest_temperature_for_its_limit(tmp_path: Path) -> None:
     """A uniform teacher is told from a hot softmax; a limit of the cold end would be below 0."""
-    (log, *_) = logs(distill(tmp_path, temperature="linear:1->0.1@6"))
+    settings: dict[str, Any] = {"watchdog": {"teacher_uniform": 0.01}}
+    (log, *_) = logs(distill(tmp_path, temperature="linear:1->0.1@6", **settings))
     assert log["teacher_entropy"] > 0.3
     assert "watchdog_teacher_uniform" not in log
