@@ -15,9 +15,15 @@ is the same up to a factor: lambda = alpha * scale / (1 - alpha), where scale is
 scaling, so that alpha = 0.6 without scaling is lambda = 1.5. Two more differences: the release of
 the paper takes the mean over the compared tokens of a row and then over the rows of a micro-batch;
 here the sum over tokens is divided by the number of labelled tokens of the whole optimizer step, so
-that neither the size of micro-batches nor a student's token without a teacher's beside it changes
-what another token counts. And at a temperature T far above 1 this loss and its gradient fall as
-1 / T, not as 1 / T² like those of a KL divergence: "t2" then raises its share.
+that a token counts alike in short and long rows and in any micro-batch. The student's tokens
+without a teacher's beside them are among those.
+
+Temperatures above 1 take more from this loss than from a KL divergence. Both sides go towards
+uniform, and where the student's vocabulary is the smaller one its sorted probabilities are then all
+above the teacher's: the gradient is 0, whatever the logits. With random logits of 49,152 and
+151,936 entries (standard deviations 3 and 4) its norm at temperature 2, 4 and 8 is 6 %, 0.2 % and
+0.02 % of that at 1, and 0 at 16. With equal vocabularies it falls as 1 / T at large T, not as
+1 / T² like that of a KL divergence, so that "t2" raises its share. The release has 1.
 
 Source:
     N. Boizard et al., "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss

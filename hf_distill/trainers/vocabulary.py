@@ -19,6 +19,7 @@ from hf_distill.teachers import (
     Teacher,
     each_teacher,
 )
+from hf_distill.trainers import scheduled
 from hf_distill.universal import UniversalCollator
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class Vocabulary:
         if self._universal:
             _check_dense(teachers)
             self._different = self._check_universal(collator, teachers, student)
+            _warn_of_temperature(trainer, teachers, student)
             return
         divergence = trainer.args.divergence
         if collator is not None:
@@ -246,6 +248,20 @@ def _check_dense(teachers: Sequence[Teacher]) -> None:
                 f"divergence {UNIVERSAL!r} sorts the teacher's whole distribution, of which a "
                 f"remote teacher says the top {teacher.top_k}"
             )
+
+
+def _warn_of_temperature(
+    trainer: "DistillTrainer", teachers: Sequence[Teacher], student: int | None
+) -> None:
+    """Say that a high temperature leaves a smaller student no gradient."""
+    highest = scheduled.bounds(trainer.args, "temperature")[1]
+    largest = max((getattr(teacher, "vocab_size", None) or 0 for teacher in teachers), default=0)
+    if highest > 1.0 and student is not None and largest > student:
+        logger.warning(
+            "divergence %r at temperature %g: its gradient vanishes above temperature 1 where the "
+            "teacher's vocabulary is the larger one (%d entries, the student's %d); take 1",
+            *(UNIVERSAL, highest, largest, student),
+        )
 
 
 def _check_ids(tokenizer: PreTrainedTokenizerBase, size: int | None, side: str) -> None:

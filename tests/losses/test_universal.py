@@ -156,6 +156,20 @@ def test_it_does_not_know_which_token_is_meant() -> None:
     assert sorted_distance(spread, sure).item() == pytest.approx(2 - 2e-3, rel=1e-5)
 
 
+def test_a_high_temperature_leaves_no_gradient_to_the_smaller_vocabulary() -> None:
+    torch.manual_seed(4)
+    z, w = 3 * torch.randn(4, 40).double(), 3 * torch.randn(4, 400).double()
+    for first, second, is_left in ((z, w, False), (w, z, True)):
+        norms = []
+        for temperature in (1.0, 64.0):
+            x = first.clone().requires_grad_()
+            q, p = ((y / temperature).softmax(-1) for y in (x, second))
+            norms.append(torch.autograd.grad(sorted_distance(q, p).sum(), x)[0].norm())
+        assert norms[0] > 0.1
+        assert (norms[1] > 1e-4) == is_left
+        assert is_left or norms[1] < 1e-15
+
+
 @pytest.mark.parametrize("path", ["hidden", "logits"])
 def test_metrics(path: str) -> None:
     given = draw(11, 17)

@@ -169,6 +169,20 @@ def test_one_tokenizer_is_allowed_and_said(
         assert mine == pytest.approx(theirs, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("size", "temperature", "is_said"), [(70, 2.0, True), (70, 1.0, False), (49, 2.0, False)]
+)
+def test_a_temperature_that_leaves_little_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, size: int, temperature: float, is_said: bool
+) -> None:
+    with caplog.at_level(logging.WARNING, "hf_distill"):
+        distil(tmp_path, None, reader(vocab_size=size), temperature=temperature)
+    said = [r.getMessage() for r in caplog.records if "gradient vanishes" in r.getMessage()]
+    assert bool(said) == is_said
+    assert not said or "temperature 2: " in said[0]
+    assert not said or "(70 entries, the student's 61); take 1" in said[0]
+
+
 def test_a_hinted_self_teacher(tmp_path: Path) -> None:
     settings = {"divergence": "uld", "on_policy": False}
     trainer = OPSDTrainer(
