@@ -232,19 +232,23 @@ def load_material(recipe: ComparisonArguments) -> Material:
     Raises:
         ValueError: the student has another tokenizer, or there are too few short rows.
     """
-    names = [recipe.teacher_name_or_path, recipe.student_name_or_path]
+    own = recipe.student_name_or_path
     with PartialState().main_process_first():  # one process converts, the others find the result
-        paths = [None if name is None else resolve_model(name) for name in names]
-    tokenizer = AutoTokenizer.from_pretrained(paths[0])
-    teacher: PreTrainedModel = AutoModelForCausalLM.from_pretrained(paths[0]).eval()
-    if paths[1] is None:
+        path = resolve_model(recipe.teacher_name_or_path)
+        own_path = None if own is None else resolve_model(own)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    teacher: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path).eval()
+    if own_path is None:
         every = KEEP_EVERY if recipe.keep_every is None else recipe.keep_every
         start = keep_layers(teacher, every)
     else:
-        other = AutoTokenizer.from_pretrained(paths[1])
+        other = AutoTokenizer.from_pretrained(own_path)
         if other.get_vocab() != tokenizer.get_vocab():
-            raise ValueError(f"student and teacher must share a tokenizer, got {names[::-1]}")
-        start = AutoModelForCausalLM.from_pretrained(paths[1])
+            raise ValueError(
+                "student and teacher must share a tokenizer, got those of "
+                f"{own!r} and {recipe.teacher_name_or_path!r}"
+            )
+        start = AutoModelForCausalLM.from_pretrained(own_path)
     torch.nn.Module.to(start, dtype=torch.float32)  # small updates would be lost in 16 bits
     collator = HintCollator(tokenizer, [])
     task = math_tasks.gsm8k(recipe.dataset, 10**6)
