@@ -232,23 +232,23 @@ def load_material(recipe: ComparisonArguments) -> Material:
     Raises:
         ValueError: the student has another tokenizer, or there are too few short rows.
     """
-    named = recipe.student_name_or_path
+    own = recipe.student_name_or_path
     with PartialState().main_process_first():  # one process converts, the others find the result
         path = resolve_model(recipe.teacher_name_or_path)
-        student_path = None if named is None else resolve_model(named)
+        own_path = None if own is None else resolve_model(own)
     tokenizer = AutoTokenizer.from_pretrained(path)
     teacher: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path).eval()
-    if student_path is None:
+    if own_path is None:
         every = KEEP_EVERY if recipe.keep_every is None else recipe.keep_every
         start = keep_layers(teacher, every)
     else:
-        other = AutoTokenizer.from_pretrained(student_path)
+        other = AutoTokenizer.from_pretrained(own_path)
         if other.get_vocab() != tokenizer.get_vocab():
             raise ValueError(
-                f"student and teacher must share a tokenizer, got {named} and "
-                f"{recipe.teacher_name_or_path}"
+                "student and teacher must share a tokenizer, got those of "
+                f"{own!r} and {recipe.teacher_name_or_path!r}"
             )
-        start = AutoModelForCausalLM.from_pretrained(student_path)
+        start = AutoModelForCausalLM.from_pretrained(own_path)
     torch.nn.Module.to(start, dtype=torch.float32)  # small updates would be lost in 16 bits
     collator = HintCollator(tokenizer, [])
     task = math_tasks.gsm8k(recipe.dataset, 10**6)

@@ -149,8 +149,8 @@ class HeldOut(TrainerCallback):
     def measure(self, step: int) -> None:
         """Take a point."""
         began = time.perf_counter()
-        loss, kl = self.judge()
-        self.points.append((step, loss, kl))
+        found = self.judge()
+        self.points.append((step, found.loss, found.kl))
         self.seconds += time.perf_counter() - began
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -1,5 +1,6 @@
 """What the public ops share: statistics, checks, and how gradients are asked for."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -68,13 +69,18 @@ def unit(
     """Weights and their unit: gradients formed with them fit into float16.
 
     Towards both ends of beta a JSD fades, to beta (1 - beta) times a KL: in units of the weights
-    alone its gradient would fade to zero, also for who divides by that again.
+    alone its gradient would fade to zero, also for who divides by that again. The factor for it is
+    a power of two, which rounds nothing.
     """
     if dtype != torch.float16:
         return weights, 1.0
     fades = spec.resolved().kind == "jsd"
     size = 1 - alpha + alpha * (spec.beta * (1 - spec.beta) if fades else 1.0)
-    unit = weights.abs().max() * size if len(weights) else weights.new_ones(())
+    unit = (
+        weights.abs().max() * 2.0 ** math.ceil(math.log2(size))
+        if len(weights)
+        else weights.new_ones(())
+    )
     unit = torch.where(unit > 0, unit, 1.0)
     return weights / unit, unit
 

@@ -104,6 +104,7 @@ def test_the_control_is_a_plain_trainer_and_the_measures_are_their_definitions(
     plain.train()
     losses = [log["loss"] for log in plain.state.log_history if "loss" in log]
     assert [log["loss"] for log in found["log_history"]] == pytest.approx(losses, rel=1e-6)
+    assert found["seconds"] > 0
     assert abs(losses[0] - losses[-1]) > 1e-3
     assert found["heldout"][0][1] == pytest.approx(before, rel=1e-6)
     assert found["heldout"][-1][1] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-6)
@@ -177,12 +178,24 @@ def test_a_student_by_name_with_dropout_is_not_disturbed_by_measuring(
     assert often["log_history"][-1]["hidden"] > 0
 
 
+def test_the_student_of_a_16_bit_teacher_has_32_bits(checkpoint: Path, gsm8k: Path, tmp_path: Path):
+    folder = tmp_path / "teacher"
+    AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
+    given = {"dataset": str(gsm8k), "num_rows": 1, "num_eval": 1, "keep_every": 2}
+    made = comparison.load_material(comparison.ComparisonArguments(str(folder), **given))
+    assert made.teacher.dtype == torch.bfloat16
+    assert made.start.dtype == torch.float32
+    assert (len(made.start.model.layers), len(made.teacher.model.layers)) == (2, 3)
+    assert (len(made.train), len(made.test)) == (1, 1)
+
+
 def test_another_tokenizer_is_refused(run, tmp_path: Path, checkpoint: Path):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     tokenizer.add_tokens(["hello"])
     AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
-    with pytest.raises(ValueError, match=r"must share a tokenizer, got .*student and .*model"):
+    with pytest.raises(ValueError, match=r"must share a tokenizer, got those of '.*student' and"):
         run(distill, tmp_path / "out", "--student_name_or_path", tmp_path / "student")
 
 

@@ -148,7 +148,7 @@ def test_another_vocabulary() -> None:
             prepared(teacher, student)
         teacher.close()
         small = RemoteTeacher(state.url, "tiny", V - 19)
-        with pytest.raises(ValueError, match=f"student's vocabulary, got {V - 19} and {V - 20}"):
+        with pytest.raises(ValueError, match=f"and vocab_size, got {V - 19} and {V - 20}"):
             prepared(small, student)
         small.close()
 
