@@ -11,6 +11,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from hf_distill import pairs
+
 IGNORE_INDEX = -100
 NO_TOKEN = -1  # padding of an index map
 SHOWN = 3  # ids in an error
@@ -148,13 +150,15 @@ RULES = {
     "labels": "labels must be the input_ids at their positions, or -100",
     "map": "labels must stand at the positions that completion_index names, and nowhere else",
     "tokens": "student and teacher must score the same tokens",
+    "pairs": pairs.RULE,
     "end": "the end token behind the last scored token must be scored",
 }
 NEEDED = ("input_ids", "labels", "teacher_attention_mask", "teacher_completion_index")
 
 
 def _sides(batch: Mapping[str, Any]) -> tuple[_Rows, _Rows]:
-    missing = [name for name in NEEDED if batch.get(name) is None]
+    needed = (*NEEDED, *INDEX_MAPS[:1]) if pairs.has_own_tokens(batch) else NEEDED
+    missing = [name for name in needed if batch.get(name) is None]
     if missing:
         raise AlignmentError(f"a batch with teacher_input_ids needs {missing[0]}, it has none")
     student = _Rows.of(
@@ -179,7 +183,10 @@ def _broken(batch: Mapping[str, Any], end_ids: Sequence[int]) -> dict[str, Tenso
     if index is not None:
         broken["index"] = _outside(index, ids.shape[1])
         broken["map"] = _shifted(predicts_from_index(index, ids.shape[1])) != student.scored
-    broken["tokens"] = student.tokens(width) != teacher.tokens(width)
+    if pairs.has_own_tokens(batch):
+        broken["pairs"] = pairs.broken(batch["completion_index"], batch["teacher_completion_index"])
+    else:
+        broken["tokens"] = student.tokens(width) != teacher.tokens(width)
     broken["end"] = student.ends(end_ids)
     return broken
 

@@ -1,11 +1,72 @@
 """Hints that are cut to fit a budget of tokens."""
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from hf_distill.hints import Placed
+from hf_distill.alignment import Rendered
+from hf_distill.hints import Placed, Prompt
+
+SHOWN_CHARACTERS = 60  # of a prompt in an error
+
+# [B] bool, in batches of a collator that shortens hints, and of one that leaves them out
+TRUNCATED, DROPPED = "teacher_hint_truncated", "teacher_hint_dropped"
+
+
+class Made(NamedTuple):
+    """Both sides of a row."""
+
+    student: Rendered
+    teacher: Rendered
+    truncated: bool  # whether hints were
+    hints: Sequence[str] = ()  # as they stand in the teacher's row
+    dropped: bool = False  # whether they were left out, all of them
+
+    def without_hints(self) -> "Made":
+        """The same tokens scored, and the teacher reads what the student reads."""
+        return Made(self.student, self.student, truncated=False, dropped=bool(self.hints))
+
+
+def check(prompt: Prompt, what: str, length: int, budget: int | None) -> None:
+    """A row's prompt, hint or completion (`what`) must have at most `budget` tokens.
+
+    Raises:
+        ValueError: it has more; naming the row by its prompt.
+    """
+    if budget is not None and length > budget:
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        raise ValueError(
+            f"the {what} of {str(text)[:SHOWN_CHARACTERS]!r}... has {length} tokens, "
+            f"max_{what}_length is {budget}"
+        )
+
+
+def fitted(
+    student: Rendered,
+    hints: Sequence[Placed],
+    teacher: Callable[[Sequence[Placed]], Rendered],
+    budget: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Made:
+    """Both sides of a row whose hints are over their budget, cut until they fit.
+
+    The teacher's side is still too long if nothing is left to cut.
+
+    Args:
+        student: its side.
+        hints: uncut.
+        teacher: its side, with some hints.
+        budget: tokens that the hints may add.
+        tokenizer: of the hints.
+    """
+    made = teacher(hints)
+    while (excess := len(made.ids) - len(student.ids) - budget) > 0:
+        shorter = shortened(hints, excess, tokenizer)
+        if shorter is None:
+            break
+        hints, made = shorter, teacher(shorter)
+    return Made(student, made, True, [hint.text for hint in hints])
 
 
 def shortened(

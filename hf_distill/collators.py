@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -11,27 +11,18 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_distill import alignment, budgets
 from hf_distill.alignment import Rendered
+from hf_distill.budgets import DROPPED, TRUNCATED, Made
 from hf_distill.dialogues import SCORED, continuation, render, scored_messages, splice
 from hf_distill.episodes import Episode
-from hf_distill.hints import Hint, Messages, Placed, Prompt, Row, insert_all, placed
+from hf_distill.hint_plans import HintPlan, Value
+from hf_distill.hints import Hint, Messages, Placed, Prompt, Row, check_before, insert_all, placed
 
-SHOWN_CHARACTERS = 60
 SHOWN_TOKENS = 8
 TRUNCATIONS = ("error", "hint")
-TRUNCATED = "teacher_hint_truncated"  # [B] bool, in batches of a collator that shortens hints
 
 Given = TypeVar("Given")
 Result = TypeVar("Result")
 Hints = Hint | str | Callable[[Row], str | None] | Sequence[Hint]
-
-
-class Made(NamedTuple):
-    """Both sides of a row."""
-
-    student: Rendered
-    teacher: Rendered
-    truncated: bool  # whether hints were
-    hints: Sequence[str] = ()  # as they stand in the teacher's row
 
 
 class HintCollator:
@@ -51,17 +42,22 @@ class HintCollator:
         scored: which replies of a completion of messages are scored: "all"; "hinted", the first
             behind each hint; "after_hint", all behind the first.
         max_prompt_length: tokens of the student's context, or None for no limit.
-        max_hint_length: tokens that the hints add to the teacher's row, or None.
+        max_hint_length: tokens that the hints add to the teacher's row, or None; a number, or, with
+            truncation "hint", a schedule such as "linear:64->8@500", rounded down.
         max_completion_length: tokens of a completion from the data, or None.
         truncation: what happens to hints over their budget: "error", or "hint", which cuts the end
             of the longest until they fit, and counts (`hints_truncated` in the trainer's log).
-            Prompts and completions are never cut.
+            Prompts and completions are never cut. Hints that cannot be cut to a scheduled length
+            are left out.
+        hint_dropout: share of the rows, in [0, 1], whose teacher reads what the student reads, all
+            hints left out, while the same tokens are scored; a number, or a schedule over optimizer
+            steps. In training only.
         chat_template_kwargs: passed to the chat template on both sides (enable_thinking, tools).
 
     Raises:
-        ValueError: `scored` or `truncation` is unknown. When a batch is made: a column is missing,
-            a completion is empty or has no scored reply, or a length exceeds its budget. The
-            message names the row, the rule and the value.
+        ValueError: an argument is unknown or out of range. When a batch is made: a column is
+            missing, a completion is empty or has no scored reply, or a length exceeds its budget.
+            The message names the row, the rule and the value.
     """
 
     def __init__(
@@ -73,9 +69,10 @@ class HintCollator:
         completion_column: str = "completion",
         scored: str = "all",
         max_prompt_length: int | None = None,
-        max_hint_length: int | None = None,
+        max_hint_length: Value | None = None,
         max_completion_length: int | None = None,
         truncation: str = "error",
+        hint_dropout: Value = 0.0,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         for name, value, choices in (
@@ -92,13 +89,45 @@ class HintCollator:
         self.prompt_column = prompt_column
         self.completion_column = completion_column
         self.max_prompt_length = max_prompt_length
-        self.max_hint_length = max_hint_length
+        plan = HintPlan.of(hint_dropout, max_hint_length, truncation)
+        if plan.depends_on_step and not self.hints:
+            raise ValueError(f"{plan.refusal()}, and there are no hints")
+        self.hint_plan = plan if plan.depends_on_step else None
+        self.max_hint_length, self._draw, self._leaves_out = plan.length_at(0), None, False
         self.max_completion_length = max_completion_length
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """A training batch from rows with completions: see `alignment.build_batch`."""
-        return self._batch([self._in_row(i, self._row, row) for i, row in enumerate(rows)])
+        return self._batch(self._all(self._row, rows))
+
+    def at(self, step: int, seed: int | None = None) -> "HintCollator":
+        """The collator of one optimizer step. Trainers call it; fixed settings need no step.
+
+        Args:
+            step: optimizer steps taken.
+            seed: of the training, to drop hints; None keeps them, as evaluation does.
+        """
+        if self.hint_plan is None:
+            return self
+        fixed, plan = copy.copy(self), self.hint_plan
+        fixed.hint_plan, fixed.max_hint_length = None, plan.length_at(step)
+        fixed._draw = None if seed is None else plan.draw(step, seed)
+        fixed._leaves_out = plan.length_changes
+        return fixed
+
+    def _all(self, make: Callable[[Given], Made], given: Sequence[Given]) -> list[Made]:
+        """Both sides of some rows, without the hints that the step drops."""
+        if self.hint_plan is not None:
+            raise ValueError(
+                f"{self.hint_plan.refusal()}: give this collator, or `routed` of it, to a trainer, "
+                "or make batches with collator.at(step)"
+            )
+        made = [self._in_row(i, make, each) for i, each in enumerate(given)]
+        if self._draw is None:
+            return made
+        dropped = self._draw([each.student.ids for each in made])
+        return [x.without_hints() if drop else x for x, drop in zip(made, dropped, strict=True)]
 
     def _batch(self, made: Sequence[Made]) -> dict[str, Tensor]:
         students, teachers = [x.student for x in made], [x.teacher for x in made]
@@ -126,7 +155,7 @@ class HintCollator:
         Hints may read the columns of `Episode.seen`. The replies' ids are those that were sampled.
         An episode may have nothing to score.
         """
-        made = [self._in_row(i, self._episode, episode) for i, episode in enumerate(episodes)]
+        made = self._all(self._episode, episodes)
         return self._batch(made), [x.hints for x in made]
 
     def next_context(self, episode: Episode) -> list[int]:
@@ -146,7 +175,7 @@ class HintCollator:
             prompt_ids, prompt_mask [B, T]; teacher_prompt_ids, teacher_prompt_mask [B, T of the
             teacher]; int64.
         """
-        made = [self._in_row(i, self._contexts, row) for i, row in enumerate(rows)]
+        made = self._all(self._contexts, rows)
         sides = ([x.student.ids for x in made], [x.teacher.ids for x in made])
         batch = {}
         for name, ids in zip(("prompt", "teacher_prompt"), sides, strict=True):
@@ -172,7 +201,7 @@ class HintCollator:
 
     def _without_hints(self) -> "HintCollator":
         bare = copy.copy(self)
-        bare.hints, bare.scored = (), "all"
+        bare.hints, bare.scored, bare.hint_plan = (), "all", None
         return bare
 
     def references(self, rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -189,6 +218,8 @@ class HintCollator:
     def _with_count(self, batch: dict[str, Tensor], made: Sequence[Made]) -> dict[str, Tensor]:
         if self.truncation == "hint":
             batch[TRUNCATED] = torch.tensor([x.truncated for x in made])
+        if self._leaves_out or self._draw is not None:
+            batch[DROPPED] = torch.tensor([x.dropped for x in made])
         return batch
 
     @property
@@ -243,7 +274,7 @@ class HintCollator:
         """The student's context."""
         prompt = self._column(row, self.prompt_column)
         ids = self.context_ids(prompt)
-        self._check(prompt, "prompt", len(ids), self.max_prompt_length)
+        budgets.check(prompt, "prompt", len(ids), self.max_prompt_length)
         return ids
 
     def _contexts(self, row: Row) -> Made:
@@ -276,7 +307,7 @@ class HintCollator:
         eos = self.eos_token_id
         ids = cast(list[int], self.tokenizer(completion, add_special_tokens=False)["input_ids"])
         ids = ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
-        self._check(prompt, "completion", len(ids), self.max_completion_length)
+        budgets.check(prompt, "completion", len(ids), self.max_completion_length)
         student, teacher = (alignment.completed(side.ids, ids) for side in made[:2])
         return made._replace(student=student, teacher=teacher)
 
@@ -295,12 +326,12 @@ class HintCollator:
         if isinstance(prompt, str):
             made, ids = self._contexts(row), episode.completions[0]
             one, other = (alignment.completed(side.ids, ids) for side in made[:2])
-            if self.scored != "all" and not made.hints:
+            if self.scored != "all" and not made.hints and not made.dropped:
                 one, other = one._replace(scored=[]), other._replace(scored=[])
             return made._replace(student=one, teacher=other)
         messages, replies = episode.messages, episode.replies()
         hints = self._placed(row, messages, len(prompt))
-        self._check_before(hints, replies[-1])
+        check_before(hints, replies[-1])
         chosen = scored_messages(messages, len(prompt), hints, self.scored)
         counts = [reply in chosen for reply in replies]
 
@@ -325,11 +356,11 @@ class HintCollator:
                 f"the completion must have a reply to score ({self.scored!r}), got roles "
                 f"{[m['role'] for m in completion]} and {len(hints)} hints"
             )
-        self._check_before(hints, replies[-1])
+        check_before(hints, replies[-1])
         student = render(messages, replies, self._template, self.eos_token_id)
         length = len(self.context_ids(prompt))
-        self._check(prompt, "prompt", length, self.max_prompt_length)
-        self._check(prompt, "completion", len(student.ids) - length, self.max_completion_length)
+        budgets.check(prompt, "prompt", length, self.max_prompt_length)
+        budgets.check(prompt, "completion", len(student.ids) - length, self.max_completion_length)
 
         def teacher(hints: Sequence[Placed]) -> Rendered:
             hinted = insert_all(messages, hints)
@@ -349,30 +380,11 @@ class HintCollator:
         made, budget = teacher(hints), self.max_hint_length
         added = len(made.ids) - len(student.ids)
         if budget is None or added <= budget or self.truncation == "error":
-            self._check(prompt, "hint", added, budget)
+            budgets.check(prompt, "hint", added, budget)
             return Made(student, made, False, [hint.text for hint in hints])
-        while (excess := len(made.ids) - len(student.ids) - budget) > 0:
-            shorter = budgets.shortened(hints, excess, self.tokenizer)
-            if shorter is None:  # nothing is left to cut
-                self._check(prompt, "hint", budget + excess, budget)
-                break
-            hints, made = shorter, teacher(shorter)
-        return Made(student, made, True, [hint.text for hint in hints])
-
-    @staticmethod
-    def _check_before(hints: Sequence[Placed], reply: int) -> None:
-        for hint in hints:
-            if hint.start > reply:
-                raise ValueError(
-                    "a hint must stand before a reply that is scored, the last is message "
-                    f"{reply}; got {hint.hint.where!r} of message {hint.at}"
-                )
-
-    @staticmethod
-    def _check(prompt: Prompt, what: str, length: int, budget: int | None) -> None:
-        if budget is not None and length > budget:
-            text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-            raise ValueError(
-                f"the {what} of {str(text)[:SHOWN_CHARACTERS]!r}... has {length} tokens, "
-                f"max_{what}_length is {budget}"
-            )
+        fitted = budgets.fitted(student, hints, teacher, budget, self.tokenizer)
+        added = len(fitted.teacher.ids) - len(student.ids)
+        if added > budget and self._leaves_out:
+            return fitted.without_hints()
+        budgets.check(prompt, "hint", added, budget)
+        return fitted

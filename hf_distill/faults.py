@@ -88,13 +88,16 @@ class Scene:
 
     Args:
         ln_vocab: ln V.
-        temperature: of the loss.
+        temperature: of the loss, its largest if it is scheduled.
+        anneals: whether it is scheduled: entropies then move by themselves, and are not compared
+            with their start.
         start: median of the metric's first logs.
         noise: what chance alone makes of a share, four standard errors of the difference.
     """
 
     ln_vocab: float
     temperature: float
+    anneals: bool = False
     start: float = math.nan
     noise: float = 0.0
 
@@ -202,6 +205,7 @@ CHECKS = (
 )  # fmt: skip
 
 AGAINST_START = {check.metric for check in CHECKS if check.limit not in WITHOUT_START}
+ENTROPIES = {"student_entropy", "teacher_entropy"}
 SETTLED = {"dead_signal", "ema_still", "ema_same"}  # may hold in the first logs
 
 

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from hf_distill.alignment import Side
 from hf_distill.layers import States, Watch
+from hf_distill.model_kinds import is_classifier
 from metal_ops import SparseTeacher, reference
+from metal_ops.functional.linear import local
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,11 @@ class Head:
     bias: Tensor | None
     logit_scale: float = 1.0
     softcap: float | None = None
+
+    def first(self, size: int) -> "Head":
+        """The head of the first `size` entries of the vocabulary; its tensors are views."""
+        bias = None if self.bias is None else local(self.bias)[:size]
+        return replace(self, weight=local(self.weight)[:size], bias=bias)
 
 
 class TailRule(NamedTuple):
@@ -56,6 +63,9 @@ class Signal:
     `logits` [N, V]; `hidden` [N, H] and `head`; or `sparse`, the log-probabilities of a few entries
     and the mass of the rest, with a rule for that rest. Exactly one form is set. `states` are
     those of the layers that are compared.
+
+    `paired` [N] bool: the scored tokens that the signal is about, its rows in their order; None is
+    all of them. Teachers with another tokenizer have not a token for each of the student's.
     """
 
     logits: Tensor | None = None
@@ -64,6 +74,7 @@ class Signal:
     sparse: SparseTeacher | None = None
     tail: TailRule = field(default_factory=TailRule)
     states: States = field(default_factory=States)
+    paired: Tensor | None = None
 
     def dense(self) -> Tensor:
         """[N, V] logits, projected now if they were not.
@@ -102,7 +113,9 @@ def output_head(lm: nn.Module) -> Any:
 
 
 def vocab_size(lm: nn.Module) -> int | None:
-    """Number of logits per position, or None if the model does not say."""
+    """Number of logits per position, or per row; None if the model does not say."""
+    if is_classifier(lm):
+        return cast(Any, lm.config).num_labels
     head = output_head(lm)
     if isinstance(head, nn.Linear):
         return head.out_features
@@ -231,10 +244,11 @@ class Reader:
     Args:
         name: "student" or "teacher", for the log.
         refusal: why hidden states must not be used, or None to find out by a probe at first use.
+        vocab: entries of the vocabulary that are read, the first; None is all.
     """
 
-    def __init__(self, name: str, refusal: str | None = None) -> None:
-        self.name = name
+    def __init__(self, name: str, refusal: str | None = None, vocab: int | None = None) -> None:
+        self.name, self.vocab = name, vocab
         self.watch = Watch(name)  # layers whose states a signal has
         self._refusal = refusal
         self._post: tuple[float, float | None] | None = None
@@ -269,9 +283,14 @@ class Reader:
         """The inputs, with the cache off and positions counted from each row's first real token.
 
         Explicit positions make a left-padded row mean what the right-padded one does, also for
-        models with learnt positions.
+        models with learnt positions. A classifier gets those inputs that its forward names, as
+        they are: encoders count their positions in ways of their own.
         """
-        names = inspect.signature(causal_lm(model).forward).parameters
+        lm = causal_lm(model)
+        names = inspect.signature(lm.forward).parameters
+        if is_classifier(lm):
+            named = {name: value for name, value in inputs.items() if name in names}
+            return named or dict(inputs)  # a forward of *args and **kwargs names none
         result: dict[str, Any] = dict(inputs)
         if "use_cache" in names:
             result.setdefault("use_cache", False)
@@ -286,19 +305,22 @@ class Reader:
         scale, cap = self._post
 
         def read_scored(hidden: Tensor, head: Any) -> Any:
-            return read(hidden[side.predicts], Head(head.weight, head.bias, scale, cap))
+            whole = Head(head.weight, head.bias, scale, cap)
+            used = whole if self.vocab is None else whole.first(self.vocab)
+            return read(hidden[side.predicts], used)
 
         kwargs = self.forward_inputs(model, side.inputs)
         with _tapped(causal_lm(model), read_scored):
             return model(**kwargs)
 
     def logits(self, model: nn.Module, side: Side) -> Tensor:
-        """[N, V] logits of the scored positions."""
+        """[N, V] logits of the scored positions; of a classifier [N, C], of the rows."""
         kwargs = self.forward_inputs(model, side.inputs)
         if "logits_to_keep" in inspect.signature(causal_lm(model).forward).parameters:
             kwargs["logits_to_keep"] = side.predicts
         logits = model(**kwargs).logits
-        return logits if logits.ndim == 2 else logits[side.predicts]
+        scored = logits if logits.ndim == 2 else logits[side.predicts]
+        return scored if self.vocab is None else scored[:, : self.vocab]
 
     @torch.no_grad()
     def signal(self, model: nn.Module, side: Side, frozen_head: bool = True) -> Signal:

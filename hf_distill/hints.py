@@ -163,6 +163,20 @@ def placed(hint: Hint, row: Row, text: str, messages: Messages, num_prompt: int)
     return Placed(hint, text, at)
 
 
+def check_before(hints: Sequence[Placed], reply: int) -> None:
+    """Each hint must stand before a reply that is scored; the last of these is message `reply`.
+
+    Raises:
+        ValueError: one stands behind it.
+    """
+    for hint in hints:
+        if hint.start > reply:
+            raise ValueError(
+                "a hint must stand before a reply that is scored, the last is message "
+                f"{reply}; got {hint.hint.where!r} of message {hint.at}"
+            )
+
+
 def _appended(message: dict[str, Any], text: str) -> dict[str, Any]:
     """The message with more text; its content is a string or a list of parts."""
     content = message["content"]

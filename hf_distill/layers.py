@@ -74,7 +74,7 @@ def match_layers(layers: str | list[Any], num_student: int, num_teacher: int) ->
     """
     if layers == "last":
         return [Pair(num_student, num_teacher)]
-    chosen = range(1, num_student + 1) if layers == "uniform" else layers
+    chosen: Any = range(1, num_student + 1) if layers == "uniform" else layers
     pairs = []
     for entry in chosen:
         if isinstance(entry, Sequence):

@@ -170,9 +170,10 @@ class AverageProbe:
         return {"ema_moved": float(moved) / way, "ema_distance": float(distance) / way}
 
 
-def make_probe(
-    teacher: Teacher, accelerator: Accelerator
-) -> DriftProbe | AverageProbe | LiveProbe | None:
+Probe = DriftProbe | AverageProbe | LiveProbe
+
+
+def make_probe(teacher: Teacher, accelerator: Accelerator) -> Probe | None:
     """The probe for a teacher, or None for one that may change in ways that are not known."""
     if isinstance(teacher, SelfTeacher) and teacher.kind == "ema":
         return AverageProbe(teacher)

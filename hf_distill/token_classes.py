@@ -35,13 +35,13 @@ def class_of(text: str) -> int:
     return NUMBER if any(character.isalnum() for character in text) else PUNCTUATION
 
 
-def _texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """The text of each id by itself.
+def texts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> list[str]:
+    """The text of each row of ids, special tokens included.
 
     Decoding, not the vocabulary's own strings, turns byte-level and SentencePiece spellings
     into text.
     """
-    rows = [[i] for i in ids]
+    rows = [list(row) for row in rows]
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:  # ten times as fast as one call an id
         return backend.decode_batch(rows, skip_special_tokens=False)
@@ -55,7 +55,8 @@ def _table(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> Tensor:
     """[largest id + 1] int64; ids that the tokenizer leaves out are special."""
     ids = sorted(set(tokenizer.get_vocab().values()) - special)
     table = torch.full((max([*ids, *special], default=-1) + 1,), SPECIAL)
-    table[ids] = torch.tensor([class_of(text) for text in _texts(tokenizer, ids)], dtype=torch.long)
+    alone = texts(tokenizer, [[i] for i in ids])
+    table[ids] = torch.tensor([class_of(text) for text in alone], dtype=torch.long)
     return table
 
 

@@ -1,4 +1,4 @@
-"""How much each labelled token counts: the batch's own weights times those of the classes."""
+"""How much each labelled token counts: the batch's own weights, times those of class and place."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,56 +8,97 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_distill.alignment import IGNORE_INDEX
+from hf_distill.markers import Blocks
 from hf_distill.token_classes import CLASSES, token_classes
 
 KEY = "token_weights"
 
 
 class TokenWeights:
-    """The weights of a batch's tokens.
+    """The weights of a batch's tokens, as far as the batch and its texts say.
 
     Args:
-        class_weights: one for each of `CLASSES`, or None if all are 1.
-        tokenizer: what tells the classes; needed with class_weights.
+        by_class: a weight for each of `CLASSES`, or None if all are 1.
+        tokenizer: what tells classes and markers; needed with one of them.
+        reasoning: the weight of tokens between the markers.
+        markers: opening and closing, or None if tokens between them count like the others.
 
     Raises:
-        ValueError: there are class weights and no tokenizer.
+        ValueError: there are classes or markers and no tokenizer.
     """
 
-    def __init__(self, class_weights: Sequence[float] | None, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        by_class: Sequence[float] | None,
+        tokenizer: Any,
+        reasoning: float = 1.0,
+        markers: tuple[str, str] | None = None,
+    ) -> None:
         self._table: Tensor | None = None
-        if class_weights is None:
+        self._blocks: Blocks | None = None
+        self._reasoning = reasoning
+        if by_class is None and markers is None:
             return
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ValueError(
-                "class_weights need a tokenizer as processing_class, got "
+                f"{KEY} of classes and of reasoning need a tokenizer as processing_class, got "
                 f"{'None' if tokenizer is None else type(tokenizer).__name__}"
             )
-        by_class = torch.tensor(class_weights, dtype=torch.float32)
-        # the last entry is for all ids that the tokenizer does not have
-        beyond = by_class[[CLASSES.index("special")]]
-        self._table = torch.cat([by_class[token_classes(tokenizer)], beyond])
+        if by_class is not None:
+            weights = torch.tensor(by_class, dtype=torch.float32)
+            # the last entry is for all ids that the tokenizer does not have
+            beyond = weights[[CLASSES.index("special")]]
+            self._table = torch.cat([weights[token_classes(tokenizer)], beyond])
+        self._blocks = None if markers is None else Blocks(tokenizer, *markers)
 
-    def __call__(self, batch: Any) -> Tensor | None:
+    @property
+    def reads_rows(self) -> bool:
+        """Whether a token's weight depends on the row it stands in."""
+        return self._blocks is not None
+
+    def in_reasoning(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """[B, T] bool, or None if reasoning counts like the rest.
+
+        The whole row is read: a block may begin in the prompt, whose tokens have no labels.
+
+        Raises:
+            ValueError: the batch has no input_ids of the labels' shape.
+        """
+        if self._blocks is None:
+            return None
+        ids, mask, labels = (batch.get(x) for x in ("input_ids", "attention_mask", "labels"))
+        if ids is None or labels is None or ids.shape != labels.shape:
+            got = "none" if ids is None else f"shape {list(ids.shape)}"
+            raise ValueError(f"weights of reasoning need input_ids as the labels, got {got}")
+        return self._blocks(ids, mask if mask is not None and mask.ndim == 2 else None)
+
+    def __call__(self, batch: Any, in_reasoning: Tensor | None = None) -> Tensor | None:
         """[B, T] float32, aligned with the labels, zero where they are ignored.
 
         None if the batch has no labels, or if every token counts as one.
 
+        Args:
+            batch: of the trainer.
+            in_reasoning: what the method of this name says of it, if it was asked before.
+
         Raises:
             ValueError: `token_weights` of the batch are not of the labels' shape, or one of a
-                labelled token is negative, infinite or NaN.
+                labelled token is negative, infinite or NaN; or as `in_reasoning`.
         """
         if not isinstance(batch, Mapping) or batch.get("labels") is None:
             return None
         labels, given = batch["labels"], batch.get(KEY)
-        if given is None and self._table is None:
+        if given is None and self._table is None and self._blocks is None:
             return None
         labelled = labels != IGNORE_INDEX
         weights = labelled.float() if given is None else self._checked(given, labelled)
-        if self._table is None:
+        if self._table is not None:
+            self._table = self._table.to(labels.device)
+            weights = weights * self._table[labels.clamp(0, len(self._table) - 1)]
+        inside = self.in_reasoning(batch) if in_reasoning is None else in_reasoning
+        if inside is None:
             return weights
-        self._table = self._table.to(labels.device)
-        return weights * self._table[labels.clamp(0, len(self._table) - 1)]
+        return torch.where(inside, weights * self._reasoning, weights)
 
     @staticmethod
     def _checked(given: Tensor, labelled: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from hf_distill.faults import (
     AGAINST_START,
     BOUNDS,
     CHECKS,
+    ENTROPIES,
     SETTLED,
     WITHOUT_START,
     Check,
@@ -23,6 +24,7 @@ from hf_distill.faults import (
     Scene,
 )
 from hf_distill.heads import causal_lm, vocab_size
+from hf_distill.schedules import Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +80,7 @@ class Watchdog(TrainerCallback, ExportableState):
         self.last: dict[str, list[list[float]]] = {}
         self.reported: dict[str, float] = {}
         self.num_logs = 0
+        self.vocab: int | None = None  # entries of the logits that are used; None: all
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint, as transformers' `ExportableState` wants it."""
@@ -128,9 +131,11 @@ class Watchdog(TrainerCallback, ExportableState):
         if self.action == "off" or logs is None or "loss" not in logs:
             return
         self._keep(logs)
-        size = None if model is None else vocab_size(causal_lm(model))
+        size = self.vocab or (None if model is None else vocab_size(causal_lm(model)))
         ln_vocab = math.nan if size is None else math.log(size)
-        scene = Scene(ln_vocab, getattr(args, "temperature", 1.0))
+        # over a log's steps the entropy is that of no hotter softmax
+        temperature = Schedule.parse(getattr(args, "temperature", 1.0))
+        scene = Scene(ln_vocab, temperature.bounds[1], temperature.moves)
         found = list(self._findings(logs, scene))
         metrics = {f"watchdog_{x.check.fault}": x.severity for x in found}
         logs.update(metrics)
@@ -151,7 +156,8 @@ class Watchdog(TrainerCallback, ExportableState):
     def _findings(self, logs: Mapping[str, float], scene: Scene) -> Iterator[Finding]:
         for check in CHECKS:
             given, value, at = getattr(self.limits, check.fault), logs.get(check.metric), scene
-            if given is None or value is None or not self._applies(check, logs):
+            apart = scene.anneals and check.metric in ENTROPIES and check.limit != "uniform"
+            if given is None or value is None or apart or not self._applies(check, logs):
                 continue
             if check.limit not in WITHOUT_START:
                 value, at = self._against_start(check.metric, scene)

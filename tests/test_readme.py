@@ -14,6 +14,7 @@ import hf_distill
 from hf_distill import DistillConfig, Hint, HintCollator, OPSDConfig
 from metal_ops import available_backends
 from metal_ops.spec import KINDS
+from tests.trainers import letters, models
 from tests.trainers.models import PEFT_WARNING
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +29,7 @@ def replace(text: str, old: str, new: str) -> str:
 
 @pytest.mark.filterwarnings(PEFT_WARNING)
 def test_self_distillation_example(tmp_path: Path):
-    code, _, environment, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, _, weaned, environment, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     tokenizer = word_problems.build_tokenizer()
     word_problems.build_model(tokenizer, seed=0).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -42,6 +43,10 @@ def test_self_distillation_example(tmp_path: Path):
     assert names["trainer"].state.global_step == 2
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     PeftModel.from_pretrained(base, tmp_path / "out")
+    exec(weaned, names)
+    for step, few in ((0, True), (500, False)):  # of 80 rows, an expected 0 and 64
+        made = names["collator"].at(step, seed=0).contexts(20 * names["rows"])
+        assert (made["teacher_hint_dropped"].sum() < 20) == few
     small = "max_steps=2, per_device_train_batch_size=4, max_completion_length=4, report_to='none'"
     settings = f"output_dir={str(tmp_path / 'judged')!r}, use_cpu=True, {small}"
     names |= {"Hint": Hint, "model": names["trainer"].model}
@@ -68,6 +73,25 @@ def test_offline_example(tmp_path: Path):
     logs = names["trainer"].state.log_history
     assert names["trainer"].state.global_step == 2
     assert logs[-1]["train_loss"] > 0
+
+
+def test_universal_example(tmp_path: Path):
+    lines = re.findall(r"^    (collator = Univ.*|config = .*\"uld\".*)$", README, re.MULTILINE)
+    assert len(lines) == 2
+    small = f"output_dir={str(tmp_path)!r}, use_cpu=True, max_steps=2, report_to='none'"
+    names = {name: getattr(hf_distill, name) for name in ("DistillConfig", "UniversalCollator")}
+    names |= {"student_tokenizer": models.tokenizer(), "teacher_tokenizer": letters.letters()}
+    exec(replace("\n".join(lines), 'output_dir="out"', small), names)
+    trainer = hf_distill.DistillTrainer(
+        models.llama(),
+        names["config"],
+        names["collator"],
+        models.problems(),
+        processing_class=names["student_tokenizer"],
+        teacher=letters.reader(),
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
 
 
 def test_changed_lines_of_a_trainer_script():
@@ -133,3 +157,10 @@ def test_backends_that_are_named_exist():
 def test_make_targets_that_are_named_exist():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"make ([\w-]+)  ", README)) <= targets
+
+
+def test_tests_that_are_named_exist():
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", README)
+    assert len(named) >= 15
+    for path, name in named:
+        assert f"def {name}(" in (ROOT / path).read_text(), (path, name)

@@ -1,7 +1,9 @@
 """From what student and teacher say of each token to the scalar the optimizer sees."""
 
+from hf_distill.losses.entropy import entropy_share
 from hf_distill.losses.hidden import HIDDEN_LOSSES, attention_loss, hidden_loss
 from hf_distill.losses.jsd import generalized_jsd_loss
+from hf_distill.losses.normalised import normalised_jsd
 from hf_distill.losses.objective import Objective, Terms, assert_finite
 from hf_distill.losses.sampled import SAMPLED_KINDS, SampledObjective
 from hf_distill.losses.step import (
@@ -13,15 +15,18 @@ from hf_distill.losses.step import (
     behaviour_log_probs,
     step_terms,
 )
-from hf_distill.losses.student import Student, StudentHidden, StudentLogits
+from hf_distill.losses.student import AnyObjective, Student, StudentHidden, StudentLogits
 from hf_distill.losses.taid import TaidObjective, taid_target
+from hf_distill.losses.universal import UNIVERSAL, UniversalObjective
 
 __all__ = [
     "ANCHOR_NAME",
     "HIDDEN_LOSSES",
     "IMPORTANCE_NAMES",
     "SAMPLED_KINDS",
+    "UNIVERSAL",
     "Anchor",
+    "AnyObjective",
     "Importance",
     "Objective",
     "SampledObjective",
@@ -31,11 +36,14 @@ __all__ = [
     "StudentLogits",
     "TaidObjective",
     "Terms",
+    "UniversalObjective",
     "assert_finite",
     "attention_loss",
     "behaviour_log_probs",
+    "entropy_share",
     "generalized_jsd_loss",
     "hidden_loss",
+    "normalised_jsd",
     "step_terms",
     "taid_target",
 ]

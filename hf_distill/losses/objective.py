@@ -60,16 +60,38 @@ class Objective:
     Args:
         spec: the divergence.
         alpha: share of the divergence, in [0, 1].
+        factor: what the divergence is multiplied by, > 0.
+        measures_hard: whether the cross-entropy is computed although alpha is 1, as where other
+            steps have another alpha.
     """
 
     spec: DivergenceSpec
     alpha: float
+    factor: float = field(default=1.0, kw_only=True)
+    measures_hard: bool = field(default=False, kw_only=True)
     extra_names: tuple[str, ...] = field(default=(), init=False, repr=False)
+
+    @property
+    def _wants_hard(self) -> bool:
+        return self.alpha < 1.0 or self.measures_hard
+
+    def _fused(self, weights: Tensor, with_hard: bool) -> tuple[Tensor, float]:
+        """Weights and alpha with which the op, which knows no factor, gives the same sum."""
+        if not with_hard:
+            return self._times(weights), 1.0
+        if self.factor == 1.0:
+            return weights, self.alpha
+        soft = self.alpha * self.factor
+        total = soft + (1 - self.alpha)
+        return weights * total, soft / total
+
+    def _times(self, values: Tensor) -> Tensor:
+        return values if self.factor == 1.0 else values * self.factor
 
     @property
     def unmeasured(self) -> tuple[str, ...]:
         """Metrics of single tokens that this loss does not compute."""
-        hard = ("hard",) if self.alpha == 1.0 else ()
+        hard = () if self._wants_hard else ("hard",)
         return hard if self.spec.clip is not None else (*hard, "clipped")
 
     def from_hidden(
@@ -99,21 +121,21 @@ class Objective:
             )
         assert teacher.hidden is not None
         assert teacher.head is not None
-        together = self.alpha < 1.0
-        if hard_weights is None or hard_weights is weights or not together:
+        if hard_weights is None or hard_weights is weights or self.alpha == 1.0:
             apart = False
         else:  # comparing waits for the device, a second projection takes longer
             apart = not torch.equal(weights, hard_weights)
-        together = together and not apart
+        together = self._wants_hard and not apart
+        fused, alpha = self._fused(weights, together)
         terms = linear_divergence_with_stats(
             hidden,
             head.weight,
             teacher.hidden,
             teacher.head.weight,
             self.spec,
-            weights=weights,
+            weights=fused,
             labels=targets if together else None,
-            alpha=self.alpha if together else 1.0,
+            alpha=alpha,
             student_bias=head.bias,
             teacher_bias=teacher.head.bias,
             student_logit_scale=head.logit_scale,
@@ -121,11 +143,12 @@ class Objective:
             student_softcap=head.softcap,
             teacher_softcap=teacher.head.softcap,
         )
+        soft = self._times(terms.soft)
         if not apart:
-            return Terms(*terms, {})
+            return Terms(terms.loss, soft, terms.hard, terms.stats, {})
         assert hard_weights is not None
         loss, hard = tokens.cross_entropy(hidden, head, targets, hard_weights)
-        return Terms(mixed(self.alpha, terms.loss, loss), terms.soft, hard, terms.stats, {})
+        return Terms(mixed(self.alpha, terms.loss, loss), soft, hard, terms.stats, {})
 
     def _in_chunks(
         self,
@@ -167,16 +190,17 @@ class Objective:
         hard_loss, a scalar already normalised over the optimizer step, replaces the cross-entropy
         (label smoothing, the user's compute_loss_func).
         """
+        scaled = self._times(weights)
         if teacher.sparse is not None:
-            soft = sparse_terms(logits, teacher.sparse, teacher.tail, self.spec, weights)
+            soft = sparse_terms(logits, teacher.sparse, teacher.tail, self.spec, scaled)
         else:
-            soft = weighted_divergence(logits, teacher.dense(), self.spec, weights=weights)
-        if self.alpha == 1.0:
-            return Terms(*soft[:2], torch.zeros_like(soft.per_token), soft.stats, {})
+            soft = weighted_divergence(logits, teacher.dense(), self.spec, weights=scaled)
+        per_token = self._times(soft.per_token)
+        if not self._wants_hard:
+            return Terms(soft.loss, per_token, torch.zeros_like(per_token), soft.stats, {})
         hard_weights = weights if hard_weights is None else hard_weights
         loss, hard = hard_sum(logits, targets, hard_weights, hard_loss)
-        loss = mixed(self.alpha, soft.loss, loss)
-        return Terms(loss, soft.per_token, hard, soft.stats, {})
+        return Terms(mixed(self.alpha, soft.loss, loss), per_token, hard, soft.stats, {})
 
 
 def assert_finite(terms: Terms) -> None:

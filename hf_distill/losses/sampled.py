@@ -20,7 +20,7 @@ Source:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -73,6 +73,7 @@ class SampledObjective:
         temperature_scaling: "t2" multiplies it by temperature², "none" does not.
         clip: None, or a bound > 0 in nats: the advantage of "policy_gradient" is kept in
             [-clip, clip]; the value of "k3" is cut at clip, where its gradient is zero.
+        measures_hard: as in `Objective`.
 
     Raises:
         ValueError: a value is out of range.
@@ -83,6 +84,7 @@ class SampledObjective:
     temperature: float = 1.0
     temperature_scaling: str = "none"
     clip: float | None = None
+    measures_hard: bool = field(default=False, kw_only=True)
 
     extra_names = ("advantage",)
 
@@ -98,9 +100,13 @@ class SampledObjective:
         return DivergenceSpec("reverse_kl", 0.5, self.temperature, scaling, clip, "token")
 
     @property
+    def _wants_hard(self) -> bool:
+        return self.alpha < 1.0 or self.measures_hard
+
+    @property
     def unmeasured(self) -> tuple[str, ...]:
         """Metrics of single tokens that this loss does not compute."""
-        hard = ("hard",) if self.alpha == 1.0 else ()
+        hard = () if self._wants_hard else ("hard",)
         clipped = ("clipped",) if self.clip is None else ()
         return (*hard, *clipped, "student_entropy", "teacher_entropy", "top1_agreement")
 
@@ -155,7 +161,7 @@ class SampledObjective:
             log_q = tokens.gathered(logits, targets[at], self.temperature)
             loss, rows = self._soft(log_p, log_q, weights[at])
             hard = torch.zeros_like(log_q)
-            if self.alpha < 1.0:
+            if self._wants_hard:
                 hard = -tokens.gathered(logits, targets[at])
                 loss = mixed(self.alpha, loss, (hard_weights[at] * hard).sum())
             return loss, torch.stack([*rows, hard.detach()])
@@ -179,7 +185,7 @@ class SampledObjective:
         log_q = tokens.gathered(logits, targets, self.temperature)
         loss, rows = self._soft(log_p, log_q, weights)
         hard = torch.zeros_like(log_q.detach())
-        if self.alpha < 1.0:
+        if self._wants_hard:
             hard_weights = weights if hard_weights is None else hard_weights
             hard_part, hard = hard_sum(logits, targets, hard_weights, hard_loss)
             loss = mixed(self.alpha, loss, hard_part)

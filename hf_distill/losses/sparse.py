@@ -18,9 +18,7 @@ def sparse_terms(
 ) -> WeightedTerms:
     """The soft terms of N tokens from the student's logits [N, V] and a sparse teacher.
 
-    The teacher's entropy is that of its entries and of the rest as one, a lower bound, and, where
-    there are samples, their estimate of the entropy within the rest. Its largest entry is the
-    largest that is known.
+    The teacher's entropy is `known_entropy`, its largest entry the largest that is known.
 
     Args:
         logits: [N, V].
@@ -38,7 +36,13 @@ def sparse_terms(
     return WeightedTerms((weights * per_token).sum(), per_token.detach(), stats)
 
 
-def _teacher_entropy(teacher: SparseTeacher, log_p: Tensor, dtype: torch.dtype) -> Tensor:
+def known_entropy(teacher: SparseTeacher, dtype: torch.dtype) -> Tensor:
+    """[N] the entropy in nats, as far as the teacher is known, at its temperature.
+
+    That of its entries and of the rest as one, a lower bound, and, where there are samples, their
+    estimate of the entropy within the rest.
+    """
+    log_p = teacher.log_probs.masked_fill(teacher.ids < 0, -torch.inf)
     known = torch.cat([log_p, teacher.log_tail[..., None]], dim=-1).to(dtype)
     entropy = -torch.special.xlogy(known.exp(), known.exp()).sum(-1)
     if teacher.samples is None:
@@ -75,7 +79,7 @@ def _stats(
         clipped = (free - per_token > CLIP_SEEN * spec.scale).to(dtype)
     return DivergenceStats(
         torch.cat([*student_entropy, per_token[:0]]),
-        _teacher_entropy(teacher, log_p, dtype),
+        known_entropy(teacher, dtype),
         agreement,
         clipped,
     )

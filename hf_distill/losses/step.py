@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from hf_distill import alignment
 from hf_distill.heads import Head, Reader, Signal, evaluating, unwrap
 from hf_distill.losses import tokens
-from hf_distill.losses.objective import Objective, Terms
-from hf_distill.losses.sampled import SampledObjective
-from hf_distill.losses.student import Student
+from hf_distill.losses.objective import Terms
+from hf_distill.losses.student import AnyObjective, Student
 
 IMPORTANCE_NAMES = ("importance_ratio", "importance_clipped")
 ANCHOR_NAME = "anchor"
@@ -70,7 +69,10 @@ def _importance(student: Student, scored: Scored) -> tuple[Tensor, dict[str, Ten
 
 
 def step_terms(
-    student: Student, objective: Objective | SampledObjective, teacher: Signal, scored: Scored
+    student: Student,
+    objective: AnyObjective,
+    teacher: Signal,
+    scored: Scored,
 ) -> Terms:
     """The terms of a micro-batch.
 
@@ -92,7 +94,10 @@ def step_terms(
 
 
 def _compared(
-    student: Student, objective: Objective | SampledObjective, teacher: Signal, scored: Scored
+    student: Student,
+    objective: AnyObjective,
+    teacher: Signal,
+    scored: Scored,
 ) -> Terms:
     weights, extra = _importance(student, scored)
     terms = student.terms(objective, teacher, scored.targets, weights, scored.weights)

@@ -11,6 +11,9 @@ from hf_distill.heads import Head, Signal
 from hf_distill.losses import tokens
 from hf_distill.losses.objective import Objective, Terms, hard_sum
 from hf_distill.losses.sampled import SampledObjective
+from hf_distill.losses.universal import UniversalObjective
+
+AnyObjective = Objective | SampledObjective | UniversalObjective
 
 
 class Student(Protocol):
@@ -30,7 +33,7 @@ class Student(Protocol):
 
     def terms(
         self,
-        objective: Objective | SampledObjective,
+        objective: AnyObjective,
         teacher: Signal,
         targets: Tensor,
         weights: Tensor,
@@ -61,7 +64,7 @@ class StudentHidden:
 
     def terms(
         self,
-        objective: Objective | SampledObjective,
+        objective: AnyObjective,
         teacher: Signal,
         targets: Tensor,
         weights: Tensor,
@@ -95,7 +98,7 @@ class StudentLogits:
 
     def terms(
         self,
-        objective: Objective | SampledObjective,
+        objective: AnyObjective,
         teacher: Signal,
         targets: Tensor,
         weights: Tensor,

@@ -51,16 +51,15 @@ def log_probs(hidden: Tensor, head: Head, targets: Tensor, temperature: float = 
     Returns:
         [N] float32 (float64 for float64 logits), in nats, at most 0.
     """
-    weight, bias = _local(head)
-    parts = [
-        gathered(
-            reference.head(hidden[at], weight, bias, head.logit_scale, head.softcap),
-            targets[at],
-            temperature,
-        )
-        for at in chunks(len(hidden), len(weight))
-    ]
+    parts = [gathered(logits, targets[at], temperature) for logits, at in projected(hidden, head)]
     return torch.cat(parts) if parts else wide(hidden).new_zeros(0)
+
+
+def projected(hidden: Tensor, head: Head) -> Iterator[tuple[Tensor, slice]]:
+    """Logits [n, V] of hidden states [N, H], a chunk of tokens at a time, and which they are."""
+    weight, bias = _local(head)
+    for at in chunks(len(hidden), len(weight)):
+        yield reference.head(hidden[at], weight, bias, head.logit_scale, head.softcap), at
 
 
 def _local(head: Head) -> tuple[Tensor, Tensor | None]:
@@ -74,11 +73,12 @@ class _Sum(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         size: Tensor,
-        head: Head,
+        head: Head | None,
         piece: Piece,
+        width: int,
         want_grad: bool,
     ) -> tuple[Tensor, ...]:
         inputs = (hidden, weight, bias)
@@ -87,13 +87,12 @@ class _Sum(torch.autograd.Function):
             torch.zeros_like(x, dtype=wide(x[:0]).dtype) if x is not None and need else None
             for x, need in zip(inputs, needs, strict=True)
         ]
-        weight = weight.detach().requires_grad_(needs[1])
-        bias = None if bias is None else bias.detach().requires_grad_(needs[2])
+        weight, bias = _leaf(weight, needs[1]), _leaf(bias, needs[2])
         total, values = size.new_zeros(()), []
-        for at in chunks(len(hidden), len(weight)):
+        for at in chunks(len(hidden), width):
             part = hidden[at].detach().requires_grad_(needs[0])
             with torch.set_grad_enabled(any(needs)):
-                logits = reference.head(part, weight, bias, head.logit_scale, head.softcap)
+                logits = part if head is None else _projected(part, weight, bias, head)
                 loss, value = piece(logits, at)
                 _add_gradients(loss / size, [part, weight, bias], sums, at)
             total = total + loss.detach()
@@ -112,7 +111,16 @@ class _Sum(torch.autograd.Function):
         factor = upstream[0] * size
         pairs = zip(kept, ctx.needs, strict=True)
         grads = [grad * factor.to(grad.dtype) if need else None for grad, need in pairs]
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
+
+
+def _leaf(x: Tensor | None, needs_grad: bool) -> Tensor | None:
+    return None if x is None else x.detach().requires_grad_(needs_grad)
+
+
+def _projected(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, head: Head) -> Tensor:
+    assert weight is not None
+    return reference.head(hidden, weight, bias, head.logit_scale, head.softcap)
 
 
 def _add_gradients(
@@ -133,17 +141,19 @@ def _add_gradients(
 
 
 def sum_over_chunks(
-    hidden: Tensor, head: Head, piece: Piece, weights: Tensor
+    hidden: Tensor, head: Head | None, piece: Piece, weights: Tensor, width: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """The sum of a loss over all tokens, without the logits of all of them in memory.
 
     Args:
         hidden: [N, H], the input of the head.
-        head: of V entries.
+        head: of V entries; or None, and hidden are the logits, [N, V], of which the loss then needs
+            no second tensor but their gradient.
         piece: from the logits of a chunk of tokens, in the dtype of the head (of autocast, if it
             is on), to its loss and to values per token. Called once a chunk.
         weights: [N], of about the size of the loss's gradient for a token's log-probability.
             Gradients are formed in units of the largest, so that they fit into float16.
+        width: entries that a chunk is to hold for each token; None is V.
 
     Returns:
         The loss, [], with a gradient for hidden states and head; the values [k, N], without.
@@ -154,8 +164,10 @@ def sum_over_chunks(
     """
     size = wide(weights.detach()).abs().amax() if len(weights) else wide(weights).new_ones(())
     size = torch.where(size > 0, size, 1.0)
-    trained = (None if x is None else once(x) for x in (hidden, *_local(head)))
-    settings = (size, head, piece, torch.is_grad_enabled())
+    weight, bias = (None, None) if head is None else _local(head)
+    width = width or (hidden.shape[1] if weight is None else len(weight))
+    trained = (None if x is None else once(x) for x in (hidden, weight, bias))
+    settings = (size, head, piece, width, torch.is_grad_enabled())
     return cast("tuple[Tensor, Tensor]", _Sum.apply(*trained, *settings))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from hf_distill.alignment import TEACHER_STORED, Side, student_side, teacher_side
-from hf_distill.heads import Signal, TailRule, causal_lm, vocab_size
+from hf_distill.heads import Signal, TailRule
 from hf_distill.offline import identity, stored
 from hf_distill.offline.codecs import Codec, make_codec
 from hf_distill.offline.container import Row
@@ -22,7 +22,6 @@ from hf_distill.offline.errors import (
     TemperatureOutOfRange,
     TokenizerMismatch,
     UnsupportedDivergence,
-    VocabSizeMismatch,
 )
 from hf_distill.offline.identity import Collator
 from hf_distill.offline.reader import CacheReader
@@ -169,18 +168,13 @@ class CachedTeacher(Stateless):
                 f"{self.reader.path}: {error}; or cache with the codec 'full'"
             ) from error
 
-    def prepare(self, accelerator: Accelerator, student: nn.Module, refusal: str | None) -> None:
-        """Check the vocabulary.
+    @property
+    def vocab_size(self) -> int:
+        """Logits of the cached teacher per token, padding of the vocabulary included."""
+        return self.manifest.vocab_size
 
-        Raises:
-            VocabSizeMismatch: the student's is another.
-        """
-        vocab, own = vocab_size(causal_lm(student)), self.manifest.vocab_size
-        if vocab != own:
-            raise VocabSizeMismatch(
-                f"{self.reader.path}: the student must have {own} logits per token, as the cached "
-                f"teacher, got {vocab}"
-            )
+    def prepare(self, accelerator: Accelerator, student: nn.Module, refusal: str | None) -> None:
+        """Log what is read."""
         stats, config = self.manifest.stats, self.manifest.config
         logger.info(
             "teacher %s from the cache %s: %s, %d rows, %s tokens, %s bytes/token, temperatures "

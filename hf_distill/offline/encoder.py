@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_distill import alignment
 from hf_distill.alignment import Side
 from hf_distill.heads import PROBE_TOKENS, Reader, Signal, evaluating
+from hf_distill.hint_plans import plan_of
 from hf_distill.losses import tokens
 from hf_distill.offline import identity
 from hf_distill.offline.codecs import Arrays, Codec
@@ -44,6 +45,15 @@ class RowEncoder:
     shard_rows: int
     vocab: int
     real_vocab: int
+
+    def __post_init__(self) -> None:
+        """Rows must be the same whenever they are made."""
+        plan = plan_of(self.collator)
+        if plan is not None:
+            raise ValueError(
+                f"a cache holds one answer for each row, and {plan.refusal()}: cache without that, "
+                "or collator.at(step)"
+            )
 
     @abstractmethod
     def probe(self) -> None:

@@ -19,6 +19,7 @@ from hf_distill import alignment
 from hf_distill.alignment import Side
 from hf_distill.heads import causal_lm
 from hf_distill.offline.files import canonical
+from hf_distill.vocabularies import num_ids
 
 Collator = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]]
 
@@ -188,11 +189,6 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, A
         else hashlib.sha256(canonical(template)).hexdigest(),
         "num_ids": num_ids(tokenizer),
     }
-
-
-def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the tokenizer's largest id."""
-    return max(tokenizer.get_vocab().values()) + 1
 
 
 def weights_fingerprint(model: nn.Module) -> str:

@@ -29,6 +29,7 @@ from hf_distill.offline.identity import Collator, Data, SideRow
 from hf_distill.offline.manifest import Manifest
 from hf_distill.offline.writer import checked, process_state, write_all
 from hf_distill.teachers import RemoteTeacher, completions, remote
+from hf_distill.vocabularies import num_ids
 
 IDS = ("input_ids", "prompt_token_ids")
 MASS_TOLERANCE = 0.05  # of entries and the rest; what is stored may be off by 0.1
@@ -265,7 +266,7 @@ def cache_log_probs(
     if num_threads < 1:
         raise ValueError(f"num_threads must be at least 1, got {num_threads}")
     tokenizer = processing_class or getattr(data_collator, "tokenizer", None)
-    vocab = vocab_size or (0 if tokenizer is None else identity.num_ids(tokenizer))
+    vocab = vocab_size or (0 if tokenizer is None else num_ids(tokenizer))
     if not vocab:
         raise ValueError("the logits per token must be known: give vocab_size or a tokenizer")
     if source.top_k > vocab:

@@ -36,6 +36,7 @@ from hf_distill.offline.errors import CacheError
 from hf_distill.offline.identity import Collator, Data
 from hf_distill.offline.manifest import MANIFEST, Manifest, config_hash
 from hf_distill.teachers import ModelTeacher, Teacher, place
+from hf_distill.vocabularies import num_ids
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ WAIT = datetime.timedelta(days=7)  # of processes for the slowest; the default i
 def _teacher(model: nn.Module | str | Teacher, revision: str | None) -> nn.Module:
     """The model to run."""
     if isinstance(model, str):
-        given = {} if revision is None else {"revision": revision}
+        given: dict[str, Any] = {} if revision is None else {"revision": revision}
         return ModelTeacher(model, **given).model
     if isinstance(model, nn.Module):
         return model
@@ -130,7 +131,7 @@ def _vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> 
     vocab = vocab_size(causal_lm(model))
     if vocab is None:
         raise ValueError(f"the number of logits of a {type(model).__name__} must be known")
-    ids = identity.num_ids(tokenizer) if tokenizer is not None else vocab
+    ids = num_ids(tokenizer) if tokenizer is not None else vocab
     return vocab, min(ids, vocab)
 
 

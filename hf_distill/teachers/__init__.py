@@ -2,7 +2,7 @@
 
 from hf_distill.teachers.completions import RemoteTeacherError
 from hf_distill.teachers.models import ModelTeacher, as_teacher, place
-from hf_distill.teachers.protocol import Teacher, check_vocabulary
+from hf_distill.teachers.protocol import Teacher, check_kinds
 from hf_distill.teachers.remote import RemoteTeacher
 from hf_distill.teachers.routed import RoutedCollator, RoutedTeacher, each_teacher, routed
 from hf_distill.teachers.selves import SelfTeacher, adapters_off
@@ -17,7 +17,7 @@ __all__ = [
     "Teacher",
     "adapters_off",
     "as_teacher",
-    "check_vocabulary",
+    "check_kinds",
     "each_teacher",
     "place",
     "routed",

@@ -6,11 +6,17 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hf_distill.alignment import Side
-from hf_distill.heads import Signal, causal_lm, vocab_size
+from hf_distill.heads import Signal, causal_lm
+from hf_distill.model_kinds import check_classes, is_classifier
 
 
 class Teacher(Protocol):
-    """`signal` is the method; the rest is its life cycle."""
+    """`signal` is the method; the rest is its life cycle.
+
+    A teacher may also have `vocab_size`, its logits per token (int, or None for as many as the
+    student's), and `tokenizer`, a method without arguments that gives its tokenizer, or None where
+    that is not known. What is there is compared with the student's.
+    """
 
     def prepare(self, accelerator: Accelerator, student: nn.Module, refusal: str | None) -> None:
         """Called once, before any training: place the teacher, check it against the student.
@@ -47,15 +53,11 @@ class Stateless:
         """Nothing to restore."""
 
 
-def check_vocabulary(student: nn.Module, teacher: nn.Module) -> None:
-    """Both must give as many logits.
+def check_kinds(student: nn.Module, teacher: nn.Module) -> None:
+    """Classifiers must have the same classes; causal LMs are compared by the trainer.
 
     Raises:
-        ValueError: naming both sizes.
+        ValueError: as `check_classes`.
     """
-    sizes = vocab_size(causal_lm(student)), vocab_size(causal_lm(teacher))
-    if None not in sizes and sizes[0] != sizes[1]:
-        raise ValueError(
-            "student and teacher must have one vocabulary, got "
-            f"{sizes[0]} entries for the student and {sizes[1]} for the teacher"
-        )
+    if is_classifier(causal_lm(student)) or is_classifier(causal_lm(teacher)):
+        check_classes(causal_lm(student), causal_lm(teacher))

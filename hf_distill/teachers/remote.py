@@ -10,8 +10,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from hf_distill import heads
 from hf_distill.alignment import Side
-from hf_distill.heads import Signal, causal_lm, vocab_size
+from hf_distill.heads import Signal, causal_lm
 from hf_distill.teachers.completions import Completions, RemoteTeacherError, TopK
 from hf_distill.teachers.protocol import Stateless
 from metal_ops import SparseTeacher
@@ -46,6 +47,8 @@ class RemoteTeacher(Stateless):
         backoff: seconds before the first of them, doubled for each next one; >= 0.
         num_threads: requests at a time, >= 1.
         api_key_env: the environment variable that holds the server's key, or None for no key.
+        vocab_size: logits per token of the server's model, padding included, which the endpoint
+            does not say; None is the student's.
 
     Attributes:
         temperature: 1, at which the server's log-probabilities are taken; the loss's must be the
@@ -68,6 +71,7 @@ class RemoteTeacher(Stateless):
         backoff: float = 0.5,
         num_threads: int = 8,
         api_key_env: str | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         for name, value, least in (("top_k", top_k, 1), ("num_threads", num_threads, 1)):
             if value < least:
@@ -82,6 +86,7 @@ class RemoteTeacher(Stateless):
             raise ValueError(f"the environment variable {api_key_env} must hold the server's key")
         self.top_k = top_k
         self.num_threads = num_threads
+        self.vocab_size = vocab_size
         self._server = Completions(url, model, top_k, timeout, retries, backoff, key)
         self._vocab = 0
 
@@ -97,7 +102,7 @@ class RemoteTeacher(Stateless):
             RemoteTeacherError: the server does not answer, answers differently, or knows ids that
                 the student does not.
         """
-        self.start(vocab_size(causal_lm(student)))
+        self.start(heads.vocab_size(causal_lm(student)))
 
     @property
     def name(self) -> str:
@@ -113,12 +118,14 @@ class RemoteTeacher(Stateless):
         Raises:
             ValueError, RemoteTeacherError: as `prepare`.
         """
-        if vocab is None or vocab < self.top_k:
+        fewest = None if vocab is None else min(vocab, self.vocab_size or vocab)
+        if vocab is None or fewest is None or fewest < self.top_k:
             raise ValueError(
-                f"top_k must be at most the student's vocabulary, got {self.top_k} and {vocab}"
+                "top_k must be at most the student's vocabulary, and vocab_size, got "
+                f"{self.top_k} and {fewest}"
             )
-        self._vocab = vocab
-        ids = [vocab * (i + 1) // (PROBE_TOKENS + 1) for i in range(PROBE_TOKENS)]
+        self._vocab = vocab if self.vocab_size is None else self.vocab_size
+        ids = [fewest * (i + 1) // (PROBE_TOKENS + 1) for i in range(PROBE_TOKENS)]
         first, again = (self.top_log_probs(ids) for _ in range(2))
         pairs = zip(first, again, strict=True)
         apart = max(
@@ -149,9 +156,10 @@ class RemoteTeacher(Stateless):
         positions = self._server.top_log_probs(ids)
         largest = max(map(max, positions))
         if largest >= self._vocab:
+            whose = "the student's vocabulary" if self.vocab_size is None else "vocab_size"
             raise RemoteTeacherError(
-                f"{self._server.url}: token ids must be below the student's vocabulary of "
-                f"{self._vocab}, got {largest}"
+                f"{self._server.url}: token ids must be below {whose} of {self._vocab}, got "
+                f"{largest} (vocab_size says how many the server's model has)"
             )
         counts = {len(position) for position in positions}
         if min(counts) < self.top_k:

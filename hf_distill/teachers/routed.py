@@ -13,6 +13,7 @@ from hf_distill.heads import Head, Signal
 from hf_distill.teachers.models import as_teacher
 from hf_distill.teachers.protocol import Teacher
 from hf_distill.teachers.selves import SelfTeacher
+from hf_distill.vocabularies import without_padding
 from metal_ops import PowerSums, SparseTeacher, TailSamples
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -30,6 +31,10 @@ class RoutedTeacher:
         teachers: by name: models, names for `from_pretrained`, or teachers.
         column: of the data, which holds one of these names.
 
+    Attributes:
+        vocab: entries of the vocabulary that are read of each teacher, the first; None is all. The
+            trainer sets it where vocabularies are padded differently.
+
     Raises:
         ValueError: there is no teacher, or a name is not a text without ":".
     """
@@ -43,6 +48,7 @@ class RoutedTeacher:
                     f"a teacher's name must be a text without {SEPARATOR!r}, got {name!r}"
                 )
         self.column = column
+        self.vocab: int | None = None
         self.names = list(teachers)
         made = [as_teacher(teacher) for teacher in teachers.values()]
         # a teacher with two names is asked, updated and saved once, by its first name
@@ -97,11 +103,14 @@ class RoutedTeacher:
             mine = route == self.names.index(name)
             token = mine[row_of_token].nonzero()[:, 0]
             if len(token):
-                signals.append(teacher.signal(student, _rows(side, mine)))
+                signals.append(self._cut(teacher.signal(student, _rows(side, mine))))
                 tokens.append(token)
         if not signals:  # no token is scored: any teacher's empty answer
             return next(iter(self.teachers.values())).signal(student, side._replace(route=None))
         return _joined(signals, torch.cat(tokens).argsort())
+
+    def _cut(self, signal: Signal) -> Signal:
+        return signal if self.vocab is None else without_padding(signal, self.vocab)
 
     def _checked_route(self, side: Side) -> Tensor:
         rows = len(side.predicts)
@@ -274,7 +283,7 @@ class RoutedCollator:
     """A data collator that adds each row's teacher to the batch; made by `routed`.
 
     Attributes:
-        columns: what it reads of a row besides what the collator inside reads.
+        columns: what it reads of a row, and what the collator inside says that it reads.
     """
 
     def __init__(
@@ -283,7 +292,7 @@ class RoutedCollator:
         self.collator = collator
         self.teacher = teacher
         self.keep_column = keep_column
-        self.columns = (teacher.column,)
+        self.columns = (teacher.column, *getattr(collator, "columns", ()))
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Any:
         """The collator's batch with `teacher_route` [B] int64."""

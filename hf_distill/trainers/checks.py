@@ -2,15 +2,21 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from hf_distill import losses
 from hf_distill.heads import causal_lm
+from hf_distill.hint_plans import plan_of
+from hf_distill.model_kinds import check_kind
 from hf_distill.offline import CachedTeacher
-from hf_distill.teachers import RemoteTeacher, Teacher, each_teacher
+from hf_distill.teachers import ModelTeacher, RemoteTeacher, Teacher, check_kinds, each_teacher
+from hf_distill.trainers import scheduled
+from hf_distill.trainers.groups import TokenWeightsConfig
+from hf_distill.trainers.unused import unused_anywhere
 
 if TYPE_CHECKING:
     from hf_distill.trainers.distill import DistillTrainer
@@ -25,8 +31,11 @@ def check_setup(trainer: "DistillTrainer") -> None:
         ValueError: its loss could not be right; the message names the rule and the value.
     """
     _check_processes(trainer)
+    low, high = scheduled.bounds(trainer.args, "temperature")
     for teacher in each_teacher(trainer.teacher):
-        if isinstance(teacher, RemoteTeacher) and trainer.args.temperature != 1.0:
+        if isinstance(teacher, ModelTeacher):
+            check_kinds(cast(nn.Module, trainer.model), teacher.model)
+        if isinstance(teacher, RemoteTeacher) and (low, high) != (1.0, 1.0):
             raise ValueError(
                 "a remote teacher's log-probabilities are at temperature 1: set "
                 f"temperature=1.0, got {trainer.args.temperature}"
@@ -34,13 +43,70 @@ def check_setup(trainer: "DistillTrainer") -> None:
         if isinstance(teacher, CachedTeacher):
             _check_cached(trainer, teacher)
         _check_taid(trainer, teacher)
-    _check_student(cast(nn.Module, trainer.model))
+    if trainer._classification is None:
+        _check_student(cast(nn.Module, trainer.model))
+    _check_token_weights(trainer)
+    check_anchor(trainer)
+
+
+def check_anchor(trainer: "DistillTrainer") -> None:
+    """Anchor rows are learnt by cross-entropy, which must be the run's hard loss.
+
+    Raises:
+        ValueError: there is an anchor and another hard loss.
+    """
     anchor_weight = trainer.args.loss_settings().anchor_weight
     if anchor_weight > 0 and trainer.has_own_hard_loss():
         raise ValueError(
             f"anchor_weight {anchor_weight} > 0 is a plain cross-entropy; it cannot "
-            "be combined with label smoothing or compute_loss_func"
+            "be combined with label smoothing, compute_loss_func or a model's own loss"
         )
+
+
+def check_unweighted(weights: Sequence[Tensor | None]) -> None:
+    """Batches must have no weights of tokens, because the hard loss could not read them.
+
+    Raises:
+        ValueError: one has.
+    """
+    if any(each is not None for each in weights):
+        raise ValueError(
+            "weights of tokens reach neither label smoothing nor compute_loss_func nor a model's "
+            "own loss, got both"
+        )
+
+
+def _check_token_weights(trainer: "DistillTrainer") -> None:
+    config = cast(TokenWeightsConfig, trainer.args.token_weights)
+    for text in unused_anywhere(trainer.args):
+        logger.warning("a setting is not used: %s", text)
+    whole = config.entropy > 0 or config.around_reasoning() is not None
+    split = trainer.get_cp_size() * trainer.get_sp_size()
+    if whole and split > 1:
+        raise ValueError(
+            "token_weights.entropy and token_weights.reasoning need whole rows on each process, "
+            f"got rows that are split over {split} (context or sequence parallelism)"
+        )
+    for teacher in each_teacher(trainer.teacher) if config.entropy > 0 else []:
+        if isinstance(teacher, CachedTeacher):
+            low, high = teacher.codec.temperature_range
+            if not low <= 1.0 <= high:
+                raise ValueError(
+                    "token_weights.entropy is the teacher's at temperature 1, the cache serves "
+                    f"{low:g} to {high:g}: write it with a temperature_range that has 1"
+                )
+
+
+def check_without_teacher(trainer: "DistillTrainer") -> None:
+    """Check a trainer that has no teacher.
+
+    Raises:
+        ValueError: a setting is of what a teacher says.
+    """
+    if cast(TokenWeightsConfig, trainer.args.token_weights).active():
+        raise ValueError("token_weights need a teacher; without one this is a Trainer")
+    if plan_of(trainer.data_collator) is not None:
+        raise ValueError("hints that depend on the step need a teacher, got None")
 
 
 def _check_processes(trainer: "DistillTrainer") -> None:
@@ -60,6 +126,7 @@ def _check_processes(trainer: "DistillTrainer") -> None:
 
 
 def _check_student(model: nn.Module) -> None:
+    check_kind(causal_lm(model))
     config = getattr(causal_lm(model), "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError("the student must be a decoder-only causal LM, got an encoder-decoder")
@@ -79,10 +146,19 @@ def _check_taid(trainer: "DistillTrainer", teacher: Teacher) -> None:
 
 
 def _check_cached(trainer: "DistillTrainer", teacher: CachedTeacher) -> None:
-    if not isinstance(trainer.objective, losses.Objective):
+    plan = plan_of(trainer.data_collator)
+    if plan is not None:
+        raise ValueError(
+            f"a cached teacher knows its rows with the hints of the writing, and {plan.refusal()}"
+        )
+    objectives = list(trainer.args.objectives())
+    if not all(isinstance(objective, losses.Objective) for objective in objectives):
         raise ValueError(
             "a cached teacher has not the log-probability of every token, which divergence "
             f"{trainer.args.divergence!r} reads: take another divergence"
         )
+    tokenizer = trainer.processing_class
     # with alpha 0 it is measured
-    teacher.check(trainer.objective.spec, trainer.processing_class)
+    for spec in dict.fromkeys(cast(losses.Objective, each).spec for each in objectives):
+        teacher.check(spec, tokenizer)
+        tokenizer = None  # it is the same for all

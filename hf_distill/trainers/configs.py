@@ -2,21 +2,33 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, cast
 
 from transformers import TrainingArguments
 
 from hf_distill.layers import parse_layers
-from hf_distill.losses import SAMPLED_KINDS, Objective, SampledObjective, TaidObjective
+from hf_distill.losses import (
+    SAMPLED_KINDS,
+    UNIVERSAL,
+    AnyObjective,
+    Objective,
+    SampledObjective,
+    TaidObjective,
+    UniversalObjective,
+    normalised_jsd,
+)
+from hf_distill.schedules import Schedule, Value
 from hf_distill.teachers import SelfTeacher
+from hf_distill.trainers import scheduled
 from hf_distill.trainers.groups import (
-    ClassWeightsConfig,
     ClipConfig,
     HiddenConfig,
     RolloutConfig,
     SelfTeacherConfig,
     TaidConfig,
+    TokenWeightsConfig,
     WatchdogConfig,
     as_group,
     as_optional_group,
@@ -35,14 +47,16 @@ class LossSettings(NamedTuple):
 class DistillConfig(TrainingArguments):
     """TrainingArguments and what defines the objective, alpha * soft + (1 - alpha) * hard.
 
-    A group (`clip`) is its dataclass, a mapping with some of its fields (as in YAML), or the same
-    as JSON text (as on a command line); it is the dataclass afterwards.
+    temperature, alpha, beta and hidden_weight are numbers or follow the optimizer steps, as a
+    `Schedule` or its text ("linear:4.0->1.0@1000"). A group (`clip`) is its dataclass, a mapping
+    with some of its fields (as in YAML), or the same as JSON text (as on a command line); it is the
+    dataclass afterwards.
     """
 
-    temperature: float = field(
+    temperature: Value = field(
         default=2.0, metadata={"help": "Softmax temperature of both sides in the soft loss, > 0."}
     )
-    alpha: float = field(
+    alpha: Value = field(
         default=0.5,
         metadata={"help": "Share of the soft loss in [0, 1]; the rest is cross-entropy."},
     )
@@ -50,14 +64,15 @@ class DistillConfig(TrainingArguments):
         default="forward_kl",
         metadata={
             "help": "forward_kl = KL(teacher||student), reverse_kl, jsd (with beta), another kind "
-            "of metal_ops.DivergenceSpec, or policy_gradient or k3, of the tokens alone."
+            "of metal_ops.DivergenceSpec; policy_gradient or k3, of the tokens alone; or uld, for "
+            "another tokenizer's teacher."
         },
     )
-    beta: float = field(
+    beta: Value = field(
         default=0.5,
         metadata={
             "help": "Weight of the teacher in the JSD's mixture, in [0, 1]; 0 and 1 mean forward "
-            "and reverse KL, as in GKD."
+            "and reverse KL, as in GKD. On a schedule the JSD is divided by beta (1 - beta)."
         },
     )
     temperature_scaling: str = field(
@@ -70,9 +85,12 @@ class DistillConfig(TrainingArguments):
     clip: ClipConfig | str | dict[str, Any] | None = field(
         default=None, metadata={"help": "A bound on the soft loss: bound, level."}
     )
-    class_weights: ClassWeightsConfig | str | dict[str, Any] | None = field(
+    token_weights: TokenWeightsConfig | str | dict[str, Any] | None = field(
         default=None,
-        metadata={"help": "Weights of tokens by class: special, number, punctuation, space, word."},
+        metadata={
+            "help": "How much tokens count: special, number, punctuation, space, word, entropy, "
+            "reasoning, markers."
+        },
     )
     hidden_layers: list[Any] | str | None = field(
         default=None,
@@ -81,7 +99,7 @@ class DistillConfig(TrainingArguments):
             "such as [6, 12], or pairs [[6, 12], [12, 24]] (student, teacher); None is none."
         },
     )
-    hidden_weight: float = field(
+    hidden_weight: Value = field(
         default=0.1, metadata={"help": "Weight of the hidden loss, >= 0; needs hidden_layers."}
     )
     hidden: HiddenConfig | str | dict[str, Any] | None = field(
@@ -102,31 +120,55 @@ class DistillConfig(TrainingArguments):
     def __post_init__(self) -> None:
         """Check the values where they are given."""
         super().__post_init__()
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
+        for name in scheduled.RANGES:
+            setattr(self, name, scheduled.checked(name, getattr(self, name)))
+        scheduled.check_read(self)
         self.clip = as_group("clip", ClipConfig, self.clip)
-        self.class_weights = as_group("class_weights", ClassWeightsConfig, self.class_weights)
+        self.token_weights = as_group("token_weights", TokenWeightsConfig, self.token_weights)
         self.hidden = as_group("hidden", HiddenConfig, self.hidden)
         self.hidden_layers = parse_layers(self.hidden_layers)
-        if not (math.isfinite(self.hidden_weight) and self.hidden_weight >= 0):
-            raise ValueError(f"hidden_weight must be at least 0, got {self.hidden_weight}")
         self.watchdog = as_group("watchdog", WatchdogConfig, self.watchdog)
         self.taid = as_optional_group("taid", TaidConfig, self.taid)
-        if self.taid is not None and self.alpha == 0:
+        if self.taid is not None and scheduled.bounds(self, "alpha")[1] == 0:
             raise ValueError(f"taid is a soft loss and needs alpha > 0, got {self.alpha}")
-        self.objective()
+        list(self.objectives())
 
-    def objective(self) -> Objective | SampledObjective:
-        """The loss of a token.
+    def objective(self, step: int = 0) -> AnyObjective:
+        """The loss of a token in the optimizer step that follows `step` of them.
 
         Raises:
-            ValueError: a value is out of range, or the clip or taid is not one of this divergence.
+            ValueError: a value is out of range, the clip or taid is not one of this divergence,
+                or a setting is given that it does not read.
         """
+        return self._objective(scheduled.values_at(self, step))
+
+    def objectives(self) -> Iterator[AnyObjective]:
+        """Those of the ends of all schedules, and between them: what holds for these always holds.
+
+        Raises:
+            ValueError: as `objective`.
+        """
+        return map(self._objective, scheduled.extremes(self))
+
+    def _objective(self, values: Mapping[str, float]) -> AnyObjective:
+        alpha = values["alpha"]
+        measures_hard = scheduled.bounds(self, "alpha")[0] < 1.0
         if self.taid is not None and self.divergence != "forward_kl":
             raise ValueError(f"taid needs divergence 'forward_kl', got {self.divergence!r}")
+        if self.divergence == UNIVERSAL:
+            self._check_universal()
+            return UniversalObjective(
+                alpha,
+                values["temperature"],
+                self.temperature_scaling,
+                measures_hard=measures_hard,
+            )
         if self.divergence not in SAMPLED_KINDS:
+            spec, factor = self._divergence_spec(values), 1.0
+            if self.divergence == "jsd" and Schedule.parse(self.beta).moves:
+                spec, factor = normalised_jsd(spec)
             kind = Objective if self.taid is None else TaidObjective
-            return kind(self.divergence_spec(), self.alpha)
+            return kind(spec, alpha, factor=factor, measures_hard=measures_hard)
         clip = cast(ClipConfig, self.clip)
         if clip.bound is not None and clip.level != "token":
             raise ValueError(
@@ -134,32 +176,52 @@ class DistillConfig(TrainingArguments):
                 "reads single tokens, not the vocabulary"
             )
         return SampledObjective(
-            self.divergence, self.alpha, self.temperature, self.temperature_scaling, clip.bound
+            self.divergence,
+            alpha,
+            values["temperature"],
+            self.temperature_scaling,
+            clip.bound,
+            measures_hard=measures_hard,
         )
+
+    def _check_universal(self) -> None:
+        """Settings of other divergences must be as they are."""
+        beta = next(x.default for x in fields(self) if x.name == "beta")
+        bound = cast(ClipConfig, self.clip).bound
+        for name, value, plain in (("beta", self.beta, beta), ("clip.bound", bound, None)):
+            if value != plain:
+                raise ValueError(
+                    f"divergence {UNIVERSAL!r} has no {name}: leave it at {plain}, got {value}"
+                )
 
     def loss_settings(self) -> LossSettings:
         """What the loss knows of rollouts: here nothing."""
         return LossSettings()
 
-    def divergence_spec(self) -> DivergenceSpec:
-        """The divergence of the soft loss, unless it is one of sampled tokens."""
+    def divergence_spec(self, step: int = 0) -> DivergenceSpec:
+        """The divergence of the soft loss after so many steps, unless it is of sampled tokens."""
+        return self._divergence_spec(scheduled.values_at(self, step))
+
+    def _divergence_spec(self, values: Mapping[str, float]) -> DivergenceSpec:
         clip = cast(ClipConfig, self.clip)
         return DivergenceSpec(
             self.divergence,
-            self.beta,
-            self.temperature,
+            values["beta"],
+            values["temperature"],
             self.temperature_scaling,
             clip=clip.bound,
             clip_level=clip.level,
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As in `TrainingArguments`; groups are dicts."""
+        """As in `TrainingArguments`; groups are dicts, schedules their texts."""
         result = super().to_dict()
         for name in (x.name for x in fields(self) if x.name in result):
             value = result[name]
             if dataclasses.is_dataclass(value) and type(value).__module__ == ClipConfig.__module__:
                 result[name] = dataclasses.asdict(cast(Any, value))
+            elif isinstance(value, Schedule):
+                result[name] = str(value)
         return result
 
 
@@ -167,10 +229,10 @@ class DistillConfig(TrainingArguments):
 class OPSDConfig(DistillConfig):
     """DistillConfig with the defaults of on-policy self-distillation, and its own settings."""
 
-    temperature: float = field(
+    temperature: Value = field(
         default=1.0, metadata={"help": "Softmax temperature of both sides in the loss, > 0."}
     )
-    alpha: float = field(
+    alpha: Value = field(
         default=1.0,
         metadata={
             "help": "Share of the soft loss in [0, 1]; the rest is the completions' cross-entropy."

@@ -1,36 +1,42 @@
 """DistillTrainer: a Trainer whose loss compares the student with a teacher."""
 
 import logging
-import os
-from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from hf_distill import alignment, losses, token_weights
-from hf_distill.heads import Reader, causal_lm, vocab_size
+from hf_distill.heads import Reader, Signal, causal_lm, vocab_size
 from hf_distill.monitors import MeanMeter, TokenMeter
 from hf_distill.offline import CachedCollator, CachedTeacher
-from hf_distill.probes import make_probe
 from hf_distill.rollouts import end_token_ids
 from hf_distill.teachers import RoutedCollator, Teacher, as_teacher
 from hf_distill.token_classes import token_classes
-from hf_distill.token_weights import TokenWeights
-from hf_distill.trainers import checkpoints
-from hf_distill.trainers.checks import check_setup
+from hf_distill.trainers import classifiers, hidden, scheduled, weighing
+from hf_distill.trainers.checks import check_setup, check_unweighted, check_without_teacher
 from hf_distill.trainers.configs import DistillConfig
-from hf_distill.trainers.groups import ClassWeightsConfig, HiddenConfig, TaidConfig, WatchdogConfig
-from hf_distill.trainers.hidden import HiddenAlignment
-from hf_distill.trainers.scoring import Scoring, Share, Work
+from hf_distill.trainers.groups import TaidConfig
+from hf_distill.trainers.hard_losses import HardLoss
+from hf_distill.trainers.scoring import Scoring, Share
+from hf_distill.trainers.stateful import StatefulTrainer
 from hf_distill.trainers.taid import Taid
+from hf_distill.trainers.vocabulary import Vocabulary
+from hf_distill.trainers.watching import add_watchdog
+from hf_distill.universal import UniversalCollator
 
 logger = logging.getLogger(__name__)
 
-TEACHER_FILE = "teacher.safetensors"
+
+def _classes_of(model: Any, processing_class: Any) -> Tensor | None:
+    """[V] the class of each token, where the processing class is a tokenizer."""
+    size = vocab_size(causal_lm(model))
+    if not isinstance(processing_class, PreTrainedTokenizerBase) or size is None:
+        return None
+    return token_classes(processing_class, size)
 
 
 class _UpdateTeacher(TrainerCallback):
@@ -44,13 +50,14 @@ class _UpdateTeacher(TrainerCallback):
         self.teacher.update(model)
 
 
-class DistillTrainer(checkpoints.ResumableTrainer):
-    """A `Trainer` for causal LMs whose loss is alpha * soft + (1 - alpha) * hard.
+class DistillTrainer(StatefulTrainer):
+    """A `Trainer` for causal LMs and classifiers: loss = alpha * soft + (1 - alpha) * hard.
 
     soft is the divergence of the args between teacher and student at every labelled token, hard the
-    cross-entropy of the labels (with `label_smoothing_factor` or `compute_loss_func`, that one).
-    Both are summed and divided by the number of labelled tokens of the whole optimizer step. Where
-    the models allow it, [rows, positions, vocab] logits are never built.
+    cross-entropy of the labels (with `label_smoothing_factor` or `compute_loss_func`, that one; of
+    a student whose own loss is another, its own). Both are summed and divided by the number of
+    labelled tokens of the whole optimizer step. Where the models allow it, [rows, positions, vocab]
+    logits are never built. Of sequence classifiers, see `classifiers.Classification`.
 
     Args:
         model: the student; every argument but `teacher` is that of `Trainer`.
@@ -86,31 +93,25 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         args = DistillConfig(output_dir="tmp_trainer") if args is None else args
         if not isinstance(args, DistillConfig):
             raise TypeError(f"args must be a DistillConfig, got {type(args).__name__}")
-        if teacher is None and args.alpha > 0:
-            raise ValueError(f"alpha {args.alpha} > 0 needs a teacher; pass teacher= or alpha=0")
+        scheduled.check_teacher(args, teacher is not None)
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
         )
         self.teacher = None if teacher is None else as_teacher(teacher)
-        self.objective = args.objective()
-        self._layers: HiddenAlignment | None = None
-        self._taid: Taid | None = None
-        class_weights = cast(ClassWeightsConfig, args.class_weights).active()
         if self.teacher is None:
-            if class_weights is not None:
-                raise ValueError("class_weights need a teacher; without one this is a Trainer")
+            check_without_teacher(self)
             return
-        self._weigh = TokenWeights(class_weights, self.processing_class)
-        self._scoring = Scoring(self._weigh, args.loss_settings())
+        self._scoring = Scoring(args.loss_settings())
+        self._classification = classifiers.for_student(self)
+        self._hard_loss = HardLoss(self)
         check_setup(self)
-        # this class divides by num_items_in_batch itself, whatever the model's forward accepts
-        self.model_accepts_loss_kwargs = True
-        self.loss_is_scaled_for_ga = True
-        self._loss_shifts_labels = True
-        self.label_names = ["labels"]  # PEFT's forward hides them from the Trainer
+        self._vocabulary = Vocabulary(self)
+        self._weighing = weighing.for_trainer(self)
+        classifiers.take_over_counting(self)
         refusal = self._hidden_states_refusal()
-        self._reader = Reader("student", refusal)
-        classes = self._token_classes()
+        self._reader = Reader("student", refusal, self._vocabulary.size)
+        is_text = self._classification is None  # a row's class is no token
+        classes = _classes_of(self.model, self.processing_class) if is_text else None
         self._meters = {True: TokenMeter(classes), False: TokenMeter(classes)}
         eos_token_id = getattr(processing_class, "eos_token_id", None)
         end_ids = end_token_ids(causal_lm(cast(nn.Module, self.model)), eos_token_id)
@@ -118,49 +119,29 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         self.teacher.prepare(self.accelerator, cast(nn.Module, self.model), refusal)
         if isinstance(self.teacher, CachedTeacher):
             self.data_collator = CachedCollator(self.data_collator, self.teacher)
-        self._layers = self._make_layers(self.teacher)
+        self._layers = hidden.for_trainer(self)
         self._mean_meters = {x: MeanMeter(self._mean_names()) for x in (True, False)}
         self.add_callback(_UpdateTeacher(self.teacher))
         if args.taid is not None:
             self._taid = Taid(cast(TaidConfig, args.taid), self.accelerator)
             self.add_callback(self._taid)
-        self._probe = None
-        self._add_watchdog(self.teacher)
+        self._probe = add_watchdog(self, self.teacher)
 
-    def _make_layers(self, teacher: Teacher) -> HiddenAlignment | None:
-        args = self.args
-        settings = cast(HiddenConfig, args.hidden)
-        if args.hidden_layers is None or not (args.hidden_weight or settings.attention_weight):
-            return None
-        model = cast(nn.Module, self.model)
-        return HiddenAlignment(model, teacher, args.hidden_layers, settings, args.seed)
-
-    def _token_classes(self) -> Tensor | None:
-        """[V] the class of each token, where the processing class is a tokenizer."""
-        size = vocab_size(causal_lm(cast(nn.Module, self.model)))
-        if not isinstance(self.processing_class, PreTrainedTokenizerBase) or size is None:
-            return None
-        return token_classes(self.processing_class, size)
-
-    def _add_watchdog(self, teacher: Teacher) -> None:
-        config = cast(WatchdogConfig, self.args.watchdog)
-        if config.action == "off":
-            return
-        # before the callbacks that report, so that they see its metrics
-        self.callback_handler.callbacks.insert(0, config.make())
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            logger.info("the watchdog does not probe the teacher: parameters are sharded")
-        else:
-            self._probe = make_probe(teacher, self.accelerator)
+    @property
+    def objective(self) -> losses.AnyObjective:
+        """The loss of a token now: of every micro-batch of the next optimizer step."""
+        return self.args.objective(self.state.global_step)
 
     def _hidden_states_refusal(self) -> str | None:
         """Why this run must read logits, or None."""
+        if self._classification is not None:
+            return "a classifier has few logits"
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return "sharded parameters"
         if self.args.torch_compile:
             return "torch_compile"
         if self.has_own_hard_loss():
-            return "label smoothing and compute_loss_func take logits"
+            return "label smoothing, compute_loss_func and a model's own loss take logits"
         return None
 
     def compute_loss(
@@ -172,30 +153,43 @@ class DistillTrainer(checkpoints.ResumableTrainer):
     ) -> Any:
         """Teacher's signal, student's terms, normalised over the whole optimizer step."""
         if self.teacher is None:
-            self._check_without_teacher(inputs)
+            self._check_without_teacher(token_weights.KEY in inputs)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self._check_batch(inputs)
+        if self._classification is not None:
+            arguments = model, inputs, return_outputs, num_items_in_batch
+            return self._classification.compute_loss(self, *arguments)
+        if not self._weighing.was_asked(inputs):
+            self._check_batch(inputs)
+        self._hard_loss.look(model, inputs)
         side = alignment.student_side(inputs)
         teacher_side = alignment.teacher_side(inputs, side)
         if self._probe is not None:
             self._probe.keep(model, side, teacher_side)
-        signal = self.teacher.signal(model, teacher_side)
-        side, scored, counts = self._work(inputs, side, num_items_in_batch, model.training)
+        ask = partial(self._signal, model, teacher_side, inputs)
+        weighed, signal = self._weighing.of(inputs, ask)
+        self._mean_meters[model.training].add(weighed.logged)
+        share = self._share(weighed.weights, num_items_in_batch)
+        side, scored, counts = self._scoring.work(inputs, side, share, model.training)
         objective = self._present_objective(model.training)
 
         def terms_of(student: losses.Student) -> losses.Terms:
             terms = losses.step_terms(student, objective, signal, scored)
             if self._layers is None:
                 return terms
-            return self._layers.add(terms, seen, signal, scored, self.args.hidden_weight)
+            weight = scheduled.value_at(self.args, "hidden_weight", self.state.global_step)
+            return self._layers.add(terms, seen, signal, scored, weight)
 
         outputs, own_outputs = None, return_outputs or self.has_own_hard_loss()
         at_head = not own_outputs and signal.logits is None
         at_head = at_head and self._reader.reads_hidden(model, side.inputs)
-        with nullcontext() if self._layers is None else self._layers.watching(side) as seen:
+        layers = self._layers
+        watching: Any = nullcontext() if layers is None else layers.watching(side)
+        with watching as seen:
             if own_outputs:
-                outputs = model(**self._reader.forward_inputs(model, side.inputs))
-                hard_loss = self._own_hard_loss(outputs, inputs["labels"], num_items_in_batch)
+                asked = self._hard_loss.arguments(inputs["labels"], num_items_in_batch)
+                outputs = model(**self._reader.forward_inputs(model, side.inputs), **asked)
+                outputs = self._vocabulary.outputs(outputs)
+                hard_loss = self._hard_loss.of(outputs, inputs["labels"], num_items_in_batch)
                 terms = terms_of(losses.StudentLogits(outputs.logits[side.predicts], hard_loss))
             elif at_head:
                 terms = self._reader.at_head(
@@ -206,28 +200,37 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         self._note(terms, scored, counts, model.training)
         return (terms.loss, outputs) if return_outputs else terms.loss
 
-    def _present_objective(self, training: bool) -> losses.Objective | losses.SampledObjective:
+    def _present_objective(self, training: bool) -> losses.AnyObjective:
         """The loss of a token at this step."""
         if self._taid is None or not training:
             return self.objective
         return self._taid.present(self.objective)
 
+    def _signal(
+        self, model: nn.Module, teacher_side: alignment.Side, inputs: dict[str, Any]
+    ) -> Signal:
+        """The teacher's, about the entries of the vocabulary that are used."""
+        signal = cast(Teacher, self.teacher).signal(model, teacher_side)
+        return self._vocabulary.signal(signal, inputs)
+
     def _check_batch(self, inputs: dict[str, Any]) -> None:
         """Called with every batch before it is used."""
+        self._vocabulary.check(inputs)
         self._alignment.add(inputs)
         if self._layers is not None:
             self._layers.check(inputs)
 
-    def _work(
-        self,
-        inputs: Mapping[str, Any],
-        side: alignment.Side,
-        num_items_in_batch: Tensor | int | None,
-        training: bool,
-    ) -> Work:
+    def _ask(self, inputs: dict[str, Any]) -> Signal:
+        """The teacher's signal of a batch on its device, before the step's first loss."""
+        self._check_batch(inputs)
+        teacher_side = alignment.teacher_side(inputs, alignment.student_side(inputs))
+        model = cast(nn.Module, self.model_wrapped)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self._signal(model, teacher_side, inputs)
+
+    def _share(self, weights: Tensor | None, num_items_in_batch: Tensor | int | None) -> Share:
         num_averaged = self._num_averaged(num_items_in_batch)
-        share = Share(num_items_in_batch, num_averaged, self._num_ranks())
-        return self._scoring.work(inputs, side, share, training)
+        return Share(weights, num_items_in_batch, num_averaged, self._num_ranks())
 
     def _note(
         self, terms: losses.Terms, scored: losses.Scored, counts: Tensor | None, training: bool
@@ -245,11 +248,12 @@ class DistillTrainer(checkpoints.ResumableTrainer):
 
         See `losses.behaviour_log_probs`; the batch must be on the student's device.
         """
+        self._vocabulary.check(batch)
         return losses.behaviour_log_probs(self._reader, cast(nn.Module, self.model_wrapped), batch)
 
     @staticmethod
-    def _check_without_teacher(inputs: Mapping[str, Any]) -> None:
-        if token_weights.KEY in inputs:
+    def _check_without_teacher(given: bool) -> None:
+        if given:
             raise ValueError(f"{token_weights.KEY} need a teacher; without one this is a Trainer")
 
     def _num_ranks(self) -> int:
@@ -268,13 +272,13 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         """As in `Trainer`; if tokens have weights, the sum of theirs."""
         if self.teacher is None:
             return super()._get_num_items_in_batch(batch_samples, device)
-        weights = [self._weigh(batch) for batch in batch_samples]
+        if self._classification is not None:
+            return self._classification.count(self, batch_samples, device)
+        weights = self._weighing.ahead(batch_samples, self._prepare_inputs, self._ask)
         if all(each is None for each in weights):
             return super()._get_num_items_in_batch(batch_samples, device)
         if self.has_own_hard_loss():
-            raise ValueError(
-                "weights of tokens reach neither label smoothing nor compute_loss_func, got both"
-            )
+            check_unweighted(weights)
         count = token_weights.total(batch_samples, weights).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = cast(Tensor, self.accelerator.gather(count)).sum()
@@ -285,27 +289,14 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         """As in `Trainer`, with the columns that this class and its collators read."""
         super()._set_signature_columns_if_needed()
         columns = cast("list[str]", self._signature_columns)
-        read = [token_weights.KEY] if self.teacher is not None else []
-        if isinstance(self.data_collator, RoutedCollator):
+        read = [] if self.teacher is None else [token_weights.KEY, *classifiers.columns(self)]
+        if isinstance(self.data_collator, RoutedCollator | UniversalCollator):
             read += self.data_collator.columns
         columns.extend(name for name in read if name not in columns)
 
     def has_own_hard_loss(self) -> bool:
-        """Whether label smoothing or `compute_loss_func` takes the place of the cross-entropy."""
-        return self.label_smoother is not None or self.compute_loss_func is not None
-
-    def _own_hard_loss(
-        self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None
-    ) -> Tensor | None:
-        """The hard loss of `compute_loss_func` or label smoothing, as the Trainer scales it."""
-        if self.compute_loss_func is not None:
-            loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
-        elif self.label_smoother is not None:
-            kwargs = {"shift_labels": True, "num_items_in_batch": num_items_in_batch}
-            loss = self.label_smoother(outputs, labels, **kwargs)
-        else:
-            return None
-        return loss * self._num_averaged(num_items_in_batch)
+        """Whether another hard loss takes the place of the cross-entropy, see `HardLoss`."""
+        return self._hard_loss.replaces
 
     def prediction_step(
         self,
@@ -335,7 +326,9 @@ class DistillTrainer(checkpoints.ResumableTrainer):
             return {}
         self._alignment.read(self.accelerator)
         metrics = self._meters[training].read(self.accelerator, self.objective.unmeasured)
-        return metrics | self._mean_meters[training].read(self.accelerator)
+        metrics |= self._mean_meters[training].read(self.accelerator)
+        metrics |= self._hinting.read(self.accelerator, training)
+        return metrics if self._classification is None else self._classification.named(metrics)
 
     def _mean_names(self) -> tuple[str, ...]:
         """What is logged of `Terms.extra` in this run."""
@@ -343,12 +336,21 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         reused = () if settings.importance_clip is None else losses.IMPORTANCE_NAMES
         anchor = (losses.ANCHOR_NAME,) if settings.anchor_weight > 0 else ()
         hidden = () if self._layers is None else self._layers.names
-        return (*self.objective.extra_names, *reused, *anchor, *hidden)
+        rows = () if self._classification is None else self._classification.metric_names
+        return (
+            *self.objective.extra_names,
+            *reused,
+            *anchor,
+            *hidden,
+            *rows,
+            *self._weighing.names,
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `Trainer`; training logs also hold the metrics of the scored tokens."""
         if "loss" in logs:
             logs.update(self._read_metrics(training=True))
+            logs.update(scheduled.logged(self.args, self.state.global_step))
             if self._taid is not None:
                 logs.update(self._taid.metrics())
             if self.teacher is not None and self._probe is not None:
@@ -356,44 +358,3 @@ class DistillTrainer(checkpoints.ResumableTrainer):
         elif "train_loss" in logs and self.teacher is not None:
             self._alignment.read(self.accelerator)  # the run ends; it may not have logged before
         super().log(logs, start_time)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`; projections of hidden states are a part of the model meanwhile."""
-        with nullcontext() if self._layers is None else self._layers.attached():
-            return super().train(*args, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        with nullcontext() if self._layers is None else self._layers.detached():
-            super()._save(output_dir, state_dict)
-
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with nullcontext() if self._layers is None else self._layers.detached():
-            super()._load_from_checkpoint(*args, **kwargs)
-
-    def _load_best_model(self) -> None:
-        with nullcontext() if self._layers is None else self._layers.detached():
-            super()._load_best_model()
-
-    def _parts(self) -> list[HiddenAlignment | Taid]:
-        """What has a file of its own in a checkpoint."""
-        return [part for part in (self._layers, self._taid) if part is not None]
-
-    def _save_extra(self, folder: str) -> None:
-        """Write what resuming needs besides the Trainer's own files."""
-        state = {} if self.teacher is None else self.teacher.state_dict()
-        if state and self.args.should_save:
-            save_file(state, os.path.join(folder, TEACHER_FILE))
-        for part in self._parts():
-            if self.args.should_save:
-                part.save(folder)
-
-    def _load_extra(self, folder: str) -> None:
-        """Read what `_save_extra` wrote; the state is the checkpoint's."""
-        for part in self._parts():
-            part.load(folder)
-        if self.teacher is None or not self.teacher.state_dict():
-            return
-        path = os.path.join(folder, TEACHER_FILE)
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"the teacher's state must be in the checkpoint: no {path}")
-        self.teacher.load_state_dict(load_file(path))

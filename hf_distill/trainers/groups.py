@@ -107,11 +107,14 @@ class HiddenConfig:
 
 
 @dataclass
-class ClassWeightsConfig:
-    """How much a token counts by the class of its text, see `hf_distill.token_classes`.
+class TokenWeightsConfig:
+    """How much a token counts: by the class of its text, its place, and the teacher's entropy.
+
+    The factors are multiplied. `hf_distill.token_classes` has the classes, `hf_distill.markers` the
+    places.
 
     Raises:
-        ValueError: a weight is negative or not finite.
+        ValueError: a number is negative or not finite, or markers are not two different texts.
     """
 
     special: float = field(default=1.0, metadata={"help": "Special tokens, >= 0."})
@@ -119,21 +122,45 @@ class ClassWeightsConfig:
     punctuation: float = field(default=1.0, metadata={"help": "No letter and no digit, >= 0."})
     space: float = field(default=1.0, metadata={"help": "Only whitespace, >= 0."})
     word: float = field(default=1.0, metadata={"help": "The rest, >= 0."})
+    entropy: float = field(
+        default=0.0,
+        metadata={
+            "help": "A token counts 1 + entropy * H / ln V times, >= 0; H is the teacher's entropy "
+            "there at temperature 1 in nats, V the number of logits."
+        },
+    )
+    reasoning: float = field(default=1.0, metadata={"help": "Tokens between the markers, >= 0."})
+    markers: list[str] = field(
+        default_factory=lambda: ["<think>", "</think>"],
+        metadata={"help": "Two different texts, around reasoning; they do not belong to it."},
+    )
 
     def __post_init__(self) -> None:
         """Check the values where they are given."""
-        for name, value in zip(CLASSES, self.by_class(), strict=True):
+        for name in (*CLASSES, "entropy", "reasoning"):
+            value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"class_weights.{name} must be at least 0, got {value}")
+                raise ValueError(f"token_weights.{name} must be at least 0 and finite, got {value}")
+        given = self.markers
+        is_pair = isinstance(given, list | tuple) and len(given) == 2
+        if not is_pair or not all(isinstance(x, str) and x for x in given) or given[0] == given[1]:
+            raise ValueError(
+                f"token_weights.markers must be two different texts, not empty, got {given!r}"
+            )
 
-    def by_class(self) -> list[float]:
-        """The weights in the order of `CLASSES`."""
-        return [getattr(self, name) for name in CLASSES]
-
-    def active(self) -> list[float] | None:
-        """`by_class`, or None if all are 1."""
-        weights = self.by_class()
+    def by_class(self) -> list[float] | None:
+        """The weights in the order of `CLASSES`, or None if all are 1."""
+        weights = [getattr(self, name) for name in CLASSES]
         return None if all(weight == 1.0 for weight in weights) else weights
+
+    def around_reasoning(self) -> tuple[str, str] | None:
+        """The markers, or None if reasoning counts like the rest."""
+        return None if self.reasoning == 1.0 else (self.markers[0], self.markers[1])
+
+    def active(self) -> bool:
+        """Whether some tokens count more than others."""
+        by_place = self.by_class() is not None or self.around_reasoning() is not None
+        return by_place or self.entropy > 0.0
 
 
 @dataclass

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,13 +15,42 @@ from hf_distill.heads import Signal, causal_lm, kept_rng
 from hf_distill.layers import Seen, Watch, blocks, match_layers
 from hf_distill.losses import Scored, Terms, attention_loss, hidden_loss
 from hf_distill.teachers import Teacher
+from hf_distill.trainers import scheduled
 from hf_distill.trainers.groups import HiddenConfig
+
+if TYPE_CHECKING:
+    from hf_distill.trainers.distill import DistillTrainer
 
 logger = logging.getLogger(__name__)
 
 MODULE = "hidden_projection"  # of the student while it trains
 FILE = f"{MODULE}.safetensors"  # of a checkpoint
 HIDDEN_NAME, ATTENTION_NAME = "hidden", "attention"
+
+
+def for_trainer(trainer: "DistillTrainer") -> "HiddenAlignment | None":
+    """What the config asks for, or None; the teacher must be prepared.
+
+    Raises:
+        ValueError: as `HiddenAlignment`, or student and teacher have different tokenizers, or the
+            projections' parameters would be sharded.
+    """
+    args = trainer.args
+    settings = cast(HiddenConfig, args.hidden)
+    weighs = scheduled.bounds(args, "hidden_weight")[1] > 0
+    if args.hidden_layers is None or not (weighs or settings.attention_weight):
+        return None
+    trainer._vocabulary.check_one_tokenizer("hidden_layers")
+    model, teacher = cast(nn.Module, trainer.model), cast(Teacher, trainer.teacher)
+    made = HiddenAlignment(model, teacher, args.hidden_layers, settings, args.seed)
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if made.projections is not None and sharded:
+        raise ValueError(
+            "hidden layers of different widths need projections, which are not saved where "
+            "parameters are sharded (FSDP, DeepSpeed): take a teacher of the student's width, or "
+            "hidden_layers=None"
+        )
+    return made
 
 
 def _width(lm: nn.Module) -> int:

@@ -30,10 +30,11 @@ from hf_distill.trainers import sampling
 from hf_distill.trainers.configs import ClipConfig, OPSDConfig
 from hf_distill.trainers.distill import DistillTrainer
 from hf_distill.trainers.groups import RolloutConfig
+from hf_distill.trainers.hinting import shows_hints
 from hf_distill.trainers.samplers import RepeatSampler
 from hf_distill.trainers.scoring import BEHAVIOUR
 from hf_distill.trainers.unused import unused
-from hf_distill.trainers.windows import EVAL_STEP, Rollouts, TruncatedMeter, Window
+from hf_distill.trainers.windows import EVAL_STEP, Rollouts, Window
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class OPSDTrainer(DistillTrainer):
         self.hint_collator, self.environment = data_collator, environment
         self._window: Window | None = None
         self._resumed: dict[str, Any] | None = None
-        self._truncated = {training: TruncatedMeter() for training in (True, False)}
+        self._has_shown_hints = False
         for text in unused(args, environment is not None, teacher is None):
             logger.warning("a setting is not used: %s", text)
         teacher = args.make_teacher() if teacher is None else as_teacher(teacher)
@@ -188,10 +189,11 @@ class OPSDTrainer(DistillTrainer):
         logger.info("without a hint student and teacher are %.1e nats apart", found)
 
     def _check_batch(self, inputs: dict[str, Any]) -> None:
-        is_first = not self._alignment.started
         super()._check_batch(inputs)
-        if is_first and self.args.process_index == 0:
-            warn_of_lost_context(inputs, self.hint_collator.tokenizer, NUM_CHECKED)
+        if not self._has_shown_hints and shows_hints(inputs, NUM_CHECKED):
+            self._has_shown_hints = True
+            if self.args.process_index == 0:
+                warn_of_lost_context(inputs, self.hint_collator.tokenizer, NUM_CHECKED)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -206,14 +208,15 @@ class OPSDTrainer(DistillTrainer):
             count = self._get_num_items_in_batch(batches, device)
             if count is not None and not count:  # no reply with a hint, say: a step of no loss
                 count = count + 1
-        for batch in batches:
-            self._truncated[True].count(batch)
+            for batch in batches:
+                self._hinting.count(batch, training=True)
         return batches, count
 
     def _new_window(self, rollouts: Rollouts, batches: list[Any], step: int) -> Window:
         model = cast(nn.Module, self.model_wrapped)
         resumed, self._resumed = self._resumed or {}, None
-        window = rollouts.window(model, batches, step, resumed.get("episodes"))
+        collator = self._hinting.at(self.hint_collator, rollouts.first_step(step), training=True)
+        window = rollouts.window(model, batches, step, resumed.get("episodes"), collator)
         reused = rollouts.config.steps_per_rollout > 1 and window.episodes
         if reused and rollouts.config.importance_clip is not None:
             known = resumed.get(BEHAVIOUR) or [None] * len(window.batches)
@@ -226,7 +229,7 @@ class OPSDTrainer(DistillTrainer):
         return window
 
     def _read_metrics(self, training: bool) -> dict[str, float]:
-        metrics = super()._read_metrics(training) | self._truncated[training].read(self.accelerator)
+        metrics = super()._read_metrics(training)
         return metrics if self.rollouts is None else metrics | self.rollouts.read(training)
 
     def prediction_step(
@@ -241,8 +244,10 @@ class OPSDTrainer(DistillTrainer):
             step = EVAL_STEP + self._eval_batches
             (episodes,) = self.rollouts.play(model, [inputs], step, training=False)
             self._eval_batches += 1
-            inputs = self.rollouts.batch(model, episodes)
-        self._truncated[False].count(inputs)
+            step = self.state.global_step
+            collator = self._hinting.at(self.hint_collator, step, training=False)
+            inputs = self.rollouts.batch(model, episodes, collator)
+            self._hinting.count(inputs, training=False)
         if not (inputs["labels"] != alignment.IGNORE_INDEX).any():  # no reply with a hint, say
             return torch.zeros((), device=self.args.device), None, None
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)

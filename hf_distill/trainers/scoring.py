@@ -10,21 +10,23 @@ from torch import Tensor
 from hf_distill import alignment, anchors
 from hf_distill.alignment import Side
 from hf_distill.losses import Anchor, Importance, Scored
-from hf_distill.token_weights import KEY, TokenWeights
+from hf_distill.token_weights import KEY
 from hf_distill.trainers.configs import LossSettings
 
 BEHAVIOUR = "behaviour_log_probs"
 
 
 class Share(NamedTuple):
-    """What a micro-batch is divided by, to be its share of an optimizer step.
+    """The weights of a micro-batch, and what they are divided by, to be its share of a step.
 
-    num_items: the weights of the step's scored tokens (without weights, their number), over all its
-    micro-batches and, if the Trainer gathers them, all processes; None is those of this batch.
+    weights: [B, T] aligned with the labels, or None if every token counts as one. num_items: the
+    sum of those of the step's scored tokens (without weights, their number), over all its
+    micro-batches and, if the Trainer gathers them, all processes; None is that of this batch.
     num_averaged: processes whose gradients are averaged although num_items is of all of them, else
     1. num_processes: those whose gradients are averaged.
     """
 
+    weights: Tensor | None
     num_items: Tensor | int | None
     num_averaged: int
     num_processes: int
@@ -43,11 +45,9 @@ class Scoring:
     """Reads a batch.
 
     Args:
-        weigh: the weights of its tokens.
         settings: of reused completions and the anchor.
     """
 
-    weigh: TokenWeights
     settings: LossSettings
 
     def work(self, batch: Mapping[str, Any], student: Side, share: Share, training: bool) -> Work:
@@ -56,14 +56,14 @@ class Scoring:
         Args:
             batch: with labels [B, T].
             student: its student's side.
-            share: what the sums are divided by.
+            share: the tokens' weights, and what the sums are divided by.
             training: the anchor is a part of the training loss only.
 
         Raises:
             ValueError: no token counts, or the shape of `behaviour_log_probs` is not the labels'.
         """
         targets = alignment.targets(batch["labels"], student.predicts)
-        weights, counts = self._weights(batch, student, len(targets), share)
+        weights, counts = self._weights(student, targets, share)
         scored = Scored(targets, weights, self._importance(batch, student))
         if not training or self.settings.anchor_weight == 0.0 or not anchors.has_anchor(batch):
             return Work(student, scored, counts)
@@ -74,20 +74,19 @@ class Scoring:
         return Work(anchors.joined(student, batch), scored._replace(anchor=anchor), counts)
 
     def _weights(
-        self, batch: Mapping[str, Any], student: Side, num_tokens: int, share: Share
+        self, student: Side, targets: Tensor, share: Share
     ) -> tuple[Tensor, Tensor | None]:
         """[N] float32 weights that make a sum over tokens the mean over an optimizer step."""
-        raw = self.weigh(batch)
-        if raw is None:
-            own, counts = torch.ones(num_tokens, device=batch["labels"].device), None
+        if share.weights is None:
+            own, counts = torch.ones(len(targets), device=targets.device), None
         else:
-            own = alignment.targets(raw, student.predicts)
+            own = alignment.targets(share.weights, student.predicts)
             counts = own != 0
         num_items = own.sum() if share.num_items is None else share.num_items
-        if num_items == 0 and raw is not None and num_tokens:
+        if num_items == 0 and counts is not None and len(targets):
             raise ValueError(
                 "the weights of a step's scored tokens must not sum to 0: all are 0 "
-                f"({KEY}, class_weights)"
+                f"({KEY} of the batch and of the settings)"
             )
         if num_items == 0:
             raise ValueError(

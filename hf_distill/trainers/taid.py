@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import TrainerCallback
 
-from hf_distill.losses import Objective, SampledObjective, TaidObjective
+from hf_distill.losses import AnyObjective, TaidObjective
 from hf_distill.trainers.groups import TaidConfig
 
 TAID_FILE = "taid.json"
@@ -44,9 +44,10 @@ def next_state(config: TaidConfig, state: TaidState, loss: float, progress: floa
         progress: the share of the optimizer steps that is done, in [0, 1].
 
     Source:
-        Section 3.3 of Shing et al. 2025, arXiv:2501.16937. The authors' release takes the steps
-        done before this one as progress, which is one step less, and moves t at every forward
-        pass; its loss is the cross-entropy with the target, here it is the KL.
+        Shing et al. 2025, arXiv:2501.16937, as in the authors' release but for three things. The
+        release does so at every forward pass, here it is once an optimizer step. Its progress is
+        that before the step, one step less. Its loss is the cross-entropy with the target, which
+        has the size of an entropy at any t; the KL grows with about t².
     """
     linear = config.t_start + (config.t_end - config.t_start) * progress
     if not config.adaptive:
@@ -75,7 +76,7 @@ class Taid(TrainerCallback):
         self._sum: Tensor | None = None
         self._used = config.t_start
 
-    def present(self, objective: Objective | SampledObjective) -> TaidObjective:
+    def present(self, objective: AnyObjective) -> TaidObjective:
         """The objective with the t of this step."""
         assert isinstance(objective, TaidObjective)
         return replace(objective, t=self.state.t)

@@ -3,9 +3,12 @@
 import dataclasses
 from typing import Any, cast
 
-from hf_distill.trainers.configs import OPSDConfig
-from hf_distill.trainers.groups import RolloutConfig, SelfTeacherConfig
+from hf_distill.trainers.configs import DistillConfig, OPSDConfig
+from hf_distill.trainers.groups import RolloutConfig, SelfTeacherConfig, TokenWeightsConfig
 
+HIDDEN_WEIGHT = next(
+    x.default for x in dataclasses.fields(DistillConfig) if x.name == "hidden_weight"
+)
 READERS = {"ema_decay": "ema", "lora_scale": "lora_scale"}  # of SelfTeacherConfig's fields
 
 
@@ -36,4 +39,17 @@ def unused(args: OPSDConfig, has_environment: bool, own_teacher: bool) -> list[s
     for name in sorted(_changed(cast(SelfTeacherConfig, args.self_teacher))):
         if not own_teacher or args.teacher != READERS[name]:
             found.append(f"self_teacher.{name} needs teacher {READERS[name]!r}")
+    return found
+
+
+def unused_anywhere(args: DistillConfig) -> list[str]:
+    """As `unused`, of settings that both trainers have."""
+    found = []
+    weights = cast(TokenWeightsConfig, args.token_weights)
+    if "markers" in _changed(weights) and weights.around_reasoning() is None:
+        found.append("token_weights.markers needs a token_weights.reasoning other than 1")
+    if args.hidden_layers is None:
+        found += [f"hidden.{name} needs hidden_layers" for name in sorted(_changed(args.hidden))]
+        if args.hidden_weight != HIDDEN_WEIGHT:
+            found.append("hidden_weight needs hidden_layers")
     return found

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hf_distill import alignment, rollouts
-from hf_distill.collators import TRUNCATED, HintCollator
+from hf_distill.collators import HintCollator
 from hf_distill.episodes import Environment, Episode, play, share_siblings
 from hf_distill.heads import causal_lm, unwrap
 from hf_distill.hints import Row
@@ -62,9 +62,13 @@ class Rollouts:
         self._sampled = ShareMeter("on_policy")
         self._overlap = HintOverlapMeter()
 
+    def first_step(self, step: int) -> int:
+        """The step whose completions a step is taken on."""
+        return step - step % self.config.steps_per_rollout
+
     def is_first_step(self, step: int) -> bool:
         """Whether a step needs new completions."""
-        return step % self.config.steps_per_rollout == 0
+        return step == self.first_step(step)
 
     def is_sampled(self, step: int) -> bool:
         """Whether a step's completions are sampled; the same on all processes."""
@@ -78,6 +82,7 @@ class Rollouts:
         batches: list[dict[str, Any]],
         step: int,
         resumed: list[list[dict[str, Any]]] | None,
+        collator: HintCollator,
     ) -> Window:
         """The window that begins at a step, or that a checkpoint holds the episodes of.
 
@@ -86,13 +91,14 @@ class Rollouts:
             batches: of `HintCollator.prompts`.
             step: optimizer steps taken.
             resumed: states of the episodes of each micro-batch.
+            collator: of the rows, as it is at the window's first step.
         """
         rows = [batch["rows"] for batch in batches]
         sampled = self.is_sampled(step)
         if self.is_first_step(step):  # else the run before has counted it
             self._sampled.add(torch.tensor([sampled]))
         if not sampled:
-            made = [self._routed(self.collator(x), x) for x in rows]
+            made = [self._routed(collator(x), x) for x in rows]
             return Window([], made)
         if resumed is None:
             if not self.is_first_step(step):
@@ -107,7 +113,7 @@ class Rollouts:
             for one, states in zip(episodes, resumed, strict=True):
                 for episode, state in zip(one, states, strict=True):
                     vars(episode).update(state)
-        found = [self.batch(model, x) for x in episodes]
+        found = [self.batch(model, x, collator) for x in episodes]
         if self.args.anchor_weight > 0:
             self._add_anchors(found, rows)
         if resumed is None:
@@ -158,9 +164,11 @@ class Rollouts:
             share_siblings(batch)
         return episodes
 
-    def batch(self, model: nn.Module, episodes: list[Episode]) -> dict[str, Any]:
+    def batch(
+        self, model: nn.Module, episodes: list[Episode], collator: HintCollator
+    ) -> dict[str, Any]:
         """The student's and the teacher's rows of one micro-batch."""
-        batch, hints = self.collator.from_episodes(episodes)
+        batch, hints = collator.from_episodes(episodes)
         alignment.assert_completions(batch, [episode.completions for episode in episodes])
         limit = getattr(getattr(causal_lm(model), "config", None), "max_position_embeddings", None)
         lengths = batch["teacher_attention_mask"].sum(1).tolist()
@@ -241,15 +249,3 @@ class Rollouts:
 def _plain(value: Any) -> Any:
     """A value that JSON can hold."""
     return value if isinstance(value, str | int | float | bool | None) else str(value)
-
-
-class TruncatedMeter(ShareMeter):
-    """The share of rows whose hints were cut."""
-
-    def __init__(self) -> None:
-        super().__init__("hints_truncated")
-
-    def count(self, batch: dict[str, Tensor]) -> None:
-        """Of a micro-batch, if its collator counts."""
-        if TRUNCATED in batch:
-            self.add(batch[TRUNCATED])

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metal_ops.spec import DivergenceSpec
+
 
 class DivergenceStats(NamedTuple):
     """Per token, without gradient: what the passes over the vocabulary also know.
@@ -60,11 +62,19 @@ def form_gradient(student: Tensor) -> bool:
     return needs_grad(student) and student.dtype in (torch.float32, torch.float64)
 
 
-def unit(weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
-    """Weights up to one and their unit: gradients formed with them fit into float16."""
+def unit(
+    weights: Tensor, dtype: torch.dtype, spec: DivergenceSpec, alpha: float = 1.0
+) -> tuple[Tensor, Tensor | float]:
+    """Weights and their unit: gradients formed with them fit into float16.
+
+    Towards both ends of beta a JSD fades, to beta (1 - beta) times a KL: in units of the weights
+    alone its gradient would fade to zero, also for who divides by that again.
+    """
     if dtype != torch.float16:
         return weights, 1.0
-    unit = weights.abs().max() if len(weights) else weights.new_ones(())
+    fades = spec.resolved().kind == "jsd"
+    size = 1 - alpha + alpha * (spec.beta * (1 - spec.beta) if fades else 1.0)
+    unit = weights.abs().max() * size if len(weights) else weights.new_ones(())
     unit = torch.where(unit > 0, unit, 1.0)
     return weights / unit, unit
 

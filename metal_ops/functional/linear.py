@@ -134,7 +134,7 @@ def linear_divergence_with_stats(
         )
     needs = [x is not None and needs_grad(x) for x in (hidden, weight, bias)]
     weights = weights.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-    weights, size = unit(weights, weight.dtype)
+    weights, size = unit(weights, weight.dtype, spec, alpha)
     loss, per_token, stats, *_ = _ops.linear_divergence(
         *[None if x is None else once(x) for x in (hidden, weight, bias)],
         *[None if x is None else x.detach() for x in teacher],

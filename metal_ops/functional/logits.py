@@ -151,7 +151,7 @@ def weighted_divergence(
     if weights.shape != shape:
         raise ValueError(f"weights must be {list(shape)} as the tokens, got {list(weights.shape)}")
     wide = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
-    weights, size = unit(weights.detach().reshape(-1).to(wide), student_logits.dtype)
+    weights, size = unit(weights.detach().reshape(-1).to(wide), student_logits.dtype, spec)
     loss, per_token, stats, _ = _ops.weighted_divergence(
         once(student_logits).reshape(-1, vocab),
         teacher_logits.detach().reshape(-1, vocab),

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_distill import DistillConfig, DistillTrainer, OPSDConfig, OPSDTrainer
+from hf_distill import DistillConfig, DistillTrainer, HintCollator, OPSDConfig, OPSDTrainer
 from hf_distill.alignment import unpad
 from hf_distill.offline import CachedTeacher, HeadSamples, cache_teacher
-from tests.trainers import models
+from tests.trainers import classifying, models
 
 ROWS_PER_STEP = 4
 SAVED_AT = 3
@@ -94,6 +94,14 @@ def opsd_off_policy(folder: Path, num_processes: int) -> OPSDTrainer:
     return _opsd(folder, num_processes, models.lora(models.llama()), on_policy=False)
 
 
+def opsd_hint_dropout(folder: Path, num_processes: int) -> OPSDTrainer:
+    """Rows whose hints are dropped or cut as the step says, on whatever process they are."""
+    plan = {"hint_dropout": "linear:0.2->0.8@3", "max_hint_length": "linear:8->2@3"}
+    collator = HintCollator(models.tokenizer(), truncation="hint", **plan)
+    args = OPSDConfig(**_options(folder, num_processes, on_policy=False, max_steps=4))
+    return OPSDTrainer(models.lora(models.llama()), args, collator, models.problems())
+
+
 def opsd_on_policy(folder: Path, num_processes: int) -> OPSDTrainer:
     """Greedy, for samples depend on the rows that share a process. Completions are kept."""
     return _opsd(folder, num_processes, models.lora(models.llama()), log_completions=1)
@@ -125,10 +133,38 @@ def distill_weighted(folder: Path, num_processes: int) -> DistillTrainer:
         folder,
         num_processes,
         divergence="policy_gradient",
-        class_weights={"number": 3.0},
+        token_weights={"number": 3.0},
         processing_class=models.tokenizer(),
     )
     trainer.data_collator = _Weighted()
+    return trainer
+
+
+def classify(folder: Path, num_processes: int) -> DistillTrainer:
+    """A classifier, the labels of the processes' rows missing at different rates."""
+    changes = {"gradient_accumulation_steps": 2, "max_steps": 2, "alpha": 0.3}
+    rows = classifying.rows(unlabelled=1)
+    for row in rows[:3]:
+        row["label"] = -100
+    options = _options(folder, num_processes, **changes)
+    options.pop("output_dir")
+    return classifying.trainer(folder, data=rows, **options)
+
+
+def distill_taid(folder: Path, num_processes: int) -> DistillTrainer:
+    """Its t follows the loss of both processes, ahead of the linear target."""
+    taid = {"t_start": 0.5, "t_end": 0.95, "step_size": 0.8, "momentum": 0.9}
+    return distill(folder, num_processes, taid=taid, max_steps=4)
+
+
+def distill_entropy(folder: Path, num_processes: int) -> DistillTrainer:
+    """The sum of weights is known once every process has asked its teacher."""
+    settings = {"entropy": 4.0, "reasoning": 0.25, "markers": ["1", "2"], "number": 3.0}
+    tokenizer = models.tokenizer()
+    trainer = distill(folder, num_processes, token_weights=settings, processing_class=tokenizer)
+    trainer.data_collator = _Weighted()
+    with torch.no_grad():  # sure of some tokens, unsure of others
+        trainer.teacher.model.lm_head.weight.mul_(4)
     return trainer
 
 
@@ -164,15 +200,19 @@ def opsd_anchored(folder: Path, num_processes: int) -> OPSDTrainer:
 
 
 SETUPS = (
+    classify,
     distill_cached,
     distill,
+    distill_entropy,
     distill_local_mean,
     distill_logits,
     distill_nothing_to_score,
+    distill_taid,
     distill_weighted,
     opsd_anchored,
     stopped_by_one,
     opsd_off_policy,
+    opsd_hint_dropout,
     opsd_on_policy,
     opsd_repeated,
 )

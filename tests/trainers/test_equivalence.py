@@ -169,9 +169,9 @@ class NoTemperatureInHidden(losses.Objective):
 
 
 class NoTemperature(DistillTrainer):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.objective = NoTemperatureInHidden(self.objective.spec, self.objective.alpha)
+    @property
+    def objective(self) -> losses.Objective:
+        return NoTemperatureInHidden(super().objective.spec, super().objective.alpha)
 
 
 @pytest.fixture

@@ -291,3 +291,20 @@ def test_teachers_without_layers_are_refused(tmp_path: Path) -> None:
 def test_values_are_checked(tmp_path: Path, settings: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         make(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"hidden_weight": 0.5}, "hidden_weight needs hidden_layers"),
+        ({"hidden": {"loss": "cosine"}}, "hidden.loss needs hidden_layers"),
+        ({"hidden": {"attention_weight": 0.5}}, "hidden.attention_weight needs hidden_layers"),
+        ({}, None),
+    ],
+)
+def test_settings_that_are_not_read_are_named(
+    tmp_path: Path, settings: dict[str, Any], named: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(tmp_path, hidden_layers=None, **settings)
+    found = [x for x in caplog.messages if "not used" in x]
+    assert found == ([] if named is None else [f"a setting is not used: {named}"])

@@ -66,7 +66,21 @@ def opsd_window(folder: Path) -> OPSDTrainer:
     )
 
 
-SETUPS = {f.__name__: f for f in (distill, opsd_lora, opsd_ema, opsd_lora_scale, opsd_window)}
+def opsd_weighted(folder: Path) -> OPSDTrainer:
+    """The teacher, which moves, is asked when a step's tokens are counted."""
+    return opsd(
+        folder,
+        student(),
+        teacher="ema",
+        self_teacher={"ema_decay": 0.5},
+        rollout={"temperature": 1.0, "steps_per_rollout": 2, "importance_clip": 2.0},
+        gradient_accumulation_steps=2,
+        token_weights={"entropy": 4.0, "reasoning": 0.5, "markers": ["1", "2"]},
+    )
+
+
+ALL = (distill, opsd_lora, opsd_ema, opsd_lora_scale, opsd_window, opsd_weighted)
+SETUPS = {f.__name__: f for f in ALL}
 
 
 def resumed(setup: str, folder: Path) -> dict[str, torch.Tensor]:
@@ -91,7 +105,7 @@ def test_a_lost_rollout_would_show(tmp_path: Path) -> None:
     assert models.difference(models.weights(straight.model), end) > LEAST
 
 
-@pytest.mark.parametrize("setup", ["opsd_ema", "opsd_lora_scale"])
+@pytest.mark.parametrize("setup", ["opsd_ema", "opsd_lora_scale", "opsd_weighted"])
 def test_a_teacher_state_that_is_not_restored_would_show(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setup: str
 ) -> None:

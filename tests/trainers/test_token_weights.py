@@ -155,6 +155,7 @@ def test_models_are_not_shown_the_weights(
     monkeypatch.setattr(nn.Module, "__call__", noted)
     make(tmp_path, kind, max_steps=1).train()
     names = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
+    names.add("labels")  # the probe of the model's own loss
     assert len(seen) >= 2
     assert set().union(*seen) <= names
 
@@ -223,8 +224,8 @@ def test_weights_need_a_teacher(tmp_path: Path) -> None:
     trainer = DistillTrainer(models.llama(), args, Weighted(), models.rows())
     with pytest.raises(ValueError, match="token_weights need a teacher"):
         trainer.train()
-    args = DistillConfig(**models.options(tmp_path, alpha=0.0, class_weights={"word": 2.0}))
-    with pytest.raises(ValueError, match="class_weights need a teacher"):
+    args = DistillConfig(**models.options(tmp_path, alpha=0.0, token_weights={"word": 2.0}))
+    with pytest.raises(ValueError, match="token_weights need a teacher"):
         DistillTrainer(models.llama(), args, models.Pad(), models.rows())
 
 
@@ -237,7 +238,7 @@ def by_class(ids: Tensor) -> Tensor:
 
 
 def test_class_weights_are_token_weights(tmp_path: Path) -> None:
-    settings = {"class_weights": CLASS_WEIGHTS, "tokenizer": models.tokenizer()}
+    settings = {"token_weights": CLASS_WEIGHTS, "tokenizer": models.tokenizer()}
     drawn = {int(i) for row in models.rows() for i in row["input_ids"]}
     assert len(set(by_class(torch.tensor(sorted(drawn))).tolist())) == 4
     ours = final(tmp_path, collator=models.Pad(), **settings)
@@ -250,7 +251,7 @@ def test_class_weights_are_token_weights(tmp_path: Path) -> None:
 
 def test_class_weights_of_one_are_off(tmp_path: Path) -> None:
     ones = dict.fromkeys(CLASSES, 1)
-    trainer = make(tmp_path, collator=models.Pad(), class_weights=ones, max_steps=1)
+    trainer = make(tmp_path, collator=models.Pad(), token_weights=ones, max_steps=1)
     trainer.train()
     assert (
         models.difference(
@@ -262,13 +263,15 @@ def test_class_weights_of_one_are_off(tmp_path: Path) -> None:
 
 def test_class_weights_need_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="need a tokenizer as processing_class, got None"):
-        make(tmp_path, class_weights={"word": 2.0})
+        make(tmp_path, token_weights={"word": 2.0})
 
 
 @pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf")])
-def test_class_weights_are_checked(value: float) -> None:
-    with pytest.raises(ValueError, match=rf"class_weights.space must be at least 0, got {value}"):
-        DistillConfig(output_dir="out", report_to="none", class_weights={"space": value})
+@pytest.mark.parametrize("name", ["space", "entropy", "reasoning"])
+def test_weights_of_the_settings_are_checked(value: float, name: str) -> None:
+    message = rf"token_weights.{name} must be at least 0 and finite, got {value}"
+    with pytest.raises(ValueError, match=message):
+        DistillConfig(output_dir="out", report_to="none", token_weights={name: value})
 
 
 def test_self_distillation_counts_classes_too(tmp_path: Path) -> None:
@@ -276,7 +279,7 @@ def test_self_distillation_counts_classes_too(tmp_path: Path) -> None:
     counts = []
     for weights in (None, {"special": 0.0}):
         args = OPSDConfig(
-            **models.options(tmp_path, on_policy=False, max_steps=1, class_weights=weights)
+            **models.options(tmp_path, on_policy=False, max_steps=1, token_weights=weights)
         )
         trainer = OPSDTrainer(
             models.llama(),

@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 
-from hf_distill import Feedback, HintCollator, OPSDTrainer, SelfTeacher
+from hf_distill import (
+    DistillConfig,
+    DistillTrainer,
+    Feedback,
+    HintCollator,
+    OPSDTrainer,
+    SelfTeacher,
+)
 from hf_distill.trainers.configs import OPSDConfig
 from tests.trainers import models
 
@@ -70,3 +77,33 @@ def test_what_is_not_read_is_said(
     lines = [r.getMessage() for r in caplog.records if r.name == "hf_distill.trainers.opsd"]
     assert [x.split(": ")[1] for x in lines if x.startswith("a setting is not used")] == said
     assert all(r.levelno == logging.WARNING for r in caplog.records if "not used" in r.message)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, []),
+        ({"entropy": 1.0}, []),
+        ({"reasoning": 0.5}, []),
+        ({"reasoning": 0.5, "markers": ["a", "b"]}, []),
+        ({"reasoning": 1.0, "markers": ["<think>", "</think>"]}, []),
+        (
+            {"entropy": 1.0, "markers": ["a", "b"]},
+            ["token_weights.markers needs a token_weights.reasoning other than 1"],
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", [DistillTrainer, OPSDTrainer])
+def test_markers_that_are_not_read_are_named(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    kind: type[DistillTrainer],
+    settings: dict[str, Any],
+    said: list[str],
+) -> None:
+    config = OPSDConfig if kind is OPSDTrainer else DistillConfig
+    args = config(**models.options(tmp_path, token_weights=settings))
+    rows, tokenizer = models.problems(), models.tokenizer()
+    kind(models.llama(), args, None, rows, processing_class=tokenizer, teacher=models.llama(1))
+    lines = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert [x.split(": ")[1] for x in lines if x.startswith("a setting is not used")] == said

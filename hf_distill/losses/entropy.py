@@ -1,0 +1,73 @@
+"""How unsure a teacher is of each token."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hf_distill.heads import Signal
+from hf_distill.losses import tokens
+from hf_distill.losses.sparse import known_entropy
+
+
+def _logits(signal: Signal) -> Iterator[Tensor]:
+    """[n, V] of some tokens at a time."""
+    if signal.logits is not None:
+        for at in tokens.chunks(*signal.logits.shape):
+            yield signal.logits[at]
+        return
+    assert signal.hidden is not None
+    assert signal.head is not None
+    for logits, _ in tokens.projected(signal.hidden, signal.head):
+        yield logits
+
+
+@torch.no_grad()
+def teacher_entropy(signal: Signal) -> Tensor:
+    """The entropy of a teacher's distributions at temperature 1.
+
+    Args:
+        signal: of N tokens. Hidden states are projected a chunk of tokens at a time, which costs
+            one product with the head more than the loss does.
+
+    Returns:
+        [N] float32 (float64 for float64 signals), in nats. Of a sparse signal it is
+        `losses.sparse.known_entropy`.
+
+    Raises:
+        ValueError: a sparse signal cannot be taken at temperature 1.
+    """
+    if signal.sparse is not None:
+        known = signal.sparse.at(1.0)
+        return known_entropy(known, tokens.wide(known.log_probs[:0]).dtype)
+    parts = [torch.special.entr(tokens.wide(x).softmax(-1)).sum(-1) for x in _logits(signal)]
+    given = signal.hidden if signal.logits is None else signal.logits
+    assert given is not None
+    return torch.cat(parts) if parts else tokens.wide(given).new_zeros(0)
+
+
+def entropy_share(signal: Signal, vocab: int | None = None) -> Tensor:
+    """The entropy of each token as a share of the largest there is, ln V: H / ln V.
+
+    A token's share depends on its own distribution only. (Where entropies are divided by the
+    largest of the batch instead, it also depends on the tokens beside it, on the size of the
+    micro-batch and on the number of processes.)
+
+    Args:
+        signal: of N tokens at the vocabulary of V logits.
+        vocab: V of a sparse signal, which does not say it; the others do.
+
+    Returns:
+        [N] in [0, 1]; what samples of a tail estimate is cut to that.
+
+    Raises:
+        ValueError: the signal is sparse and vocab is not given; or as `teacher_entropy`.
+    """
+    if signal.logits is not None:
+        vocab = signal.logits.shape[-1]
+    elif signal.head is not None:
+        vocab = len(signal.head.weight)
+    if vocab is None:
+        raise ValueError("the entropy of a sparse teacher needs the size of the vocabulary")
+    return (teacher_entropy(signal) / math.log(max(vocab, 2))).clamp(0.0, 1.0)

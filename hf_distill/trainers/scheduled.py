@@ -1,0 +1,124 @@
+"""The settings of a config that may follow training."""
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any, NamedTuple
+
+from hf_distill.schedules import Schedule, Value
+from metal_ops.spec import ENDS
+
+WITH_BETA = frozenset(kind for kind, _ in ENDS)
+
+
+class Range(NamedTuple):
+    """What every value of a setting must be: a test, and its words."""
+
+    holds: Callable[[float], bool]
+    words: str
+
+
+_SHARE = Range(lambda x: 0.0 <= x <= 1.0, "in [0, 1]")
+RANGES = {
+    "temperature": Range(lambda x: 0.0 < x < math.inf, "positive and finite"),
+    "alpha": _SHARE,
+    "beta": _SHARE,
+    "hidden_weight": Range(lambda x: x >= 0.0, "at least 0"),
+}
+"""The fields of `DistillConfig` that take a `Value`, in the order of the log."""
+
+
+def checked(name: str, value: Value) -> Value:
+    """The value as a config keeps it: as given, but the text of a number as the number.
+
+    Args:
+        name: of a field in `RANGES`.
+        value: a number, a schedule or its text.
+
+    Raises:
+        ValueError: it is neither, or a value that it takes is out of range.
+    """
+    try:
+        schedule = Schedule.parse(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    for bound in schedule.bounds:
+        if not RANGES[name].holds(bound):
+            of = f" of {str(value)!r}" if schedule.moves else ""
+            raise ValueError(f"{name} must be {RANGES[name].words}, got {bound}{of}")
+    is_number = isinstance(value, str) and ":" not in value
+    return schedule.at(0) if is_number else value
+
+
+def check_read(args: Any) -> None:
+    """What moves must be read.
+
+    Raises:
+        ValueError: beta moves and the divergence has none, or hidden_weight without layers.
+    """
+    found = moving(args)
+    if "beta" in found and args.divergence not in WITH_BETA:
+        raise ValueError(
+            f"a schedule of beta needs a divergence that reads it, one of {sorted(WITH_BETA)}, "
+            f"got {args.divergence!r} and {str(args.beta)!r}"
+        )
+    if "hidden_weight" in found and args.hidden_layers is None:
+        raise ValueError(
+            f"a schedule of hidden_weight needs hidden_layers, got {str(args.hidden_weight)!r} and "
+            "None"
+        )
+
+
+def check_teacher(args: Any, has_teacher: bool) -> None:
+    """Without a teacher there is no soft loss, at no step.
+
+    Raises:
+        ValueError: there is no teacher, and alpha is somewhere above 0 or a setting moves.
+    """
+    if has_teacher:
+        return
+    if bounds(args, "alpha")[1] > 0:
+        raise ValueError(f"alpha {args.alpha} > 0 needs a teacher; pass teacher= or alpha=0")
+    for name, schedule in moving(args).items():
+        raise ValueError(
+            f"a schedule of {name} needs a teacher; without one this is a Trainer, got {schedule}"
+        )
+
+
+def schedules(args: Any) -> dict[str, Schedule]:
+    """The schedule of every field in `RANGES`, numbers included."""
+    return {name: Schedule.parse(getattr(args, name)) for name in RANGES}
+
+
+def moving(args: Any) -> dict[str, Schedule]:
+    """The schedules of more than one value."""
+    return {name: schedule for name, schedule in schedules(args).items() if schedule.moves}
+
+
+def bounds(args: Any, name: str) -> tuple[float, float]:
+    """The least and the largest value that a field takes."""
+    return Schedule.parse(getattr(args, name)).bounds
+
+
+def value_at(args: Any, name: str, step: int) -> float:
+    """A field's value after so many optimizer steps."""
+    return Schedule.parse(getattr(args, name)).at(step)
+
+
+def values_at(args: Any, step: int) -> dict[str, float]:
+    """The value of every field in `RANGES` after so many optimizer steps."""
+    return {name: schedule.at(step) for name, schedule in schedules(args).items()}
+
+
+def extremes(args: Any) -> Iterator[dict[str, float]]:
+    """Values that stand for all that the fields in `RANGES` take: their ends, and between."""
+    ends = (
+        (low, (low + high) / 2, high) if low < high else (low,)
+        for low, high in (schedule.bounds for schedule in schedules(args).values())
+    )
+    return (dict(zip(RANGES, values, strict=True)) for values in product(*ends))
+
+
+def logged(args: Any, step: int) -> dict[str, float]:
+    """What is logged after `step` optimizer steps: what the last of them used, where it moves."""
+    return {name: schedule.at(max(0, step - 1)) for name, schedule in moving(args).items()}

@@ -1,0 +1,256 @@
+"""Whether student and teacher speak of the same ids, and how much of the vocabulary is used."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from hf_distill import heads, pairs, vocabularies
+from hf_distill.heads import Signal, causal_lm
+from hf_distill.losses import UNIVERSAL, UniversalObjective
+from hf_distill.offline import CachedTeacher, VocabSizeMismatch
+from hf_distill.teachers import (
+    RemoteTeacher,
+    RoutedCollator,
+    RoutedTeacher,
+    Teacher,
+    each_teacher,
+)
+from hf_distill.universal import UniversalCollator
+
+if TYPE_CHECKING:
+    from hf_distill.trainers.distill import DistillTrainer
+
+logger = logging.getLogger(__name__)
+
+LABELS = ("labels", "anchor_labels")
+OWN = f"divergence {UNIVERSAL!r} with a UniversalCollator takes different ones"
+
+
+class Vocabulary:
+    """The vocabularies of a run.
+
+    Where student and teacher give different numbers of logits and the tokenizer has no more ids
+    than either, the entries behind its last id are padding: they are left out on both sides, from
+    every loss and every metric.
+
+    Args:
+        trainer: with its model, teacher, objective, data collator and processing class.
+
+    Attributes:
+        size: entries that are used, the first; None is all.
+
+    Raises:
+        ValueError: the vocabularies or tokenizers are not those of one run; the message names both.
+        VocabSizeMismatch: the same for a cached teacher.
+    """
+
+    def __init__(self, trainer: "DistillTrainer") -> None:
+        processing, collator = trainer.processing_class, _universal_collator(trainer)
+        self._tokenizer = processing if isinstance(processing, PreTrainedTokenizerBase) else None
+        self._universal = isinstance(trainer.objective, UniversalObjective)
+        self._different: str | None = None
+        self._needs_one: str | None = None
+        self._is_one = False  # known to be the same
+        self.size: int | None = None
+        if trainer._classification is not None:  # logits of classes
+            return
+        teachers = each_teacher(trainer.teacher)
+        student = heads.vocab_size(causal_lm(cast(nn.Module, trainer.model)))
+        if self._universal:
+            _check_dense(teachers)
+            self._different = self._check_universal(collator, teachers, student)
+            return
+        divergence = trainer.args.divergence
+        if collator is not None:
+            one, other = (collator.student_tokenizer, collator.teacher_tokenizer)
+            raise ValueError(
+                f"a UniversalCollator needs divergence {UNIVERSAL!r}, got {divergence!r} with "
+                f"{vocabularies.described(one)} and {vocabularies.described(other)}"
+            )
+        for theirs in self._known(teachers):
+            assert self._tokenizer is not None
+            vocabularies.check_same(
+                self._tokenizer,
+                theirs,
+                f"student and teacher must have one tokenizer for divergence {divergence!r} "
+                f"({OWN})",
+            )
+        self.size = self._shared(student, teachers)
+        if isinstance(trainer.teacher, RoutedTeacher):
+            trainer.teacher.vocab = self.size
+
+    def _known(self, teachers: Sequence[Teacher]) -> list[PreTrainedTokenizerBase]:
+        """The teachers' tokenizers, as far as they and the student's are known."""
+        if self._tokenizer is None:
+            return []
+        found = (tokenizer_of(teacher) for teacher in teachers)
+        return [tokenizer for tokenizer in found if tokenizer is not None]
+
+    def _check_universal(
+        self, collator: UniversalCollator | None, teachers: Sequence[Teacher], student: int | None
+    ) -> str | None:
+        """Check the tokenizers of a run; how they differ, or None where they do not."""
+        mine, known = self._tokenizer, self._known(teachers)
+        if collator is None:
+            words = [x for x in known if mine and vocabularies.difference(mine, x) is not None]
+            return f"{_both(cast(Any, mine), words[0])}" if words else None
+        one, other = collator.student_tokenizer, collator.teacher_tokenizer
+        if mine is not None:
+            rule = "the processing class and the collator must have one tokenizer for the student"
+            vocabularies.check_same(mine, one, rule)
+        for teacher in teachers:
+            theirs = tokenizer_of(teacher)
+            if theirs is not None:
+                rule = "the teacher and the collator must have one tokenizer for the teacher"
+                vocabularies.check_same(theirs, other, rule)
+            _check_ids(other, getattr(teacher, "vocab_size", None), "teacher")
+        _check_ids(one, student, "student")
+        if vocabularies.difference(one, other) is None:
+            logger.warning(
+                "student and teacher have one tokenizer: divergence %r compares sorted "
+                "probabilities only, 'forward_kl' would compare those of each token",
+                UNIVERSAL,
+            )
+            self._is_one = True
+            return None
+        return _both(one, other)
+
+    def _shared(self, student: int | None, teachers: Sequence[Teacher]) -> int | None:
+        """How many entries are used, or None for all."""
+        sizes = [(teacher, getattr(teacher, "vocab_size", None)) for teacher in teachers]
+        odd = [(teacher, size) for teacher, size in sizes if size not in (None, student)]
+        if student is None or not odd:
+            return None
+        ids = None if self._tokenizer is None else vocabularies.num_ids(self._tokenizer)
+        for teacher, size in odd:
+            if ids is None or ids > min(student, size):
+                raise self._mismatch(teacher, student, size)
+        assert ids is not None
+        for _, size in odd:
+            logger.warning(
+                "vocabulary: both sides are cut to the tokenizer's %d ids: %d padded entries of "
+                "the student's %d, %d of the teacher's %d",
+                *(ids, student - ids, student, size - ids, size),
+            )
+        return ids
+
+    def _mismatch(self, teacher: Teacher, student: int, size: int) -> Exception:
+        """Why two vocabularies of different sizes cannot be used."""
+        if self._tokenizer is None:
+            why = "with their tokenizer as processing_class, entries that only pad are left out"
+        else:
+            why = (
+                "only entries behind the tokenizer's ids can be left out, and it is "
+                f"{vocabularies.described(self._tokenizer)}"
+            )
+        if isinstance(teacher, CachedTeacher):
+            return VocabSizeMismatch(
+                f"{teacher.reader.path}: the student must have {size} logits per token, as the "
+                f"cached teacher, got {student}; {why}"
+            )
+        return ValueError(
+            f"student and teacher must have one vocabulary, got {student} entries for the student "
+            f"and {size} for the teacher; {why}; for different tokenizers, {OWN}"
+        )
+
+    def check(self, batch: Mapping[str, Any]) -> None:
+        """Check a batch.
+
+        Raises:
+            ValueError: it has teacher rows of another tokenizer, which the divergence or a setting
+                cannot compare, or lacks them; or a labelled id is beyond what is used.
+        """
+        own = pairs.has_own_tokens(batch)
+        if own and not self._universal:
+            raise ValueError(
+                f"a batch with {pairs.TEACHER_OWN_TOKENS} needs divergence {UNIVERSAL!r}"
+            )
+        if own and self._needs_one is not None and not self._is_one:
+            raise ValueError(
+                f"{self._needs_one} needs student and teacher to have one tokenizer, got a batch "
+                f"with {pairs.TEACHER_OWN_TOKENS}"
+            )
+        if self._different is not None and not own:
+            raise ValueError(
+                f"different tokenizers need batches of a UniversalCollator, got {self._different}"
+            )
+        if self.size is None:
+            return
+        for name in LABELS:
+            labels = batch.get(name)
+            if labels is not None and labels.numel() and int(labels.max()) >= self.size:
+                row, column = (labels >= self.size).nonzero()[0].tolist()
+                raise ValueError(
+                    f"labels must be below the tokenizer's {self.size} ids, to which both sides "
+                    f"are cut: {name} of row {row}, position {column}, is {labels[row, column]}"
+                )
+
+    def signal(self, signal: Signal, batch: Mapping[str, Any]) -> Signal:
+        """The teacher's signal about what is used, and about which of the scored tokens."""
+        if self.size is not None:
+            return vocabularies.without_padding(signal, self.size)
+        if pairs.has_own_tokens(batch):
+            return replace(signal, paired=pairs.paired(batch))
+        return signal
+
+    def outputs(self, outputs: Any) -> Any:
+        """A model's outputs with logits [..., size] only."""
+        if self.size is not None:
+            outputs.logits = outputs.logits[..., : self.size]
+        return outputs
+
+    def check_one_tokenizer(self, what: str) -> None:
+        """For what compares positions of the two sides that hold the same token.
+
+        Args:
+            what: the setting, for the error.
+
+        Raises:
+            ValueError: the tokenizers are known to be different. Where they are not known, `check`
+                raises at the first batch with tokens of the teacher's own.
+        """
+        self._needs_one = what
+        if self._different is not None:
+            raise ValueError(
+                f"{what} needs student and teacher to have one tokenizer, whose tokens stand at "
+                f"the same places, got {self._different}"
+            )
+
+
+def tokenizer_of(teacher: Teacher) -> PreTrainedTokenizerBase | None:
+    """A teacher's tokenizer, or None where it is not known."""
+    find = getattr(teacher, "tokenizer", None)
+    found = find() if callable(find) else None
+    return found if isinstance(found, PreTrainedTokenizerBase) else None
+
+
+def _universal_collator(trainer: "DistillTrainer") -> UniversalCollator | None:
+    collator: Any = trainer.data_collator
+    if isinstance(collator, RoutedCollator):
+        collator = collator.collator
+    return collator if isinstance(collator, UniversalCollator) else None
+
+
+def _both(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str:
+    return f"{vocabularies.described(one)} and {vocabularies.described(other)}"
+
+
+def _check_dense(teachers: Sequence[Teacher]) -> None:
+    for teacher in teachers:
+        if isinstance(teacher, RemoteTeacher):
+            raise ValueError(
+                f"divergence {UNIVERSAL!r} sorts the teacher's whole distribution, of which a "
+                f"remote teacher says the top {teacher.top_k}"
+            )
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerBase, size: int | None, side: str) -> None:
+    if size is not None and vocabularies.num_ids(tokenizer) > size:
+        raise ValueError(
+            f"the {side}'s tokenizer must have at most its model's {size} entries, got "
+            f"{vocabularies.described(tokenizer)}"
+        )
