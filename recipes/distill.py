@@ -38,6 +38,7 @@ from launch import start_missing_processes
 from hf_distill import DistillConfig, ModelTeacher
 from hf_distill.offline import HeadSamples
 from hf_distill.teachers import Teacher
+from hf_distill.trainers.groups import HiddenConfig
 
 # what an arm changes in the config
 ARMS: dict[str, dict[str, Any]] = {
@@ -62,9 +63,9 @@ class Distillation(Comparison):
 
     def __init__(self, recipe: RecipeArguments, config: DistillConfig) -> None:
         super().__init__(recipe, config, tuple(ARMS))
-        plain = DistillConfig(output_dir=str(config.output_dir), report_to="none")
-        for name in ("hidden_layers", "hidden", "taid"):
-            if getattr(config, name) != getattr(plain, name):
+        plain = {"hidden_layers": None, "hidden": HiddenConfig(), "taid": None}
+        for name, value in plain.items():
+            if getattr(config, name) != value:
                 raise ValueError(
                     f"{name} is what arms differ in and must be left out, got "
                     f"{getattr(config, name)!r}"

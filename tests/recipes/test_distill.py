@@ -317,9 +317,16 @@ def test_two_processes_train_and_write_what_one_does(
     given = ["--arms", "sft", "cache", "--max_steps", 2, "--num_eval", 6]
     one = run(distill, tmp_path / "one", *given)["arms"]
     two = tmp_path / "two"
-    accelerate = Path(sys.executable).parent / "accelerate"
-    command = [accelerate, "launch", "--num_processes", 2, "--cpu", "--main_process_port", 29533]
-    command += [distill.__file__, "--teacher_name_or_path", checkpoint, "--dataset", gsm8k]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2]
+    command += [
+        "--master_port",
+        29533,
+        distill.__file__,
+        "--teacher_name_or_path",
+        checkpoint,
+        "--dataset",
+        gsm8k,
+    ]
     command += ["--output_dir", two, *FEW, *given, "--per_device_train_batch_size", 2]
     done = subprocess.run(
         list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=900,
