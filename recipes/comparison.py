@@ -140,6 +140,14 @@ class Comparison:
         """What an arm learns from, None for supervised training."""
         raise NotImplementedError
 
+    def control(self) -> dict[str, Any]:
+        """The fields that supervised training changes: alpha, and what is read with a teacher."""
+        changes: dict[str, Any] = {"alpha": 0.0, "token_weights": None}
+        changes |= {"hidden_layers": None, "taid": None}
+        for name in ("temperature", "beta", "hidden_weight"):
+            changes[name] = Schedule.parse(getattr(self.config, name)).at(0)
+        return changes
+
     @cached_property
     def material(self) -> Material:
         """Models and rows, loaded when the first arm that is not finished needs them."""

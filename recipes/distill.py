@@ -42,7 +42,7 @@ from hf_distill.trainers.groups import HiddenConfig
 
 # what an arm changes in the config
 ARMS: dict[str, dict[str, Any]] = {
-    "sft": {"alpha": 0.0},
+    "sft": {},  # see Comparison.control
     "kd": {},
     "hidden": {"hidden_layers": "uniform", "hidden": {"loss": "cosine"}, "hidden_weight": 1.0},
     "hidden_mse": {"hidden_layers": "uniform"},
@@ -73,7 +73,7 @@ class Distillation(Comparison):
 
     def changes(self, name: str) -> dict[str, Any]:
         """The fields of the config that an arm changes."""
-        return ARMS[name]
+        return self.control() if name == "sft" else ARMS[name]
 
     def teacher(self, name: str) -> Teacher | None:
         """What an arm learns from, None for supervised training."""

@@ -69,7 +69,7 @@ class CachedDistillation(Comparison):
 
     def changes(self, name: str) -> dict[str, Any]:
         """The fields of the config that an arm changes."""
-        return {"alpha": 0.0} if name == "sft" else {}
+        return self.control() if name == "sft" else {}
 
     def teacher(self, name: str) -> Teacher | None:
         """What an arm learns from, None for supervised training."""

@@ -310,6 +310,17 @@ def test_renormalised_entries_are_all_there_is(checkpoint: Path, gsm8k: Path, tm
     assert alone.log_tail.tolist() == [-torch.inf] * len(alone.ids)
 
 
+def test_schedules_and_weights_of_tokens_are_left_to_the_arms_with_a_teacher(run, tmp_path: Path):
+    given = ["--arms", "sft", "cache", "--temperature", "linear:3.0->1.0@3"]
+    weights = ["--token_weights", '{"number": 2.0}']
+    moved = run(distill, tmp_path / "moved", *given, *weights)["arms"]
+    plain = run(distill, tmp_path / "plain", "--arms", "sft")["arms"]
+    assert moved["sft"]["0"]["heldout"] == plain["sft"]["0"]["heldout"]
+    settings = moved["cache"]["0"]["settings"]
+    assert settings["temperature"] == "linear:3.0->1.0@3"
+    assert settings["token_weights"]["number"] == 2.0
+
+
 @pytest.mark.distributed
 def test_two_processes_train_and_write_what_one_does(
     run, tmp_path: Path, checkpoint: Path, gsm8k: Path
