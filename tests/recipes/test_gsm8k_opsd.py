@@ -82,6 +82,7 @@ def launch(cwd: Path, processes: int, *arguments: object) -> str:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_two_processes_end_in_the_weights_of_one(tmp_path: Path, checkpoint: Path, gsm8k: Path):
     def weights(processes: int, rows: int) -> dict[str, torch.Tensor]:
         out = tmp_path / str(rows * processes) / str(processes)
