@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 import hf_distill
-from hf_distill.offline import (
+from hf_distill.cache import (
     CachedTeacher,
     CacheError,
     CacheReader,
@@ -23,10 +23,10 @@ from hf_distill.offline import (
     load_data,
     make_codec,
 )
-from hf_distill.offline.codecs import CODECS
-from hf_distill.offline.inspecting import describe, measure
-from hf_distill.offline.reader import VERIFY as VERIFY_READ
-from hf_distill.offline.storage import VERIFY as VERIFY_WRITTEN
+from hf_distill.cache.codecs import CODECS
+from hf_distill.cache.inspect import describe, measure
+from hf_distill.cache.progress import VERIFY as VERIFY_WRITTEN
+from hf_distill.cache.reader import VERIFY as VERIFY_READ
 from hf_distill.teachers import ModelTeacher
 
 

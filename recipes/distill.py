@@ -31,14 +31,13 @@ student. The same command again keeps what is finished; if all is, it only draws
 from dataclasses import dataclass, field
 from typing import Any
 
-import comparison
-from comparison import Comparison, ComparisonArguments
-from launch import start_missing_processes
-
+from helpers import comparison
+from helpers.comparison import Comparison, ComparisonArguments
+from helpers.launch import start_missing_processes
 from hf_distill import DistillConfig, ModelTeacher
-from hf_distill.offline import HeadSamples
+from hf_distill.cache import HeadSamples
+from hf_distill.losses.hidden_states import HiddenConfig
 from hf_distill.teachers import Teacher
-from hf_distill.trainers.groups import HiddenConfig
 
 # what an arm changes in the config
 ARMS: dict[str, dict[str, Any]] = {

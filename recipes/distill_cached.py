@@ -23,16 +23,16 @@ that is killed goes on with the caches and the arms that it has finished.
 from dataclasses import dataclass, field
 from typing import Any
 
-import comparison
 import torch
-from comparison import Comparison, ComparisonArguments
-from launch import start_missing_processes
 from torch import nn
 
+from helpers import comparison
+from helpers.comparison import Comparison, ComparisonArguments
+from helpers.launch import start_missing_processes
 from hf_distill import CachedTeacher, DistillConfig, ModelTeacher
-from hf_distill.alignment import Side
-from hf_distill.heads import Signal
-from hf_distill.offline import HeadSamples, TopK
+from hf_distill.cache import HeadSamples, TopK
+from hf_distill.data.sides import Side
+from hf_distill.models.signals import Signal
 from hf_distill.teachers import Teacher
 
 ARMS = ("sft", "live", "cache", "renorm", "renorm_both")

@@ -20,17 +20,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import story_dialogues
-import word_problems
 from accelerate import PartialState
-from accuracy import Accuracy
-from launch import start_missing_processes
 from torch import nn
 from trl.scripts.utils import TrlParser
 
+from helpers import story_dialogues, word_problems
+from helpers.accuracy import Accuracy
+from helpers.launch import start_missing_processes
 from hf_distill import HintCollator, OPSDConfig, OPSDTrainer
-from hf_distill.episodes import Episode, play
+from hf_distill.data.episodes import Episode
 from hf_distill.rollouts import end_token_ids, generate
+from hf_distill.rollouts.environments import play
 
 
 @dataclass

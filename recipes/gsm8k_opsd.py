@@ -27,14 +27,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import math_tasks
 import matplotlib
 import torch
-import word_problems
 from accelerate import PartialState
-from accuracy import Accuracy, measure
 from convert_gguf import resolve_model
-from launch import start_missing_processes
 from matplotlib import pyplot as plt
 from peft import get_peft_model
 from torch import nn
@@ -48,6 +44,9 @@ from trl.scripts.utils import TrlParser
 from trl.trainer.model_config import ModelConfig
 from trl.trainer.utils import get_peft_config
 
+from helpers import math_tasks, word_problems
+from helpers.accuracy import Accuracy, measure
+from helpers.launch import start_missing_processes
 from hf_distill import DistillConfig, DistillTrainer, HintCollator, OPSDConfig, OPSDTrainer
 
 logger = logging.getLogger("gsm8k_opsd")

@@ -35,10 +35,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import arms
 import matplotlib
 from accelerate import PartialState
-from accuracy import Accuracy, measure
 from gsm8k_opsd import (
     DEFAULTS,
     TaskArguments,
@@ -47,8 +45,6 @@ from gsm8k_opsd import (
     load_task,
     supervised,
 )
-from heldout import Judge, short_rows
-from launch import start_missing_processes
 from matplotlib import pyplot as plt
 from peft import PeftModel
 from torch import nn
@@ -56,6 +52,10 @@ from transformers import set_seed
 from trl.scripts.utils import TrlParser
 from trl.trainer.model_config import ModelConfig
 
+from helpers import arms
+from helpers.accuracy import Accuracy, measure
+from helpers.heldout import Judge, short_rows
+from helpers.launch import start_missing_processes
 from hf_distill import (
     DistillTrainer,
     HintCollator,

@@ -5,17 +5,17 @@ import re
 from pathlib import Path
 
 import pytest
-import word_problems
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import hf_distill
+from helpers import word_problems
 from hf_distill import DistillConfig, Hint, HintCollator, OPSDConfig
 from metal_ops import available_backends
 from metal_ops.spec import KINDS
-from tests.trainers import letters, models
-from tests.trainers.models import PEFT_WARNING
+from tests.hf_distill.trainers import letters, models
+from tests.hf_distill.trainers.models import PEFT_WARNING
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

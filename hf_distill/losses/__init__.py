@@ -1,12 +1,6 @@
 """From what student and teacher say of each token to the scalar the optimizer sees."""
 
-from hf_distill.losses.entropy import entropy_share
-from hf_distill.losses.hidden import HIDDEN_LOSSES, attention_loss, hidden_loss
-from hf_distill.losses.jsd import generalized_jsd_loss
-from hf_distill.losses.normalised import normalised_jsd
-from hf_distill.losses.objective import Objective, Terms, assert_finite
-from hf_distill.losses.sampled import SAMPLED_KINDS, SampledObjective
-from hf_distill.losses.step import (
+from hf_distill.losses.base import (
     ANCHOR_NAME,
     IMPORTANCE_NAMES,
     Anchor,
@@ -15,9 +9,14 @@ from hf_distill.losses.step import (
     behaviour_log_probs,
     step_terms,
 )
+from hf_distill.losses.cross_tokenizer import UNIVERSAL, UniversalObjective
+from hf_distill.losses.divergence import Objective, Terms, assert_finite, normalised_jsd
+from hf_distill.losses.entropy import entropy_share
+from hf_distill.losses.generalized_jsd import generalized_jsd_loss
+from hf_distill.losses.hidden_states import HIDDEN_LOSSES, attention_loss, hidden_loss
+from hf_distill.losses.sampled_tokens import SAMPLED_KINDS, SampledObjective
 from hf_distill.losses.student import AnyObjective, Student, StudentHidden, StudentLogits
 from hf_distill.losses.taid import TaidObjective, taid_target
-from hf_distill.losses.universal import UNIVERSAL, UniversalObjective
 
 __all__ = [
     "ANCHOR_NAME",

@@ -6,20 +6,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hf_distill.heads import Signal
-from hf_distill.losses import tokens
-from hf_distill.losses.sparse import known_entropy
+from hf_distill.losses import chunks
+from hf_distill.losses.sparse_teacher import known_entropy
+from hf_distill.models.signals import Signal
 
 
 def _logits(signal: Signal) -> Iterator[Tensor]:
     """[n, V] of some tokens at a time."""
     if signal.logits is not None:
-        for at in tokens.chunks(*signal.logits.shape):
+        for at in chunks.chunks(*signal.logits.shape):
             yield signal.logits[at]
         return
     assert signal.hidden is not None
     assert signal.head is not None
-    for logits, _ in tokens.projected(signal.hidden, signal.head):
+    for logits, _ in chunks.projected(signal.hidden, signal.head):
         yield logits
 
 
@@ -40,11 +40,11 @@ def teacher_entropy(signal: Signal) -> Tensor:
     """
     if signal.sparse is not None:
         known = signal.sparse.at(1.0)
-        return known_entropy(known, tokens.wide(known.log_probs[:0]).dtype)
-    parts = [torch.special.entr(tokens.wide(x).softmax(-1)).sum(-1) for x in _logits(signal)]
+        return known_entropy(known, chunks.wide(known.log_probs[:0]).dtype)
+    parts = [torch.special.entr(chunks.wide(x).softmax(-1)).sum(-1) for x in _logits(signal)]
     given = signal.hidden if signal.logits is None else signal.logits
     assert given is not None
-    return torch.cat(parts) if parts else tokens.wide(given).new_zeros(0)
+    return torch.cat(parts) if parts else chunks.wide(given).new_zeros(0)
 
 
 def entropy_share(signal: Signal, vocab: int | None = None) -> Tensor:

@@ -7,11 +7,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hf_distill.heads import Head, Signal
-from hf_distill.losses import tokens
-from hf_distill.losses.objective import Objective, Terms, hard_sum
-from hf_distill.losses.sampled import SampledObjective
-from hf_distill.losses.universal import UniversalObjective
+from hf_distill.losses import chunks
+from hf_distill.losses.cross_tokenizer import UniversalObjective
+from hf_distill.losses.divergence import Objective, Terms, hard_sum
+from hf_distill.losses.sampled_tokens import SampledObjective
+from hf_distill.models.signals import Head, Signal
 
 AnyObjective = Objective | SampledObjective | UniversalObjective
 
@@ -56,11 +56,11 @@ class StudentHidden:
 
     def log_probs(self, targets: Tensor) -> Tensor:
         """[N] log-probabilities of the targets at temperature 1, without gradient."""
-        return tokens.log_probs(self.hidden, self.head, targets)
+        return chunks.log_probs(self.hidden, self.head, targets)
 
     def cross_entropy(self, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """(weighted sum [] with a gradient, per token [N]) of cross-entropies."""
-        return tokens.cross_entropy(self.hidden, self.head, targets, weights)
+        return chunks.cross_entropy(self.hidden, self.head, targets, weights)
 
     def terms(
         self,
@@ -90,7 +90,7 @@ class StudentLogits:
     @torch.no_grad()
     def log_probs(self, targets: Tensor) -> Tensor:
         """[N] log-probabilities of the targets at temperature 1, without gradient."""
-        return tokens.gathered(self.logits, targets)
+        return chunks.gathered(self.logits, targets)
 
     def cross_entropy(self, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """(weighted sum [] with a gradient, per token [N]) of cross-entropies."""

@@ -1,7 +1,7 @@
 """Completions sampled from the student, by one of several engines."""
 
 from hf_distill.rollouts.engines import ENGINES, Engine, TellEngine, check_engine, make_engine
-from hf_distill.rollouts.generation import GenerateEngine, generate
+from hf_distill.rollouts.generate import GenerateEngine, generate
 from hf_distill.rollouts.sampling import Sampling, cut, end_token_ids
 
 __all__ = [

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import ContinuousBatchingConfig, GenerationConfig, TrainerCallback
 
 from hf_distill.rollouts import vllm
-from hf_distill.rollouts.continuous import ContinuousEngine
-from hf_distill.rollouts.generation import GenerateEngine
+from hf_distill.rollouts.continuous_batching import ContinuousEngine
+from hf_distill.rollouts.generate import GenerateEngine
 from hf_distill.rollouts.sampling import Sampling
 
 ENGINES = ("generate", "continuous", "vllm")

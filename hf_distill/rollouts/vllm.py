@@ -13,8 +13,8 @@ from peft import PeftModel
 from torch import nn
 from trl.import_utils import is_vllm_available
 
-from hf_distill.heads import kept_rng
-from hf_distill.rollouts.generation import manual_seed
+from hf_distill.models.forward import kept_rng
+from hf_distill.rollouts.generate import manual_seed
 from hf_distill.rollouts.sampling import Sampling, cut, end_token_ids, is_sharded
 
 # What the engine itself gives to TRL

@@ -1,11 +1,11 @@
 """Teachers: objects that read the teacher's side of a batch. The trainer does not know which."""
 
-from hf_distill.teachers.completions import RemoteTeacherError
-from hf_distill.teachers.models import ModelTeacher, as_teacher, place
-from hf_distill.teachers.protocol import Teacher, check_kinds
+from hf_distill.teachers.base import Teacher, check_kinds
+from hf_distill.teachers.model import ModelTeacher, as_teacher, place
 from hf_distill.teachers.remote import RemoteTeacher
 from hf_distill.teachers.routed import RoutedCollator, RoutedTeacher, each_teacher, routed
-from hf_distill.teachers.selves import SelfTeacher, adapters_off
+from hf_distill.teachers.self_teacher import SelfTeacher, adapters_off
+from hf_distill.teachers.vllm_client import RemoteTeacherError
 
 __all__ = [
     "ModelTeacher",

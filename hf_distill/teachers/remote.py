@@ -10,11 +10,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from hf_distill import heads
-from hf_distill.alignment import Side
-from hf_distill.heads import Signal, causal_lm
-from hf_distill.teachers.completions import Completions, RemoteTeacherError, TopK
-from hf_distill.teachers.protocol import Stateless
+from hf_distill.data.sides import Side
+from hf_distill.models import structure
+from hf_distill.models.signals import Signal
+from hf_distill.models.structure import causal_lm
+from hf_distill.teachers.base import Stateless
+from hf_distill.teachers.vllm_client import Completions, RemoteTeacherError, TopK
 from metal_ops import SparseTeacher
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ class RemoteTeacher(Stateless):
             RemoteTeacherError: the server does not answer, answers differently, or knows ids that
                 the student does not.
         """
-        self.start(heads.vocab_size(causal_lm(student)))
+        self.start(structure.vocab_size(causal_lm(student)))
 
     @property
     def name(self) -> str:

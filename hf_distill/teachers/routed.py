@@ -8,12 +8,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from hf_distill.alignment import TEACHER_ROUTE, Side
-from hf_distill.heads import Head, Signal
-from hf_distill.teachers.models import as_teacher
-from hf_distill.teachers.protocol import Teacher
-from hf_distill.teachers.selves import SelfTeacher
-from hf_distill.vocabularies import without_padding
+from hf_distill.data.sides import TEACHER_ROUTE, Side
+from hf_distill.models.signals import Head, Signal, without_padding
+from hf_distill.teachers.base import Teacher
+from hf_distill.teachers.model import as_teacher
+from hf_distill.teachers.self_teacher import SelfTeacher
 from metal_ops import PowerSums, SparseTeacher, TailSamples
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)

@@ -1,25 +1,28 @@
-"""What must hold before a run begins."""
+"""What must hold before a run begins, and settings that a run does not read."""
 
+import dataclasses
 import logging
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 
 from hf_distill import losses
-from hf_distill.heads import causal_lm
-from hf_distill.hint_plans import plan_of
-from hf_distill.model_kinds import check_kind
-from hf_distill.offline import CachedTeacher
+from hf_distill.cache import CachedTeacher
+from hf_distill.data.hint_schedule import plan_of
+from hf_distill.data.token_weights import TokenWeightsConfig
+from hf_distill.losses.hard_loss import check_anchor
+from hf_distill.models.structure import causal_lm, check_kind
+from hf_distill.rollouts.config import RolloutConfig
 from hf_distill.teachers import ModelTeacher, RemoteTeacher, Teacher, check_kinds, each_teacher
-from hf_distill.trainers import scheduled
-from hf_distill.trainers.groups import TokenWeightsConfig
-from hf_distill.trainers.unused import unused_anywhere
+from hf_distill.teachers.self_teacher import SelfTeacherConfig
+from hf_distill.trainers import config_schedules
+from hf_distill.trainers.distill_config import DistillConfig
+from hf_distill.trainers.opsd_config import OPSDConfig
 
 if TYPE_CHECKING:
-    from hf_distill.trainers.distill import DistillTrainer
+    from hf_distill.trainers.distill_trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +34,7 @@ def check_setup(trainer: "DistillTrainer") -> None:
         ValueError: its loss could not be right; the message names the rule and the value.
     """
     _check_processes(trainer)
-    low, high = scheduled.bounds(trainer.args, "temperature")
+    low, high = config_schedules.bounds(trainer.args, "temperature")
     for teacher in each_teacher(trainer.teacher):
         if isinstance(teacher, ModelTeacher):
             check_kinds(cast(nn.Module, trainer.model), teacher.model)
@@ -47,33 +50,6 @@ def check_setup(trainer: "DistillTrainer") -> None:
         _check_student(cast(nn.Module, trainer.model))
     _check_token_weights(trainer)
     check_anchor(trainer)
-
-
-def check_anchor(trainer: "DistillTrainer") -> None:
-    """Anchor rows are learnt by cross-entropy, which must be the run's hard loss.
-
-    Raises:
-        ValueError: there is an anchor and another hard loss.
-    """
-    anchor_weight = trainer.args.loss_settings().anchor_weight
-    if anchor_weight > 0 and trainer.has_own_hard_loss():
-        raise ValueError(
-            f"anchor_weight {anchor_weight} > 0 is a plain cross-entropy; it cannot "
-            "be combined with label smoothing, compute_loss_func or a model's own loss"
-        )
-
-
-def check_unweighted(weights: Sequence[Tensor | None]) -> None:
-    """Batches must have no weights of tokens, because the hard loss could not read them.
-
-    Raises:
-        ValueError: one has.
-    """
-    if any(each is not None for each in weights):
-        raise ValueError(
-            "weights of tokens reach neither label smoothing nor compute_loss_func nor a model's "
-            "own loss, got both"
-        )
 
 
 def _check_token_weights(trainer: "DistillTrainer") -> None:
@@ -162,3 +138,53 @@ def _check_cached(trainer: "DistillTrainer", teacher: CachedTeacher) -> None:
     for spec in dict.fromkeys(cast(losses.Objective, each).spec for each in objectives):
         teacher.check(spec, tokenizer)
         tokenizer = None  # it is the same for all
+
+
+HIDDEN_WEIGHT = next(
+    x.default for x in dataclasses.fields(DistillConfig) if x.name == "hidden_weight"
+)
+
+READERS = {"ema_decay": "ema", "lora_scale": "lora_scale"}  # of SelfTeacherConfig's fields
+
+
+def _changed(settings: Any) -> set[str]:
+    """The fields that differ from their defaults."""
+    plain = type(settings)()
+    names = (x.name for x in dataclasses.fields(settings))
+    return {name for name in names if getattr(settings, name) != getattr(plain, name)}
+
+
+def unused(args: OPSDConfig, has_environment: bool, own_teacher: bool) -> list[str]:
+    """What differs from its default and is not read, each with the setting that would read it.
+
+    Args:
+        args: of the run.
+        has_environment: whether completions are judged.
+        own_teacher: whether the teacher is the one that `args.teacher` names.
+    """
+    rollout = cast(RolloutConfig, args.rollout)
+    changed, found = _changed(rollout), []
+    if not args.on_policy:
+        found += [f"rollout.{name} needs on_policy" for name in sorted(changed)]
+    else:
+        if "max_turns" in changed and not has_environment:
+            found.append("rollout.max_turns needs an environment")
+        if "importance_clip" in changed and rollout.steps_per_rollout == 1:
+            found.append("rollout.importance_clip needs steps_per_rollout > 1")
+    for name in sorted(_changed(cast(SelfTeacherConfig, args.self_teacher))):
+        if not own_teacher or args.teacher != READERS[name]:
+            found.append(f"self_teacher.{name} needs teacher {READERS[name]!r}")
+    return found
+
+
+def unused_anywhere(args: DistillConfig) -> list[str]:
+    """As `unused`, of settings that both trainers have."""
+    found = []
+    weights = cast(TokenWeightsConfig, args.token_weights)
+    if "markers" in _changed(weights) and weights.around_reasoning() is None:
+        found.append("token_weights.markers needs a token_weights.reasoning other than 1")
+    if args.hidden_layers is None:
+        found += [f"hidden.{name} needs hidden_layers" for name in sorted(_changed(args.hidden))]
+        if args.hidden_weight != HIDDEN_WEIGHT:
+            found.append("hidden_weight needs hidden_layers")
+    return found

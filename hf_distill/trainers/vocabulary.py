@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from hf_distill import heads, pairs, vocabularies
-from hf_distill.heads import Signal, causal_lm
+from hf_distill.cache import CachedTeacher, VocabSizeMismatch
+from hf_distill.data import sides
+from hf_distill.data.cross_tokenizer_collator import UniversalCollator
 from hf_distill.losses import UNIVERSAL, UniversalObjective
-from hf_distill.offline import CachedTeacher, VocabSizeMismatch
+from hf_distill.models import signals, structure, tokenizers
+from hf_distill.models.signals import Signal
+from hf_distill.models.structure import causal_lm
 from hf_distill.teachers import (
     RemoteTeacher,
     RoutedCollator,
@@ -19,11 +22,10 @@ from hf_distill.teachers import (
     Teacher,
     each_teacher,
 )
-from hf_distill.trainers import scheduled
-from hf_distill.universal import UniversalCollator
+from hf_distill.trainers import config_schedules
 
 if TYPE_CHECKING:
-    from hf_distill.trainers.distill import DistillTrainer
+    from hf_distill.trainers.distill_trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ class Vocabulary:
         if trainer._classification is not None:  # logits of classes
             return
         teachers = each_teacher(trainer.teacher)
-        student = heads.vocab_size(causal_lm(cast(nn.Module, trainer.model)))
+        student = structure.vocab_size(causal_lm(cast(nn.Module, trainer.model)))
         if self._universal:
             _check_dense(teachers)
             self._different = self._check_universal(collator, teachers, student)
@@ -71,11 +73,11 @@ class Vocabulary:
             one, other = (collator.student_tokenizer, collator.teacher_tokenizer)
             raise ValueError(
                 f"a UniversalCollator needs divergence {UNIVERSAL!r}, got {divergence!r} with "
-                f"{vocabularies.described(one)} and {vocabularies.described(other)}"
+                f"{tokenizers.described(one)} and {tokenizers.described(other)}"
             )
         for theirs in self._known(teachers):
             assert self._tokenizer is not None
-            vocabularies.check_same(
+            tokenizers.check_same(
                 self._tokenizer,
                 theirs,
                 f"student and teacher must have one tokenizer for divergence {divergence!r} "
@@ -98,20 +100,20 @@ class Vocabulary:
         """Check the tokenizers of a run; how they differ, or None where they do not."""
         mine, known = self._tokenizer, self._known(teachers)
         if collator is None:
-            words = [x for x in known if mine and vocabularies.difference(mine, x) is not None]
+            words = [x for x in known if mine and tokenizers.difference(mine, x) is not None]
             return f"{_both(cast(Any, mine), words[0])}" if words else None
         one, other = collator.student_tokenizer, collator.teacher_tokenizer
         if mine is not None:
             rule = "the processing class and the collator must have one tokenizer for the student"
-            vocabularies.check_same(mine, one, rule)
+            tokenizers.check_same(mine, one, rule)
         for teacher in teachers:
             theirs = tokenizer_of(teacher)
             if theirs is not None:
                 rule = "the teacher and the collator must have one tokenizer for the teacher"
-                vocabularies.check_same(theirs, other, rule)
+                tokenizers.check_same(theirs, other, rule)
             _check_ids(other, getattr(teacher, "vocab_size", None), "teacher")
         _check_ids(one, student, "student")
-        if vocabularies.difference(one, other) is None:
+        if tokenizers.difference(one, other) is None:
             logger.warning(
                 "student and teacher have one tokenizer: divergence %r compares sorted "
                 "probabilities only, 'forward_kl' would compare those of each token",
@@ -127,7 +129,7 @@ class Vocabulary:
         odd = [(teacher, size) for teacher, size in sizes if size not in (None, student)]
         if student is None or not odd:
             return None
-        ids = None if self._tokenizer is None else vocabularies.num_ids(self._tokenizer)
+        ids = None if self._tokenizer is None else tokenizers.num_ids(self._tokenizer)
         for teacher, size in odd:
             if ids is None or ids > min(student, size):
                 raise self._mismatch(teacher, student, size)
@@ -147,7 +149,7 @@ class Vocabulary:
         else:
             why = (
                 "only entries behind the tokenizer's ids can be left out, and it is "
-                f"{vocabularies.described(self._tokenizer)}"
+                f"{tokenizers.described(self._tokenizer)}"
             )
         if isinstance(teacher, CachedTeacher):
             return VocabSizeMismatch(
@@ -166,15 +168,15 @@ class Vocabulary:
             ValueError: it has teacher rows of another tokenizer, which the divergence or a setting
                 cannot compare, or lacks them; or a labelled id is beyond what is used.
         """
-        own = pairs.has_own_tokens(batch)
+        own = sides.has_own_tokens(batch)
         if own and not self._universal:
             raise ValueError(
-                f"a batch with {pairs.TEACHER_OWN_TOKENS} needs divergence {UNIVERSAL!r}"
+                f"a batch with {sides.TEACHER_OWN_TOKENS} needs divergence {UNIVERSAL!r}"
             )
         if own and self._needs_one is not None and not self._is_one:
             raise ValueError(
                 f"{self._needs_one} needs student and teacher to have one tokenizer, got a batch "
-                f"with {pairs.TEACHER_OWN_TOKENS}"
+                f"with {sides.TEACHER_OWN_TOKENS}"
             )
         if self._different is not None and not own:
             raise ValueError(
@@ -194,9 +196,9 @@ class Vocabulary:
     def signal(self, signal: Signal, batch: Mapping[str, Any]) -> Signal:
         """The teacher's signal about what is used, and about which of the scored tokens."""
         if self.size is not None:
-            return vocabularies.without_padding(signal, self.size)
-        if pairs.has_own_tokens(batch):
-            return replace(signal, paired=pairs.paired(batch))
+            return signals.without_padding(signal, self.size)
+        if sides.has_own_tokens(batch):
+            return replace(signal, paired=sides.paired(batch))
         return signal
 
     def outputs(self, outputs: Any) -> Any:
@@ -238,7 +240,7 @@ def _universal_collator(trainer: "DistillTrainer") -> UniversalCollator | None:
 
 
 def _both(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str:
-    return f"{vocabularies.described(one)} and {vocabularies.described(other)}"
+    return f"{tokenizers.described(one)} and {tokenizers.described(other)}"
 
 
 def _check_dense(teachers: Sequence[Teacher]) -> None:
@@ -254,7 +256,7 @@ def _warn_of_temperature(
     trainer: "DistillTrainer", teachers: Sequence[Teacher], student: int | None
 ) -> None:
     """Say that a high temperature leaves a smaller student no gradient."""
-    highest = scheduled.bounds(trainer.args, "temperature")[1]
+    highest = config_schedules.bounds(trainer.args, "temperature")[1]
     largest = max((getattr(teacher, "vocab_size", None) or 0 for teacher in teachers), default=0)
     if highest > 1.0 and student is not None and largest > student:
         logger.warning(
@@ -265,8 +267,8 @@ def _warn_of_temperature(
 
 
 def _check_ids(tokenizer: PreTrainedTokenizerBase, size: int | None, side: str) -> None:
-    if size is not None and vocabularies.num_ids(tokenizer) > size:
+    if size is not None and tokenizers.num_ids(tokenizer) > size:
         raise ValueError(
             f"the {side}'s tokenizer must have at most its model's {size} entries, got "
-            f"{vocabularies.described(tokenizer)}"
+            f"{tokenizers.described(tokenizer)}"
         )

@@ -27,9 +27,9 @@ from convert_gguf import resolve_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_distill.offline.codecs import Codec, Full, HeadSamples, Sampled, TopK
-from hf_distill.offline.codecs.selection import Selection, select, uniforms
-from hf_distill.offline.codecs.sparse import SparseCodec
+from hf_distill.cache.codecs import Codec, Full, HeadSamples, Sampled, TopK
+from hf_distill.cache.codecs.selection import Selection, select, uniforms
+from hf_distill.cache.codecs.sparse import SparseCodec
 from metal_ops import DivergenceSpec, SparseTeacher, divergence, sparse_divergence
 from tests.benchmarks import timing
 

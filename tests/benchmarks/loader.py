@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from hf_distill.offline import CachedTeacher, Codec, HeadSamples, TopK, identity, storage
-from hf_distill.offline.cached import CachedCollator
-from hf_distill.offline.container import Row, write_shard
-from hf_distill.offline.dataset import TokenCollator
-from hf_distill.offline.manifest import config_hash
+from hf_distill.cache import CachedTeacher, Codec, HeadSamples, TopK, fingerprints, progress
+from hf_distill.cache.datasets import TokenCollator
+from hf_distill.cache.manifest import config_hash
+from hf_distill.cache.shard import Row, write_shard
+from hf_distill.cache.teacher import CachedCollator
 
 VOCAB = 151_936
 TOKENS = 320  # of a row
@@ -43,15 +43,15 @@ def make(folder: Path, codec: Codec, num_rows: int) -> list[dict[str, list[int]]
         "logits": {"logit_dim": VOCAB, "real_vocab": VOCAB},
         "dataset": {"num_rows": num_rows}, "codec": about, "shard_rows": SHARD_ROWS,
     }  # fmt: skip
-    storage.begin(folder, config, overwrite=False, verify="size")
+    progress.begin(folder, config, overwrite=False, verify="size")
     positions = np.arange(1, TOKENS + 1, dtype=np.int32)
     for number, start in enumerate(range(0, num_rows, SHARD_ROWS)):
         rows = [
-            Row(i, identity.row_hash(ids[i]), positions, made[i % TEACHERS])
+            Row(i, fingerprints.row_hash(ids[i]), positions, made[i % TEACHERS])
             for i in range(start, min(start + SHARD_ROWS, num_rows))
         ]
         write_shard(folder, number, rows, config_hash(config), sums={}, written_by={})
-    storage.finish(folder, config, {})
+    progress.finish(folder, config, {})
     return [{"input_ids": row} for row in ids]
 
 

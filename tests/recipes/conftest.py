@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-import word_problems
+
+from helpers import word_problems
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import arms
 import pytest
 
+from helpers import arms
 from hf_distill import DistillConfig
 
 

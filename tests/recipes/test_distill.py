@@ -5,20 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import comparison
 import distill
 import distill_cached
-import math_tasks
 import pytest
 import torch
-import word_problems
-from heldout import even_batch_size, short_rows
-from students import keep_layers
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
+from helpers import comparison, math_tasks, word_problems
+from helpers.heldout import even_batch_size, short_rows
+from helpers.students import keep_layers
 from hf_distill import CachedTeacher, DistillConfig, HintCollator
-from hf_distill.alignment import student_side
-from hf_distill.offline import CachedCollator
+from hf_distill.cache import CachedCollator
+from hf_distill.data.sides import student_side
 
 ROOT = Path(distill.__file__).parent.parent
 FEW = [

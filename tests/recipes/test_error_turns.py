@@ -10,11 +10,12 @@ from typing import Any
 import error_turns
 import pytest
 import story_dialogues as stories
-import word_problems
 from transformers import AutoModelForCausalLM
 
+from helpers import word_problems
 from hf_distill import Attempt, HintCollator
-from hf_distill.episodes import Episode, play
+from hf_distill.data.episodes import Episode
+from hf_distill.rollouts.environments import play
 
 EXAMPLE = {
     "problem": "Tom has 5 apples . he buys 7 more . he eats 2 . how many apples ?",

@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.trainers.models import PEFT_WARNING
+from tests.hf_distill.trainers.models import PEFT_WARNING
 
 pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 

@@ -4,15 +4,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import launch
 import pytest
 
-RECIPES = Path(launch.__file__).parent
+from helpers import launch
+
+RECIPES = Path(launch.__file__).parents[1]
 
 SCRIPT = """
 import sys
 sys.path.insert(0, {recipes!r})
-from launch import start_missing_processes
+from helpers.launch import start_missing_processes
 start_missing_processes()
 import os
 from pathlib import Path

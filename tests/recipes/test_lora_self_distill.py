@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import lora_self_distill
-import math_tasks
 import pytest
 import torch
-import word_problems
-from accuracy import Accuracy, measure
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from warm_up import fit
 
+from helpers import math_tasks, word_problems
+from helpers.accuracy import Accuracy, measure
+from helpers.warm_up import fit
 from hf_distill import HintCollator
-from hf_distill.alignment import student_side
-from tests.trainers.models import PEFT_WARNING
+from hf_distill.data.sides import student_side
+from tests.hf_distill.trainers.models import PEFT_WARNING
 
 pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 

@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
-import math_tasks
 import pytest
-from accuracy import Accuracy
+
+from helpers import math_tasks
+from helpers.accuracy import Accuracy
 
 EXAMPLE = {
     "question": "Natalia sold clips to 48 friends, then half as many. How many altogether?",

@@ -4,9 +4,10 @@ import re
 
 import pytest
 import torch
-import word_problems
-from warm_up import _right_pad
-from word_problems import (
+
+from helpers import word_problems
+from helpers.warm_up import _right_pad
+from helpers.word_problems import (
     HINT_TEMPLATE,
     WordEncoder,
     build_model,

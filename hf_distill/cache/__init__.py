@@ -1,0 +1,51 @@
+"""Offline distillation: a teacher's answers on disk, and a teacher that reads them."""
+
+from hf_distill.cache.codecs import Codec, Full, HeadSamples, Sampled, TopK, make_codec
+from hf_distill.cache.datasets import default_collator, load_data
+from hf_distill.cache.errors import (
+    CacheConfigMismatch,
+    CacheCorrupt,
+    CacheError,
+    CacheIncomplete,
+    FormatVersionError,
+    RowMismatch,
+    TeacherMismatch,
+    TemperatureOutOfRange,
+    TokenizerMismatch,
+    UnsupportedDivergence,
+    VocabSizeMismatch,
+)
+from hf_distill.cache.from_log_probs import RecordedLogProbs, cache_log_probs
+from hf_distill.cache.manifest import Manifest
+from hf_distill.cache.reader import CacheReader
+from hf_distill.cache.teacher import CachedCollator, CachedTeacher
+from hf_distill.cache.writer import cache_teacher
+
+__all__ = [
+    "CacheConfigMismatch",
+    "CacheCorrupt",
+    "CacheError",
+    "CacheIncomplete",
+    "CacheReader",
+    "CachedCollator",
+    "CachedTeacher",
+    "Codec",
+    "FormatVersionError",
+    "Full",
+    "HeadSamples",
+    "Manifest",
+    "RecordedLogProbs",
+    "RowMismatch",
+    "Sampled",
+    "TeacherMismatch",
+    "TemperatureOutOfRange",
+    "TokenizerMismatch",
+    "TopK",
+    "UnsupportedDivergence",
+    "VocabSizeMismatch",
+    "cache_log_probs",
+    "cache_teacher",
+    "default_collator",
+    "load_data",
+    "make_codec",
+]

@@ -1,0 +1,35 @@
+"""The head and the mass of the rest."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from hf_distill.cache.codecs.sparse import SparseCodec
+
+
+@dataclass(frozen=True)
+class TopK(SparseCodec):
+    """The most probable entries and the mass of the tail, which the loss sees as one category.
+
+    What the teacher says within the tail is lost. The power sums carry the tail's mass, and no
+    more, to the temperatures in the range.
+
+    Args:
+        top_k: entries of the head, 1 to 255.
+        top_p: the head ends once it holds this mass; None for always top_k entries.
+        num_exact: log-probabilities in 16 bits; those after them have 8, see `packing.pack_head`.
+        temperature: at which the log-probabilities are taken.
+        temperature_range: smallest and largest temperature of a loss.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    name: ClassVar[str] = "topk"
+
+    top_k: int = 50
+    top_p: float | None = None
+    num_exact: int = 8
+    temperature: float = 1.0
+    temperature_range: tuple[float, float] = (1.0, 1.0)
+    num_samples: int = field(init=False, repr=False, default=0)
+    merges_draws: bool = field(init=False, repr=False, default=False)

@@ -1,0 +1,175 @@
+"""From rows of the data to rows of a shard, through the teacher.
+
+Shapes: B rows, N scored tokens of a batch, V logits per token.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_distill.cache import fingerprints
+from hf_distill.cache.codecs import Arrays, Codec
+from hf_distill.cache.fingerprints import Collator, Data, SideRow
+from hf_distill.cache.shard import Row
+from hf_distill.data import batches
+from hf_distill.data.hint_schedule import plan_of
+from hf_distill.data.sides import Side
+from hf_distill.losses import chunks
+from hf_distill.models.forward import PROBE_TOKENS, Reader, evaluating
+from hf_distill.models.signals import Signal
+
+
+@dataclass(frozen=True)
+class RowEncoder:
+    """Makes the rows of shards; how a row's arrays come about is left to its kinds.
+
+    Attributes:
+        data: all rows.
+        collator: of the training.
+        codec: what is stored.
+        seed: of draws.
+        batch_size: rows that are asked for at once, at most.
+        shard_rows: rows in a shard.
+        vocab: logits per token.
+        real_vocab: how many of them belong to the tokenizer.
+    """
+
+    data: Data
+    collator: Collator
+    codec: Codec
+    seed: int
+    batch_size: int
+    shard_rows: int
+    vocab: int
+    real_vocab: int
+
+    def __post_init__(self) -> None:
+        """Rows must be the same whenever they are made."""
+        plan = plan_of(self.collator)
+        if plan is not None:
+            raise ValueError(
+                f"a cache holds one answer for each row, and {plan.refusal()}: cache without that, "
+                "or collator.at(step)"
+            )
+
+    @abstractmethod
+    def probe(self) -> None:
+        """Called once in every process, before the first shard."""
+
+    @abstractmethod
+    def _encode(self, rows: Sequence[SideRow], keys: Sequence[tuple[int, int]]) -> list[Arrays]:
+        """The arrays of some rows that score tokens; keys are (seed, row)."""
+
+    def rows(self, number: int) -> range:
+        """The rows of a shard."""
+        first = number * self.shard_rows
+        return range(first, min(first + self.shard_rows, len(self.data)))
+
+    def shard(self, number: int) -> list[Row]:
+        """What is stored of a shard's rows."""
+        numbers = self.rows(number)
+        given = [self.data[i] for i in numbers]
+        made = list(fingerprints.collated(self.collator, given, numbers.start))
+        for i, row in zip(numbers, made, strict=True):
+            if max(row.ids, default=0) >= self.real_vocab:
+                raise ValueError(
+                    f"row {i} of the data: ids must be below {self.real_vocab}, those of the "
+                    f"teacher and the tokenizer; got {max(row.ids)}"
+                )
+        empty = {k: np.zeros(0, v) for k, v in self.codec.arrays(self.vocab).items()}
+        stored: list[Mapping[str, np.ndarray]] = [empty] * len(made)
+        scored = [i for i, row in enumerate(made) if len(row.positions)]
+        scored.sort(key=lambda i: (-int(made[i].positions[-1]), i))  # little padding, largest first
+        for start in range(0, len(scored), self.batch_size):
+            chosen = scored[start : start + self.batch_size]
+            keys = [(self.seed, numbers[i]) for i in chosen]
+            for i, arrays in zip(
+                chosen, self._encode([made[i] for i in chosen], keys), strict=True
+            ):
+                stored[i] = {name: arrays[name] for name in empty}
+        parts = zip(numbers, made, stored, strict=True)
+        return [Row(i, row.hash, row.positions, arrays) for i, row, arrays in parts]
+
+
+@dataclass(frozen=True)
+class Encoder(RowEncoder):
+    """Through a model.
+
+    Attributes:
+        model: the teacher, on `device`.
+        device: of the batches.
+        reader: runs the model.
+    """
+
+    model: nn.Module
+    device: torch.device
+    reader: Reader
+
+    def probe(self) -> None:
+        """Find out how the model is read, from the same ids in every process."""
+        ids = torch.arange(min(PROBE_TOKENS, self.real_vocab), device=self.device)
+        with evaluating(self.model):
+            self.reader.reads_hidden(self.model, {"input_ids": ids[None]})
+
+    def _side(self, rows: Sequence[SideRow]) -> Side:
+        """A batch up to the tokens that predict the last scored ones."""
+        ids = [row.ids[: row.positions[-1]] for row in rows]
+        inputs = {
+            "input_ids": batches.pad(ids, 0),
+            "attention_mask": batches.pad([[1] * len(x) for x in ids], 0),
+        }
+        predicts = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        for flags, row in zip(predicts, rows, strict=True):
+            flags[torch.from_numpy(row.positions.astype(np.int64)) - 1] = True
+        moved = {name: x.to(self.device) for name, x in inputs.items()}
+        return Side(moved, predicts.to(self.device))
+
+    @torch.no_grad()
+    def _encode(self, rows: Sequence[SideRow], keys: Sequence[tuple[int, int]]) -> list[Arrays]:
+        with evaluating(self.model):
+            signal = self.reader.signal(self.model, self._side(rows))
+        lengths = [len(row.positions) for row in rows]
+        made, start = [], 0
+        for group in _groups(lengths, max(1, chunks.CHUNK_ENTRIES // self.vocab)):
+            stop = start + sum(lengths[group])
+            logits = _logits(signal, slice(start, stop))
+            try:
+                made += self.codec.encode(logits, lengths[group], keys[group], self.real_vocab)
+            except ValueError as error:
+                numbers = [row for _, row in keys[group]]
+                raise ValueError(f"rows {numbers} of the data: {error}") from error
+            start = stop
+        return made
+
+
+def _groups(lengths: Sequence[int], limit: int) -> Iterator[slice]:
+    """Whole rows, as many at a time as have `limit` tokens, but at least one."""
+    start = total = 0
+    for i, length in enumerate(lengths):
+        if i > start and total + length > limit:
+            yield slice(start, i)
+            start, total = i, 0
+        total += length
+    yield slice(start, len(lengths))
+
+
+def _logits(signal: Signal, at: slice) -> Tensor:
+    """[n, V] logits of some tokens."""
+    if signal.hidden is not None:
+        return replace(signal, hidden=signal.hidden[at]).dense()
+    return signal.dense()[at]
+
+
+def sums_of(rows: Sequence[Row]) -> dict[str, float]:
+    """Sums over tokens of what the codec knows about them."""
+    sums: dict[str, float] = {}
+    if "entropy" in rows[0].arrays:
+        sums["entropy"] = float(sum(row.arrays["entropy"].sum(dtype=np.float64) for row in rows))
+    if "log_tail" in rows[0].arrays:
+        masses = [np.exp(row.arrays["log_tail"].astype(np.float64)).sum() for row in rows]
+        sums["tail_mass"] = float(sum(masses))
+    return sums

@@ -1,0 +1,294 @@
+"""Caches of log-probabilities that a server gives, or has given earlier.
+
+What a server says is the most probable tokens; the mass of the rest is 1 less theirs, and nothing
+is known of how it is spread. So these caches are of the codec `topk`, at one temperature.
+
+Shapes: N scored tokens of some rows, K entries.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from hf_distill.cache import fingerprints
+from hf_distill.cache.codecs import Arrays, TopK
+from hf_distill.cache.codecs.selection import Selection
+from hf_distill.cache.datasets import default_collator
+from hf_distill.cache.encoder import RowEncoder
+from hf_distill.cache.fingerprints import Collator, Data, SideRow
+from hf_distill.cache.manifest import Manifest
+from hf_distill.cache.writer import checked, process_state, write_all
+from hf_distill.models.tokenizers import num_ids
+from hf_distill.teachers import RemoteTeacher, remote, vllm_client
+
+IDS = ("input_ids", "prompt_token_ids")
+MASS_TOLERANCE = 0.05  # of entries and the rest; what is stored may be off by 0.1
+TOKEN_ID = "token_id:"  # vLLM's tokens as ids, where a protocol wants text
+
+
+class LogProbs(Protocol):
+    """Where log-probabilities come from."""
+
+    @property
+    def name(self) -> str:
+        """Of the teacher, for the manifest."""
+        ...
+
+    @property
+    def top_k(self) -> int:
+        """Entries of each token."""
+        ...
+
+    def start(self, vocab: int) -> None:
+        """Called once in every process: check what can be checked."""
+
+    def top_log_probs(self, ids: Sequence[int]) -> list[vllm_client.TopK]:
+        """Of the positions 1 to len(ids) - 1: the top_k most probable tokens, descending."""
+        ...
+
+
+class RecordedLogProbs:
+    """Answers of a server in a file, one JSON object a line.
+
+    An object has the token ids of a row (`input_ids` or `prompt_token_ids`) and either
+    `prompt_logprobs`, as vLLM answers: a list with null, then for each next token a map from id to
+    `{"logprob": ...}`; or `logprobs` with `top_logprobs`, as OpenAI's completions with `echo`: a
+    list with null, then maps from "token_id:<id>" to the number (vLLM's
+    `return_tokens_as_token_ids`).
+
+    Args:
+        path: of the file.
+        top_k: entries of each token that are kept, >= 1; there must be as many.
+        name: of the teacher, for the manifest.
+
+    Raises:
+        ValueError: top_k is out of range, or a line is no such object; naming the line.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], top_k: int, name: str) -> None:
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
+        self.path, self.top_k, self.name = Path(path), top_k, name
+        self._starts: dict[int, int] = {}  # of a row's line, by the hash of its ids
+        self._vocab = 0
+        digest = hashlib.sha256()
+        with open(self.path, "rb") as file, tqdm(desc="index", unit="row") as bar:
+            for number, (start, line) in enumerate(_lines(file), 1):
+                try:
+                    ids = _ids(json.loads(line))
+                except (ValueError, TypeError, AttributeError) as error:
+                    raise ValueError(f"{self.path}, line {number}: {error}") from error
+                self._starts[fingerprints.row_hash(ids)] = start
+                digest.update(line)
+                bar.update()
+        self._sha256 = digest.hexdigest()
+
+    def identity(self) -> dict[str, Any]:
+        """The sha256 of all answers: a file that has changed is another teacher."""
+        return {"answers_sha256": self._sha256}
+
+    def start(self, vocab: int) -> None:
+        """Keep the vocabulary, below which ids must be."""
+        self._vocab = vocab
+
+    def top_log_probs(self, ids: Sequence[int]) -> list[vllm_client.TopK]:
+        """Of the positions 1 to len(ids) - 1 of a whole row.
+
+        Raises:
+            ValueError: no line has these ids, or it has not top_k log-probabilities for each.
+        """
+        start = self._starts.get(fingerprints.row_hash(ids))
+        if start is None:
+            raise ValueError(f"{self.path} has no answer for a row of {len(ids)} tokens that "
+                             f"begin {list(ids[:8])}")  # fmt: skip
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            line = json.loads(file.readline())
+        try:
+            positions = _positions(line)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            raise ValueError(f"{self.path}, byte {start}: {error!r}") from error
+        if len(positions) != len(ids) - 1:
+            raise ValueError(f"{self.path}, byte {start}: there must be {len(ids)} positions, as "
+                             f"ids, got {len(positions) + 1}")  # fmt: skip
+        for at, entries in enumerate(positions, 1):
+            fault = self._fault(entries)
+            if fault is not None:
+                raise ValueError(f"{self.path}, byte {start}, position {at}: {fault}")
+        return [vllm_client.largest(entries, self.top_k) for entries in positions]
+
+    def _fault(self, entries: vllm_client.TopK) -> str | None:
+        if len(entries) < self.top_k:
+            return f"each token must have {self.top_k} entries, got {len(entries)}"
+        if not 0 <= min(entries) <= max(entries) < self._vocab:
+            return f"ids must be in [0, {self._vocab}), got {min(entries)} to {max(entries)}"
+        return vllm_client.mass_fault(entries)
+
+
+def _lines(file: Any) -> Iterator[tuple[int, bytes]]:
+    start = 0
+    for line in file:
+        if line.strip():
+            yield start, line
+        start += len(line)
+
+
+def _ids(content: Mapping[str, Any]) -> list[int]:
+    for name in IDS:
+        if name in content:
+            return [int(x) for x in content[name]]
+    raise ValueError(f"there must be {' or '.join(IDS)}, got {sorted(content)}")
+
+
+def _positions(content: Mapping[str, Any]) -> list[vllm_client.TopK]:
+    if "prompt_logprobs" in content:
+        return [vllm_client.read(entry) for entry in content["prompt_logprobs"][1:]]
+    entries = content["logprobs"]["top_logprobs"][1:]
+    return [
+        vllm_client.read_values({int(k.removeprefix(TOKEN_ID)): v for k, v in each.items()})
+        for each in entries
+    ]
+
+
+@dataclass(frozen=True)
+class KnownEncoder(RowEncoder):
+    """From log-probabilities that are known already.
+
+    Attributes:
+        source: where they come from.
+        num_threads: rows that are asked for at a time.
+    """
+
+    source: LogProbs
+    num_threads: int
+
+    def probe(self) -> None:
+        """Check the source."""
+        self.source.start(self.vocab)
+
+    def _encode(self, rows: Sequence[SideRow], keys: Sequence[tuple[int, int]]) -> list[Arrays]:
+        assert isinstance(self.codec, TopK)
+        try:
+            with ThreadPoolExecutor(self.num_threads) as pool:
+                answers = list(pool.map(self.source.top_log_probs, [row.ids for row in rows]))
+        except ValueError as error:
+            raise ValueError(f"rows {[row for _, row in keys]} of the data: {error}") from error
+        tokens = [
+            answer[at - 1]
+            for answer, row in zip(answers, rows, strict=True)
+            for at in row.positions
+        ]
+        lengths = [len(row.positions) for row in rows]
+        try:
+            kept = _selection(tokens, self.codec.top_k, self.vocab)
+        except ValueError as error:
+            raise ValueError(f"rows {[row for _, row in keys]} of the data: {error}") from error
+        return self.codec.pack(kept, lengths, self.vocab)
+
+
+def _selection(tokens: Sequence[vllm_client.TopK], top_k: int, vocab: int) -> Selection:
+    """What the codec keeps of N tokens; the entropy is that of the entries and of one for the rest.
+
+    It is a lower bound of the teacher's.
+    """
+    ids, log_probs, log_tail = remote.columns(tokens, top_k, vocab)
+    known = torch.cat([log_probs, log_tail[:, None]], dim=-1)
+    total = known.exp().sum(-1)
+    if len(total) and float((total - 1).abs().max()) > MASS_TOLERANCE:
+        worst = float(total[(total - 1).abs().argmax()])
+        raise ValueError(
+            "entries and the rest, none of it more probable, must have the mass 1, got "
+            f"{worst:.3g}: are these the log-probabilities of a softmax at temperature 1?"
+        )
+    entropy = -torch.special.xlogy(known.exp(), known.exp()).sum(-1)
+    counts = (log_probs > -torch.inf).sum(-1).clamp_min(1)
+    nothing = np.zeros((len(tokens), 0))
+    return Selection(
+        head_ids=ids.numpy(),
+        head_log_probs=log_probs.float().numpy(),
+        head_sizes=counts.numpy(),
+        log_tail=log_tail.float().clamp_max(0).numpy(),
+        log_sums=nothing.astype(np.float32),
+        draw_ids=nothing.astype(np.int64),
+        draw_log_probs=nothing.astype(np.float32),
+        entropy=entropy.clamp_min(0).float().numpy(),
+        num_entries=np.full(len(tokens), vocab),
+    )
+
+
+def cache_log_probs(
+    source: RecordedLogProbs | RemoteTeacher,
+    dataset: Data,
+    path: str | os.PathLike[str],
+    *,
+    vocab_size: int | None = None,
+    data_collator: Collator | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    batch_size: int = 32,
+    num_threads: int = 8,
+    shard_rows: int | None = None,
+    overwrite: bool = False,
+    verify: str = "size",
+) -> Manifest:
+    """Write a cache from a server's log-probabilities, or from answers that were kept.
+
+    It can be interrupted and goes on like `cache_teacher`; a server is asked again only for what
+    is missing. A file that has changed gives another cache.
+
+    Args:
+        source: a `RecordedLogProbs`, or a `RemoteTeacher` (its own number of threads is not used).
+        dataset: rows by number.
+        path: the cache's folder, on this machine.
+        vocab_size: logits per token of the students; None is the tokenizer's number of ids.
+        data_collator: the one of the training; None chooses by the columns.
+        processing_class: the tokenizer; None takes the collator's.
+        batch_size: rows that are in memory at a time.
+        num_threads: rows that are asked for at a time, >= 1.
+        shard_rows: see `cache_teacher`.
+        overwrite: see `cache_teacher`.
+        verify: see `cache_teacher`.
+
+    Raises:
+        CacheError, ValueError: see `cache_teacher`; or the source lacks a row.
+        RemoteTeacherError: the server fails.
+    """
+    cache = checked(path, dataset, batch_size, shard_rows, verify)
+    if num_threads < 1:
+        raise ValueError(f"num_threads must be at least 1, got {num_threads}")
+    tokenizer = processing_class or getattr(data_collator, "tokenizer", None)
+    vocab = vocab_size or (0 if tokenizer is None else num_ids(tokenizer))
+    if not vocab:
+        raise ValueError("the logits per token must be known: give vocab_size or a tokenizer")
+    if source.top_k > vocab:
+        raise ValueError(f"top_k must be at most the vocabulary {vocab}, got {source.top_k}")
+    encoder = KnownEncoder(
+        data=dataset,
+        collator=data_collator or default_collator(dataset, tokenizer),
+        codec=TopK(top_k=source.top_k),
+        seed=0,
+        batch_size=batch_size,
+        shard_rows=shard_rows or 0,
+        vocab=vocab,
+        real_vocab=vocab,
+        source=source,
+        num_threads=num_threads,
+    )
+
+    def about() -> dict[str, Any]:
+        unknown = dict.fromkeys(("revision", "config_sha256", "weights_fingerprint"))
+        known = source.identity() if isinstance(source, RecordedLogProbs) else {}
+        return {"name_or_path": source.name, **unknown, "tail": "1 - entries", **known}
+
+    return write_all(
+        cache, encoder, about, tokenizer, process_state(), overwrite=overwrite, verify=verify
+    )

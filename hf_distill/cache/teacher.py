@@ -1,0 +1,258 @@
+"""CachedTeacher: a teacher that was run before, read from disk."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from hf_distill.cache import fingerprints
+from hf_distill.cache.codecs import Codec, make_codec
+from hf_distill.cache.columns import chosen, moved, padded, unpadded
+from hf_distill.cache.errors import (
+    CacheCorrupt,
+    TeacherMismatch,
+    TemperatureOutOfRange,
+    TokenizerMismatch,
+    UnsupportedDivergence,
+)
+from hf_distill.cache.fingerprints import Collator
+from hf_distill.cache.reader import CacheReader
+from hf_distill.cache.shard import Row
+from hf_distill.data.sides import TEACHER_STORED, Side, student_side, teacher_side
+from hf_distill.models.signals import Signal, TailRule
+from hf_distill.teachers.base import Stateless
+from metal_ops import DivergenceSpec, SparseTeacher, sparse_divergence
+
+logger = logging.getLogger(__name__)
+
+TAILS = ("auto", "sampled", "bucket", "renorm")
+TEACHER_FIELDS = ("config_sha256", "weights_fingerprint")
+
+
+class CachedTeacher(Stateless):
+    """A teacher that `cache_teacher` has written down.
+
+    It answers for the rows that were written, which it knows by their token ids: in any order and
+    batch, with any padding, with all or some of the tokens that were scored then. Another
+    tokenizer, template, truncation or hint gives other ids, and an error. In a trainer the data
+    loader's workers read it.
+
+    Args:
+        path: the cache's folder, or a URL that fsspec knows.
+        tail: how a loss reads what lies outside the stored entries: "auto" takes draws where there
+            are some and one category else; "sampled"; "bucket", one category; "renorm", nothing,
+            which is biased. See `metal_ops.sparse_divergence`.
+        max_ratio: largest weight of a draw, >= 1, see there; None for no limit.
+        verify: which checksums are compared: "lazy", of a shard when it is first read; "full", of
+            all now; "size", none.
+        teacher: the model or the name that must have been cached, or None for any.
+        copies: see `CacheReader`.
+
+    Attributes:
+        manifest: what is in the cache.
+        codec: how it is stored.
+
+    Raises:
+        CacheIncomplete, CacheCorrupt, FormatVersionError: see `CacheReader`.
+        TeacherMismatch: another teacher was cached.
+        UnsupportedDivergence: the codec stores nothing that `tail` could read.
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        tail: str = "auto",
+        max_ratio: float | None = 4.0,
+        verify: str = "lazy",
+        teacher: nn.Module | str | None = None,
+        copies: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if tail not in TAILS:
+            raise ValueError(f"tail must be one of {TAILS}, got {tail!r}")
+        if max_ratio is not None and not max_ratio >= 1:
+            raise ValueError(f"max_ratio must be at least 1, or None, got {max_ratio}")
+        self.rule = TailRule(tail, max_ratio)
+        self.reader = CacheReader(path, verify, copies)
+        self.manifest = self.reader.manifest
+        self.codec = self._codec()
+        # decoded once, so that batches from a loader know which kind of teacher they are of
+        self._like = self.codec.decode([], [], self.manifest.vocab_size)
+        if isinstance(self._like, SparseTeacher):
+            self._check_tail(self._like)
+        if teacher is not None:
+            self._check_teacher(teacher)
+
+    def _check_tail(self, known: SparseTeacher) -> None:
+        """The tail rule must be one that what is stored serves."""
+        tail = self.rule.tail
+        if tail == "sampled" and known.samples is None:
+            raise UnsupportedDivergence(
+                f"{self.reader.path}: codec {self.codec.name!r} stores no draws: take tail "
+                "'bucket', or cache with 'head_samples'"
+            )
+        if tail in ("bucket", "renorm") and not known.ids.shape[-1]:
+            raise UnsupportedDivergence(
+                f"{self.reader.path}: codec {self.codec.name!r} stores draws only: take tail "
+                f"'sampled', or cache with 'head_samples' or 'topk'; got {tail!r}"
+            )
+
+    def _codec(self) -> Codec:
+        about = self.manifest.config["codec"]
+        try:
+            return make_codec(about["name"], about["settings"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CacheCorrupt(
+                f"{self.reader.path}: the manifest must name a codec and its settings: {error}"
+            ) from error
+
+    def _check_teacher(self, teacher: nn.Module | str) -> None:
+        about = self.manifest.config["teacher"]
+        if isinstance(teacher, str):
+            pairs = [("name_or_path", about.get("name_or_path"), teacher)]
+        else:
+            found = fingerprints.teacher_identity(teacher)
+            pairs = [(name, about.get(name), found[name]) for name in TEACHER_FIELDS]
+        for name, cached, given in pairs:
+            if cached != given:
+                raise TeacherMismatch(
+                    f"{self.reader.path}: the cached teacher's {name} must be {given!r}, got "
+                    f"{cached!r} ({about.get('name_or_path')!r})"
+                )
+
+    def check(self, spec: DivergenceSpec, tokenizer: Any = None) -> None:
+        """The loss must be one that the stored numbers serve, with the tokenizer of the writing.
+
+        Raises:
+            TemperatureOutOfRange, UnsupportedDivergence: naming what to cache instead.
+            TokenizerMismatch: the tokenizer or its chat template is another.
+        """
+        low, high = self.codec.temperature_range
+        refusal = self.codec.serves(spec)
+        if not low <= spec.temperature <= high:
+            raise TemperatureOutOfRange(
+                f"{self.reader.path}: {refusal or f'it serves {low:g} to {high:g}'}"
+            )
+        if refusal is not None:
+            raise UnsupportedDivergence(f"{self.reader.path}: {refusal}")
+        self._check_rule(spec)
+        about = self.manifest.config.get("tokenizer")
+        if about is None or not isinstance(tokenizer, PreTrainedTokenizerBase):
+            return
+        found = fingerprints.tokenizer_identity(tokenizer) or {}
+        for name in ("sha256", "chat_template_sha256"):
+            if about.get(name) != found.get(name):
+                raise TokenizerMismatch(
+                    f"{self.reader.path}: the tokenizer's {name} must be {about.get(name)}, as "
+                    f"of {about.get('name_or_path')!r}, got {found.get(name)} of "
+                    f"{tokenizer.name_or_path!r}"
+                )
+
+    def _check_rule(self, spec: DivergenceSpec) -> None:
+        """The loss of no tokens, which has the errors of a loss of some."""
+        known = self._signal(self._like, torch.device("cpu")).sparse
+        if known is None:
+            return
+        try:
+            given = {"tail": self.rule.tail, "max_ratio": self.rule.max_ratio}
+            none = torch.empty(0, self.manifest.vocab_size)
+            sparse_divergence(none, known.at(spec.temperature), spec, **given)
+        except ValueError as error:
+            raise UnsupportedDivergence(
+                f"{self.reader.path}: {error}; or cache with the codec 'full'"
+            ) from error
+
+    @property
+    def vocab_size(self) -> int:
+        """Logits of the cached teacher per token, padding of the vocabulary included."""
+        return self.manifest.vocab_size
+
+    def prepare(self, accelerator: Accelerator, student: nn.Module, refusal: str | None) -> None:
+        """Log what is read."""
+        stats, config = self.manifest.stats, self.manifest.config
+        logger.info(
+            "teacher %s from the cache %s: %s, %d rows, %s tokens, %s bytes/token, temperatures "
+            "%g to %g, tail %s",
+            config["teacher"].get("name_or_path"), self.reader.path, self.codec.name,
+            len(self.reader), stats.get("tokens"), str(stats.get("bytes_per_token"))[:5],
+            *self.codec.temperature_range, self.rule.tail,
+        )  # fmt: skip
+
+    def signal(self, student: nn.Module, side: Side) -> Signal:
+        """What is stored of the scored tokens.
+
+        Raises:
+            RowMismatch, CacheCorrupt: see `CacheReader.match`.
+            ValueError: rows are not known by their ids alone.
+        """
+        device = side.predicts.device
+        if side.stored is not None and isinstance(self._like, SparseTeacher):
+            return self._signal(unpadded(side.stored, self._like), device)
+        found, _ = self._read(side)
+        return self._signal(found, device)
+
+    def _signal(self, found: SparseTeacher | Tensor, device: torch.device) -> Signal:
+        if isinstance(found, Tensor):
+            return Signal(logits=found.to(device))
+        if self.rule.tail in ("bucket", "renorm"):
+            found = found._replace(samples=None)
+        return Signal(sparse=moved(found, device), tail=self.rule)
+
+    def _read(self, side: Side) -> tuple[SparseTeacher | Tensor, list[int]]:
+        """The teacher of a side's scored tokens, on the CPU, and how many each row has."""
+        wanted = fingerprints.side_rows(side)
+        scored = [row for row in wanted if len(row.positions)]
+        matches = [self.reader.match(row) for row in scored]
+        rows = [row for row, _ in matches]
+        found = self._decoded(rows)
+        starts = np.cumsum([0, *(len(row.positions) for row in rows)])
+        parts = [at + start for (_, at), start in zip(matches, starts, strict=False)]
+        at = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts]))
+        if len(at) != starts[-1]:  # not all tokens that were scored at the writing are now
+            found = found[at] if isinstance(found, Tensor) else chosen(found, at)
+        return found, [len(row.positions) for row in wanted]
+
+    def _decoded(self, rows: Sequence[Row]) -> SparseTeacher | Tensor:
+        lengths = [len(row.positions) for row in rows]
+        vocab = self.manifest.vocab_size
+        try:
+            return self.codec.decode([row.arrays for row in rows], lengths, vocab)
+        except ValueError as error:
+            numbers = [row.row for row in rows]
+            raise CacheCorrupt(f"{self.reader.path}, rows {numbers}: {error}") from error
+
+    def columns(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What a data loader puts into a batch: see `stored.padded`; nothing for a dense codec."""
+        if isinstance(self._like, Tensor):
+            return {}  # [tokens, vocab] is read where it is used, not sent from a worker
+        found, lengths = self._read(teacher_side(batch, student_side(batch)))
+        assert isinstance(found, SparseTeacher)
+        return padded(found, lengths)
+
+
+class CachedCollator:
+    """A data collator whose batches carry what is stored of their rows.
+
+    `DistillTrainer` wraps its own collator in one, so that its data loader's workers read the
+    cache.
+
+    Args:
+        collator: of the training.
+        teacher: from the cache.
+    """
+
+    def __init__(self, collator: Collator, teacher: CachedTeacher) -> None:
+        self.collator, self.teacher = collator, teacher
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The collator's batch, with `teacher_stored`."""
+        batch = dict(self.collator(rows))
+        columns = self.teacher.columns(batch)
+        return batch | {TEACHER_STORED: columns} if columns else batch

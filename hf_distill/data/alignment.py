@@ -1,0 +1,258 @@
+"""The proof that student and teacher score the same tokens.
+
+Shapes: B rows, T positions, C completion tokens of the longest row, N scored tokens of the batch.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from hf_distill.data import sides
+from hf_distill.data.sides import (
+    INDEX_MAPS,
+    NO_TOKEN,
+    predicts_from_index,
+    predicts_from_labels,
+    targets,
+)
+
+SHOWN = 3  # ids in an error
+
+
+class AlignmentError(ValueError):
+    """Student and teacher rows do not hold the same completion tokens where their maps say."""
+
+
+class _Rows(NamedTuple):
+    """One side of a batch: ids, attention mask and which positions are scored, [B, T] each."""
+
+    ids: Tensor
+    real: Tensor
+    scored: Tensor
+
+    @classmethod
+    def of(cls, ids: Tensor, mask: Tensor | None, predicts: Tensor) -> "_Rows":
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        return cls(ids, real, _shifted(predicts))
+
+    def tokens(self, width: int) -> Tensor:
+        """[B, width] the scored ids of each row in order, then NO_TOKEN."""
+        # others land in a column of their own that is cut off
+        at = torch.where(self.scored, self.scored.cumsum(1) - 1, width).clamp_max(width)
+        table = self.ids.new_full((len(self.ids), width + 1), NO_TOKEN)
+        return table.scatter_(1, at, self.ids)[:, :width]
+
+    def on_padding(self) -> Tensor:
+        """[B, T] scored positions that are padding, or that padding would predict."""
+        return self.scored & ~(self.real & _shifted(self.real))
+
+    def ends(self, end_ids: Sequence[int]) -> Tensor:
+        """[B, T] the row's last position if it is an end token behind a scored one, not scored."""
+        is_end = torch.zeros_like(self.real)
+        for token in end_ids:  # no tensor of ids: copying it to the device would synchronise
+            is_end |= self.ids == token
+        is_last = self.real.clone()
+        is_last[:, :-1] &= ~self.real[:, 1:]
+        return is_end & is_last & ~self.scored & _shifted(self.scored)
+
+
+def _shifted(flags: Tensor) -> Tensor:
+    """[B, T] the flags of the position before; False at the first."""
+    result = torch.zeros_like(flags)
+    result[:, 1:] = flags[:, :-1]
+    return result
+
+
+def _outside(index: Tensor, num_positions: int) -> Tensor:
+    return (index != NO_TOKEN) & ((index < 1) | (index >= num_positions))
+
+
+# What each rule of `_broken` asks for
+RULES = {
+    "index": "completion_index must hold positions from 1 on and inside the row (nothing predicts "
+    "the first token), or -1",
+    "teacher_index": "teacher_completion_index must hold positions from 1 on and inside the row "
+    "(nothing predicts the first token), or -1",
+    "padding": "a scored token and the token before it must not be padding for the student",
+    "teacher_padding": "a scored token and the token before it must not be padding for the teacher",
+    "labels": "labels must be the input_ids at their positions, or -100",
+    "map": "labels must stand at the positions that completion_index names, and nowhere else",
+    "tokens": "student and teacher must score the same tokens",
+    "pairs": "with tokens of its own for the teacher, both index maps must have one shape, ascend, "
+    "and pair each row with a scored token at least once",
+    "end": "the end token behind the last scored token must be scored",
+}
+
+NEEDED = ("input_ids", "labels", "teacher_attention_mask", "teacher_completion_index")
+
+
+def _descends(index: Tensor) -> Tensor:
+    """[B, C] positions that are not behind all those before them in their row."""
+    before = torch.full_like(index, -1)
+    before[:, 1:] = index.cummax(1).values[:, :-1]
+    return (index >= 0) & (index <= before)
+
+
+def _unpaired(index: Tensor, teacher_index: Tensor) -> Tensor:
+    """[B, C] bool, True where `RULES["pairs"]` is broken; no synchronisation with a device."""
+    if index.shape != teacher_index.shape:
+        return torch.ones_like(index, dtype=torch.bool)
+    real, beside = index >= 0, teacher_index >= 0
+    alone = real & ~beside.any(1, keepdim=True)
+    return _descends(index) | _descends(teacher_index) | (beside & ~real) | alone
+
+
+def _sides(batch: Mapping[str, Any]) -> tuple[_Rows, _Rows]:
+    needed = (*NEEDED, *INDEX_MAPS[:1]) if sides.has_own_tokens(batch) else NEEDED
+    missing = [name for name in needed if batch.get(name) is None]
+    if missing:
+        raise AlignmentError(f"a batch with teacher_input_ids needs {missing[0]}, it has none")
+    student = _Rows.of(
+        batch["input_ids"], batch.get("attention_mask"), predicts_from_labels(batch["labels"])
+    )
+    ids = batch["teacher_input_ids"]
+    predicts = predicts_from_index(batch["teacher_completion_index"], ids.shape[1])
+    return student, _Rows.of(ids, batch["teacher_attention_mask"], predicts)
+
+
+def _broken(batch: Mapping[str, Any], end_ids: Sequence[int]) -> dict[str, Tensor]:
+    """[B, positions] bool for each rule, True where it is broken; no synchronisation."""
+    student, teacher = _sides(batch)
+    ids, index = batch["input_ids"], batch.get("completion_index")
+    width = max(ids.shape[1], teacher.ids.shape[1])
+    broken = {
+        "teacher_index": _outside(batch["teacher_completion_index"], teacher.ids.shape[1]),
+        "padding": student.on_padding(),
+        "teacher_padding": teacher.on_padding(),
+        "labels": student.scored & (batch["labels"] != ids),
+    }
+    if index is not None:
+        broken["index"] = _outside(index, ids.shape[1])
+        broken["map"] = _shifted(predicts_from_index(index, ids.shape[1])) != student.scored
+    if sides.has_own_tokens(batch):
+        broken["pairs"] = _unpaired(batch["completion_index"], batch["teacher_completion_index"])
+    else:
+        broken["tokens"] = student.tokens(width) != teacher.tokens(width)
+    broken["end"] = student.ends(end_ids)
+    return broken
+
+
+def _detail(batch: Mapping[str, Any], rule: str, row: int, column: int) -> str:
+    """Where a rule is broken first, in words."""
+    if rule == "tokens":
+        one, other = (int(side.tokens(column + 1)[row, column]) for side in _sides(batch))
+        return (
+            f"row {row}, completion token {column} is id {one} for the student, {other} for the "
+            f"teacher ({NO_TOKEN}: no token)"
+        )
+    if rule in ("index", "teacher_index"):
+        name = INDEX_MAPS[rule == "teacher_index"]
+        ids = batch["teacher_input_ids" if rule == "teacher_index" else "input_ids"]
+        at = int(batch[name][row, column])
+        return f"row {row} names position {at} of {ids.shape[1]}"
+    found = f"row {row}, position {column}"
+    if rule in ("labels", "end"):
+        label, token = (int(batch[x][row, column]) for x in ("labels", "input_ids"))
+        return f"{found} has label {label}, and id {token}"
+    return found
+
+
+def assert_aligned(batch: Mapping[str, Any], end_ids: Sequence[int] = ()) -> None:
+    """Check a batch with teacher rows: both sides score the same tokens, and the right ones.
+
+    Args:
+        batch: input_ids, labels [B, T]; teacher_input_ids, teacher_attention_mask [B, T of the
+            teacher]; teacher_completion_index [B, C]; and if it has them attention_mask [B, T] and
+            completion_index [B, C].
+        end_ids: ids that end a completion. One that is a row's last token, behind a scored token,
+            must be scored as well.
+
+    Raises:
+        AlignmentError: naming the rule (`RULES`), and the first row and token that break it.
+    """
+    for rule, where in _broken(batch, end_ids).items():
+        if bool(where.any()):
+            row, column = where.nonzero()[0].tolist()
+            raise AlignmentError(f"{RULES[rule]}: {_detail(batch, rule, row, column)}")
+
+
+def assert_completions(
+    batch: Mapping[str, Tensor], completions: Sequence[Sequence[Sequence[int]]]
+) -> None:
+    """Check that each row scores replies as they were sampled: whole, with their end tokens.
+
+    Args:
+        batch: with labels [B, T].
+        completions: the ids of the replies of each row; not all need be scored.
+
+    Raises:
+        AlignmentError: naming the first row that scores something else.
+    """
+    labels = batch["labels"]
+    predicts = predicts_from_labels(labels)
+    for i, replies in enumerate(completions):
+        scored = targets(labels[i : i + 1], predicts[i : i + 1]).tolist()
+        ends = {0}  # where, in what is scored, a reply may begin
+        for reply in replies:
+            ends |= {at + len(reply) for at in ends if scored[at : at + len(reply)] == list(reply)}
+        if len(scored) not in ends:
+            sampled = [list(reply[-SHOWN:]) for reply in replies]
+            raise AlignmentError(
+                f"row {i} must score replies as they were sampled, whole and with their end token; "
+                f"it scores {len(scored)} tokens that end in {scored[-SHOWN:]}, the replies have "
+                f"{[len(reply) for reply in replies]} and end in {sampled}"
+            )
+
+
+class AlignmentMeter:
+    """`assert_aligned` for every batch of a run, without waiting for the device.
+
+    The first batch, and tensors on the CPU, are checked at once. After that broken rules are
+    counted on the device until they are read.
+
+    Args:
+        end_ids: see `assert_aligned`.
+    """
+
+    def __init__(self, end_ids: Sequence[int] = ()) -> None:
+        self._end_ids = end_ids
+        self._counts: dict[str, Tensor] = {}
+        self.started = False
+
+    def add(self, batch: Mapping[str, Any]) -> None:
+        """Check or count a batch; one without teacher rows is as it is.
+
+        Raises:
+            AlignmentError: see `assert_aligned`.
+        """
+        if batch.get("teacher_input_ids") is None:
+            return
+        if not self.started or not self._is_costly(batch):
+            assert_aligned(batch, self._end_ids)
+            self.started = True
+            return
+        for rule, where in _broken(batch, self._end_ids).items():
+            self._counts[rule] = self._counts.get(rule, 0) + where.sum()
+
+    @staticmethod
+    def _is_costly(batch: Mapping[str, Any]) -> bool:
+        """Whether looking at values waits for a device."""
+        return batch["teacher_input_ids"].device.type != "cpu"
+
+    def read(self, accelerator: Accelerator) -> None:
+        """Raise for what was counted since the last reading. Every process must call it.
+
+        Raises:
+            AlignmentError: naming every broken rule, and how often over all processes.
+        """
+        zero = torch.zeros((), dtype=torch.long, device=accelerator.device)
+        sums = torch.stack([self._counts.get(rule, zero) for rule in RULES])
+        self._counts = {}
+        total: Any = accelerator.reduce(sums, reduction="sum")
+        counted = zip(RULES.values(), total.tolist(), strict=True)
+        found = [f"{rule} ({count} times)" for rule, count in counted if count]
+        if found:
+            raise AlignmentError("since the last log: " + "; ".join(found))

@@ -1,0 +1,98 @@
+"""Batches of token ids: padding, and rows whose scored tokens stand behind two contexts."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_distill.data.alignment import assert_aligned
+from hf_distill.data.sides import IGNORE_INDEX, NO_TOKEN, predicts_from_index
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
+    """[B, T] int64 from rows of different lengths."""
+    width = max(map(len, rows), default=0)
+    fill = [[value] * (width - len(row)) for row in rows]
+    padded = [
+        [*row, *gap] if side == "right" else [*gap, *row]
+        for row, gap in zip(rows, fill, strict=True)
+    ]
+    return torch.tensor(padded, dtype=torch.long).view(len(rows), width)
+
+
+def unpad(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The rows of a padded batch [B, T], without the positions where mask is 0."""
+    return [row[keep].tolist() for row, keep in zip(ids, mask.bool(), strict=True)]
+
+
+class Rendered(NamedTuple):
+    """A row of token ids, and the positions of those that are scored, in order."""
+
+    ids: Sequence[int]
+    scored: Sequence[int]
+
+
+def completed(context: Sequence[int], completion: Sequence[int]) -> Rendered:
+    """A context with its completion behind it, which is scored."""
+    start = len(context)
+    return Rendered([*context, *completion], range(start, start + len(completion)))
+
+
+def _rows(rows: Sequence[Rendered], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(input_ids, attention_mask, completion_index), padded on the right."""
+    mask = pad([[1] * len(row.ids) for row in rows], 0)
+    index = pad([row.scored for row in rows], NO_TOKEN)
+    return pad([row.ids for row in rows], pad_token_id), mask, index
+
+
+def build_batch(
+    prompts: Sequence[Sequence[int]],
+    teacher_prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    pad_token_id: int,
+) -> dict[str, Tensor]:
+    """A training batch from token ids, with the same completions behind both contexts.
+
+    Args:
+        prompts: B lists of the student's context ids.
+        teacher_prompts: B lists of the teacher's context ids.
+        completions: B lists of ids, at least one token each. Every id is scored, so that an end
+            token in it is learnt; padding is told from it by position, never by its id.
+        pad_token_id: id of the padding on the right.
+
+    Returns:
+        input_ids, attention_mask, labels [B, T]; teacher_input_ids, teacher_attention_mask
+        [B, T of the teacher]; completion_index, teacher_completion_index [B, C]: positions of the
+        completion tokens in their row, padded with -1.
+    """
+    student, teacher = (
+        [completed(a, b) for a, b in zip(contexts, completions, strict=True)]
+        for contexts in (prompts, teacher_prompts)
+    )
+    return build_rows(student, teacher, pad_token_id)
+
+
+def build_rows(
+    student: Sequence[Rendered], teacher: Sequence[Rendered], pad_token_id: int
+) -> dict[str, Tensor]:
+    """`build_batch` from whole rows, whose scored tokens may lie anywhere but at the first place.
+
+    Raises:
+        AlignmentError: the scored tokens of a row are not the same ids on both sides.
+    """
+    ids, mask, index = _rows(student, pad_token_id)
+    teacher_ids, teacher_mask, teacher_index = _rows(teacher, pad_token_id)
+    scored = torch.zeros_like(mask, dtype=torch.bool)
+    scored[:, 1:] = predicts_from_index(index, ids.shape[1])[:, :-1]
+    batch = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": ids.masked_fill(~scored, IGNORE_INDEX),
+        "completion_index": index,
+        "teacher_input_ids": teacher_ids,
+        "teacher_attention_mask": teacher_mask,
+        "teacher_completion_index": teacher_index,
+    }
+    assert_aligned(batch)
+    return batch

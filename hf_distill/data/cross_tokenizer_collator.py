@@ -1,0 +1,152 @@
+"""A data collator for a teacher with another tokenizer: one problem in the tokens of both."""
+
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from hf_distill.data import alignment, batches, sides
+from hf_distill.data.batches import Rendered
+from hf_distill.data.hint_collator import HintCollator
+from hf_distill.data.hints import Row
+from hf_distill.data.sides import IGNORE_INDEX, NO_TOKEN
+
+
+class UniversalCollator:
+    """Batches for `divergence="uld"`: each side's own tokens of the same prompt and completion.
+
+    Each side is tokenised by its own tokenizer, with its own chat template for messages and its own
+    end token behind a text completion. Completions stand beside each other token by token from the
+    first, each reply of a dialogue by itself, up to the shorter of the two; all of the student's
+    completion tokens have labels.
+
+    Args:
+        student_tokenizer: of the student.
+        teacher_tokenizer: of the teacher.
+        prompt_column: column of the prompt, text or chat messages.
+        completion_column: column of the completion, text or messages.
+        max_prompt_length: tokens of either side's context, in its own tokens, or None for no limit.
+        max_completion_length: the same for the completion.
+        chat_template_kwargs: passed to the student's chat template.
+        teacher_chat_template_kwargs: passed to the teacher's.
+
+    Attributes:
+        columns: what it reads of a row.
+
+    Raises:
+        ValueError: when a batch is made: as `HintCollator`, with the side.
+    """
+
+    def __init__(
+        self,
+        student_tokenizer: PreTrainedTokenizerBase,
+        teacher_tokenizer: PreTrainedTokenizerBase,
+        *,
+        prompt_column: str = "prompt",
+        completion_column: str = "completion",
+        max_prompt_length: int | None = None,
+        max_completion_length: int | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        teacher_chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.student_tokenizer, self.teacher_tokenizer = student_tokenizer, teacher_tokenizer
+        self.columns = (prompt_column, completion_column)
+
+        def side(
+            tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] | None
+        ) -> HintCollator:
+            return HintCollator(
+                tokenizer,
+                (),
+                prompt_column=prompt_column,
+                completion_column=completion_column,
+                max_prompt_length=max_prompt_length,
+                max_completion_length=max_completion_length,
+                chat_template_kwargs=kwargs,
+            )
+
+        self._student = side(student_tokenizer, chat_template_kwargs)
+        self._teacher = side(teacher_tokenizer, teacher_chat_template_kwargs)
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """A training batch.
+
+        Returns:
+            input_ids, attention_mask, labels [B, T] in the student's ids; teacher_input_ids,
+            teacher_attention_mask [B, T of the teacher] in the teacher's; completion_index,
+            teacher_completion_index [B, C]: positions of the student's completion tokens, and of
+            the teacher's beside them, padded with -1; teacher_own_tokens [B] bool, true. int64
+            but for the last.
+        """
+        students = self._rendered(self._student, "student", rows)
+        teachers = self._rendered(self._teacher, "teacher", rows)
+        beside = [
+            pair_positions(list(one.scored), list(other.scored))
+            for one, other in zip(students, teachers, strict=True)
+        ]
+        ids, mask = _padded(students, self._student.pad_token_id)
+        teacher_ids, teacher_mask = _padded(teachers, self._teacher.pad_token_id)
+        labels = torch.full_like(ids, IGNORE_INDEX)
+        for i, row in enumerate(students):
+            at = torch.tensor(list(row.scored))
+            labels[i, at] = ids[i, at]
+        batch = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": labels,
+            "completion_index": batches.pad([row.scored for row in students], NO_TOKEN),
+            "teacher_input_ids": teacher_ids,
+            "teacher_attention_mask": teacher_mask,
+            "teacher_completion_index": batches.pad(beside, NO_TOKEN),
+            sides.TEACHER_OWN_TOKENS: torch.ones(len(rows), dtype=torch.bool),
+        }
+        alignment.assert_aligned(batch)
+        return batch
+
+    @staticmethod
+    def _rendered(collator: HintCollator, side: str, rows: Sequence[Row]) -> Sequence[Rendered]:
+        try:
+            return collator.without_hints(rows, completed=True)[0]
+        except ValueError as error:
+            raise ValueError(f"for the {side}: {error}") from error
+
+
+def _padded(rows: Sequence[Rendered], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask, padded on the right."""
+    ones = [[1] * len(row.ids) for row in rows]
+    return batches.pad([row.ids for row in rows], pad_token_id), batches.pad(ones, 0)
+
+
+def runs(positions: list[int]) -> list[list[int]]:
+    """Ascending positions, cut where they are not consecutive."""
+    found: list[list[int]] = []
+    for at in positions:
+        if found and found[-1][-1] + 1 == at:
+            found[-1].append(at)
+        else:
+            found.append([at])
+    return found
+
+
+def pair_positions(student: list[int], teacher: list[int]) -> list[int]:
+    """The teacher's position beside each of the student's scored tokens of a row, or -1.
+
+    Each reply of the one stands beside the same reply of the other, token by token from its first;
+    if the two have not as many replies, all scored tokens are one reply.
+
+    Args:
+        student: positions of the student's scored tokens, ascending; a gap ends a reply.
+        teacher: those of the teacher's.
+    """
+    one, other = runs(student), runs(teacher)
+    if len(one) != len(other):
+        one, other = [student], [teacher]
+    return [
+        -1 if there is None else there
+        for mine, theirs in zip(one, other, strict=True)
+        for here, there in zip_longest(mine, theirs)
+        if here is not None
+    ]

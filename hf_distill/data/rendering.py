@@ -1,0 +1,108 @@
+"""A row of both sides as token ids, with hints that are cut to fit a budget."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from hf_distill.data.batches import Rendered
+from hf_distill.data.hints import Placed, Prompt
+
+SHOWN_CHARACTERS = 60  # of a prompt in an error
+
+# [B] bool, in batches of a collator that shortens hints, and of one that leaves them out
+TRUNCATED, DROPPED = "teacher_hint_truncated", "teacher_hint_dropped"
+
+
+class Made(NamedTuple):
+    """Both sides of a row."""
+
+    student: Rendered
+    teacher: Rendered
+    truncated: bool  # whether hints were
+    hints: Sequence[str] = ()  # as they stand in the teacher's row
+    dropped: bool = False  # whether they were left out, all of them
+
+    def without_hints(self) -> "Made":
+        """The same tokens scored, and the teacher reads what the student reads."""
+        return Made(self.student, self.student, truncated=False, dropped=bool(self.hints))
+
+
+def check(prompt: Prompt, what: str, length: int, budget: int | None) -> None:
+    """A row's prompt, hint or completion (`what`) must have at most `budget` tokens.
+
+    Raises:
+        ValueError: it has more; naming the row by its prompt.
+    """
+    if budget is not None and length > budget:
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        raise ValueError(
+            f"the {what} of {str(text)[:SHOWN_CHARACTERS]!r}... has {length} tokens, "
+            f"max_{what}_length is {budget}"
+        )
+
+
+def fitted(
+    student: Rendered,
+    hints: Sequence[Placed],
+    teacher: Callable[[Sequence[Placed]], Rendered],
+    budget: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Made:
+    """Both sides of a row whose hints are over their budget, cut until they fit.
+
+    The teacher's side is still too long if nothing is left to cut.
+
+    Args:
+        student: its side.
+        hints: uncut.
+        teacher: its side, with some hints.
+        budget: tokens that the hints may add.
+        tokenizer: of the hints.
+    """
+    made = teacher(hints)
+    while (excess := len(made.ids) - len(student.ids) - budget) > 0:
+        shorter = shortened(hints, excess, tokenizer)
+        if shorter is None:
+            break
+        hints, made = shorter, teacher(shorter)
+    return Made(student, made, True, [hint.text for hint in hints])
+
+
+def shortened(
+    hints: Sequence[Placed], excess: int, tokenizer: PreTrainedTokenizerBase
+) -> list[Placed] | None:
+    """The hints with `excess` tokens less at the end of the longest, or None if it has no more.
+
+    At least a token of the hint stays at each call. A template can change how a text is tokenised,
+    so the caller counts again.
+
+    Raises:
+        ValueError: the tokenizer does not say where tokens begin and end.
+    """
+    offsets = [_offsets(hint.text, tokenizer) for hint in hints]
+    longest = max(range(len(hints)), key=lambda i: len(offsets[i]))
+    text, spans = hints[longest].text, offsets[longest]
+    shorter = text[: _end(spans, max(1, len(spans) - excess))]
+    if len(shorter) in (0, len(text)):
+        return None
+    result = list(hints)
+    result[longest] = hints[longest]._replace(text=shorter)
+    return result
+
+
+def _end(offsets: Sequence[tuple[int, int]], kept: int) -> int:
+    """Where a text ends after so many tokens; the bytes of a character stay together."""
+    while kept and kept < len(offsets) and offsets[kept][0] < offsets[kept - 1][1]:
+        kept -= 1
+    return offsets[kept - 1][1] if kept else 0
+
+
+def _offsets(text: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
+    """Where in a text its tokens begin and end."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            "truncation 'hint' needs a fast tokenizer, got " + type(tokenizer).__name__
+        )
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return cast(list[tuple[int, int]], encoded["offset_mapping"])

@@ -1,0 +1,108 @@
+"""The two sides of a batch: each model's inputs, and which of its outputs are scored.
+
+Shapes: B rows, T positions, C completion tokens of the longest row, N scored tokens of the batch.
+A token at position t is predicted by the model's output at position t - 1.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+NO_TOKEN = -1  # padding of an index map
+
+TEACHER_PREFIX = "teacher_"
+
+TEACHER_ROUTE = "teacher_route"
+
+TEACHER_STORED = "teacher_stored"
+
+ANCHOR_PREFIX = "anchor_"
+
+INDEX_MAPS = ("completion_index", "teacher_completion_index")
+
+TOKEN_VALUES = ("token_weights", "behaviour_log_probs")  # [B, T] float, aligned with the labels
+
+
+class Side(NamedTuple):
+    """One model's part of a batch.
+
+    inputs: keyword arguments of the model's forward.
+    predicts: [B, T] bool, True where the output predicts a scored token; N are True.
+    route: [B] int64, the number of the teacher that each row asks, or None if there is one teacher.
+    stored: what a data loader has read from a teacher's cache for these rows, or None.
+    """
+
+    inputs: dict[str, Tensor]
+    predicts: Tensor
+    route: Tensor | None = None
+    stored: Mapping[str, Tensor] | None = None
+
+
+def predicts_from_labels(labels: Tensor) -> Tensor:
+    """[B, T] bool: True at the positions whose next token has a label."""
+    predicts = torch.zeros_like(labels, dtype=torch.bool)
+    predicts[:, :-1] = labels[:, 1:] != IGNORE_INDEX
+    return predicts
+
+
+def predicts_from_index(index: Tensor, num_positions: int) -> Tensor:
+    """[B, num_positions] bool from an index map [B, C] of the positions of scored tokens."""
+    # NO_TOKEN, and positions that no row has, land in a column of their own that is cut off
+    at = torch.where((index < 1) | (index >= num_positions), num_positions, index - 1)
+    predicts = torch.zeros(index.shape[0], num_positions + 1, dtype=torch.bool, device=index.device)
+    return predicts.scatter_(1, at, True)[:, :num_positions]
+
+
+def targets(labels: Tensor, predicts: Tensor) -> Tensor:
+    """[N]: the scored tokens of labels [B, T], or of values aligned with them, row by row."""
+    return labels[:, 1:][predicts[:, :-1]]
+
+
+def student_side(batch: Mapping[str, Any]) -> Side:
+    """The student's part: what is not labels, values of them, index maps or rows of others.
+
+    Raises:
+        ValueError: labels are missing or not [B, T].
+    """
+    labels = batch.get("labels")
+    if labels is None or labels.ndim != 2:
+        got = "none" if labels is None else f"shape {tuple(labels.shape)}"
+        raise ValueError(f"a batch needs labels of shape [rows, positions], got {got}")
+    others = ("labels", *INDEX_MAPS, *TOKEN_VALUES)
+    inputs = {
+        key: value
+        for key, value in batch.items()
+        if key not in others and not key.startswith((TEACHER_PREFIX, ANCHOR_PREFIX))
+    }
+    return Side(inputs, predicts_from_labels(labels))
+
+
+def teacher_side(batch: Mapping[str, Any], student: Side) -> Side:
+    """The teacher's part: its own rows if the batch has them, else the student's."""
+    ids, route = batch.get("teacher_input_ids"), batch.get(TEACHER_ROUTE)
+    stored = batch.get(TEACHER_STORED)
+    if ids is None:
+        own = route is None and stored is None
+        return student if own else student._replace(route=route, stored=stored)
+    inputs = {"input_ids": ids, "attention_mask": batch["teacher_attention_mask"]}
+    predicts = predicts_from_index(batch["teacher_completion_index"], ids.shape[1])
+    return Side(inputs, predicts, route, stored)
+
+
+TEACHER_OWN_TOKENS = "teacher_own_tokens"
+"""[B] bool, in batches whose teacher rows are of another tokenizer; what counts is that it is
+there."""
+
+
+def has_own_tokens(batch: Mapping[str, Any]) -> bool:
+    """Whether the batch's teacher rows are of another tokenizer."""
+    return batch.get(TEACHER_OWN_TOKENS) is not None
+
+
+def paired(batch: Mapping[str, Any]) -> Tensor:
+    """[N] bool: which of the student's scored tokens have a teacher's token beside them."""
+    return (batch["teacher_completion_index"] >= 0)[batch["completion_index"] >= 0]

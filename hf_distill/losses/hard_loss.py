@@ -1,0 +1,207 @@
+"""The hard loss, where it is another one than the cross-entropy of the labels."""
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+from hf_distill.data.sides import IGNORE_INDEX
+from hf_distill.models.forward import PROBE_TOKENS, evaluating
+from hf_distill.models.structure import causal_lm
+from hf_distill.schedules import Schedule
+
+if TYPE_CHECKING:
+    from hf_distill.trainers.distill_trainer import DistillTrainer
+
+logger = logging.getLogger(__name__)
+
+ROUNDING = 1e-5  # relative, of a float32 mean of a few cross-entropies and of other orders of sums
+
+
+def check_anchor(trainer: "DistillTrainer") -> None:
+    """Anchor rows are learnt by cross-entropy, which must be the run's hard loss.
+
+    Raises:
+        ValueError: there is an anchor and another hard loss.
+    """
+    anchor_weight = trainer.args.loss_settings().anchor_weight
+    if anchor_weight > 0 and trainer.has_own_hard_loss():
+        raise ValueError(
+            f"anchor_weight {anchor_weight} > 0 is a plain cross-entropy; it cannot "
+            "be combined with label smoothing, compute_loss_func or a model's own loss"
+        )
+
+
+def check_unweighted(weights: Sequence[Tensor | None]) -> None:
+    """Batches must have no weights of tokens, because the hard loss could not read them.
+
+    Raises:
+        ValueError: one has.
+    """
+    if any(each is not None for each in weights):
+        raise ValueError(
+            "weights of tokens reach neither label smoothing nor compute_loss_func nor a model's "
+            "own loss, got both"
+        )
+
+
+class _Found(NamedTuple):
+    """Why the loss is the model's own; whether it ignores the count of tokens it is given."""
+
+    reason: str
+    ignores_count: bool = False
+
+
+def _named(model: nn.Module) -> str | None:
+    """How a model names another loss than `ForCausalLMLoss`, or None."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    own = "_loss_function" in vars(model) or type(model).loss_function is not (
+        PreTrainedModel.loss_function
+    )
+    if own:
+        chosen: Any = model.loss_function
+    else:  # what is not known, or not said, is the default
+        chosen = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "", ForCausalLMLoss)
+    if chosen is ForCausalLMLoss:
+        return None
+    return f"its loss_function is {getattr(chosen, '__name__', type(chosen).__name__)}"
+
+
+@torch.no_grad()
+def _probed(model: nn.Module, ids: Tensor) -> str | None:
+    """How the loss of [1, n] ids differs from the cross-entropy of the model's logits, or None."""
+    with evaluating(model):
+        output = model(input_ids=ids, labels=ids)
+    loss, logits = getattr(output, "loss", None), getattr(output, "logits", None)
+    if loss is None or logits is None:
+        return None
+    plain = F.cross_entropy(logits[0, :-1].float(), ids[0, 1:])
+    tolerance = max(ROUNDING, 8 * torch.finfo(loss.dtype).eps)
+    if torch.isclose(loss.float(), plain, rtol=tolerance, atol=0):
+        return None
+    return f"it says {float(loss):.4g} where the cross-entropy is {float(plain):.4g}"
+
+
+@torch.no_grad()
+def _ignores_count(model: nn.Module, ids: Tensor) -> bool:
+    with evaluating(model):
+        once, twice = (
+            model(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(n)).loss
+            for n in (ids.shape[1] - 1, 2 * ids.shape[1] - 2)
+        )
+    return bool((once == twice).all())
+
+
+class HardLoss:
+    """What takes the place of the cross-entropy of the labels as the hard loss, if something does.
+
+    That is `compute_loss_func`, else label smoothing, else the student's own loss where it is
+    another: its `loss_function` is not `ForCausalLMLoss`, or its forward, asked for the loss of a
+    few tokens of the first batch, says another number than their cross-entropy. The model computes
+    its own loss from the labels, which it shifts itself if it wants to.
+
+    Args:
+        trainer: of a causal LM or a classifier, as `Trainer` has set it up. A classifier's own loss
+            is always the hard one; here only that of the user is looked for.
+    """
+
+    def __init__(self, trainer: "DistillTrainer") -> None:
+        self._trainer = trainer
+        self._accepts_count = trainer.model_accepts_loss_kwargs  # the Trainer has looked
+        self._found: _Found | None = None
+        wanted = Schedule.parse(trainer.args.alpha).bounds[0] < 1.0 and not self._is_users()
+        wanted = wanted and trainer._classification is None
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        self._to_probe = wanted and not sharded
+        reason = _named(causal_lm(cast(nn.Module, trainer.model))) if wanted else None
+        if reason is not None:
+            self._note(_Found(reason))
+
+    def _is_users(self) -> bool:
+        trainer = self._trainer
+        return trainer.label_smoother is not None or trainer.compute_loss_func is not None
+
+    @property
+    def replaces(self) -> bool:
+        """Whether there is another hard loss than the cross-entropy, as far as it is known."""
+        return self._is_users() or self._found is not None
+
+    def look(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """Probe the model at the first batch.
+
+        Raises:
+            ValueError: its loss is its own, and this run needs the cross-entropy of each token.
+        """
+        if not self._to_probe:
+            return
+        lm, ids = causal_lm(model), inputs.get("input_ids")
+        if ids is None or "labels" not in inspect.signature(lm.forward).parameters:
+            self._to_probe = False
+            return
+        mask = inputs.get("attention_mask")
+        row = ids[0] if mask is None or mask.ndim != 2 else ids[0][mask[0].bool()]
+        row = row[None, :PROBE_TOKENS]
+        if row.shape[1] < 2:
+            return
+        self._to_probe = False
+        if self._found is None:
+            reason = _probed(lm, row)
+            if reason is None:
+                return
+            self._note(_Found(reason))
+            check_anchor(self._trainer)
+            check_unweighted([self._trainer._weighing.known(inputs)])
+        if self._found is not None and self._accepts_count and _ignores_count(lm, row):
+            self._found = self._found._replace(ignores_count=True)
+
+    def _note(self, found: _Found) -> None:
+        self._found = found
+        logger.warning(
+            "student: the hard loss is the model's own, which takes logits: %s", found.reason
+        )
+
+    def arguments(self, labels: Tensor, num_items: Tensor | int | None) -> dict[str, Any]:
+        """What the model's forward must be given besides its inputs."""
+        if self._found is None:
+            return {}
+        count = {"num_items_in_batch": num_items} if self._model_counts(num_items) else {}
+        return {"labels": labels, **count}
+
+    def _model_counts(self, num_items: Tensor | int | None) -> bool:
+        ignores = self._found is not None and self._found.ignores_count
+        return self._accepts_count and num_items is not None and not ignores
+
+    def of(self, outputs: Any, labels: Tensor, num_items: Tensor | int | None) -> Tensor | None:
+        """This batch's part [] of the hard loss of an optimizer step, or None: the cross-entropy.
+
+        Args:
+            outputs: of the model, given `arguments`.
+            labels: of the batch.
+            num_items: labelled tokens (a classifier's rows) of the step, or None for this batch's.
+        """
+        loss = self._unscaled(outputs, labels, num_items)
+        return None if loss is None else loss * self._trainer._num_averaged(num_items)
+
+    def _unscaled(
+        self, outputs: Any, labels: Tensor, num_items: Tensor | int | None
+    ) -> Tensor | None:
+        trainer = self._trainer
+        if trainer.compute_loss_func is not None:
+            return trainer.compute_loss_func(outputs, labels, num_items_in_batch=num_items)
+        if trainer.label_smoother is not None:
+            shift = trainer._classification is None
+            return trainer.label_smoother(outputs, labels, shift, num_items)
+        if self._found is None:
+            return None
+        if num_items is None or self._model_counts(num_items):
+            return outputs.loss
+        # a model that does not count gives the mean over the batch's labelled tokens
+        labelled = (labels[:, 1:] != IGNORE_INDEX).sum()
+        return torch.where(labelled > 0, outputs.loss, 0.0) * (labelled / num_items)

@@ -1,0 +1,299 @@
+"""The hidden loss: hidden states and attention maps compared layer by layer.
+
+Shapes: N scored tokens, H hidden, A attention heads, T positions.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hf_distill.data.sides import Side
+from hf_distill.losses import Scored, Terms
+from hf_distill.models.forward import kept_rng
+from hf_distill.models.layers import Seen, Watch, blocks, match_layers
+from hf_distill.models.signals import Signal
+from hf_distill.models.structure import causal_lm
+from hf_distill.schedules import Schedule
+from hf_distill.teachers import Teacher
+from metal_ops import hidden_divergence
+
+if TYPE_CHECKING:
+    from hf_distill.trainers.distill_trainer import DistillTrainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class HiddenConfig:
+    """How layers are compared.
+
+    Raises:
+        ValueError: a value is unknown or out of range.
+    """
+
+    loss: str = field(
+        default="mse", metadata={"help": "Of hidden states: mse, cosine or l1, mean over layers."}
+    )
+    attention_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight, >= 0, of KL(teacher || student) of the same layers' attention maps; "
+            "needs attn_implementation='eager'."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values where they are given."""
+        if self.loss not in HIDDEN_LOSSES:
+            raise ValueError(f"hidden.loss must be one of {HIDDEN_LOSSES}, got {self.loss!r}")
+        if not (math.isfinite(self.attention_weight) and self.attention_weight >= 0):
+            raise ValueError(
+                f"hidden.attention_weight must be at least 0, got {self.attention_weight}"
+            )
+
+
+HIDDEN_LOSSES = ("mse", "cosine", "l1")
+
+
+def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], kind: str) -> Tensor:
+    """[N] the mean over pairs of layers of the difference of hidden states.
+
+    Args:
+        student: of each pair [N, H], projected to the teacher's width.
+        teacher: the same; without gradient.
+        kind: "mse" and "l1" are means over H of squares and absolute differences, "cosine" is one
+            less the cosine.
+    """
+    if kind == "l1":
+        wide = torch.promote_types(student[0].dtype, torch.float32)
+        pairs = zip(student, teacher, strict=True)
+        found = [(s.to(wide) - t.detach().to(wide)).abs().mean(-1) for s, t in pairs]
+    else:
+        found = [hidden_divergence(s, t, kind) for s, t in zip(student, teacher, strict=True)]
+    return torch.stack(found).mean(0)
+
+
+def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """[N] nats: the mean over pairs of layers of KL(teacher's map || student's).
+
+    A head of the student is compared with the same head of the teacher, and the mean is taken over
+    heads, as in MiniLM (arXiv:2002.10957). Where the numbers of heads differ, each side's heads
+    are averaged first. 0 log 0 is 0; what the student's dropout has removed counts as 1e-12.
+
+    Args:
+        student: of each pair [N, A, T], the probabilities of the keys.
+        teacher: the same rows; without gradient.
+    """
+    found = []
+    for own, other in zip(student, teacher, strict=True):
+        q, p = own.float(), other.detach().float()
+        if q.shape[1] != p.shape[1]:
+            q, p = q.mean(1, keepdim=True), p.mean(1, keepdim=True)
+        log_ratio = p.clamp_min(1e-12).log() - q.clamp_min(1e-12).log()
+        found.append((p * log_ratio).sum(-1).mean(-1))
+    return torch.stack(found).mean(0)
+
+
+MODULE = "hidden_projection"  # of the student while it trains
+
+FILE = f"{MODULE}.safetensors"  # of a checkpoint
+
+HIDDEN_NAME, ATTENTION_NAME = "hidden", "attention"
+
+
+def for_trainer(trainer: "DistillTrainer") -> "HiddenAlignment | None":
+    """What the config asks for, or None; the teacher must be prepared.
+
+    Raises:
+        ValueError: as `HiddenAlignment`, or student and teacher have different tokenizers, or the
+            projections' parameters would be sharded.
+    """
+    args = trainer.args
+    settings = cast(HiddenConfig, args.hidden)
+    weighs = Schedule.parse(args.hidden_weight).bounds[1] > 0
+    if args.hidden_layers is None or not (weighs or settings.attention_weight):
+        return None
+    trainer._vocabulary.check_one_tokenizer("hidden_layers")
+    model, teacher = cast(nn.Module, trainer.model), cast(Teacher, trainer.teacher)
+    made = HiddenAlignment(model, teacher, args.hidden_layers, settings, args.seed)
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if made.projections is not None and sharded:
+        raise ValueError(
+            "hidden layers of different widths need projections, which are not saved where "
+            "parameters are sharded (FSDP, DeepSpeed): take a teacher of the student's width, or "
+            "hidden_layers=None"
+        )
+    return made
+
+
+def _width(lm: nn.Module) -> int:
+    config: Any = lm.config
+    return config.get_text_config().hidden_size
+
+
+class HiddenAlignment:
+    """Compares layers of student and teacher at the scored tokens.
+
+    Where their widths differ the student's states are projected to the teacher's, by a linear map
+    of each pair that is trained with the student. It is a module of the student during `train`
+    (so that optimizer, gradient clipping and parallel wrappers find it), has a file of its own in
+    a checkpoint, and is never in the saved model.
+
+    Args:
+        model: the student, which may have adapters.
+        teacher: prepared.
+        layers: see `match_layers`.
+        settings: the kind of the loss, and the weight of attention maps.
+        seed: of the projections' first values.
+
+    Raises:
+        ValueError: the teacher has no layers to look at, a layer does not exist, or attention maps
+            are asked of an attention that gives none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: Teacher,
+        layers: str | list[Any],
+        settings: HiddenConfig,
+        seed: int,
+    ) -> None:
+        other = getattr(teacher, "watched_model", lambda _: None)(model)
+        if other is None:
+            raise ValueError(
+                "hidden_layers need a teacher that runs here, as a model or as the student itself; "
+                f"a {type(teacher).__name__} has no layers"
+            )
+        self.student, source = causal_lm(model), causal_lm(other)
+        self.settings = settings
+        self.pairs = match_layers(layers, len(blocks(self.student)), len(blocks(source)))
+        attends = settings.attention_weight > 0
+        if attends:
+            for name, lm in (("student", self.student), ("teacher", source)):
+                _check_attention(name, lm)
+        self._watch = Watch("student", [pair.student for pair in self.pairs], attends)
+        cast(Any, teacher).watch([pair.teacher for pair in self.pairs], attends)
+        self.projections = self._make_projections(_width(self.student), _width(source), seed)
+        logger.info(
+            "hidden layers (student, teacher): %s, %s%s",
+            ", ".join(f"({a}, {b})" for a, b in self.pairs),
+            settings.loss,
+            "" if self.projections is None else ", with trained projections",
+        )
+
+    def _make_projections(self, own: int, other: int, seed: int) -> nn.ModuleList | None:
+        if own == other:
+            return None
+        like = next(p for p in self.student.parameters() if p.is_floating_point())
+        with kept_rng(torch.device("cpu")):  # every process makes the same, and uses up no numbers
+            torch.manual_seed(seed)
+            made = [nn.Linear(own, other, bias=False) for _ in self.pairs]
+        return nn.ModuleList(made).to(like.device, like.dtype)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is logged."""
+        attends = self.settings.attention_weight > 0
+        return (HIDDEN_NAME, ATTENTION_NAME) if attends else (HIDDEN_NAME,)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """The projections are a module of the student inside the block."""
+        if self.projections is not None:
+            self.student.add_module(MODULE, self.projections)
+        try:
+            yield
+        finally:
+            self.student._modules.pop(MODULE, None)
+
+    @contextmanager
+    def detached(self) -> Iterator[None]:
+        """The student is as it is saved inside the block."""
+        there = self.student._modules.pop(MODULE, None)
+        try:
+            yield
+        finally:
+            if there is not None:
+                self.student.add_module(MODULE, there)
+
+    def check(self, batch: Mapping[str, Any]) -> None:
+        """Check a batch before it is used.
+
+        Raises:
+            ValueError: attention maps of student and teacher have other keys.
+        """
+        if self.settings.attention_weight > 0 and batch.get("teacher_input_ids") is not None:
+            raise ValueError(
+                "attention transfer needs student and teacher to read the same rows; this batch "
+                "has teacher_input_ids of its own"
+            )
+
+    def watching(self, side: Side) -> Any:
+        """Inside the block the student's states are taken."""
+        return self._watch.on(self.student, side.predicts)
+
+    def add(self, terms: Terms, seen: Seen, signal: Signal, scored: Scored, weight: float) -> Terms:
+        """The terms with the hidden loss: its weighted sum over the scored tokens.
+
+        Args:
+            terms: of N tokens.
+            seen: the student's pass; tokens of an anchor stand behind the N.
+            signal: the teacher's, with its states.
+            scored: the tokens and their weights.
+            weight: hidden_weight at this step.
+        """
+        hidden, attention = seen.states()
+        count = len(scored.targets)
+        student = [self._projected(i, x[:count]) for i, x in enumerate(hidden)]
+        per_token = hidden_loss(student, signal.states.hidden, self.settings.loss)
+        values = {HIDDEN_NAME: per_token}
+        loss = weight * (scored.weights * per_token).sum()
+        if attention:
+            maps = [x[:count] for x in attention]
+            values[ATTENTION_NAME] = attention_loss(maps, signal.states.attention)
+            term = (scored.weights * values[ATTENTION_NAME]).sum()
+            loss = loss + self.settings.attention_weight * term
+        unseen = scored.weights == 0
+        extra = {k: v.detach().masked_fill(unseen, torch.nan) for k, v in values.items()}
+        return terms._replace(loss=terms.loss + loss, extra={**terms.extra, **extra})
+
+    def _projected(self, index: int, states: Tensor) -> Tensor:
+        return states if self.projections is None else self.projections[index](states)
+
+    def save(self, folder: str) -> None:
+        """Write the projections, if there are any."""
+        if self.projections is not None:
+            state = {k: v.detach().contiguous() for k, v in self.projections.state_dict().items()}
+            save_file(state, os.path.join(folder, FILE))
+
+    def load(self, folder: str) -> None:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            RuntimeError: it holds projections of other layers or widths.
+        """
+        if self.projections is None:
+            return
+        path = os.path.join(folder, FILE)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"the projections must be in the checkpoint: no {path}")
+        self.projections.load_state_dict(load_file(path))
+
+
+def _check_attention(name: str, lm: nn.Module) -> None:
+    used = getattr(lm.config, "_attn_implementation", "eager")
+    if used != "eager":
+        raise ValueError(
+            "attention transfer (hidden.attention_weight) needs attn_implementation='eager', which "
+            f"returns attention maps; the {name} has {used!r}"
+        )

@@ -1,0 +1,1 @@
+"""Models: what they are made of, and what they say about scored tokens."""

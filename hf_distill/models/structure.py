@@ -1,0 +1,123 @@
+"""What a Transformers model is: without its wrappers, its kind, head and vocabulary."""
+
+import logging
+from typing import Any, cast
+
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
+from torch import nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+logger = logging.getLogger(__name__)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model without its parallel wrapper; adapters stay."""
+    return extract_model_from_parallel(model)
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """The Transformers model itself, without parallel wrapper and PEFT wrapper."""
+    model = unwrap(model)
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def output_head(lm: nn.Module) -> Any:
+    """The model's output embeddings, a module, or None."""
+    getter = getattr(lm, "get_output_embeddings", None)
+    return None if getter is None else getter()
+
+
+def vocab_size(lm: nn.Module) -> int | None:
+    """Number of logits per position, or per row; None if the model does not say."""
+    if is_classifier(lm):
+        return cast(Any, lm.config).num_labels
+    head = output_head(lm)
+    if isinstance(head, nn.Linear):
+        return head.out_features
+    config = getattr(lm, "config", None)
+    return None if config is None else getattr(config.get_text_config(), "vocab_size", None)
+
+
+CLASSIFIER = "ForSequenceClassification"  # how Transformers ends the names of their classes
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Whether a Transformers model, without wrappers, gives one row of class logits per text."""
+    return any(kind.__name__.endswith(CLASSIFIER) for kind in type(model).__mro__)
+
+
+def check_kind(model: nn.Module) -> None:
+    """The model must be a causal LM or a sequence classifier.
+
+    Models of unknown kind pass: their class may have any name.
+
+    Raises:
+        ValueError: its class is one of Transformers for another task.
+    """
+    if is_classifier(model):
+        return
+    others = [name for name, loss in LOSS_MAPPING.items() if loss is not ForCausalLMLoss]
+    name = type(model).__name__
+    if any(other.startswith("For") and other in name for other in others):
+        raise ValueError(
+            f"the student must be a causal LM or a sequence classifier, got a {name}: its labels "
+            "are neither the next tokens nor a class per row"
+        )
+
+
+def check_classes(student: nn.Module, teacher: nn.Module) -> None:
+    """A student and a teacher, without wrappers, must both be classifiers of the same classes.
+
+    Names are compared where both configs have some (not LABEL_0, LABEL_1, ...), in any case of
+    letters. Other names only give a warning: they may be synonyms.
+
+    Raises:
+        ValueError: one of them is no sequence classifier, their numbers of classes differ, or a
+            class that both name has another number; the message names both sides.
+    """
+    kinds = type(student).__name__, type(teacher).__name__
+    if is_classifier(student) != is_classifier(teacher):
+        raise ValueError(
+            "student and teacher must both be causal LMs or both be sequence classifiers, got "
+            f"{kinds[0]} and {kinds[1]}"
+        )
+    mine, theirs = cast(Any, student.config), cast(Any, teacher.config)
+    if mine.num_labels != theirs.num_labels:
+        raise ValueError(
+            f"student and teacher must have the same classes, got {mine.num_labels} for the "
+            f"student ({kinds[0]}) and {theirs.num_labels} for the teacher ({kinds[1]})"
+        )
+    names, others = _class_names(mine), _class_names(theirs)
+    if names and others and names != others:
+        _check_order(names, others)
+    sizes = [getattr(c.get_text_config(), "vocab_size", None) for c in (mine, theirs)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        logger.warning(
+            "student and teacher have vocabularies of %s and %s entries; both read the same token "
+            "ids, so they need one tokenizer",
+            *sizes,
+        )
+
+
+def _class_names(config: Any) -> list[str]:
+    """The names of the classes in order, or none if they are those that Transformers makes up."""
+    names = [str(config.id2label.get(i)) for i in range(config.num_labels)]
+    return [] if names == [f"LABEL_{i}" for i in range(len(names))] else names
+
+
+def _check_order(names: list[str], others: list[str]) -> None:
+    folded, of_other = ([name.casefold() for name in each] for each in (names, others))
+    shared = set(folded) & set(of_other)
+    if any(folded.index(name) != of_other.index(name) for name in shared):
+        raise ValueError(
+            "student and teacher must number their classes alike, got id2label "
+            f"{names} for the student and {others} for the teacher"
+        )
+    if folded != of_other:
+        logger.warning(
+            "student and teacher name their classes differently: %s and %s; their numbers are "
+            "taken to mean the same",
+            names,
+            others,
+        )

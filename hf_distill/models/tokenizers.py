@@ -1,0 +1,46 @@
+"""Which ids a tokenizer has, and whether two tokenizers have the same."""
+
+from transformers import PreTrainedTokenizerBase
+
+
+def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the tokenizer's largest id: its length, if it leaves no id out."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def described(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A tokenizer in words: where it is from, its class and its number of ids."""
+    kind = type(tokenizer).__name__
+    return f"{str(tokenizer.name_or_path)!r} ({kind}, {num_ids(tokenizer)} ids)"
+
+
+def difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
+    """The first token, in the order of ids, that two tokenizers do not give one id; or None."""
+    if one is other:
+        return None
+    mine, theirs = one.get_vocab(), other.get_vocab()
+    if mine == theirs:
+        return None
+    token = min(
+        (token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token)),
+        key=lambda token: (min(x[token] for x in (mine, theirs) if token in x), token),
+    )
+    ids = ("no token" if x.get(token) is None else f"id {x[token]}" for x in (mine, theirs))
+    first, second = ids
+    return f"{token!r} is {first} of the one, {second} of the other"
+
+
+def check_same(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, rule: str) -> None:
+    """Every token must have one id.
+
+    Args:
+        one: a tokenizer.
+        other: another.
+        rule: what asks for it, a clause that begins the error.
+
+    Raises:
+        ValueError: naming both tokenizers and the first token in which they differ.
+    """
+    found = difference(one, other)
+    if found is not None:
+        raise ValueError(f"{rule}, got {described(one)} and {described(other)}: {found}")

@@ -1,0 +1,1 @@
+"""Monitoring: metrics, the watchdog, and checks before a run."""

@@ -1,0 +1,272 @@
+"""A check before training: a self-teacher without a hint must say what the student says.
+
+Several silent faults of self-distillation show here, as a divergence that should be zero: contexts
+that a collator of one's own builds differently, padding or positions that reach the logits, a
+teacher that is not the student, an adapter that was trained before, dropout.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from hf_distill.data.batches import Rendered, pad, unpad
+from hf_distill.data.sides import Side
+from hf_distill.models.forward import Reader, evaluating, kept_rng
+from hf_distill.models.structure import unwrap
+from hf_distill.teachers import SelfTeacher, Teacher, adapters_off
+from metal_ops import DivergenceSpec, divergence
+
+logger = logging.getLogger(__name__)
+
+# Largest JSD of a token, in nats. Rounding gives 1e-10 in float32 and some 1e-4 in bfloat16, whose
+# logits are off by a hundredth; the faults give more than 1e-2.
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-6}
+TOLERANCE_16_BIT = 5e-3
+FEW = 16  # tokens at either end of a completion
+
+
+class EmptyHintError(ValueError):
+    """Without a hint the teacher does not say what the student says."""
+
+
+def _side(rows: Sequence[Rendered], fill: int, padding: str, device: torch.device) -> Side:
+    width = max(len(row.ids) for row in rows)
+    predicts = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        shift = width - len(row.ids) if padding == "left" else 0
+        predicts[i, [position - 1 + shift for position in row.scored]] = True
+    inputs = {
+        "input_ids": pad([row.ids for row in rows], fill, padding).to(device),
+        "attention_mask": pad([[1] * len(row.ids) for row in rows], 0, padding).to(device),
+    }
+    return Side(inputs, predicts.to(device))
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    """The largest JSD of a token, in nats, of logits [N, V]."""
+    return float(divergence(one, other, DivergenceSpec("jsd")).max())
+
+
+def _few(row: Rendered) -> Rendered:
+    """The row with its first and last scored tokens only: a completion's logits can be large."""
+    scored = [position for position in row.scored if position > 0]
+    return Rendered(row.ids, sorted({*scored[:FEW], *scored[-FEW:]}))
+
+
+def _check_contexts(student: Sequence[Rendered], teacher: Sequence[Rendered]) -> None:
+    for i, (one, other) in enumerate(zip(student, teacher, strict=True)):
+        if list(one.ids) == list(other.ids):
+            continue
+        pairs = enumerate(zip(one.ids, other.ids, strict=False))
+        shorter = min(len(one.ids), len(other.ids))
+        at = next((k for k, (a, b) in pairs if a != b), shorter)
+        raise EmptyHintError(
+            f"template: without a hint row {i} must be the same for both sides; the student has "
+            f"{len(one.ids)} tokens, the teacher {len(other.ids)}, and token {at} is the first to "
+            f"differ: {list(one.ids[at : at + 3])} and {list(other.ids[at : at + 3])}"
+        )
+
+
+class _Checked:
+    """The student and its rows.
+
+    Args:
+        model: the student.
+        rows: with few scored tokens.
+        pad_token_id: for padding.
+        in_16_bit: whether the model computes in 16 bits though its logits may be float32.
+    """
+
+    def __init__(
+        self, model: nn.Module, rows: Sequence[Rendered], pad_token_id: int, in_16_bit: bool
+    ) -> None:
+        self.model, self.rows, self.pad_token_id = model, rows, pad_token_id
+        self.bare = unwrap(model)
+        self.reader = Reader("student", "read once, before training")
+        self.device = next(self.bare.parameters()).device
+        self.side = self.padded("right", pad_token_id)
+        self.calm = self.logits(self.side)
+        wide = all(p.dtype in TOLERANCE for p in self.bare.parameters()) and not in_16_bit
+        self.tolerance = (
+            TOLERANCE.get(self.calm.dtype, TOLERANCE_16_BIT) if wide else TOLERANCE_16_BIT
+        )
+
+    def padded(self, padding: str, fill: int) -> Side:
+        return _side(self.rows, fill, padding, self.device)
+
+    def logits(self, side: Side) -> Tensor:
+        """[N, V], without dropout."""
+        with evaluating(self.model):
+            return self.reader.logits(self.model, side)
+
+    def check_padding(self) -> None:
+        """Rows padded on either side give the logits of rows alone."""
+        sides = [_side([row], self.pad_token_id, "right", self.device) for row in self.rows]
+        alone = torch.cat([self.logits(side) for side in sides])
+        for where in ("right", "left"):
+            padded = self.logits(self.padded(where, self.pad_token_id))
+            found = _apart(padded, alone)
+            if found <= self.tolerance:
+                continue
+            other = next(i for i in range(2) if i != self.pad_token_id)
+            read = _apart(padded, self.logits(self.padded(where, other)))
+            name, why = "padding", "other ids in it change them: does the model use attention_mask?"
+            if read <= self.tolerance:
+                name, why = (
+                    "position ids",
+                    "other ids in the padding change nothing, so the model counts positions from "
+                    "it: does it use position_ids?",
+                )
+            raise EmptyHintError(
+                f"{name}: rows padded on the {where} must give the logits of rows alone, they are "
+                f"{found:.2g} nats apart (limit {self.tolerance:g}); {why}"
+            )
+
+    def check_frozen(self, teacher: Teacher, said: Tensor) -> None:
+        """A teacher that is not the live student says the same whatever the adapter's weights."""
+        if not isinstance(self.bare, PeftModel):
+            return
+        trainable = [p for p in self.bare.parameters() if p.requires_grad]
+        kept = [p.detach().clone() for p in trainable]
+        with kept_rng(self.device):
+            try:
+                for parameter in trainable:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+                found = _apart(teacher.signal(self.model, self.side).dense(), said)
+            finally:
+                for parameter, value in zip(trainable, kept, strict=True):
+                    parameter.copy_(value)
+        if not found <= self.tolerance:
+            raise EmptyHintError(
+                "adapter: the teacher must not change with the student's adapter; once its weights "
+                f"are others the teacher is {found:.2g} nats from itself (limit "
+                f"{self.tolerance:g}): the adapter is not switched off"
+            )
+
+    def explain(self, teacher: SelfTeacher, said: Tensor, found: float) -> None:
+        """Warn where an adapter is the reason, raise where none is known."""
+        if isinstance(self.bare, PeftModel):
+            with evaluating(self.model), adapters_off(self.bare):
+                without = self.reader.logits(self.model, self.side)
+            if teacher.kind == "lora_scale" or _apart(without, said) <= self.tolerance:
+                logger.warning(
+                    "adapter: without a hint the student and its teacher, the model with its "
+                    "adapters off or weaker, are %.2g nats apart: the adapter was trained before, "
+                    "and is pulled back towards the base where hints say nothing",
+                    found,
+                )
+                return
+        raise EmptyHintError(
+            f"teacher: without a hint it must say what the student says, they are {found:.2g} nats "
+            f"apart (limit {self.tolerance:g}) on the same rows in eval mode: its weights or its "
+            "adapters are others"
+        )
+
+    def warn_of_dropout(self) -> None:
+        was_training = self.model.training
+        with kept_rng(self.device):
+            self.model.train()
+            try:
+                found = _apart(self.reader.logits(self.model, self.side), self.calm)
+            finally:
+                self.model.train(was_training)
+        if not found <= self.tolerance:
+            logger.warning(
+                "dropout: in training the student is %.2g nats from itself without dropout, which "
+                "the loss cannot tell from what the hint says; consider no dropout",
+                found,
+            )
+
+
+@torch.no_grad()
+def check_empty_hint(
+    model: nn.Module,
+    teacher: SelfTeacher,
+    student_rows: Sequence[Rendered],
+    teacher_rows: Sequence[Rendered],
+    pad_token_id: int,
+    in_16_bit: bool = False,
+) -> float:
+    """The largest JSD of a token between student and teacher, in nats, on rows without a hint.
+
+    Args:
+        model: the student, before training.
+        teacher: prepared.
+        student_rows: its rows, of different lengths, with completions.
+        teacher_rows: the same rows as the teacher's side is built.
+        pad_token_id: for padding.
+        in_16_bit: whether the model computes in 16 bits though its logits may be float32.
+
+    Raises:
+        EmptyHintError: it is not zero, or depends on padding; the message begins with what differs:
+            template, padding, position ids, adapter or teacher.
+    """
+    _check_contexts(student_rows, teacher_rows)
+    rows = [_few(row) for row in student_rows]
+    if not any(row.scored for row in rows):
+        return 0.0  # empty rows
+    checked = _Checked(model, rows, pad_token_id, in_16_bit)
+    checked.check_padding()
+    said = teacher.signal(model, checked.side).dense()
+    found = _apart(checked.calm, said)
+    if not found <= checked.tolerance:
+        checked.explain(teacher, said, found)
+    if teacher.kind in ("base", "ema"):
+        checked.check_frozen(teacher, said)
+    checked.warn_of_dropout()
+    return found
+
+
+def lost_context(
+    student: Sequence[int], teacher: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, str] | None:
+    """The first text of the student's row that the teacher's has not, and what it has instead.
+
+    Token ids may be others where a hint touches a word: what counts is the text.
+    """
+    rest = iter(teacher)
+    if all(token in rest for token in student):
+        return None
+    for tag, a, b, c, d in SequenceMatcher(None, student, teacher, autojunk=False).get_opcodes():
+        if tag in ("replace", "delete"):
+            lost, instead = (str(tokenizer.decode(list(x))) for x in (student[a:b], teacher[c:d]))
+            if lost.strip() not in instead:
+                return lost, instead
+    return None
+
+
+def warn_of_lost_context(
+    batch: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, num_rows: int
+) -> None:
+    """Log one warning if the teacher's row has not all that the student's has.
+
+    Rows without hints do not show it: a hint in the system message takes the place of one that the
+    chat template writes by itself. Nor do they show another example's context, or one cut short.
+
+    Args:
+        batch: with teacher rows.
+        tokenizer: of its ids.
+        num_rows: how many of its rows to look at.
+    """
+    sides = (("input_ids", "attention_mask"), ("teacher_input_ids", "teacher_attention_mask"))
+    if batch.get("teacher_input_ids") is None:
+        return
+    rows = [unpad(batch[ids][:num_rows], batch[mask][:num_rows]) for ids, mask in sides]
+    for i, (student, teacher) in enumerate(zip(*rows, strict=True)):
+        lost = lost_context(student, teacher, tokenizer)
+        if lost is not None:
+            logger.warning(
+                "context: the teacher must read what the student reads, and the hint; row %d of "
+                "the batch has %r for the student, and %r in its place for the teacher (a hint in "
+                "the system message replaces one that the chat template writes by itself: give "
+                "such prompts their own)",
+                i,
+                *lost,
+            )
+            return

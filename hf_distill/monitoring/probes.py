@@ -1,0 +1,185 @@
+"""Small measurements of a teacher during training, taken at logs, for the watchdog."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from hf_distill.data.sides import Side
+from hf_distill.models.structure import unwrap
+from hf_distill.teachers import ModelTeacher, SelfTeacher, Teacher
+from metal_ops import DivergenceSpec, divergence
+
+PROBE_TOKENS = 16  # of a row
+PROBE_ROWS = 8
+LEAST_GAP = 1e-4  # nats between teacher and student, of which a movement is a share
+SAMPLES = 256  # entries of a tensor
+ROW_INPUTS = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
+
+
+def _first_row(side: Side) -> Side:
+    """The first row with a scored token, and its first scored tokens."""
+    row = int(side.predicts.any(1).int().argmax())
+    chosen = torch.zeros_like(side.predicts)
+    chosen[row] = side.predicts[row] & (side.predicts[row].cumsum(0) <= PROBE_TOKENS)
+    if not side.inputs.keys() <= ROW_INPUTS:
+        return Side(side.inputs, chosen)  # images, say, which need not be one a row
+    one = slice(row, row + 1)
+    return Side({key: value[one] for key, value in side.inputs.items()}, chosen[one])
+
+
+def _some_tokens(side: Side) -> Side:
+    """The first PROBE_ROWS rows, of each PROBE_TOKENS scored tokens, evenly spread."""
+    num_scored, number = side.predicts.sum(1, keepdim=True), side.predicts.cumsum(1) - 1
+    at = torch.arange(PROBE_TOKENS, device=number.device)
+    wanted = torch.where(num_scored > PROBE_TOKENS, at * num_scored // PROBE_TOKENS, at)
+    chosen = side.predicts & (number[:, :, None] == wanted[:, None]).any(-1)
+    if not side.inputs.keys() <= ROW_INPUTS:
+        chosen[PROBE_ROWS:] = False
+        return Side(side.inputs, chosen)
+    first = slice(0, PROBE_ROWS)
+    return Side({key: value[first] for key, value in side.inputs.items()}, chosen[first])
+
+
+class DriftProbe:
+    """What a frozen teacher says about one row of the first batch, against what it said then.
+
+    It sees every way in which a teacher can follow the student: adapters that stay on, weights that
+    are shared, a copy that is trained. Read at the first, second, fourth, eighth ... log, because
+    it takes a forward of one row.
+
+    Args:
+        teacher: one that must say the same about the same tokens for the whole run.
+        accelerator: of the trainer.
+    """
+
+    def __init__(self, teacher: Teacher, accelerator: Accelerator) -> None:
+        self.teacher, self.accelerator = teacher, accelerator
+        self._kept: tuple[Side, Tensor] | None = None
+        self._reads = 0
+
+    def _said(self, student: nn.Module, side: Side) -> Tensor:
+        with torch.no_grad(), self.accelerator.autocast():
+            return self.teacher.signal(student, side).dense().float().cpu()
+
+    def keep(self, student: nn.Module, student_side: Side, side: Side) -> None:
+        """Take the row from the first batch that is given: the start, or where a run resumes."""
+        if self._kept is None and bool(side.predicts.any()):
+            row = _first_row(side)
+            self._kept = row, self._said(student, row)
+
+    def read(self, student: nn.Module) -> dict[str, float]:
+        """`teacher_drift`: the largest JSD of a token, in nats; every process must call it."""
+        self._reads += 1
+        if self._reads & (self._reads - 1):
+            return {}
+        drift = torch.zeros(1, device=self.accelerator.device)
+        if self._kept is not None:
+            side, before = self._kept
+            said = self._said(student, side)
+            drift += divergence(said, before, DivergenceSpec("jsd")).max().to(drift.device)
+        worst: Any = self.accelerator.gather(drift)
+        return {"teacher_drift": float(worst.max())}
+
+
+class LiveProbe:
+    """How far a live teacher has moved on some rows of the first batch, with their hints.
+
+    The measure is its mean JSD from what it said at the start, as a share of the JSD between the
+    teacher and the student there: what the student has to learn. A teacher that moves as far as the
+    student does follows it instead of teaching it, long before the completions show it. Read at
+    every log: a forward of PROBE_ROWS rows.
+
+    Args:
+        teacher: of kind "live".
+        accelerator: of the trainer.
+    """
+
+    def __init__(self, teacher: SelfTeacher, accelerator: Accelerator) -> None:
+        self.teacher, self.accelerator = teacher, accelerator
+        self._kept: tuple[Side, Tensor, float] | None = None
+
+    def _said(self, student: nn.Module, side: Side) -> Tensor:
+        with torch.no_grad(), self.accelerator.autocast():
+            return self.teacher.signal(student, side).dense().float().cpu()
+
+    def keep(self, student: nn.Module, student_side: Side, side: Side) -> None:
+        """Take the rows from the first batch that is given: the start, or where a run resumes."""
+        if self._kept is not None or not bool(side.predicts.any()):
+            return
+        rows = _some_tokens(side)
+        before = self._said(student, rows)
+        unaided = self._said(student, _some_tokens(student_side))
+        self._kept = rows, before, max(_mean_jsd(unaided, before), LEAST_GAP)
+
+    def read(self, student: nn.Module) -> dict[str, float]:
+        """`teacher_moved`, over all processes; every process must call it."""
+        moved = torch.full((1,), torch.nan, device=self.accelerator.device)
+        if self._kept is not None:
+            rows, before, gap = self._kept
+            moved[0] = _mean_jsd(self._said(student, rows), before) / gap
+        mean = float(cast(Tensor, self.accelerator.gather(moved)).nanmean())
+        return {} if math.isnan(mean) else {"teacher_moved": mean}
+
+
+def _mean_jsd(one: Tensor, other: Tensor) -> float:
+    return float(divergence(one, other, DivergenceSpec("jsd")).mean()) if len(one) else 0.0
+
+
+def _sample(tensors: Mapping[str, Tensor]) -> Tensor:
+    """About SAMPLES entries of each tensor, evenly spread, as one float32 vector on the CPU."""
+    parts = []
+    for tensor in tensors.values():
+        flat = tensor.detach().reshape(-1)
+        parts.append(flat[:: max(1, len(flat) // SAMPLES)].float())
+    return torch.cat(parts).cpu()
+
+
+class AverageProbe:
+    """Where an EMA teacher is between its start and the student, from a sample of the weights.
+
+    Args:
+        teacher: of kind "ema", prepared.
+    """
+
+    def __init__(self, teacher: SelfTeacher) -> None:
+        self.teacher = teacher
+        self._start: tuple[Tensor, Tensor] | None = None
+
+    def _samples(self, student: nn.Module) -> tuple[Tensor, Tensor]:
+        average, weights = self.teacher.state_dict(), dict(unwrap(student).named_parameters())
+        return _sample({name: weights[name] for name in average}), _sample(average)
+
+    def keep(self, student: nn.Module, student_side: Side, side: Side) -> None:
+        """Take both as they are at the first call: the start, or where a run resumes."""
+        if self._start is None:
+            self._start = self._samples(student)
+
+    def read(self, student: nn.Module) -> dict[str, float]:
+        """`ema_moved` and `ema_distance`: of the average, over the student's way from its start."""
+        if self._start is None:
+            return {}
+        weights, average = self._samples(student)
+        way = float((weights - self._start[0]).norm())
+        if way == 0.0:
+            return {}
+        moved, distance = (average - self._start[1]).norm(), (average - weights).norm()
+        return {"ema_moved": float(moved) / way, "ema_distance": float(distance) / way}
+
+
+Probe = DriftProbe | AverageProbe | LiveProbe
+
+
+def make_probe(teacher: Teacher, accelerator: Accelerator) -> Probe | None:
+    """The probe for a teacher, or None for one that may change in ways that are not known."""
+    if isinstance(teacher, SelfTeacher) and teacher.kind == "ema":
+        return AverageProbe(teacher)
+    if isinstance(teacher, SelfTeacher) and teacher.kind == "live":
+        return LiveProbe(teacher, accelerator)
+    frozen = isinstance(teacher, ModelTeacher) or (
+        isinstance(teacher, SelfTeacher) and teacher.kind == "base"
+    )
+    return DriftProbe(teacher, accelerator) if frozen else None

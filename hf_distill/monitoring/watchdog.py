@@ -1,0 +1,262 @@
+"""Says when distillation goes wrong, from what the trainer logs, and what to do about it."""
+
+import dataclasses
+import logging
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, cast
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from hf_distill.models.structure import causal_lm, vocab_size
+from hf_distill.monitoring.faults import (
+    AGAINST_START,
+    BOUNDS,
+    CHECKS,
+    ENTROPIES,
+    SETTLED,
+    WITHOUT_START,
+    Check,
+    Finding,
+    Limits,
+    Scene,
+)
+from hf_distill.monitoring.probes import Probe, make_probe
+from hf_distill.schedules import Schedule
+from hf_distill.teachers import Teacher
+
+if TYPE_CHECKING:
+    from hf_distill.trainers.distill_trainer import DistillTrainer
+
+logger = logging.getLogger(__name__)
+
+ACTIONS = ("warn", "stop", "raise", "off")
+
+CLEARLY_WORSE = 3.0  # times as far beyond the limit as at the last warning
+
+
+class WatchdogError(RuntimeError):
+    """Distillation has gone wrong, and the watchdog's action is "raise"."""
+
+
+def _pooled(logs: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """The share of all completions of some logs, and their number."""
+    count = sum(number for _, number in logs)
+    return sum(share * number for share, number in logs) / count, count
+
+
+class Watchdog(TrainerCallback, ExportableState):
+    """Reads every training log and reports faults of distillation, once each, and when worse.
+
+    A metric is compared with a fixed limit, or with its own start, the median of the first logs;
+    then the median of the last logs counts, so that one noisy log is no fault. Of completion_ended
+    it is the share of all completions of these logs, and a fall that four standard errors explain
+    is no fault. While a fault holds, the log has `watchdog_<fault>`: how many times the metric is
+    beyond its limit, from 1 to 10.
+    `DistillTrainer` adds a watchdog by itself, see `DistillConfig.watchdog`. Starts and reports are
+    in the checkpoint.
+
+    Args:
+        action: "warn" logs a warning; "stop" also ends the training, with what a normal end does;
+            "raise" raises; "off" does nothing.
+        window: logs of which the median is taken, >= 1.
+        limits: a `Limits`, or a mapping with some of its fields.
+
+    Raises:
+        ValueError: action is unknown or window is less than 1.
+        WatchdogError: from a log, if action is "raise".
+    """
+
+    def __init__(
+        self,
+        action: str = "warn",
+        window: int = 3,
+        limits: Limits | Mapping[str, float | None] | None = None,
+    ) -> None:
+        if action not in ACTIONS:
+            raise ValueError(f"watchdog action must be one of {ACTIONS}, got {action!r}")
+        if window < 1:
+            raise ValueError(f"watchdog window must be at least 1, got {window}")
+        self.action, self.window = action, window
+        self.limits = limits if isinstance(limits, Limits) else Limits(**(limits or {}))
+        self.first: dict[str, list[list[float]]] = {}  # value and number of completions
+        self.last: dict[str, list[list[float]]] = {}
+        self.reported: dict[str, float] = {}
+        self.num_logs = 0
+        self.vocab: int | None = None  # entries of the logits that are used; None: all
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint, as transformers' `ExportableState` wants it."""
+        limits = {x.name: getattr(self.limits, x.name) for x in dataclasses.fields(Limits)}
+        return {
+            "args": {"action": self.action, "window": self.window, "limits": limits},
+            "attributes": {
+                "first": self.first,
+                "last": self.last,
+                "reported": self.reported,
+                "num_logs": self.num_logs,
+            },
+        }
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Starts anew, or from a checkpoint: the Trainer restores callbacks only on request."""
+        name = type(self).__name__
+        kept = state.stateful_callbacks.get(name) if state.global_step else None
+        kept = kept[0] if isinstance(kept, list) else kept
+        fresh = {"first": {}, "last": {}, "reported": {}, "num_logs": 0}
+        for key, value in (fresh if kept is None else kept["attributes"]).items():
+            setattr(self, key, value)
+        # the Trainer fails to save where the checkpoint it resumed from had no watchdog
+        state.stateful_callbacks.setdefault(name, self.state())
+        if self.action != "off":
+            self._warn_of_few_logs(args, state)
+
+    def _warn_of_few_logs(self, args: Any, state: Any) -> None:
+        steps = self.window * state.logging_steps
+        few = args.logging_strategy == "steps" and state.max_steps <= steps
+        if few and state.is_world_process_zero:
+            logger.warning(
+                "the watchdog reads logs: with logging_steps %d its window of %d logs takes %d of "
+                "%d steps, so it sees little; lower logging_steps",
+                state.logging_steps, self.window, steps, state.max_steps,
+            )  # fmt: skip
+
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, float] | None = None,
+        model: Any = None,
+        **_: Any,
+    ) -> None:
+        """Reads a training log, adds its metrics to it, and acts."""
+        if self.action == "off" or logs is None or "loss" not in logs:
+            return
+        self._keep(logs)
+        size = self.vocab or (None if model is None else vocab_size(causal_lm(model)))
+        ln_vocab = math.nan if size is None else math.log(size)
+        # over a log's steps the entropy is that of no hotter softmax
+        temperature = Schedule.parse(getattr(args, "temperature", 1.0))
+        scene = Scene(ln_vocab, temperature.bounds[1], temperature.moves)
+        found = list(self._findings(logs, scene))
+        metrics = {f"watchdog_{x.check.fault}": x.severity for x in found}
+        logs.update(metrics)
+        if state.log_history:
+            state.log_history[-1].update(metrics)
+        for finding in found:
+            self._report(finding, state, control)
+
+    def _keep(self, logs: Mapping[str, float]) -> None:
+        self.num_logs += 1
+        for metric in AGAINST_START & logs.keys():
+            entry = [logs[metric], logs.get("completions", 1)]
+            first = self.first.setdefault(metric, [])
+            if len(first) < self.window:
+                first.append(entry)
+            self.last[metric] = [*self.last.get(metric, []), entry][-self.window :]
+
+    def _findings(self, logs: Mapping[str, float], scene: Scene) -> Iterator[Finding]:
+        for check in CHECKS:
+            given, value, at = getattr(self.limits, check.fault), logs.get(check.metric), scene
+            apart = scene.anneals and check.metric in ENTROPIES and check.limit != "uniform"
+            if given is None or value is None or apart or not self._applies(check, logs):
+                continue
+            if check.limit not in WITHOUT_START:
+                value, at = self._against_start(check.metric, scene)
+            bound = BOUNDS[check.limit](given, at)
+            if value > bound if check.above else value < bound:
+                yield Finding(check, value, bound, at.start)
+
+    def _against_start(self, metric: str, scene: Scene) -> tuple[float, Scene]:
+        """The metric's present value, and the scene with its start once that is complete."""
+        first, last = self.first[metric], self.last[metric]
+        if len(first) < self.window:
+            return math.nan, scene
+        if metric != "completion_ended":
+            start, value = (statistics.median(x for x, _ in logs) for logs in (first, last))
+            return value, replace(scene, start=start)
+        (start, before), (value, now) = _pooled(first), _pooled(last)
+        share = (start * before + value * now) / (before + now)
+        error = math.sqrt(share * (1 - share) * (1 / before + 1 / now))
+        return value, replace(scene, start=start, noise=4 * error)
+
+    def _applies(self, check: Check, logs: Mapping[str, float]) -> bool:
+        if check.fault == "zero_gradient":
+            return logs.get("soft", 0.0) > (self.limits.dead_signal or 0.0)
+        if check.fault == "teacher_unsure":  # rows from data may differ without any fault
+            return "completion_length" in logs
+        return check.fault not in SETTLED or self.num_logs > self.window
+
+    def _report(self, finding: Finding, state: Any, control: Any) -> None:
+        before = self.reported.get(finding.check.fault)
+        if before is not None and finding.severity < CLEARLY_WORSE * before:
+            return
+        self.reported[finding.check.fault] = finding.severity
+        text = f"watchdog, step {state.global_step}: {finding}"
+        if self.action == "raise":
+            raise WatchdogError(text)
+        if self.action == "stop":
+            control.should_training_stop = True
+            text += "; training stops here"
+        if state.is_world_process_zero:
+            logger.warning("%s", text)
+
+
+@dataclass
+class WatchdogConfig(Limits):
+    """What is watched during training, and what happens at a fault; the limits are `Limits`.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    action: str = field(
+        default="warn",
+        metadata={"help": "At a fault: warn, stop (ends the training), raise, or off."},
+    )
+    window: int = field(
+        default=3, metadata={"help": "Logs whose median is a start or a present value, >= 1."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values where they are given."""
+        super().__post_init__()
+        self.make()
+
+    def make(self) -> Watchdog:
+        """The callback."""
+        return Watchdog(self.action, self.window, self)
+
+
+OF_TEXT = ("entropy_collapse", "entropy_explosion")  # limits for a vocabulary, not for classes
+
+
+def without_text_limits(config: WatchdogConfig) -> WatchdogConfig:
+    """The watchdog's settings; limits for texts that were left at their defaults are off.
+
+    A classifier that learns becomes sure of its classes, which is no collapse.
+    """
+    plain = WatchdogConfig()
+    same = [name for name in OF_TEXT if getattr(config, name) == getattr(plain, name)]
+    return dataclasses.replace(config, **cast(Any, dict.fromkeys(same)))
+
+
+def add_watchdog(trainer: "DistillTrainer", teacher: Teacher) -> Probe | None:
+    """Add the watchdog to the callbacks, unless it is off; the probe that it needs, or None."""
+    config = cast(WatchdogConfig, trainer.args.watchdog)
+    if config.action == "off":
+        return None
+    of_rows = trainer._classification is not None
+    config = without_text_limits(config) if of_rows else config
+    # before the callbacks that report, so that they see its metrics
+    watchdog = config.make()
+    watchdog.vocab = trainer._vocabulary.size
+    trainer.callback_handler.callbacks.insert(0, watchdog)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        logger.info("the watchdog does not probe the teacher: parameters are sharded")
+        return None
+    return None if of_rows else make_probe(teacher, trainer.accelerator)

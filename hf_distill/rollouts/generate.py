@@ -1,0 +1,181 @@
+"""The engine "generate": Transformers' `generate` with the key-value cache."""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from transformers import GenerationConfig
+
+from hf_distill.data.batches import pad
+from hf_distill.models.forward import evaluating, kept_rng
+from hf_distill.models.structure import causal_lm, unwrap
+from hf_distill.rollouts.sampling import Sampling, cut, end_token_ids, is_sharded
+
+
+@contextmanager
+def _no_generation_defaults(lm: Any) -> Iterator[None]:
+    """The model's own generation config is empty inside the block.
+
+    `generate` takes every field that its argument leaves open from the model's config: sampling
+    tricks such as min_p or no_repeat_ngram_size would change the policy silently. An adapter
+    wrapper and the model in it can each have a config.
+    """
+    owners: list[Any] = [m for m in (lm, causal_lm(lm)) if "generation_config" in m.__dict__]
+    kept = [owner.generation_config for owner in owners]
+    for owner in owners:
+        owner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for owner, config in zip(owners, kept, strict=True):
+            owner.generation_config = config
+
+
+@contextmanager
+def _whole_root(model: nn.Module) -> Iterator[None]:
+    """What only the forward of an FSDP root would bring together is whole inside the block.
+
+    `generate` calls the module inside FSDP 1's wrapper; the wrapped blocks gather themselves. After
+    forwards without a backward, FSDP 2 would leave its root in one piece.
+    """
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model, recurse=False, writeback=False):
+            yield
+        return
+    try:
+        yield
+    finally:
+        if isinstance(model, FSDPModule):
+            model.reshard()
+
+
+def generation_config(sampling: Sampling, end_ids: list[int]) -> GenerationConfig:
+    """The config of one call: no field of the model's own config enters it."""
+    t = sampling.temperature
+    defaults = {"temperature": t, "top_k": 0, "top_p": 1.0} if t > 0 else {}
+    return GenerationConfig(
+        max_new_tokens=sampling.max_completion_length,
+        do_sample=t > 0,
+        **{"repetition_penalty": 1.0, **defaults, **sampling.generation_kwargs},
+        pad_token_id=sampling.pad_token_id,
+        eos_token_id=end_ids or None,
+        use_cache=True,
+    )
+
+
+def manual_seed(seed: int) -> None:
+    """Seed torch on all devices, with any integer."""
+    torch.manual_seed(seed % 2**64)
+
+
+def _batches(prompts: Sequence[Sequence[int]], batch_size: int | None) -> list[list[int]]:
+    """Indices of the prompts of each call: short ones together, so that little is padded."""
+    rows = list(range(len(prompts)))
+    if batch_size is None:
+        return [rows]
+    rows.sort(key=lambda i: len(prompts[i]))
+    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+
+
+def _check_calls(number: int) -> None:
+    numbers: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(numbers, number)
+    if len(set(numbers)) > 1:
+        raise ValueError(
+            "with sharded parameters every process must generate as often as the others; they "
+            f"would make {numbers} calls"
+        )
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    pad_token_id: int,
+    eos_token_id: int | None,
+    max_completion_length: int,
+    temperature: float,
+    seed: int,
+    generation_kwargs: Mapping[str, Any] | None = None,
+    batch_size: int | None = None,
+) -> list[list[int]]:
+    """Completions of the prompts, by `generate` with the key-value cache.
+
+    Args:
+        model: wrapped or not; it generates in eval mode and is then as before.
+        prompts: lists of token ids; they are padded on the left.
+        pad_token_id: may equal an end token: a completion ends at its first end token, not where
+            padding begins.
+        eos_token_id: the tokenizer's end token; those of the model's generation config count too.
+        max_completion_length: tokens.
+        temperature: of sampling from the whole vocabulary; 0 is greedy. The loss's temperature is
+            another one.
+        seed: of the samples. The random state of the caller is left as it is.
+        generation_kwargs: fields of `GenerationConfig` to add (top_p, top_k, ...). The
+            model's own sampling defaults are not used: they would change the policy silently.
+        batch_size: prompts of one call of the model's `generate`, short ones together, each batch
+            with a seed of its own; None is all at once, as they come.
+
+    Returns:
+        One list of ids per prompt, with its end token if it has ended, without padding.
+
+    Raises:
+        ValueError: parameters are sharded and the processes would make different numbers of calls.
+    """
+    lm: Any = unwrap(model)
+    device = next(lm.parameters()).device
+    end_ids = end_token_ids(lm, eos_token_id)
+    sampling = Sampling(
+        pad_token_id, eos_token_id, max_completion_length, temperature, generation_kwargs or {}
+    )
+    config = generation_config(sampling, end_ids)
+    batches = _batches(prompts, batch_size)
+    options = {}
+    if is_sharded(model):
+        _check_calls(len(batches))
+        # a process that has ended goes on with the others, who need its parameters
+        options["synced_gpus"] = torch.distributed.get_world_size() > 1
+    found: dict[int, list[int]] = {}
+    with kept_rng(device), evaluating(lm), _no_generation_defaults(lm), _whole_root(model):
+        for number, rows in enumerate(batches):
+            ids = pad([prompts[i] for i in rows], pad_token_id, side="left").to(device)
+            mask = pad([[1] * len(prompts[i]) for i in rows], 0, side="left").to(device)
+            manual_seed(seed if batch_size is None else _seed_of(seed, number))
+            output = lm.generate(
+                input_ids=ids, attention_mask=mask, generation_config=config, **options
+            )
+            completions = output[:, ids.shape[1] :].tolist()
+            found |= {i: cut(row, end_ids) for i, row in zip(rows, completions, strict=True)}
+    return [found[i] for i in range(len(prompts))]
+
+
+def _seed_of(seed: int, number: int) -> int:
+    return random.Random(f"{seed} {number}").getrandbits(63)
+
+
+class GenerateEngine:
+    """Samples with Transformers' `generate`.
+
+    Args:
+        sampling: its settings.
+        batch_size: as in `generate`.
+    """
+
+    def __init__(self, sampling: Sampling, batch_size: int | None = None) -> None:
+        self.sampling, self.batch_size = sampling, batch_size
+
+    def sample(
+        self, model: nn.Module, prompts: Sequence[Sequence[int]], seed: int
+    ) -> list[list[int]]:
+        """One list of ids per prompt."""
+        settings = {x.name: getattr(self.sampling, x.name) for x in fields(self.sampling)}
+        return generate(model, prompts, **settings, seed=seed, batch_size=self.batch_size)
+
+    def weights_changed(self) -> None:
+        """Nothing: it samples from the model itself."""

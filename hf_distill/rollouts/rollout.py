@@ -1,0 +1,302 @@
+"""Rollouts: the completions that optimizer steps are trained on, and where they come from."""
+
+import logging
+import random
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Any, NamedTuple, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from hf_distill import rollouts
+from hf_distill.data import alignment, sides
+from hf_distill.data.batches import unpad
+from hf_distill.data.episodes import Episode
+from hf_distill.data.hint_collator import HintCollator
+from hf_distill.data.hints import Row
+from hf_distill.models.structure import causal_lm, unwrap
+from hf_distill.monitoring.completion_table import COLUMNS, CompletionTable
+from hf_distill.monitoring.metrics import CompletionMeter, HintOverlapMeter, ShareMeter
+from hf_distill.rollouts.config import RolloutConfig
+from hf_distill.rollouts.environments import Environment, play, share_siblings
+from hf_distill.trainers.opsd_config import OPSDConfig
+
+logger = logging.getLogger(__name__)
+
+EVAL_STEP = 10**9  # eval rollouts draw from seeds that no training step uses
+
+
+class Window(NamedTuple):
+    """Micro-batches, and the episodes that they were made of; none if they are the data's."""
+
+    episodes: list[list[Episode]]
+    batches: list[dict[str, Tensor]]
+
+
+class Rollouts:
+    """Makes windows of the rows of an optimizer step.
+
+    Args:
+        args: how.
+        collator: of prompts and episodes.
+        environment: judges the attempts, or None.
+        engine: samples.
+        accelerator: the trainer's.
+        route: the number of a row's teacher, or None where there is one teacher.
+        table: gets what was sampled in training, or None.
+    """
+
+    def __init__(
+        self,
+        args: OPSDConfig,
+        collator: HintCollator,
+        environment: Environment | None,
+        engine: rollouts.Engine,
+        accelerator: Accelerator,
+        route: Callable[[Row], int] | None,
+        table: CompletionTable | None,
+    ) -> None:
+        self.args, self.config = args, cast(RolloutConfig, args.rollout)
+        self.collator, self.environment, self.engine = collator, environment, engine
+        self.accelerator, self.route, self.table = accelerator, route, table
+        self._completions = {training: CompletionMeter() for training in (True, False)}
+        self._sampled = ShareMeter("on_policy")
+        self._overlap = HintOverlapMeter()
+
+    def first_step(self, step: int) -> int:
+        """The step whose completions a step is taken on."""
+        return step - step % self.config.steps_per_rollout
+
+    def is_first_step(self, step: int) -> bool:
+        """Whether a step needs new completions."""
+        return step == self.first_step(step)
+
+    def is_sampled(self, step: int) -> bool:
+        """Whether a step's completions are sampled; the same on all processes."""
+        period = step // self.config.steps_per_rollout
+        drawn = random.Random(f"{self.args.seed} {period}").random()
+        return drawn < self.config.on_policy_fraction
+
+    def window(
+        self,
+        model: nn.Module,
+        batches: list[dict[str, Any]],
+        step: int,
+        resumed: list[list[dict[str, Any]]] | None,
+        collator: HintCollator,
+    ) -> Window:
+        """The window that begins at a step, or that a checkpoint holds the episodes of.
+
+        Args:
+            model: the student, wrapped or not.
+            batches: of `HintCollator.prompts`.
+            step: optimizer steps taken.
+            resumed: states of the episodes of each micro-batch.
+            collator: of the rows, as it is at the window's first step.
+        """
+        rows = [batch["rows"] for batch in batches]
+        sampled = self.is_sampled(step)
+        if self.is_first_step(step):  # else the run before has counted it
+            self._sampled.add(torch.tensor([sampled]))
+        if not sampled:
+            made = [self._routed(collator(x), x) for x in rows]
+            return Window([], made)
+        if resumed is None:
+            if not self.is_first_step(step):
+                logger.warning(
+                    "the checkpoint has no completions of this process, though step %d is not the "
+                    "first on them: they are sampled anew, and the run is not the one it was",
+                    step,
+                )
+            episodes = self.play(model, batches, step, training=True)
+        else:
+            episodes = self._episodes(batches)
+            for one, states in zip(episodes, resumed, strict=True):
+                for episode, state in zip(one, states, strict=True):
+                    vars(episode).update(state)
+        found = [self.batch(model, x, collator) for x in episodes]
+        if self.args.anchor_weight > 0:
+            self._add_anchors(found, rows)
+        if resumed is None:
+            self._compare_with_hints(episodes)
+            if self.table is not None:
+                self._tabulate(self.table, step, found, episodes)
+        return Window(episodes, found)
+
+    def _episodes(
+        self, batches: list[dict[str, Any]], size: int | None = None
+    ) -> list[list[Episode]]:
+        """New episodes for the rows of each micro-batch; no two of them share a group."""
+        column, size = self.collator.prompt_column, size or self.config.num_completions
+        number = count()
+        made = []
+        for batch in batches:
+            contexts = unpad(batch["prompt_ids"], batch["prompt_mask"])
+            pairs = zip(batch["rows"], contexts, strict=True)
+            made.append(
+                [Episode(x, x[column], next(number) // size, context=ids) for x, ids in pairs]
+            )
+        return made
+
+    def play(
+        self, model: nn.Module, batches: list[dict[str, Any]], step: int, training: bool
+    ) -> list[list[Episode]]:
+        """The episodes of each micro-batch, the replies of a round sampled in one call."""
+        end_ids = rollouts.end_token_ids(unwrap(model), self.collator.eos_token_id)
+        # large odd multipliers keep steps and processes of neighbouring seeds apart
+        seed = (self.args.seed * 1_000_003 + step) * 65_537 + self.args.process_index
+
+        def sample(prompts: Sequence[Sequence[int]], turn: int) -> list[list[int]]:
+            completions = self.engine.sample(model, prompts, seed + (turn << 50))
+            self._completions[training].add(completions, end_ids)
+            return completions
+
+        size = None if training else 1
+        episodes = self._episodes(batches, size)
+        play(
+            [episode for batch in episodes for episode in batch],
+            sample,
+            self.collator,
+            self.environment,
+            self.config.max_turns if self.environment else 1,
+            end_ids,
+        )
+        for batch in episodes if training else []:
+            share_siblings(batch)
+        return episodes
+
+    def batch(
+        self, model: nn.Module, episodes: list[Episode], collator: HintCollator
+    ) -> dict[str, Any]:
+        """The student's and the teacher's rows of one micro-batch."""
+        batch, hints = collator.from_episodes(episodes)
+        alignment.assert_completions(batch, [episode.completions for episode in episodes])
+        limit = getattr(getattr(causal_lm(model), "config", None), "max_position_embeddings", None)
+        lengths = batch["teacher_attention_mask"].sum(1).tolist()
+        for i, length in enumerate(lengths):
+            if limit is not None and length > limit:
+                written = sum(map(len, episodes[i].completions))
+                raise ValueError(
+                    f"row {i} of the batch: the teacher's row has {length} tokens (context "
+                    f"{length - written}, completion {written}), the model takes {limit}"
+                )
+        for episode, texts in zip(episodes, hints, strict=True):
+            episode.hints = list(texts)
+        return self._routed(batch, [episode.row for episode in episodes])
+
+    def _routed(self, batch: dict[str, Tensor], rows: Sequence[Row]) -> dict[str, Tensor]:
+        if self.route is not None:
+            batch[sides.TEACHER_ROUTE] = torch.tensor([self.route(row) for row in rows])
+        return batch
+
+    def _add_anchors(self, batches: list[dict[str, Any]], rows: list[list[Row]]) -> None:
+        """Rows of the data's own completions, and the number of their tokens in the whole step."""
+        references = [self.collator.references(x) for x in rows]
+        tokens = sum(int((x["labels"] != sides.IGNORE_INDEX).sum()) for x in references)
+        own = torch.tensor(tokens, device=self.accelerator.device)
+        total = cast(Tensor, self.accelerator.reduce(own, reduction="sum"))
+        for batch, reference in zip(batches, references, strict=True):
+            batch |= {f"{sides.ANCHOR_PREFIX}{name}": x for name, x in reference.items()}
+            batch[f"{sides.ANCHOR_PREFIX}count"] = total
+
+    def _compare_with_hints(self, episodes: list[list[Episode]]) -> None:
+        tokenizer = self.collator.tokenizer
+        for episode in (episode for batch in episodes for episode in batch):
+            encoded = tokenizer("\n".join(episode.hints), add_special_tokens=False)
+            self._overlap.add(
+                [[token for reply in episode.completions for token in reply]],
+                [episode.context],
+                [cast(list[int], encoded["input_ids"])],
+            )
+
+    def _tabulate(
+        self,
+        table: CompletionTable,
+        step: int,
+        batches: list[dict[str, Any]],
+        episodes: list[list[Episode]],
+    ) -> None:
+        flat = [episode for batch in episodes for episode in batch]
+        ids = [
+            row for batch in batches for row in unpad(batch["input_ids"], batch["attention_mask"])
+        ]
+        starts = [len(episode.context) for episode in flat]
+        names = list(dict.fromkeys(name for episode in flat for name in episode.columns))
+        table.add(
+            step,
+            [row[:start] for row, start in zip(ids, starts, strict=True)],
+            [episode.hints for episode in flat],
+            [row[start:] for row, start in zip(ids, starts, strict=True)],
+            {
+                f"environment {name}" if name in COLUMNS else name: [
+                    _plain(episode.columns.get(name)) for episode in flat
+                ]
+                for name in names
+            },
+        )
+
+    def read(self, training: bool) -> dict[str, float]:
+        """Metrics since the last reading. Every process must call it."""
+        metrics = self._completions[training].read(self.accelerator)
+        if training:
+            metrics |= self._overlap.read(self.accelerator)
+        if training and self.config.on_policy_fraction < 1.0:
+            metrics |= self._sampled.read(self.accelerator)
+        return metrics
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON can hold."""
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def make_engine(trainer: Any, environment: Environment | None) -> rollouts.Engine:
+    """The engine of an `OPSDTrainer` that samples.
+
+    Raises:
+        ValueError: processes would have to sample together, but an environment lets each play
+            another number of rounds.
+        ImportError: the engine's library is not installed.
+    """
+    args: OPSDConfig = trainer.args
+    rollout, collator = cast(RolloutConfig, args.rollout), trainer.hint_collator
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    together = rollout.engine == "vllm" or sharded
+    rounds = 1 if environment is None else rollout.max_turns
+    if together and rounds > 1 and trainer.accelerator.num_processes > 1:
+        raise ValueError(
+            "engine 'vllm' and sharded parameters need the same rounds on all "
+            f"{trainer.accelerator.num_processes} processes: set rollout.max_turns=1, got {rounds}"
+        )
+    sampling = rollouts.Sampling(
+        collator.pad_token_id,
+        collator.eos_token_id,
+        args.max_completion_length,
+        rollout.temperature,
+        rollout.generation_kwargs,
+    )
+    return rollouts.make_engine(
+        rollout.engine,
+        sampling,
+        batch_size=rollout.batch_size,
+        engine_kwargs=rollout.engine_kwargs,
+        model=trainer.model,
+        accelerator=trainer.accelerator,
+        processing_class=collator.tokenizer,
+    )
+
+
+def make_table(trainer: Any) -> CompletionTable | None:
+    """The table of an `OPSDTrainer`, or None if `log_completions` is 0."""
+    args: OPSDConfig = trainer.args
+    if not args.log_completions:
+        return None
+    return CompletionTable(
+        cast(str, args.output_dir),
+        cast(list[str], args.report_to),
+        trainer.hint_collator.tokenizer,
+        args.log_completions,
+        trainer.accelerator,
+    )

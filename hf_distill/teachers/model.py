@@ -1,0 +1,214 @@
+"""A teacher that is another model."""
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.hub import has_file
+from transformers.utils.import_utils import is_bitsandbytes_available
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from hf_distill.data.sides import Side
+from hf_distill.models.forward import Reader
+from hf_distill.models.layers import Watch
+from hf_distill.models.signals import Signal
+from hf_distill.models.structure import CLASSIFIER, causal_lm, vocab_size
+from hf_distill.teachers.base import Stateless, Teacher
+
+logger = logging.getLogger(__name__)
+
+QUANTIZATIONS = ("8bit", "4bit")
+
+
+def _dtype(value: str | torch.dtype) -> torch.dtype:
+    dtype = getattr(torch, value, None) if isinstance(value, str) else value
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(
+            f"dtype must be a floating-point dtype of torch or its name, got {value!r}"
+        )
+    return dtype
+
+
+def _quantization_config(quantization: str, dtype: torch.dtype | None) -> BitsAndBytesConfig:
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization must be one of {QUANTIZATIONS}, got {quantization!r}")
+    if not is_bitsandbytes_available():
+        raise ImportError(
+            f"quantization {quantization!r} needs the package bitsandbytes: "
+            "pip install bitsandbytes"
+        )
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    # products in float32, the default of the config, would cost more than quantization saves
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype or torch.bfloat16)
+
+
+def _names_classifier(name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether what `from_pretrained` takes says of itself that it is a sequence classifier."""
+    config = kwargs.get("config")
+    if config is None:
+        where = ("cache_dir", "force_download", "token", "revision", "local_files_only")
+        where = {key: kwargs[key] for key in where if key in kwargs}
+        if find_adapter_config_file(name, subfolder=kwargs.get("subfolder", ""), **where):
+            return False  # the folder holds adapters, and no config of the model
+        try:
+            config, _ = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **kwargs)
+        except OSError:
+            return False  # loading the model will say what is missing
+    return any(x.endswith(CLASSIFIER) for x in getattr(config, "architectures", None) or ())
+
+
+def _loaded_classifier(name: str, arguments: dict[str, Any]) -> nn.Module:
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        name, output_loading_info=True, **arguments
+    )
+    missing = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
+    if missing:
+        raise ValueError(
+            f"a teacher must be trained, but {name!r} has no weights for {missing[0]!r} "
+            f"({len(missing)} such)"
+        )
+    return model
+
+
+def _loaded(
+    name: str, dtype: str | torch.dtype | None, quantization: str | None, kwargs: dict[str, Any]
+) -> nn.Module:
+    arguments = dict(kwargs)
+    if dtype is not None:
+        arguments["dtype"] = dtype = _dtype(dtype)
+    if quantization is not None:
+        arguments["quantization_config"] = _quantization_config(quantization, dtype)
+    if _names_classifier(name, kwargs):
+        return _loaded_classifier(name, arguments)
+    return AutoModelForCausalLM.from_pretrained(name, **arguments)
+
+
+def place(model: nn.Module, device: torch.device) -> None:
+    """Move a model to a device, unless it was loaded onto one, or quantized there."""
+    placed = getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)
+    if not placed:
+        model.to(device)
+
+
+WHERE = ("revision", "cache_dir", "local_files_only", "token")  # of a repository's files
+
+
+def _tokenizer(name: str, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that lies beside a model, or None."""
+    where = {key: kwargs[key] for key in WHERE if key in kwargs}
+    folder = kwargs.get("subfolder") or ""
+    # without its files some classes come out with a handful of ids instead of an error
+    if not has_file(name, os.path.join(folder, "tokenizer_config.json"), **where):
+        return None
+    more = {key: kwargs[key] for key in ("subfolder", "trust_remote_code") if key in kwargs}
+    try:
+        return AutoTokenizer.from_pretrained(name, **where, **more)
+    except (ImportError, OSError, ValueError) as error:
+        logger.warning("teacher %s: its tokenizer cannot be loaded: %s", name, error)
+        return None
+
+
+class ModelTeacher(Stateless):
+    """Another causal LM or sequence classifier, frozen. Its dtype need not be the student's.
+
+    Args:
+        model: a model, or what `AutoModelForCausalLM.from_pretrained` takes, or, if its config
+            says that it is a classifier, `AutoModelForSequenceClassification.from_pretrained`.
+        dtype: to load a name in, such as "bfloat16"; None leaves it to `from_pretrained`.
+        quantization: "8bit" or "4bit" to quantize a name's weights with bitsandbytes, or None.
+        tokenizer: of the model, which is compared with the student's; None is the one that lies
+            beside a name's weights, and unknown for a model.
+        **from_pretrained_kwargs: more arguments of `from_pretrained` for a name.
+
+    Raises:
+        ValueError: dtype or quantization is unknown, or one of the arguments for names is given
+            with a model, which is taken as it is; or a classifier lacks some of its weights.
+        ImportError: quantization needs bitsandbytes, which is not installed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str,
+        dtype: str | torch.dtype | None = None,
+        quantization: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **from_pretrained_kwargs: Any,
+    ) -> None:
+        self._tokenizer, self._beside = tokenizer, None
+        if isinstance(model, str):
+            self._beside = (model, from_pretrained_kwargs)
+            model = _loaded(model, dtype, quantization, from_pretrained_kwargs)
+        else:
+            given = {"dtype": dtype, "quantization": quantization}
+            given = [k for k, v in given.items() if v is not None] + [*from_pretrained_kwargs]
+            if given:
+                raise ValueError(
+                    f"{given[0]} is for a teacher given by name; a {type(model).__name__} is "
+                    "taken as it is"
+                )
+        self.model: nn.Module = model.eval().requires_grad_(False)
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Logits per token, or None if the model does not say."""
+        return vocab_size(causal_lm(self.model))
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer of its ids, loaded at the first call; None if it is not known."""
+        if self._tokenizer is None and self._beside is not None:
+            self._tokenizer, self._beside = _tokenizer(*self._beside), None
+        return self._tokenizer
+
+    def prepare(self, accelerator: Accelerator, student: nn.Module, refusal: str | None) -> None:
+        """Move the model to the trainer's device, unless it is placed.
+
+        Raises:
+            ValueError: it is the student's own object.
+        """
+        if self.model is student:
+            raise ValueError(
+                "the teacher must not be the student's own object, which is frozen with it: use "
+                "SelfTeacher, or a copy"
+            )
+        place(self.model, accelerator.device)
+        self._reader = Reader("teacher", refusal)
+
+    def watched_model(self, student: nn.Module) -> nn.Module:
+        """The model whose layers `watch` numbers."""
+        return self.model
+
+    def watch(self, layers: Sequence[int], attention: bool) -> None:
+        """Signals have these layers' states from now on, see `hf_distill.models.layers`."""
+        self._reader.watch = Watch("teacher", layers, attention)
+
+    def signal(self, student: nn.Module, side: Side) -> Signal:
+        """The frozen model's view of its side of the batch."""
+        return self._reader.signal(self.model, side)
+
+
+def as_teacher(teacher: Teacher | nn.Module | str | os.PathLike[str]) -> Teacher:
+    """A teacher from a model, a name or folder that `from_pretrained` takes, or a teacher.
+
+    Raises:
+        ValueError: the folder holds a teacher cache.
+    """
+    if isinstance(teacher, str | os.PathLike):
+        teacher = os.fspath(teacher)
+        if os.path.isfile(os.path.join(teacher, "shards", "shard-00000.json")):
+            raise ValueError(
+                f"{teacher} is a teacher cache, not a model: give CachedTeacher({teacher!r})"
+            )
+    return ModelTeacher(teacher) if isinstance(teacher, nn.Module | str) else teacher

@@ -1,0 +1,285 @@
+"""Teachers that are the student itself: as it was, averaged, with weaker adapters, or as it is."""
+
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from peft.helpers import rescale_adapter_scale
+from peft.tuners.lora import LoraLayer
+from peft.utils import PeftType
+from torch import Tensor, nn
+
+from hf_distill.data.sides import Side
+from hf_distill.models.forward import Reader, evaluating
+from hf_distill.models.layers import Watch
+from hf_distill.models.signals import Signal
+from hf_distill.models.structure import unwrap
+from hf_distill.schedules import Schedule
+
+logger = logging.getLogger(__name__)
+
+SELF_TEACHERS = ("base", "live", "ema", "lora_scale")
+
+STEP = "step"  # of a schedule, in a checkpoint
+
+
+def _describe_memory(model: nn.Module) -> str:
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return f"{size / 2**20:,.0f} MiB"
+
+
+@contextmanager
+def adapters_off(model: PeftModel) -> Iterator[None]:
+    """The base model inside the block; afterwards every requires_grad is as before.
+
+    PEFT turns requires_grad on for all parameters of the active adapter when it comes back, also
+    for those the user had frozen.
+    """
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+PLAIN_LORA = "teacher lora_scale needs a model with plain LoRA adapters"
+
+
+def check_scalable(model: nn.Module) -> None:
+    """The effect of the model's active adapters must be proportional to LoRA's scaling.
+
+    Raises:
+        ValueError: it is no PEFT model, its adapters are of another kind, or more than low-rank
+            products is trained with them; the message says which.
+    """
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"{PLAIN_LORA}, got a {type(model).__name__}")
+    for name in model.active_adapters:
+        _check_config(name, model.peft_config[name])
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            _check_layer(path, module, model.active_adapters)
+
+
+def _check_config(name: str, config: Any) -> None:
+    if config.peft_type != PeftType.LORA:
+        raise ValueError(f"{PLAIN_LORA}, got {PeftType(config.peft_type).value} ({name!r})")
+    for setting in ("modules_to_save", "trainable_token_indices"):
+        if getattr(config, setting):
+            raise ValueError(
+                f"{PLAIN_LORA} and nothing else trained, whose effect has no scale; got {setting} "
+                f"{getattr(config, setting)} ({name!r})"
+            )
+    if config.bias != "none":
+        raise ValueError(f"{PLAIN_LORA} and bias 'none', got {config.bias!r} ({name!r})")
+
+
+def _check_layer(path: str, layer: LoraLayer, active: list[str]) -> None:
+    variants = [layer.lora_variant[name] for name in active if name in layer.lora_variant]
+    if variants:
+        raise ValueError(f"{PLAIN_LORA}, got {type(variants[0]).__name__} in {path}")
+    if layer.merged:
+        raise ValueError(f"{PLAIN_LORA}, not merged into the weights; {path} is merged")
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+class SelfTeacher:
+    """The student itself, as it was or as it is.
+
+    Args:
+        kind: "base" is the student before training: its adapters switched off, at no extra weights,
+            or a frozen copy where the whole model is trained. "ema" is an exponential moving
+            average of the trainable parameters, each by itself: of a LoRA adapter A and B are
+            averaged apart, and the product of the averages is not the average of the products.
+            "lora_scale" is the student with the effect of its LoRA adapters times `lora_scale`.
+            "live" is the student at this step, without gradient; with hints it tends to collapse,
+            see the README.
+        ema_decay: per optimizer step, in [0, 1), for "ema".
+        lora_scale: in [0, 1], for "lora_scale": 0 is the base, 1 is live. A number, or a schedule
+            over optimizer steps such as "linear:0.0->1.0@100".
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        kind: str = "base",
+        ema_decay: float = 0.995,
+        lora_scale: float | str | Schedule = 0.5,
+    ) -> None:
+        if kind not in SELF_TEACHERS:
+            raise ValueError(f"teacher must be one of {SELF_TEACHERS}, got {kind!r}")
+        if not 0.0 <= ema_decay < 1.0:
+            raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
+        self.lora_scale = Schedule.parse(lora_scale)
+        low, high = self.lora_scale.bounds
+        if not 0.0 <= low <= high <= 1.0:
+            raise ValueError(f"lora_scale must stay in [0, 1], got {lora_scale}")
+        self.kind = kind
+        self.ema_decay = ema_decay
+        self._copy: nn.Module | None = None
+        self._average: dict[str, Tensor] = {}
+        self._step = 0
+
+    def prepare(self, accelerator: Accelerator, student: nn.Module, refusal: str | None) -> None:
+        """Take the frozen copy or the first average, and log what it costs.
+
+        Raises:
+            ValueError: the student has no adapters that "lora_scale" could scale.
+        """
+        self._reader = Reader("teacher", refusal)
+        if self.kind == "base" and not isinstance(student, PeftModel):
+            self._copy = copy.deepcopy(student).eval().requires_grad_(False)
+            logger.info("teacher base: a frozen copy, %s", _describe_memory(self._copy))
+        elif self.kind == "base":
+            logger.info("teacher base: the student with its adapters off, no extra weights")
+        elif self.kind == "ema":
+            # in float32: a step of 1 - ema_decay would be lost in 16 bits
+            self._average = {
+                n: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+                for n, p in _trainable(student).items()
+            }
+            logger.info(
+                "teacher ema: decay %g, %d averaged tensors", self.ema_decay, len(self._average)
+            )
+        elif self.kind == "lora_scale":
+            check_scalable(student)
+            logger.info("teacher lora_scale: %s, no extra weights", self.lora_scale)
+        else:
+            logger.warning(
+                "teacher live: a self-teacher that follows the student tends to collapse into "
+                "endless completions; watch completion_ended, or use 'base'"
+            )
+
+    def watched_model(self, student: nn.Module) -> nn.Module:
+        """The model whose layers `watch` numbers."""
+        return student if self._copy is None else self._copy
+
+    def watch(self, layers: Sequence[int], attention: bool) -> None:
+        """Signals have these layers' states from now on, see `hf_distill.models.layers`."""
+        self._reader.watch = Watch("teacher", layers, attention)
+
+    def signal(self, student: nn.Module, side: Side) -> Signal:
+        """The teacher's view of its side of the batch."""
+        if self._copy is not None:
+            return self._reader.signal(self._copy, side)
+        model = unwrap(student)
+        with evaluating(model), self._instead(model):
+            return self._reader.signal(model, side, frozen_head=self.kind == "ema")
+
+    def _instead(self, model: nn.Module) -> Any:
+        """The student is the teacher inside the block."""
+        if self.kind == "base":
+            assert isinstance(model, PeftModel)
+            return adapters_off(model)
+        if self.kind == "ema":
+            return self._swapped(model)
+        if self.kind == "lora_scale":
+            return rescale_adapter_scale(model, self.lora_scale.at(self._step))
+        return nullcontext()
+
+    @contextmanager
+    def _swapped(self, model: nn.Module) -> Iterator[None]:
+        parameters = self._averaged(model)
+        kept = {name: parameter.data for name, parameter in parameters.items()}
+        try:
+            for name, parameter in parameters.items():
+                parameter.data = self._average[name].to(parameter.dtype)
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.data = kept[name]
+
+    def _averaged(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The student's trainable parameters, which must be those of the average."""
+        parameters = _trainable(model)
+        if parameters.keys() != self._average.keys():
+            odd = sorted(parameters.keys() ^ self._average.keys())
+            raise ValueError(
+                "with teacher ema the same parameters must be trained from the first step to the "
+                f"last; {len(odd)} differ, the first is {odd[0]!r}"
+            )
+        return parameters
+
+    @torch.no_grad()
+    def update(self, student: nn.Module) -> None:
+        """Move the average towards the student by 1 - ema_decay, or the schedule by a step."""
+        self._step += 1
+        if self.kind == "ema":
+            for name, parameter in self._averaged(unwrap(student)).items():
+                average = self._average[name]
+                average.lerp_(parameter.to(average.dtype), 1 - self.ema_decay)
+
+    @torch.no_grad()
+    def distance(self, student: nn.Module) -> float | None:
+        """The largest absolute difference between the average and the student's parameters.
+
+        None for the kinds that have no average.
+        """
+        if self.kind != "ema":
+            return None
+        differences = [
+            (self._average[name] - parameter).abs().max()
+            for name, parameter in self._averaged(unwrap(student)).items()
+        ]
+        return float(torch.stack(differences).max())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The average by parameter name, or the schedule's step; empty for the other kinds."""
+        if self.kind == "lora_scale":
+            return {STEP: torch.tensor(self._step)}
+        return dict(self._average)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore the average or the schedule's step.
+
+        Raises:
+            ValueError: the checkpoint's tensors are not those of this teacher.
+        """
+        expected = self.state_dict()
+        if state.keys() != expected.keys():
+            odd = sorted(state.keys() ^ expected.keys())
+            raise ValueError(
+                "the checkpoint's teacher must hold the student's trainable parameters for ema, "
+                f"{STEP!r} for lora_scale; {len(odd)} differ, the first is {odd[0]!r}"
+            )
+        if self.kind == "lora_scale":
+            self._step = int(state[STEP])
+        for name, average in self._average.items():
+            average.copy_(state[name])
+
+
+@dataclass
+class SelfTeacherConfig:
+    """How a self-teacher follows the student.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    ema_decay: float = field(
+        default=0.995, metadata={"help": "Decay per optimizer step of teacher ema, in [0, 1)."}
+    )
+    lora_scale: float | str = field(
+        default=0.5,
+        metadata={
+            "help": "Share of the adapters' effect that teacher lora_scale has, in [0, 1]; a "
+            "number, or a schedule such as 'linear:0.0->1.0@100' (from, to, optimizer steps)."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values where they are given."""
+        SelfTeacher("ema", self.ema_decay, self.lora_scale)

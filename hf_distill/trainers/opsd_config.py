@@ -1,0 +1,108 @@
+"""The settings of an OPSDTrainer: a DistillConfig and what defines the teacher and the rollouts."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from hf_distill.rollouts.config import RolloutConfig
+from hf_distill.schedules import Value
+from hf_distill.teachers import SelfTeacher
+from hf_distill.teachers.self_teacher import SelfTeacherConfig
+from hf_distill.trainers.config_groups import as_group
+from hf_distill.trainers.distill_config import DistillConfig, LossSettings
+
+
+@dataclass
+class OPSDConfig(DistillConfig):
+    """DistillConfig with the defaults of on-policy self-distillation, and its own settings."""
+
+    temperature: Value = field(
+        default=1.0, metadata={"help": "Softmax temperature of both sides in the loss, > 0."}
+    )
+    alpha: Value = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the soft loss in [0, 1]; the rest is the completions' cross-entropy."
+        },
+    )
+    divergence: str = field(
+        default="jsd",
+        metadata={
+            "help": "jsd, forward_kl = KL(teacher||student), reverse_kl, another kind of "
+            "metal_ops.DivergenceSpec, or policy_gradient or k3, of the tokens alone."
+        },
+    )
+    temperature_scaling: str = field(
+        default="none", metadata={"help": "'none' is the convention of OPSD and TRL; or 't2'."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "False: the collator reads hints from any column."}
+    )
+    teacher: str = field(
+        default="base",
+        metadata={
+            "help": "base: the model before training (adapters off, or a frozen copy); ema: a "
+            "moving average; lora_scale: the model with weaker adapters; live: the model as it is, "
+            "which tends to collapse."
+        },
+    )
+    on_policy: bool = field(
+        default=True,
+        metadata={"help": "Sample completions from the student; False takes them from the data."},
+    )
+    max_completion_length: int = field(
+        default=256, metadata={"help": "Tokens of a sampled completion, >= 1."}
+    )
+    self_teacher: SelfTeacherConfig | str | dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "How the teacher follows the student: ema_decay, lora_scale."},
+    )
+    rollout: RolloutConfig | str | dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Sampling: temperature, steps_per_rollout, engine, batch_size, ..."},
+    )
+    anchor_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight, >= 0, of the mean cross-entropy of the data's own completions beside "
+            "the loss of the sampled ones; needs on_policy."
+        },
+    )
+    log_completions: int = field(
+        default=0,
+        metadata={"help": "Sampled rows shown per log, >= 0; with 0 none are collected either."},
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values where they are given."""
+        super().__post_init__()
+        self.self_teacher = as_group("self_teacher", SelfTeacherConfig, self.self_teacher)
+        self.rollout = as_group("rollout", RolloutConfig, self.rollout)
+        self.make_teacher()
+        if not (math.isfinite(self.anchor_weight) and self.anchor_weight >= 0):
+            raise ValueError(f"anchor_weight must be at least 0, got {self.anchor_weight}")
+        if self.anchor_weight > 0 and not self.on_policy:
+            raise ValueError(
+                f"anchor_weight {self.anchor_weight} > 0 needs on_policy: the data's completions "
+                "are scored already, and alpha < 1 adds their cross-entropy"
+            )
+        if self.max_completion_length < 1:
+            raise ValueError(
+                f"max_completion_length must be at least 1, got {self.max_completion_length}"
+            )
+        if self.log_completions < 0:
+            raise ValueError(f"log_completions must not be negative, got {self.log_completions}")
+        if self.log_completions and not self.on_policy:
+            raise ValueError(
+                f"log_completions {self.log_completions} > 0 needs on_policy: else none are sampled"
+            )
+
+    def loss_settings(self) -> LossSettings:
+        """What the loss knows of rollouts."""
+        rollout = cast(RolloutConfig, self.rollout)
+        return LossSettings(rollout.importance_clip, self.anchor_weight)
+
+    def make_teacher(self) -> SelfTeacher:
+        """The teacher that `teacher` names."""
+        follow = cast(SelfTeacherConfig, self.self_teacher)
+        return SelfTeacher(self.teacher, follow.ema_decay, follow.lora_scale)

@@ -1,0 +1,333 @@
+"""OPSDTrainer: a model that learns from itself with a hint in its context."""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers.trainer_utils import has_length
+
+from hf_distill.cache import CachedTeacher
+from hf_distill.data import sides
+from hf_distill.data.hint_collator import HintCollator
+from hf_distill.monitoring.completion_table import WriteTable
+from hf_distill.monitoring.preflight import check_empty_hint, warn_of_lost_context
+from hf_distill.rollouts import TellEngine, rollout
+from hf_distill.rollouts.config import RolloutConfig
+from hf_distill.rollouts.environments import Environment
+from hf_distill.rollouts.repeat_sampler import RepeatSampler
+from hf_distill.rollouts.rollout import EVAL_STEP, Rollouts, Window
+from hf_distill.teachers import (
+    RoutedTeacher,
+    SelfTeacher,
+    Teacher,
+    as_teacher,
+    each_teacher,
+    routed,
+)
+from hf_distill.trainers.causal_lm import BEHAVIOUR
+from hf_distill.trainers.checks import unused
+from hf_distill.trainers.distill_config import ClipConfig
+from hf_distill.trainers.distill_trainer import DistillTrainer
+from hf_distill.trainers.opsd_config import OPSDConfig
+from hf_distill.trainers.step_collation import shows_hints
+
+logger = logging.getLogger(__name__)
+
+ROLLOUT_FILE = "rollout-{rank}.json"
+NUM_CHECKED = 4  # rows of the check before training
+
+
+class OPSDTrainer(DistillTrainer):
+    """On-policy self-distillation: student = the model on the prompt, teacher = it with a hint.
+
+    Completions are sampled from the student once per optimizer step (or per `steps_per_rollout`
+    steps), or taken from the data (`on_policy=False`); both sides score the same tokens.
+
+    Args:
+        model: the student, with or without PEFT adapters.
+        args: an `OPSDConfig`.
+        data_collator: a `HintCollator`; by default one for the columns prompt, hint, completion.
+        train_dataset: rows for the collator.
+        eval_dataset: the same; completions are sampled for it too, with fixed seeds.
+        processing_class: the tokenizer.
+        teacher: a teacher to use instead of the one that `args.teacher` names.
+        environment: judges the completions, and may go on with the dialogue: see `Environment`.
+            What it says can be read by hints.
+        **kwargs: the other arguments of `Trainer`.
+
+    Raises:
+        TypeError: args or data_collator have another type.
+        ValueError: as `DistillTrainer`; or an environment without `on_policy`; or completions that
+            are used more than once, or several for a prompt, with a dataset without a length.
+    """
+
+    args: OPSDConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: OPSDConfig | None = None,
+        data_collator: HintCollator | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        teacher: Teacher | nn.Module | str | None = None,
+        environment: Environment | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = OPSDConfig(output_dir="tmp_trainer") if args is None else args
+        if not isinstance(args, OPSDConfig):
+            raise TypeError(f"args must be an OPSDConfig, got {type(args).__name__}")
+        if data_collator is None:
+            data_collator = HintCollator(processing_class)
+        if not isinstance(data_collator, HintCollator):
+            raise TypeError(
+                f"data_collator must be a HintCollator, got {type(data_collator).__name__}"
+            )
+        self._check_rollout(args, environment)
+        self.hint_collator, self.environment = data_collator, environment
+        self._window: Window | None = None
+        self._resumed: dict[str, Any] | None = None
+        self._has_shown_hints = False
+        for text in unused(args, environment is not None, teacher is None):
+            logger.warning("a setting is not used: %s", text)
+        teacher = args.make_teacher() if teacher is None else as_teacher(teacher)
+        if args.on_policy and any(isinstance(x, CachedTeacher) for x in each_teacher(teacher)):
+            raise ValueError(
+                "a cached teacher knows the rows that were written, not those that the student "
+                "will write: set on_policy=False, got True"
+            )
+        collate: Any = data_collator.prompts if args.on_policy else data_collator
+        if isinstance(teacher, RoutedTeacher) and not args.on_policy:
+            collate = routed(data_collator, teacher)
+        super().__init__(
+            model,
+            args,
+            collate,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            teacher=teacher,
+            **kwargs,
+        )
+        self.rollouts = self._make_rollouts(environment) if args.on_policy else None
+        clip = cast(ClipConfig, args.clip)
+        if clip.bound is not None and clip.level == "vocab_entry":
+            logger.warning(
+                "clip bound %g at vocab_entry can lower tokens that the teacher wants raised; "
+                "level 'token_rescale' keeps the gradient's direction",
+                clip.bound,
+            )
+
+    @staticmethod
+    def _check_rollout(args: OPSDConfig, environment: Environment | None) -> None:
+        if environment is not None and not args.on_policy:
+            raise ValueError("an environment judges sampled completions, got on_policy=False")
+        loader: Any = args.accelerator_config
+        if args.on_policy and loader.dispatch_batches:
+            raise ValueError(
+                "dispatch_batches cuts tensors only, and a batch holds rows: set False"
+            )
+        if args.on_policy:
+            loader.dispatch_batches = False
+        copies = cast(RolloutConfig, args.rollout).num_completions
+        if args.on_policy and args.per_device_train_batch_size % copies:
+            raise ValueError(
+                f"num_completions must divide per_device_train_batch_size, got {copies} and "
+                f"{args.per_device_train_batch_size}"
+            )
+
+    def _make_rollouts(self, environment: Environment | None) -> Rollouts:
+        engine, table = rollout.make_engine(self, environment), rollout.make_table(self)
+        self.add_callback(TellEngine(engine))
+        if table is not None:
+            self.add_callback(WriteTable(table))
+        route = self.teacher.route if isinstance(self.teacher, RoutedTeacher) else None
+        args, collator = self.args, self.hint_collator
+        return Rollouts(args, collator, environment, engine, self.accelerator, route, table)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """As in `Trainer`; a new run first checks a self-teacher without hints, see `preflight`."""
+        if not resume_from_checkpoint and self.state.global_step == 0:
+            self._check_empty_hint()
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _check_empty_hint(self) -> None:
+        reason, own = None, self.teacher
+        if not isinstance(own, SelfTeacher):
+            reason = "the teacher is another model"
+        elif self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            reason = "the model is not placed before training"
+        elif isinstance(self.train_dataset, IterableDataset) or not (
+            has_length(self.train_dataset) and hasattr(self.train_dataset, "__getitem__")
+        ):
+            reason = "the dataset has no rows to look up"
+        elif not len(self.train_dataset):
+            reason = "the dataset is empty"
+        if reason is not None or not isinstance(own, SelfTeacher):
+            logger.info("no check without hints: %s", reason)
+            return
+        dataset: Any = self.train_dataset
+        rows = [dataset[i] for i in range(min(NUM_CHECKED, len(dataset)))]
+        model, collator = cast(nn.Module, self.model), self.hint_collator
+        student, teacher = collator.without_hints(rows, completed=not self.args.on_policy)
+        # before training the model has no autocast of its own; as in training, products are 16-bit
+        in_16_bit = self.args.bf16 or self.args.fp16 or getattr(model, "is_quantized", False)
+        with self.accelerator.autocast():
+            found = check_empty_hint(model, own, student, teacher, collator.pad_token_id, in_16_bit)
+        logger.info("without a hint student and teacher are %.1e nats apart", found)
+
+    def _check_batch(self, inputs: dict[str, Any]) -> None:
+        super()._check_batch(inputs)
+        if not self._has_shown_hints and shows_hints(inputs, NUM_CHECKED):
+            self._has_shown_hints = True
+            if self.args.process_index == 0:
+                warn_of_lost_context(inputs, self.hint_collator.tokenizer, NUM_CHECKED)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of an optimizer step, with completions, and their number of tokens."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.rollouts is not None and batches:
+            step = self.state.global_step
+            if self._window is None or self.rollouts.is_first_step(step):
+                self._window = self._new_window(self.rollouts, batches, step)
+            batches = [dict(batch) for batch in self._window.batches]
+            count = self._get_num_items_in_batch(batches, device)
+            if count is not None and not count:  # no reply with a hint, say: a step of no loss
+                count = count + 1
+            for batch in batches:
+                self._hinting.count(batch, training=True)
+        return batches, count
+
+    def _new_window(self, rollouts: Rollouts, batches: list[Any], step: int) -> Window:
+        model = cast(nn.Module, self.model_wrapped)
+        resumed, self._resumed = self._resumed or {}, None
+        collator = self._hinting.at(self.hint_collator, rollouts.first_step(step), training=True)
+        window = rollouts.window(model, batches, step, resumed.get("episodes"), collator)
+        reused = rollouts.config.steps_per_rollout > 1 and window.episodes
+        if reused and rollouts.config.importance_clip is not None:
+            known = resumed.get(BEHAVIOUR) or [None] * len(window.batches)
+            for batch, values in zip(window.batches, known, strict=True):
+                if values is None:
+                    placed = self._prepare_inputs(dict(batch))
+                    batch[BEHAVIOUR] = self.behaviour_log_probs(placed).cpu()
+                else:
+                    batch[BEHAVIOUR] = torch.tensor(values)
+        return window
+
+    def _read_metrics(self, training: bool) -> dict[str, float]:
+        metrics = super()._read_metrics(training)
+        return metrics if self.rollouts is None else metrics | self.rollouts.read(training)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """As in `DistillTrainer`, with completions sampled from the student if on-policy."""
+        if self.rollouts is not None:
+            step = EVAL_STEP + self._eval_batches
+            (episodes,) = self.rollouts.play(model, [inputs], step, training=False)
+            self._eval_batches += 1
+            step = self.state.global_step
+            collator = self._hinting.at(self.hint_collator, step, training=False)
+            inputs = self.rollouts.batch(model, episodes, collator)
+            self._hinting.count(inputs, training=False)
+        if not (inputs["labels"] != sides.IGNORE_INDEX).any():  # no reply with a hint, say
+            return torch.zeros((), device=self.args.device), None, None
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `DistillTrainer`; every evaluation samples with the same seeds."""
+        self._eval_batches = 0
+        return super().evaluation_loop(*args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in `Trainer`; rows are repeated if the rollout asks for it."""
+        strategy = self.args.train_sampling_strategy
+        repeatable = has_length(self.train_dataset) and strategy in ("random", "sequential")
+        if self._repeats() and not repeatable:
+            raise ValueError(
+                f"{self._repeats()} needs a dataset with a length and "
+                "train_sampling_strategy 'random' or 'sequential', got "
+                f"{type(self.train_dataset).__name__} and {strategy!r}"
+            )
+        return super().get_train_dataloader()
+
+    def _repeats(self) -> str:
+        """Which setting repeats rows, or nothing."""
+        config = cast(RolloutConfig, self.args.rollout)
+        for name in ("steps_per_rollout", "num_completions"):
+            if self.args.on_policy and getattr(config, name) > 1:
+                return f"{name} {getattr(config, name)} > 1"
+        return ""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if not self._repeats():
+            return super()._get_train_sampler(train_dataset)
+        window = (
+            self._train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.accelerator.num_processes
+        )
+        config = cast(RolloutConfig, self.args.rollout)
+        return RepeatSampler(
+            len(dataset),
+            window,
+            config.steps_per_rollout,
+            self.args.seed,
+            shuffle=self.args.train_sampling_strategy == "random",
+            copies=config.num_completions,
+        )
+
+    def _save_extra(self, folder: str) -> None:
+        super()._save_extra(folder)
+        path = self._rollout_path(folder)
+        if self._window is not None and self._window.episodes and self._inside_a_rollout():
+            state: dict[str, Any] = {
+                "episodes": [[episode.state() for episode in x] for x in self._window.episodes]
+            }
+            if BEHAVIOUR in self._window.batches[0]:
+                state[BEHAVIOUR] = [batch[BEHAVIOUR].tolist() for batch in self._window.batches]
+            try:
+                text = json.dumps(state)
+            except TypeError as error:
+                raise TypeError(
+                    "a checkpoint inside a rollout holds what the environment said as JSON; give "
+                    f"Feedback.columns plain numbers, strings, lists and dicts: {error}"
+                ) from error
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+        elif os.path.isfile(path):
+            os.remove(path)  # of a run before this one
+
+    def _load_extra(self, folder: str) -> None:
+        super()._load_extra(folder)
+        path = self._rollout_path(folder)
+        self._window = self._resumed = None
+        if os.path.isfile(path) and self._inside_a_rollout():
+            with open(path, encoding="utf-8") as file:
+                self._resumed = json.load(file)
+
+    def _inside_a_rollout(self) -> bool:
+        """Whether the next step is not the first on its completions."""
+        return self.rollouts is not None and not self.rollouts.is_first_step(self.state.global_step)
+
+    def _rollout_path(self, folder: str) -> str:
+        return os.path.join(folder, ROLLOUT_FILE.format(rank=self.args.process_index))

@@ -1,0 +1,173 @@
+"""Hints that depend on the optimizer step: rows are collated where the step is known.
+
+A data loader reads ahead, in processes of its own, so a collator does not know the step that its
+batch is for. Where what it makes depends on the step, the loader passes the rows on as they are,
+and the trainer collates them when it takes a step's batches.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+
+from hf_distill.data.hint_schedule import collator_at, plan_of
+from hf_distill.data.hints import Row
+from hf_distill.data.rendering import DROPPED, TRUNCATED
+from hf_distill.monitoring.metrics import ShareMeter
+from hf_distill.trainers.checkpoints import StatefulTrainer
+
+ROWS = "rows_to_collate"  # the only key of a batch that is not made yet
+
+
+class Deferred:
+    """A data collator that leaves its work to the trainer.
+
+    Args:
+        collator: makes the batches; a `HintCollator` with a plan, or around one.
+    """
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, list[Row]]:
+        """The rows as they are."""
+        return {ROWS: list(rows)}
+
+
+def deferred(collator: Any, args: TrainingArguments) -> Any:
+    """The collator for a data loader: itself, or one that passes rows on if they need the step.
+
+    Raises:
+        ValueError: `dispatch_batches` is set, which cuts tensors, and rows are passed on.
+    """
+    if plan_of(collator) is None:
+        return collator
+    loader: Any = args.accelerator_config
+    if loader.dispatch_batches:
+        raise ValueError(
+            "dispatch_batches cuts tensors only, and hints that depend on the step pass rows "
+            "through the data loader: set it to False, got True"
+        )
+    loader.dispatch_batches = False  # None would be True for an iterable dataset
+    return Deferred(collator)
+
+
+def shows_hints(batch: Mapping[str, Any], num_rows: int) -> bool:
+    """Whether one of a batch's first rows has kept its hints, as far as the collator says."""
+    dropped = batch.get(DROPPED)
+    return dropped is None or not bool(dropped[:num_rows].all())
+
+
+class Hinting:
+    """Collates with the step's hints, and measures them.
+
+    Logged: `hint_dropout` and `max_hint_length`, where they are not fixed, are the values of the
+    last step; `hints_dropped` and `hints_truncated` are the shares of rows whose hints were left
+    out or cut, over all processes since the last log.
+
+    Args:
+        seed: of the training; it and the step decide whose hints are dropped.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._values: dict[bool, dict[str, float]] = {True: {}, False: {}}
+        self._shares = {
+            training: {
+                TRUNCATED: ShareMeter("hints_truncated"),
+                DROPPED: ShareMeter("hints_dropped"),
+            }
+            for training in (True, False)
+        }
+
+    def at(self, collator: Any, step: int, training: bool) -> Any:
+        """The collator as it is at an optimizer step. Evaluation drops no hints."""
+        plan = plan_of(collator)
+        if plan is None:
+            return collator
+        self._values[training] = plan.values(step, training)
+        return collator_at(collator, step, self.seed if training else None)
+
+    def made(
+        self, batches: Iterable[Any], collator: Any, step: int, training: bool
+    ) -> Iterator[Any]:
+        """Batches of a data loader, made if they are rows still, and counted.
+
+        Args:
+            batches: read no further than what is taken of the result.
+            collator: of the loader.
+            step: optimizer steps taken.
+            training: else evaluation.
+        """
+        return (self._made(batch, collator, step, training) for batch in batches)
+
+    def _made(self, batch: Any, collator: Any, step: int, training: bool) -> Any:
+        if isinstance(batch, Mapping) and ROWS in batch:
+            batch = self.at(collator.collator, step, training)(batch[ROWS])
+        self.count(batch, training)
+        return batch
+
+    def count(self, batch: Any, training: bool) -> None:
+        """Count the rows of a batch whose collator says what became of their hints."""
+        for name, meter in self._shares[training].items():
+            flags: Tensor | None = batch.get(name) if isinstance(batch, Mapping) else None
+            if flags is not None:
+                meter.add(flags)
+
+    def read(self, accelerator: Accelerator, training: bool) -> dict[str, float]:
+        """The metrics; shares start anew. Every process must call it."""
+        metrics = dict(self._values[training])
+        for meter in self._shares[training].values():
+            metrics |= meter.read(accelerator)
+        return metrics
+
+
+class MadeLoader:
+    """A data loader whose batches are made as they are read; in all else it is the loader inside.
+
+    Args:
+        loader: of the evaluation.
+        hinting: makes the batches.
+        collator: of the loader.
+        step: optimizer steps taken.
+    """
+
+    def __init__(self, loader: Any, hinting: Hinting, collator: Any, step: int) -> None:
+        self._loader, self._hinting = loader, hinting
+        self._collator, self._step = collator, step
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._hinting.made(self._loader, self._collator, self._step, training=False)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
+class StepCollatingTrainer(StatefulTrainer):
+    """A `Trainer` that makes batches of rows where hints depend on the step."""
+
+    def __init__(
+        self, model: Any, args: TrainingArguments, data_collator: Any, *others: Any, **kwargs: Any
+    ) -> None:
+        self._hinting = Hinting(args.seed)
+        super().__init__(model, args, deferred(data_collator, args), *others, **kwargs)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """As in `Trainer`; rows that waited for their step become batches."""
+        step = self.state.global_step
+        batches = self._hinting.made(epoch_iterator, self.data_collator, step, training=True)
+        return super().get_batch_samples(batches, num_batches, device)
+
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`; hints are as long as at the present step, and none is dropped."""
+        made = MadeLoader(dataloader, self._hinting, self.data_collator, self.state.global_step)
+        return super().evaluation_loop(cast(DataLoader, made), *args, **kwargs)

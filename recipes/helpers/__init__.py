@@ -1,0 +1,1 @@
+"""What several recipes share: tasks, measurements, comparisons of arms."""

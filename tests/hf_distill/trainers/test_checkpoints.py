@@ -1,0 +1,168 @@
+"""Which checkpoint a run goes on from, and when a checkpoint counts as whole."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers.trainer
+
+from hf_distill import OPSDConfig, OPSDTrainer
+from hf_distill.trainers import checkpoints
+from tests.hf_distill.trainers import models
+
+STATE = "trainer_state.json"
+
+
+def trainer(folder: Path, **changes: Any) -> OPSDTrainer:
+    settings = {
+        "teacher": "ema",
+        "max_completion_length": 2,
+        "max_steps": 3,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    return OPSDTrainer(
+        models.llama(),
+        OPSDConfig(**models.options(folder, **settings | changes)),
+        train_dataset=models.problems(),
+        processing_class=models.tokenizer(),
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    trainer(folder, rollout={"steps_per_rollout": 2}).train()
+    return folder
+
+
+@pytest.fixture
+def folder(trained: Path, tmp_path: Path) -> Path:
+    """Checkpoints of steps 1, 2 and 3; the first and the last lie inside a rollout."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def tear(folder: Path, step: int) -> None:
+    (folder / f"checkpoint-{step}" / STATE).unlink()
+
+
+def test_torn_checkpoints_are_passed_over(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tear(folder, 3)
+    (folder / "checkpoint-2" / STATE).write_text('{"best_metric": null, "epo')
+    (folder / "checkpoint-10").mkdir()  # later than 9, though not by name
+    (folder / "checkpoint-99-old").mkdir()
+    assert checkpoints.last_whole(str(folder)) == str(folder / "checkpoint-1")
+    passed = [r.getMessage() for r in caplog.records]
+    assert [text.split(" is passed")[0][-2:] for text in passed] == ["10", "-3", "-2"]
+    assert f"it has no {STATE}, which is written last; it may be removed" in passed[1]
+    assert f"its {STATE}, which is written last, ends too early" in passed[2]
+    run = trainer(folder, rollout={"steps_per_rollout": 2})
+    run.train(resume_from_checkpoint=True)
+    assert run.state.log_history[1]["step"] == 2
+    assert run.state.global_step == 3
+
+
+def test_no_whole_checkpoint_is_an_error(folder: Path) -> None:
+    for step in (1, 2, 3):
+        tear(folder, step)
+    with pytest.raises(
+        ValueError, match=r"written to the end: remove .*checkpoint-3, .*-1 and sta"
+    ):
+        trainer(folder).train(resume_from_checkpoint=True)
+    empty = trainer(folder / "empty")
+    with pytest.raises(ValueError, match="No valid checkpoint found"):  # the Trainer's own
+        empty.train(resume_from_checkpoint=True)
+
+
+def test_a_torn_checkpoint_that_is_named_is_an_error(folder: Path) -> None:
+    tear(folder, 2)
+    named = str(folder / "checkpoint-2")
+    with pytest.raises(
+        ValueError, match=r"checkpoint-2 was not written to the end: it has no trai"
+    ):
+        trainer(folder).train(resume_from_checkpoint=named)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_writing_over_a_checkpoint_first_takes_its_mark(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else new weights beside an old optimizer would pass for a whole one."""
+
+    def stop(*_: Any) -> None:
+        raise Killed
+
+    run = trainer(folder)
+    monkeypatch.setattr(run, "_save_optimizer_and_scheduler", stop)
+    with pytest.raises(Killed):
+        run.train()
+    assert checkpoints.flaw(str(folder / "checkpoint-1")) is not None
+    assert checkpoints.flaw(str(folder / "checkpoint-2")) is None
+
+
+def test_a_checkpoint_is_whole_before_old_ones_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[set[str]] = []
+
+    def noted(output_dir: str, **kwargs: Any) -> None:
+        folder = max(Path(output_dir).glob("checkpoint-*"))
+        assert checkpoints.flaw(str(folder)) is None
+        found.append({path.name for path in folder.iterdir()})
+
+    monkeypatch.setattr(transformers.trainer, "rotate_checkpoints", noted)
+    trainer(tmp_path, rollout={"steps_per_rollout": 2}, save_total_limit=1).train()
+    assert ["rollout-0.json" in names for names in found] == [True, False, True]
+    assert all("teacher.safetensors" in names for names in found)
+
+
+def test_every_process_has_written_before_the_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(tmp_path, max_steps=1)
+    waited: list[bool] = []
+
+    def wait() -> None:
+        folder = tmp_path / "checkpoint-1"
+        waited.append((folder / "teacher.safetensors").exists() and not (folder / STATE).exists())
+
+    monkeypatch.setattr(run.accelerator, "wait_for_everyone", wait)
+    run.train()
+    assert waited == [True]
+
+
+def test_a_rollout_of_an_older_run_is_removed(folder: Path) -> None:
+    assert (folder / "checkpoint-1" / "rollout-0.json").exists()
+    trainer(folder).train()
+    assert not (folder / "checkpoint-1" / "rollout-0.json").exists()
+
+
+def test_a_missing_rollout_is_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Only where the next step would have used it."""
+    for step, steps_per_rollout, logged in ((1, 2, True), (2, 2, False), (1, 1, False)):
+        (folder / f"checkpoint-{step}" / "rollout-0.json").unlink(missing_ok=True)
+        caplog.clear()
+        run = trainer(folder, rollout={"steps_per_rollout": steps_per_rollout}, save_strategy="no")
+        run.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+        text = "no completions of this process, though step 1 is not the first on them: they are"
+        assert (text in caplog.text) == logged
+
+
+def test_model_only_checkpoints_have_no_state_of_the_teacher(tmp_path: Path) -> None:
+    trainer(tmp_path, save_only_model=True).train()
+    assert not list(tmp_path.glob("*/teacher.safetensors"))
+    assert checkpoints.flaw(str(tmp_path / "checkpoint-3")) is None
+    with pytest.raises(FileNotFoundError, match="the teacher's state must be in the checkpoint"):
+        trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_the_teachers_state_is_restored(folder: Path) -> None:
+    run = trainer(folder)
+    before = run.teacher.state_dict()["lm_head.weight"].clone()
+    run.train(resume_from_checkpoint=True)  # the last step is done: nothing but restoring happens
+    assert not torch.equal(run.teacher.state_dict()["lm_head.weight"], before)
