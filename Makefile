@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SEED ?= 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow test-metal bench kernel lint format clean
+.PHONY: demo test test-slow test-metal bench kernel docs lint format clean
 .DEFAULT_GOAL := test
 
 # torch first and alone: its version decides which build the resolver takes for the rest
@@ -47,6 +47,11 @@ bench: $(VENV)/.installed-bench
 # metal_ops as a source tree for kernel-builder, see CONTRIBUTING.md
 kernel: $(VENV)/.installed-test
 	$(BIN)/python -m tests.hub out/kernel
+
+# the tables of fields, then the site in out/site; a broken link or anchor is an error
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m tests.docs.fields
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f docs/mkdocs.yml
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
