@@ -99,7 +99,7 @@ def data_of(name: str) -> Data:
         KeyError: there is none.
     """
     one = words()
-    cross = getattr(hf_distill, "CrossTokenizerCollator", None) or hf_distill.UniversalCollator
+    cross = getattr(hf_distill, "CrossTokenizerCollator", None) or hf_distill.CrossTokenizerCollator
     attempted = [
         Hint("no : {attempt} , {wrong}", optional=True),
         Hint("Hint : {sibling}", optional=True),

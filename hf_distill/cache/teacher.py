@@ -20,13 +20,17 @@ from hf_distill.cache.errors import (
     TemperatureOutOfRange,
     TokenizerMismatch,
     UnsupportedDivergence,
+    VocabSizeMismatch,
 )
 from hf_distill.cache.fingerprints import Collator
 from hf_distill.cache.reader import CacheReader
 from hf_distill.cache.shard import Row
+from hf_distill.data.hint_schedule import plan_of
 from hf_distill.data.sides import TEACHER_STORED, Side, student_side, teacher_side
+from hf_distill.losses import DivergenceLoss
 from hf_distill.models.signals import Signal, TailRule
-from hf_distill.teachers.base import Stateless
+from hf_distill.run import Run
+from hf_distill.teachers.base import Teacher
 from metal_ops import DivergenceSpec, SparseTeacher, sparse_divergence
 
 logger = logging.getLogger(__name__)
@@ -35,7 +39,7 @@ TAILS = ("auto", "sampled", "bucket", "renorm")
 TEACHER_FIELDS = ("config_sha256", "weights_fingerprint")
 
 
-class CachedTeacher(Stateless):
+class CachedTeacher(Teacher):
     """A teacher that `cache_teacher` has written down.
 
     It answers for the rows that were written, which it knows by their token ids: in any order and
@@ -64,6 +68,9 @@ class CachedTeacher(Stateless):
         UnsupportedDivergence: the codec stores nothing that `tail` could read.
         ValueError: an argument is out of range.
     """
+
+    reads_batches = False
+    knows_new_rows = False
 
     def __init__(
         self,
@@ -127,7 +134,49 @@ class CachedTeacher(Stateless):
                     f"{cached!r} ({about.get('name_or_path')!r})"
                 )
 
-    def check(self, spec: DivergenceSpec, tokenizer: Any = None) -> None:
+    def check(self, run: Run) -> None:
+        """Check that what is stored serves the run's losses, with the tokenizer of the writing.
+
+        Raises:
+            ValueError: hints depend on the step, or the loss reads every token's log-probability.
+            TemperatureOutOfRange, UnsupportedDivergence, TokenizerMismatch: see `check_spec`.
+        """
+        plan = plan_of(run.collator)
+        if plan is not None:
+            raise ValueError(
+                "a cached teacher knows its rows with the hints of the writing, and "
+                f"{plan.refusal()}"
+            )
+        entropy = getattr(run.args.token_weights, "entropy", 0.0)
+        low, high = self.codec.temperature_range
+        if entropy > 0 and not low <= 1.0 <= high:
+            raise ValueError(
+                "token_weights.entropy is the teacher's at temperature 1, the cache serves "
+                f"{low:g} to {high:g}: write it with a temperature_range that has 1"
+            )
+        specs = [each.spec for each in run.losses if isinstance(each, DivergenceLoss)]
+        tokenizer = run.processing_class
+        # with alpha 0 it is measured
+        for spec in dict.fromkeys(specs):
+            self.check_spec(spec, tokenizer)
+            tokenizer = None  # it is the same for all
+        if not specs:
+            self.check_tokenizer(tokenizer)
+
+    @property
+    def dense(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the codec stores the whole distribution."""
+        return isinstance(self._like, Tensor)
+
+    def collator(self, collator: Any) -> Any:
+        """The collator, with what is stored of its rows: a data loader's workers read the cache."""
+        return CachedCollator(collator, self)
+
+    def wrong_vocab(self, message: str) -> Exception:
+        """The error of a vocabulary that is not the student's."""
+        return VocabSizeMismatch(f"{self.reader.path}: {message}")
+
+    def check_spec(self, spec: DivergenceSpec, tokenizer: Any = None) -> None:
         """The loss must be one that the stored numbers serve, with the tokenizer of the writing.
 
         Raises:
@@ -143,6 +192,14 @@ class CachedTeacher(Stateless):
         if refusal is not None:
             raise UnsupportedDivergence(f"{self.reader.path}: {refusal}")
         self._check_rule(spec)
+        self.check_tokenizer(tokenizer)
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """The tokenizer must be that of the writing; what is no tokenizer passes.
+
+        Raises:
+            TokenizerMismatch: the tokenizer or its chat template is another.
+        """
         about = self.manifest.config.get("tokenizer")
         if about is None or not isinstance(tokenizer, PreTrainedTokenizerBase):
             return
@@ -170,7 +227,7 @@ class CachedTeacher(Stateless):
             ) from error
 
     @property
-    def vocab_size(self) -> int:
+    def vocab_size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Logits of the cached teacher per token, padding of the vocabulary included."""
         return self.manifest.vocab_size
 
@@ -250,6 +307,7 @@ class CachedCollator:
 
     def __init__(self, collator: Collator, teacher: CachedTeacher) -> None:
         self.collator, self.teacher = collator, teacher
+        self.columns = tuple(getattr(collator, "columns", ()))
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The collator's batch, with `teacher_stored`."""

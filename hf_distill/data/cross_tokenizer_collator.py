@@ -15,7 +15,7 @@ from hf_distill.data.hints import Row
 from hf_distill.data.sides import IGNORE_INDEX, NO_TOKEN
 
 
-class UniversalCollator:
+class CrossTokenizerCollator:
     """Batches for `divergence="uld"`: each side's own tokens of the same prompt and completion.
 
     Each side is tokenised by its own tokenizer, with its own chat template for messages and its own

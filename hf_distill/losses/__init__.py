@@ -1,22 +1,33 @@
-"""From what student and teacher say of each token to the scalar the optimizer sees."""
+"""Losses: from what student and teacher say of each token to the scalar the optimizer sees."""
 
 from hf_distill.losses.base import (
     ANCHOR_NAME,
     IMPORTANCE_NAMES,
     Anchor,
+    FunctionLoss,
     Importance,
-    Scored,
+    Loss,
+    LossFunction,
+    LossSettings,
+    Terms,
+    Tokens,
+    as_loss,
+    assert_finite,
     behaviour_log_probs,
     step_terms,
 )
-from hf_distill.losses.cross_tokenizer import UNIVERSAL, UniversalObjective
-from hf_distill.losses.divergence import Objective, Terms, assert_finite, normalised_jsd
+from hf_distill.losses.cross_tokenizer import UNIVERSAL, CrossTokenizerLoss
+from hf_distill.losses.divergence import ClipConfig, DivergenceLoss, normalised_jsd
 from hf_distill.losses.entropy import entropy_share
 from hf_distill.losses.generalized_jsd import generalized_jsd_loss
-from hf_distill.losses.hidden_states import HIDDEN_LOSSES, attention_loss, hidden_loss
-from hf_distill.losses.sampled_tokens import SAMPLED_KINDS, SampledObjective
-from hf_distill.losses.student import AnyObjective, Student, StudentHidden, StudentLogits
-from hf_distill.losses.taid import TaidObjective, taid_target
+from hf_distill.losses.hidden_states import (
+    HIDDEN_LOSSES,
+    HiddenConfig,
+    attention_loss,
+    hidden_loss,
+)
+from hf_distill.losses.sampled_tokens import SAMPLED_KINDS, SampledTokenLoss
+from hf_distill.losses.taid import TaidConfig, TaidLoss, taid_target
 
 __all__ = [
     "ANCHOR_NAME",
@@ -25,17 +36,21 @@ __all__ = [
     "SAMPLED_KINDS",
     "UNIVERSAL",
     "Anchor",
-    "AnyObjective",
+    "ClipConfig",
+    "CrossTokenizerLoss",
+    "DivergenceLoss",
+    "FunctionLoss",
+    "HiddenConfig",
     "Importance",
-    "Objective",
-    "SampledObjective",
-    "Scored",
-    "Student",
-    "StudentHidden",
-    "StudentLogits",
-    "TaidObjective",
+    "Loss",
+    "LossFunction",
+    "LossSettings",
+    "SampledTokenLoss",
+    "TaidConfig",
+    "TaidLoss",
     "Terms",
-    "UniversalObjective",
+    "Tokens",
+    "as_loss",
     "assert_finite",
     "attention_loss",
     "behaviour_log_probs",

@@ -1,20 +1,49 @@
-"""A micro-batch's part of the loss of an optimizer step: soft, hard, reused tokens, anchor."""
+"""What a loss is: from what student and teacher say of N tokens to a scalar and its metrics.
 
-from typing import NamedTuple
+The loss of an optimizer step is alpha * soft + (1 - alpha) * hard, each a weighted sum over tokens.
+A `Loss` computes the part of one micro-batch. `step_terms` adds what surrounds it: the weights of
+reused completions and the supervised tokens of an anchor.
+
+Shapes: N scored tokens, M tokens of an anchor, H hidden, V vocabulary.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hf_distill.data import sides
 from hf_distill.losses import chunks
-from hf_distill.losses.divergence import Terms
-from hf_distill.losses.student import AnyObjective, Student
 from hf_distill.models.forward import Reader, evaluating
-from hf_distill.models.signals import Head, Signal
+from hf_distill.models.signals import Signal
 from hf_distill.models.structure import unwrap
 
 IMPORTANCE_NAMES = ("importance_ratio", "importance_clipped")
 ANCHOR_NAME = "anchor"
+
+PerToken = Tensor | tuple[Tensor, Mapping[str, Tensor]]
+"""What `Loss.per_token` returns: the losses [n], or these and metrics [n] by name."""
+
+AnyLoss = TypeVar("AnyLoss", bound="Loss")
+
+
+class Terms(NamedTuple):
+    """The loss of some tokens, and what was measured of each.
+
+    loss: the scalar with a gradient. metrics: by the name under which their mean is logged, values
+    without gradient, [N] for the scored tokens; a NaN is no value, and what was not measured is
+    absent. "soft" and "hard" are nats per token, unweighted. evidence: by "student" and "teacher",
+    [N] that are NaN where this side's logits are, for losses that do not measure entropies.
+    others: by name, values of other tokens than the N.
+    """
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor]
+    evidence: Mapping[str, Tensor] = {}
+    others: Mapping[str, Tensor] = {}
 
 
 class Importance(NamedTuple):
@@ -35,75 +64,323 @@ class Anchor(NamedTuple):
     weights: Tensor
 
 
-class Scored(NamedTuple):
-    """The N tokens that are compared with the teacher: targets [N] int64, weights [N].
+class LossSettings(NamedTuple):
+    """What the loss of a causal LM's batch knows of rollouts.
 
-    The weights make a sum over tokens the mean over an optimizer step. The anchor's tokens, if
-    there are some, come behind these in what the student says.
+    importance_clip: the largest weight of a reused token, or None. anchor_weight: that of the
+    data's own completions beside sampled ones.
+    """
+
+    importance_clip: float | None = None
+    anchor_weight: float = 0.0
+
+
+class Tokens(NamedTuple):
+    """The N tokens that are compared with the teacher.
+
+    targets: [N] int64. weights: [N], which make a sum over tokens the mean over an optimizer step.
+    counted: [N] bool, the tokens that metrics count, or None for all. corrected: [N], weights of
+    the soft loss where they differ from `weights`. The anchor's tokens, if there are some, come
+    behind these in what the student says.
     """
 
     targets: Tensor
     weights: Tensor
+    counted: Tensor | None = None
     importance: Importance | None = None
     anchor: Anchor | None = None
+    corrected: Tensor | None = None
+
+    @property
+    def soft_weights(self) -> Tensor:
+        """[N] the weights of the soft loss."""
+        return self.weights if self.corrected is None else self.corrected
+
+    def rows(self, at: slice) -> "Tokens":
+        """The targets and weights of some tokens."""
+        corrected = None if self.corrected is None else self.corrected[at]
+        return Tokens(self.targets[at], self.weights[at], corrected=corrected)
 
 
-def _importance(student: Student, scored: Scored) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weights [N] of the soft term, and what is logged of the ratios.
+def mixed(alpha: float, soft: Tensor, hard: Tensor) -> Tensor:
+    """Alpha * soft + (1 - alpha) * hard; a side without a share may be infinite."""
+    if alpha == 1.0:
+        return soft
+    return (1 - alpha) * hard if alpha == 0.0 else alpha * soft + (1 - alpha) * hard
+
+
+class Loss:
+    """A loss of tokens: alpha * soft + (1 - alpha) * hard, where soft compares two models.
+
+    Subclasses override `per_token`. The rest works for all of them: the soft loss is computed from
+    a chunk of tokens at a time, its gradients are formed while the logits of the chunk exist, and
+    the cross-entropy of the labels is added. A loss with a fused operation overrides `__call__`.
+
+    Attributes:
+        alpha: share of the soft loss, in [0, 1]. In a trainer it is that of the config.
+        measures_hard: whether the cross-entropy is computed although alpha is 1, as where other
+            steps have another alpha.
+        needs_dense: whether it reads the teacher's logits of the whole vocabulary.
+        of_tokens: whether it means tokens of a text, so that a classifier's classes have none.
+        chunks_logits: whether logits of all tokens, where the model gives them, are given to `soft`
+            in chunks as well; False for operations that form no second tensor of their size.
+    """
+
+    alpha: float = 1.0
+    measures_hard: bool = False
+    needs_dense: ClassVar[bool] = True
+    of_tokens: ClassVar[bool] = False
+    chunks_logits: ClassVar[bool] = True
+
+    def per_token(
+        self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor
+    ) -> PerToken:
+        """The soft loss of some tokens.
+
+        Args:
+            student_logits: [n, V] in the dtype of the model, with a gradient.
+            teacher_logits: [n, V] without one.
+            targets: [n] int64, the labels.
+
+        Returns:
+            [n] in any unit, or that and a mapping of metrics [n] by name.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must override per_token or soft")
+
+    def with_share(self: AnyLoss, alpha: float, measures_hard: bool) -> AnyLoss:
+        """The same loss with another share of the soft part."""
+        other = copy.copy(self)
+        object.__setattr__(other, "alpha", alpha)
+        object.__setattr__(other, "measures_hard", measures_hard)
+        return other
+
+    @property
+    def wants_hard(self) -> bool:
+        """Whether the cross-entropy is computed."""
+        return self.alpha < 1.0 or self.measures_hard
+
+    def check_signal(self, teacher: Signal, num_tokens: int) -> None:
+        """Check what the teacher says of N tokens.
+
+        Raises:
+            ValueError: it says too little for this loss.
+        """
+        if self.needs_dense and teacher.sparse is not None:
+            teacher.dense()  # says why it cannot be read
+
+    def soft(self, logits: Tensor, teacher: Signal, tokens: Tokens) -> Terms:
+        """The soft loss of some tokens.
+
+        Args:
+            logits: [n, V] of the student.
+            teacher: about the same tokens.
+            tokens: their targets and weights.
+
+        Returns:
+            The weighted sum [], and among the metrics "soft" [n].
+
+        Raises:
+            ValueError: `per_token` does not return one loss a token.
+        """
+        with torch.no_grad():
+            said = teacher.dense()
+        found = self.per_token(logits, said, tokens.targets)
+        value, metrics = found if isinstance(found, tuple) else (found, {})
+        for name, each in (("a loss", value), *metrics.items()):
+            if each.shape != tokens.targets.shape:
+                raise ValueError(
+                    f"{name} must have the shape [{len(tokens.targets)}], one value a token, got "
+                    f"{list(each.shape)} from {self!r}"
+                )
+        value, weights = chunks.wide(value), tokens.soft_weights
+        value = torch.where(weights == 0, 0.0, value)  # a token without weight may be infinite
+        return Terms((weights * value).sum(), {"soft": value, **metrics})
+
+    def __call__(self, student: Signal, teacher: Signal, tokens: Tokens) -> Terms:
+        """The terms of N tokens.
+
+        Args:
+            student: hidden states and the head, or logits; with a gradient.
+            teacher: without one.
+            tokens: their targets and weights.
+
+        Raises:
+            ValueError: see `check_signal` and `soft`.
+        """
+        self.check_signal(teacher, len(tokens.targets))
+        if student.hidden is not None:
+            return self._from_hidden(student, teacher, tokens)
+        return self._from_logits(student, teacher, tokens)
+
+    def _from_hidden(self, student: Signal, teacher: Signal, tokens: Tokens) -> Terms:
+        """From hidden states, a chunk of tokens at a time."""
+
+        def piece(logits: Tensor, at: slice) -> Terms:
+            own = tokens.rows(at)
+            terms = self.soft(logits, teacher.rows(at), own)
+            if not self.wants_hard:
+                return terms
+            hard = F.cross_entropy(chunks.wide(logits), own.targets, reduction="none")
+            loss = mixed(self.alpha, terms.loss, (own.weights * hard).sum())
+            return terms._replace(loss=loss, metrics={**terms.metrics, "hard": hard})
+
+        assert student.hidden is not None
+        largest = torch.maximum(tokens.weights.abs(), tokens.soft_weights.abs())
+        width = max(student.vocab or 0, teacher.vocab or 0)
+        return _summed(piece, student.hidden, student.head, largest, width)
+
+    def _from_logits(self, student: Signal, teacher: Signal, tokens: Tokens) -> Terms:
+        """From logits; the cross-entropy may be replaced by the model's own loss."""
+        logits = student.dense()
+        if self.chunks_logits:
+
+            def piece(part: Tensor, at: slice) -> Terms:
+                return self.soft(part, teacher.rows(at), tokens.rows(at))
+
+            width = max(logits.shape[-1], teacher.vocab or 0)
+            terms = _summed(piece, logits, None, tokens.soft_weights, width)
+        else:
+            terms = self.soft(logits, teacher, tokens)
+        if not self.wants_hard:
+            return terms
+        hard_sum, hard = chunks.cross_entropy(student, tokens.targets, tokens.weights)
+        hard_sum = hard_sum if student.own_loss is None else student.own_loss
+        loss = mixed(self.alpha, terms.loss, hard_sum)
+        return terms._replace(loss=loss, metrics={**terms.metrics, "hard": hard})
+
+
+def _summed(
+    piece: Callable[[Tensor, slice], Terms],
+    rows: Tensor,
+    head: Any,
+    weights: Tensor,
+    width: int,
+) -> Terms:
+    """The terms of all tokens from those of a chunk at a time."""
+    names: tuple[list[str], list[str]] = ([], [])
+
+    def stacked(logits: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+        terms = piece(logits, at)
+        names[0][:], names[1][:] = terms.metrics, terms.evidence
+        values = [*terms.metrics.values(), *terms.evidence.values()]
+        dtype = terms.loss.dtype
+        return terms.loss, torch.stack([value.detach().to(dtype) for value in values])
+
+    loss, values = chunks.sum_over_chunks(rows, head, stacked, weights, width)
+    metrics, evidence = values[: len(names[0])], values[len(names[0]) :]
+    return Terms(
+        loss,
+        dict(zip(names[0], metrics, strict=True)),
+        dict(zip(names[1], evidence, strict=True)),
+    )
+
+
+LossFunction = Callable[[Tensor, Tensor, Tensor], PerToken]
+
+
+class FunctionLoss(Loss):
+    """A loss from a function of (student_logits, teacher_logits, targets), see `Loss.per_token`."""
+
+    def __init__(self, function: LossFunction) -> None:
+        self.function = function
+
+    def per_token(
+        self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor
+    ) -> PerToken:
+        """What the function returns."""
+        return self.function(student_logits, teacher_logits, targets)
+
+    def __repr__(self) -> str:
+        return getattr(self.function, "__name__", repr(self.function))
+
+
+def as_loss(loss: Loss | LossFunction) -> Loss:
+    """A `Loss` from one, or from a function of logits.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(loss, Loss):
+        return loss
+    if isinstance(loss, type) or not callable(loss):
+        raise TypeError(
+            "loss must be a function of (student_logits, teacher_logits, targets) or an instance "
+            f"of a subclass of hf_distill.losses.Loss, got {loss!r}"
+        )
+    return FunctionLoss(loss)
+
+
+def assert_finite(terms: Terms) -> None:
+    """Stop at a loss that is not a number, saying which side it comes from.
+
+    Raises:
+        FloatingPointError: the loss is NaN or infinite.
+    """
+    if bool(torch.isfinite(terms.loss)):
+        return
+    named = []
+    for side in ("student", "teacher"):
+        values = terms.evidence.get(side, terms.metrics.get(f"{side}_entropy"))
+        bad = 0 if values is None else int((~torch.isfinite(values)).sum())
+        if values is not None and bad:
+            named.append(f"{side} logits are NaN at {bad} of {len(values)} tokens")
+    soft = terms.metrics.get("soft")
+    infinite = 0 if soft is None else int((~torch.isfinite(soft)).sum())
+    if soft is not None and infinite and not named:
+        named = [
+            f"the divergence is infinite at {infinite} of {len(soft)} tokens "
+            "(the teacher gives a token probability 0)"
+        ]
+    cause = " and ".join(named) or "the hard loss is not finite"
+    raise FloatingPointError(f"the loss must be finite, got {terms.loss.item()}: {cause}")
+
+
+def _corrected(student: Signal, tokens: Tokens) -> tuple[Tokens, dict[str, Tensor]]:
+    """The tokens with weights of the soft loss, and what is logged of the ratios.
 
     Truncated importance sampling: a token's soft term counts min(q(y) / q_behaviour(y), clip)
     times, held constant. Both are read at temperature 1, like the student in the hard loss,
     whatever the temperature of sampling: the ratio is that of the student's own movement, and 1
     while it has not moved.
     """
-    if scored.importance is None:
-        return scored.weights, {}
-    behaviour, clip = scored.importance
+    if tokens.importance is None:
+        return tokens, {}
+    behaviour, clip = tokens.importance
     known = ~behaviour.isnan()
-    ratio = (student.log_probs(scored.targets) - behaviour).exp()
+    ratio = (chunks.log_probs(student, tokens.targets) - behaviour).exp()
     used = torch.where(known, ratio.clamp(max=clip), 1.0)
     # a NaN is no value: the tokens of which nothing is known, or that do not count
-    counts = known & (scored.weights != 0)
-    extra: dict[str, Tensor] = {}
+    counts = known & (tokens.weights != 0)
+    metrics: dict[str, Tensor] = {}
     for name, value in zip(IMPORTANCE_NAMES, (ratio, (ratio > clip).to(ratio.dtype)), strict=True):
-        extra[name] = torch.where(counts, value, torch.nan)
-    return scored.weights * used.to(scored.weights.dtype), extra
+        metrics[name] = torch.where(counts, value, torch.nan)
+    return tokens._replace(corrected=tokens.weights * used.to(tokens.weights.dtype)), metrics
 
 
-def step_terms(
-    student: Student,
-    objective: AnyObjective,
-    teacher: Signal,
-    scored: Scored,
-) -> Terms:
-    """The terms of a micro-batch.
+TokenLoss = Callable[[Signal, Signal, Tokens], Terms]
+
+
+def step_terms(loss: TokenLoss, student: Signal, teacher: Signal, tokens: Tokens) -> Terms:
+    """The terms of a micro-batch, with what surrounds the loss of its tokens.
 
     Args:
+        loss: a `Loss`, or a function like one.
         student: what it says of the N scored tokens, and behind them of the anchor's M.
-        objective: soft and hard loss.
-        teacher: its signal at the N tokens.
-        scored: the tokens and their weights.
+        teacher: what it says of the N tokens.
+        tokens: the tokens and their weights.
     """
-    anchor = scored.anchor
-    if anchor is None:
-        return _compared(student, objective, teacher, scored)
-    student, supervised = student.split([len(scored.targets), len(anchor.targets)])
-    terms = _compared(student, objective, teacher, scored)
-    loss, per_token = supervised.cross_entropy(anchor.targets, anchor.weights)
-    return terms._replace(
-        loss=terms.loss + loss, extra={**terms.extra, ANCHOR_NAME: per_token.detach()}
-    )
-
-
-def _compared(
-    student: Student,
-    objective: AnyObjective,
-    teacher: Signal,
-    scored: Scored,
-) -> Terms:
-    weights, extra = _importance(student, scored)
-    terms = student.terms(objective, teacher, scored.targets, weights, scored.weights)
-    return terms._replace(extra={**terms.extra, **extra})
+    anchor, supervised = tokens.anchor, None
+    if anchor is not None:
+        student, supervised = student.split([len(tokens.targets), len(anchor.targets)])
+    tokens, metrics = _corrected(student, tokens)
+    terms = loss(student, teacher, tokens)
+    if metrics:
+        terms = terms._replace(metrics={**terms.metrics, **metrics})
+    if anchor is None or supervised is None:
+        return terms
+    anchor_loss, per_token = chunks.cross_entropy(supervised, anchor.targets, anchor.weights)
+    others = {**terms.others, ANCHOR_NAME: per_token.detach()}
+    return terms._replace(loss=terms.loss + anchor_loss, others=others)
 
 
 @torch.no_grad()
@@ -126,15 +403,8 @@ def behaviour_log_probs(reader: Reader, model: nn.Module, batch: dict[str, Tenso
     side = sides.student_side(batch)
     targets = sides.targets(batch["labels"], side.predicts)
     model = unwrap(model)
-
-    def read(hidden: Tensor, head: Head) -> Tensor:
-        return chunks.log_probs(hidden, head, targets)
-
     with evaluating(model):
-        if reader.reads_hidden(model, side.inputs):
-            found = reader.at_head(model, side, read)
-        else:
-            found = chunks.gathered(reader.logits(model, side), targets)
+        found = reader.run(model, side, lambda student: chunks.log_probs(student, targets))
     result = torch.full(side.predicts.shape, torch.nan, dtype=found.dtype, device=found.device)
     result[:, 1:][side.predicts[:, :-1]] = found
     return result

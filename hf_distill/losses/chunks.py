@@ -8,8 +8,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from hf_distill.models.signals import Head
+from hf_distill.models.signals import Head, Signal
 from metal_ops import reference
 from metal_ops.functional.linear import local, once
 
@@ -39,18 +40,20 @@ def gathered(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tenso
 
 
 @torch.no_grad()
-def log_probs(hidden: Tensor, head: Head, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probabilities of one token each, from hidden states, without gradient.
+def log_probs(student: Signal, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities of one token each, without gradient.
 
     Args:
-        hidden: [N, H].
-        head: of V entries.
+        student: hidden states [N, H] with a head of V entries, or logits [N, V].
         targets: [N] int64.
         temperature: of the softmax, > 0.
 
     Returns:
         [N] float32 (float64 for float64 logits), in nats, at most 0.
     """
+    if student.hidden is None or student.head is None:
+        return gathered(student.dense(), targets, temperature)
+    hidden, head = student.hidden, student.head
     parts = [gathered(logits, targets[at], temperature) for logits, at in projected(hidden, head)]
     return torch.cat(parts) if parts else wide(hidden).new_zeros(0)
 
@@ -171,24 +174,25 @@ def sum_over_chunks(
     return cast("tuple[Tensor, Tensor]", _Sum.apply(*trained, *settings))
 
 
-def cross_entropy(
-    hidden: Tensor, head: Head, targets: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Weighted sum of cross-entropies at temperature 1, from hidden states.
+def cross_entropy(student: Signal, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The weighted sum of cross-entropies at temperature 1.
 
     Args:
-        hidden: [N, H].
-        head: of V entries.
+        student: hidden states [N, H] with a head of V entries, read a chunk of tokens at a time, or
+            logits [N, V].
         targets: [N] int64.
         weights: [N]; no gradient.
 
     Returns:
         The sum, [], with a gradient; the cross-entropies [N] in nats, without.
     """
+    if student.hidden is None or student.head is None:
+        hard = F.cross_entropy(wide(student.dense()), targets, reduction="none")
+        return (weights * hard).sum(), hard.detach()
 
     def piece(logits: Tensor, at: slice) -> tuple[Tensor, Tensor]:
         per_token = -gathered(logits, targets[at])
         return (weights[at] * per_token).sum(), per_token[None]
 
-    loss, values = sum_over_chunks(hidden, head, piece, weights)
+    loss, values = sum_over_chunks(student.hidden, student.head, piece, weights)
     return loss, values.reshape(-1)

@@ -2,8 +2,8 @@
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,41 +14,10 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from hf_distill.data.sides import IGNORE_INDEX
 from hf_distill.models.forward import PROBE_TOKENS, evaluating
 from hf_distill.models.structure import causal_lm
-from hf_distill.schedules import Schedule
-
-if TYPE_CHECKING:
-    from hf_distill.trainers.distill_trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
 
 ROUNDING = 1e-5  # relative, of a float32 mean of a few cross-entropies and of other orders of sums
-
-
-def check_anchor(trainer: "DistillTrainer") -> None:
-    """Anchor rows are learnt by cross-entropy, which must be the run's hard loss.
-
-    Raises:
-        ValueError: there is an anchor and another hard loss.
-    """
-    anchor_weight = trainer.args.loss_settings().anchor_weight
-    if anchor_weight > 0 and trainer.has_own_hard_loss():
-        raise ValueError(
-            f"anchor_weight {anchor_weight} > 0 is a plain cross-entropy; it cannot "
-            "be combined with label smoothing, compute_loss_func or a model's own loss"
-        )
-
-
-def check_unweighted(weights: Sequence[Tensor | None]) -> None:
-    """Batches must have no weights of tokens, because the hard loss could not read them.
-
-    Raises:
-        ValueError: one has.
-    """
-    if any(each is not None for each in weights):
-        raise ValueError(
-            "weights of tokens reach neither label smoothing nor compute_loss_func nor a model's "
-            "own loss, got both"
-        )
 
 
 class _Found(NamedTuple):
@@ -108,58 +77,70 @@ class HardLoss:
     its own loss from the labels, which it shifts itself if it wants to.
 
     Args:
-        trainer: of a causal LM or a classifier, as `Trainer` has set it up. A classifier's own loss
-            is always the hard one; here only that of the user is looked for.
+        lm: the student without wrappers.
+        wanted: whether a hard loss is computed at some step, and may be the model's own. A
+            classifier's own loss is always the hard one; of it only that of the user is looked for.
+        sharded: whether parameters lie in pieces, so that the model cannot be probed.
+        compute_loss_func: of the `Trainer`, or None.
+        label_smoother: of the `Trainer`, or None.
+        shifts_labels: whether labels are those of the next tokens.
+        accepts_count: whether the model's forward takes `num_items_in_batch`.
     """
 
-    def __init__(self, trainer: "DistillTrainer") -> None:
-        self._trainer = trainer
-        self._accepts_count = trainer.model_accepts_loss_kwargs  # the Trainer has looked
+    def __init__(
+        self,
+        lm: nn.Module,
+        *,
+        wanted: bool,
+        sharded: bool,
+        compute_loss_func: Callable[..., Tensor] | None,
+        label_smoother: Callable[..., Tensor] | None,
+        shifts_labels: bool,
+        accepts_count: bool,
+    ) -> None:
+        self.compute_loss_func, self.label_smoother = compute_loss_func, label_smoother
+        self._shifts_labels, self._accepts_count = shifts_labels, accepts_count
         self._found: _Found | None = None
-        wanted = Schedule.parse(trainer.args.alpha).bounds[0] < 1.0 and not self._is_users()
-        wanted = wanted and trainer._classification is None
-        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        self._to_probe = wanted and not sharded
-        reason = _named(causal_lm(cast(nn.Module, trainer.model))) if wanted else None
+        wanted = wanted and not self._is_users()
+        self.to_probe = wanted and not sharded
+        reason = _named(lm) if wanted else None
         if reason is not None:
             self._note(_Found(reason))
 
     def _is_users(self) -> bool:
-        trainer = self._trainer
-        return trainer.label_smoother is not None or trainer.compute_loss_func is not None
+        return self.label_smoother is not None or self.compute_loss_func is not None
 
     @property
     def replaces(self) -> bool:
         """Whether there is another hard loss than the cross-entropy, as far as it is known."""
         return self._is_users() or self._found is not None
 
-    def look(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    def look(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
         """Probe the model at the first batch.
 
-        Raises:
-            ValueError: its loss is its own, and this run needs the cross-entropy of each token.
+        Returns:
+            Whether this batch has shown that the hard loss is the model's own.
         """
-        if not self._to_probe:
-            return
+        if not self.to_probe:
+            return False
         lm, ids = causal_lm(model), inputs.get("input_ids")
         if ids is None or "labels" not in inspect.signature(lm.forward).parameters:
-            self._to_probe = False
-            return
+            self.to_probe = False
+            return False
         mask = inputs.get("attention_mask")
         row = ids[0] if mask is None or mask.ndim != 2 else ids[0][mask[0].bool()]
         row = row[None, :PROBE_TOKENS]
         if row.shape[1] < 2:
-            return
-        self._to_probe = False
-        if self._found is None:
+            return False
+        self.to_probe, is_new = False, self._found is None
+        if is_new:
             reason = _probed(lm, row)
             if reason is None:
-                return
+                return False
             self._note(_Found(reason))
-            check_anchor(self._trainer)
-            check_unweighted([self._trainer._weighing.known(inputs)])
         if self._found is not None and self._accepts_count and _ignores_count(lm, row):
             self._found = self._found._replace(ignores_count=True)
+        return is_new
 
     def _note(self, found: _Found) -> None:
         self._found = found
@@ -186,18 +167,10 @@ class HardLoss:
             labels: of the batch.
             num_items: labelled tokens (a classifier's rows) of the step, or None for this batch's.
         """
-        loss = self._unscaled(outputs, labels, num_items)
-        return None if loss is None else loss * self._trainer._num_averaged(num_items)
-
-    def _unscaled(
-        self, outputs: Any, labels: Tensor, num_items: Tensor | int | None
-    ) -> Tensor | None:
-        trainer = self._trainer
-        if trainer.compute_loss_func is not None:
-            return trainer.compute_loss_func(outputs, labels, num_items_in_batch=num_items)
-        if trainer.label_smoother is not None:
-            shift = trainer._classification is None
-            return trainer.label_smoother(outputs, labels, shift, num_items)
+        if self.compute_loss_func is not None:
+            return self.compute_loss_func(outputs, labels, num_items_in_batch=num_items)
+        if self.label_smoother is not None:
+            return self.label_smoother(outputs, labels, self._shifts_labels, num_items)
         if self._found is None:
             return None
         if num_items is None or self._model_counts(num_items):

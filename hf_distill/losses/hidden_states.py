@@ -9,24 +9,18 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hf_distill.data.sides import Side
-from hf_distill.losses import Scored, Terms
+from hf_distill.losses.base import Terms, Tokens
 from hf_distill.models.forward import kept_rng
-from hf_distill.models.layers import Seen, Watch, blocks, match_layers
+from hf_distill.models.layers import Watch, blocks, match_layers
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import causal_lm
-from hf_distill.schedules import Schedule
-from hf_distill.teachers import Teacher
 from metal_ops import hidden_divergence
-
-if TYPE_CHECKING:
-    from hf_distill.trainers.distill_trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -109,31 +103,6 @@ FILE = f"{MODULE}.safetensors"  # of a checkpoint
 HIDDEN_NAME, ATTENTION_NAME = "hidden", "attention"
 
 
-def for_trainer(trainer: "DistillTrainer") -> "HiddenAlignment | None":
-    """What the config asks for, or None; the teacher must be prepared.
-
-    Raises:
-        ValueError: as `HiddenAlignment`, or student and teacher have different tokenizers, or the
-            projections' parameters would be sharded.
-    """
-    args = trainer.args
-    settings = cast(HiddenConfig, args.hidden)
-    weighs = Schedule.parse(args.hidden_weight).bounds[1] > 0
-    if args.hidden_layers is None or not (weighs or settings.attention_weight):
-        return None
-    trainer._vocabulary.check_one_tokenizer("hidden_layers")
-    model, teacher = cast(nn.Module, trainer.model), cast(Teacher, trainer.teacher)
-    made = HiddenAlignment(model, teacher, args.hidden_layers, settings, args.seed)
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if made.projections is not None and sharded:
-        raise ValueError(
-            "hidden layers of different widths need projections, which are not saved where "
-            "parameters are sharded (FSDP, DeepSpeed): take a teacher of the student's width, or "
-            "hidden_layers=None"
-        )
-    return made
-
-
 def _width(lm: nn.Module) -> int:
     config: Any = lm.config
     return config.get_text_config().hidden_size
@@ -149,25 +118,27 @@ class HiddenAlignment:
 
     Args:
         model: the student, which may have adapters.
-        teacher: prepared.
+        teacher: prepared; see `watched_model` and `watch` of `hf_distill.teachers.Teacher`.
         layers: see `match_layers`.
         settings: the kind of the loss, and the weight of attention maps.
         seed: of the projections' first values.
+        sharded: whether parameters lie in pieces on several processes.
 
     Raises:
         ValueError: the teacher has no layers to look at, a layer does not exist, or attention maps
-            are asked of an attention that gives none.
+            are asked of an attention that gives none; or projections would be sharded.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        teacher: Teacher,
+        teacher: Any,
         layers: str | list[Any],
         settings: HiddenConfig,
         seed: int,
+        sharded: bool = False,
     ) -> None:
-        other = getattr(teacher, "watched_model", lambda _: None)(model)
+        other = teacher.watched_model(model)
         if other is None:
             raise ValueError(
                 "hidden_layers need a teacher that runs here, as a model or as the student itself; "
@@ -180,9 +151,15 @@ class HiddenAlignment:
         if attends:
             for name, lm in (("student", self.student), ("teacher", source)):
                 _check_attention(name, lm)
-        self._watch = Watch("student", [pair.student for pair in self.pairs], attends)
-        cast(Any, teacher).watch([pair.teacher for pair in self.pairs], attends)
+        self.watch = Watch("student", [pair.student for pair in self.pairs], attends)
+        teacher.watch([pair.teacher for pair in self.pairs], attends)
         self.projections = self._make_projections(_width(self.student), _width(source), seed)
+        if self.projections is not None and sharded:
+            raise ValueError(
+                "hidden layers of different widths need projections, which are not saved where "
+                "parameters are sharded (FSDP, DeepSpeed): take a teacher of the student's width, "
+                "or hidden_layers=None"
+            )
         logger.info(
             "hidden layers (student, teacher): %s, %s%s",
             ", ".join(f"({a}, {b})" for a, b in self.pairs),
@@ -198,12 +175,6 @@ class HiddenAlignment:
             torch.manual_seed(seed)
             made = [nn.Linear(own, other, bias=False) for _ in self.pairs]
         return nn.ModuleList(made).to(like.device, like.dtype)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What is logged."""
-        attends = self.settings.attention_weight > 0
-        return (HIDDEN_NAME, ATTENTION_NAME) if attends else (HIDDEN_NAME,)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -237,34 +208,31 @@ class HiddenAlignment:
                 "has teacher_input_ids of its own"
             )
 
-    def watching(self, side: Side) -> Any:
-        """Inside the block the student's states are taken."""
-        return self._watch.on(self.student, side.predicts)
-
-    def add(self, terms: Terms, seen: Seen, signal: Signal, scored: Scored, weight: float) -> Terms:
+    def add(
+        self, terms: Terms, student: Signal, teacher: Signal, tokens: Tokens, weight: float
+    ) -> Terms:
         """The terms with the hidden loss: its weighted sum over the scored tokens.
 
         Args:
             terms: of N tokens.
-            seen: the student's pass; tokens of an anchor stand behind the N.
-            signal: the teacher's, with its states.
-            scored: the tokens and their weights.
+            student: with its states; tokens of an anchor stand behind the N.
+            teacher: with its states.
+            tokens: the tokens and their weights.
             weight: hidden_weight at this step.
         """
-        hidden, attention = seen.states()
-        count = len(scored.targets)
-        student = [self._projected(i, x[:count]) for i, x in enumerate(hidden)]
-        per_token = hidden_loss(student, signal.states.hidden, self.settings.loss)
+        hidden, attention = student.states
+        count = len(tokens.targets)
+        projected = [self._projected(i, x[:count]) for i, x in enumerate(hidden)]
+        per_token = hidden_loss(projected, teacher.states.hidden, self.settings.loss)
         values = {HIDDEN_NAME: per_token}
-        loss = weight * (scored.weights * per_token).sum()
+        loss = weight * (tokens.weights * per_token).sum()
         if attention:
             maps = [x[:count] for x in attention]
-            values[ATTENTION_NAME] = attention_loss(maps, signal.states.attention)
-            term = (scored.weights * values[ATTENTION_NAME]).sum()
+            values[ATTENTION_NAME] = attention_loss(maps, teacher.states.attention)
+            term = (tokens.weights * values[ATTENTION_NAME]).sum()
             loss = loss + self.settings.attention_weight * term
-        unseen = scored.weights == 0
-        extra = {k: v.detach().masked_fill(unseen, torch.nan) for k, v in values.items()}
-        return terms._replace(loss=terms.loss + loss, extra={**terms.extra, **extra})
+        metrics = {name: value.detach() for name, value in values.items()}
+        return terms._replace(loss=terms.loss + loss, metrics={**terms.metrics, **metrics})
 
     def _projected(self, index: int, states: Tensor) -> Tensor:
         return states if self.projections is None else self.projections[index](states)

@@ -21,17 +21,15 @@ Source:
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_distill.losses import chunks
-from hf_distill.losses.divergence import Terms, hard_sum, mixed
-from hf_distill.models.signals import Head, Signal
-from metal_ops import DivergenceSpec, reference
-from metal_ops.functional import DivergenceStats
-from metal_ops.functional.linear import local
+from hf_distill.losses.base import Loss, Terms, Tokens
+from hf_distill.models.signals import Signal
+from metal_ops import DivergenceSpec
 
 SAMPLED_KINDS = ("policy_gradient", "k3")
 
@@ -63,7 +61,7 @@ _SOFT: dict[str, Callable[[Tensor, Tensor, float | None], _Soft]] = {
 
 
 @dataclass(frozen=True)
-class SampledObjective:
+class SampledTokenLoss(Loss):
     """alpha * soft + (1 - alpha) * hard: a loss of the sampled tokens, and cross-entropy.
 
     Args:
@@ -73,20 +71,21 @@ class SampledObjective:
         temperature_scaling: "t2" multiplies it by temperature², "none" does not.
         clip: None, or a bound > 0 in nats: the advantage of "policy_gradient" is kept in
             [-clip, clip]; the value of "k3" is cut at clip, where its gradient is zero.
-        measures_hard: as in `Objective`.
+        measures_hard: as in `Loss`.
 
     Raises:
         ValueError: a value is out of range.
     """
 
+    of_tokens: ClassVar[bool] = True
+    chunks_logits: ClassVar[bool] = False  # one log-softmax, like the cross-entropy's
+
     kind: str
-    alpha: float
+    alpha: float = 1.0
     temperature: float = 1.0
     temperature_scaling: str = "none"
     clip: float | None = None
     measures_hard: bool = field(default=False, kw_only=True)
-
-    extra_names = ("advantage",)
 
     def __post_init__(self) -> None:
         """Check the values where they are given."""
@@ -99,94 +98,21 @@ class SampledObjective:
         scaling, clip = self.temperature_scaling, self.clip
         return DivergenceSpec("reverse_kl", 0.5, self.temperature, scaling, clip, "token")
 
-    @property
-    def _wants_hard(self) -> bool:
-        return self.alpha < 1.0 or self.measures_hard
-
-    @property
-    def unmeasured(self) -> tuple[str, ...]:
-        """Metrics of single tokens that this loss does not compute."""
-        hard = () if self._wants_hard else ("hard",)
-        clipped = ("clipped",) if self.clip is None else ()
-        return (*hard, *clipped, "student_entropy", "teacher_entropy", "top1_agreement")
-
-    def _soft(
-        self, log_p: Tensor, log_q: Tensor, weights: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The weighted sum [], and soft, clipped, advantage, log p and log q per token."""
-        log_p = log_p.to(log_q.dtype)
+    def soft(self, logits: Tensor, teacher: Signal, tokens: Tokens) -> Terms:
+        """The loss of n sampled tokens; `advantage` is a metric of its own."""
+        with torch.no_grad():
+            log_p = chunks.gathered(teacher.dense(), tokens.targets, self.temperature)
+        log_q = chunks.gathered(logits, tokens.targets, self.temperature)
+        log_p, weights = log_p.to(log_q.dtype), tokens.soft_weights
         # a token without weight may be infinite
         held = torch.where(weights == 0, log_q.detach(), log_p)
         value, clipped = _SOFT[self.kind](held, log_q, self.clip)
         value = value * self._spec().scale
-        advantage = torch.where(weights == 0, torch.nan, log_p - log_q)  # NaN: does not count
-        rows = (value, clipped.to(value.dtype), advantage, log_p, log_q)
-        return (weights * value).sum(), tuple(row.detach() for row in rows)
-
-    def _terms(self, loss: Tensor, rows: tuple[Tensor, ...], hard: Tensor) -> Terms:
-        soft, clipped, advantage, log_p, log_q = rows
-        # entropies and agreement are not known; a NaN tells `assert_finite` whose logits are NaN
-        zero = torch.zeros_like(soft)
-        student, teacher = (zero.masked_fill(x.isnan(), torch.nan) for x in (log_q, log_p))
-        stats = DivergenceStats(student, teacher, zero, clipped)
-        return Terms(loss, soft, hard, stats, {"advantage": advantage})
-
-    def from_hidden(
-        self,
-        hidden: Tensor,
-        head: Head,
-        teacher: Signal,
-        targets: Tensor,
-        weights: Tensor,
-        hard_weights: Tensor | None = None,
-    ) -> Terms:
-        """Terms of N tokens, as `Objective.from_hidden`, a chunk of tokens at a time.
-
-        Raises:
-            ValueError: the teacher's signal is sparse.
-        """
-        if teacher.sparse is not None:
-            teacher.dense()  # says why it cannot be read
-        assert teacher.hidden is not None
-        assert teacher.head is not None
-        said, of = teacher.hidden, teacher.head
-        weight = local(of.weight).detach()
-        bias = None if of.bias is None else local(of.bias).detach()
-        hard_weights = weights if hard_weights is None else hard_weights
-
-        def piece(logits: Tensor, at: slice) -> tuple[Tensor, Tensor]:
-            with torch.no_grad():
-                teacher_logits = reference.head(said[at], weight, bias, of.logit_scale, of.softcap)
-                log_p = chunks.gathered(teacher_logits, targets[at], self.temperature)
-            log_q = chunks.gathered(logits, targets[at], self.temperature)
-            loss, rows = self._soft(log_p, log_q, weights[at])
-            hard = torch.zeros_like(log_q)
-            if self._wants_hard:
-                hard = -chunks.gathered(logits, targets[at])
-                loss = mixed(self.alpha, loss, (hard_weights[at] * hard).sum())
-            return loss, torch.stack([*rows, hard.detach()])
-
-        loss, values = chunks.sum_over_chunks(hidden, head, piece, hard_weights)
-        *rows, hard = values if values.numel() else values.new_zeros(6, 0)
-        return self._terms(loss, tuple(rows), hard)
-
-    def from_logits(
-        self,
-        logits: Tensor,
-        teacher: Signal,
-        targets: Tensor,
-        weights: Tensor,
-        hard_weights: Tensor | None = None,
-        hard_loss: Tensor | None = None,
-    ) -> Terms:
-        """Terms of N tokens from logits [N, V], as `Objective.from_logits`."""
-        with torch.no_grad():
-            log_p = chunks.gathered(teacher.dense(), targets, self.temperature)
-        log_q = chunks.gathered(logits, targets, self.temperature)
-        loss, rows = self._soft(log_p, log_q, weights)
-        hard = torch.zeros_like(log_q.detach())
-        if self._wants_hard:
-            hard_weights = weights if hard_weights is None else hard_weights
-            hard_part, hard = hard_sum(logits, targets, hard_weights, hard_loss)
-            loss = mixed(self.alpha, loss, hard_part)
-        return self._terms(loss, rows, hard)
+        metrics = {
+            "soft": value.detach(),
+            "advantage": torch.where(weights == 0, torch.nan, log_p - log_q.detach()),
+        }
+        if self.clip is not None:
+            metrics["clipped"] = clipped.to(value.dtype)
+        evidence = {"student": log_q.detach(), "teacher": log_p}
+        return Terms((weights * value).sum(), metrics, evidence)

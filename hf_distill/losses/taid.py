@@ -4,19 +4,18 @@ import json
 import math
 import os
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import TrainerCallback
 
-from hf_distill.losses import AnyObjective
+from hf_distill.losses.base import Loss, Terms, Tokens
 from hf_distill.losses.chunks import wide
-from hf_distill.losses.divergence import Objective, Terms
-from hf_distill.models.signals import Head, Signal
+from hf_distill.losses.divergence import DivergenceLoss
+from hf_distill.models.signals import Signal
 from metal_ops import weighted_divergence
-from metal_ops.functional.linear import local
 
 
 @dataclass
@@ -85,13 +84,13 @@ def taid_target(logits: Tensor, teacher_logits: Tensor, t: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class TaidObjective(Objective):
-    """An `Objective` whose soft loss is KL(p_t || q), a target between student and teacher.
+class TaidLoss(DivergenceLoss):
+    """A `DivergenceLoss` whose soft loss is KL(p_t || q), a target between student and teacher.
 
     p_t = softmax(((1 - t) * student + t * teacher) / temperature) of the logits, the student's held
     constant, and q is the student. At t = 0 loss and gradient are zero, at t = 1 this is forward_kl
-    to the teacher. The statistics are the teacher's, not the target's; `extra` holds what the soft
-    loss would be at t = 1, [N], as "taid_teacher_kl".
+    to the teacher. The metrics are the teacher's, not the target's; "taid_teacher_kl" is what the
+    soft loss would be at t = 1.
 
     Args:
         spec: of kind "forward_kl".
@@ -106,8 +105,9 @@ class TaidObjective(Objective):
         cross-entropy with p_t, which has the same gradient.
     """
 
+    needs_dense: ClassVar[bool] = True
+
     t: float = 1.0
-    extra_names: tuple[str, ...] = field(default=(TEACHER_KL,), init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the values where they are given."""
@@ -116,79 +116,39 @@ class TaidObjective(Objective):
         if not 0.0 <= self.t <= 1.0:
             raise ValueError(f"the t of taid must be in [0, 1], got {self.t}")
 
-    def from_hidden(
-        self,
-        hidden: Tensor,
-        head: Head,
-        teacher: Signal,
-        targets: Tensor,
-        weights: Tensor,
-        hard_weights: Tensor | None = None,
-    ) -> Terms:
-        """As `Objective.from_hidden`; the logits of both sides exist a chunk of tokens at a time.
+    def check_signal(self, teacher: Signal, num_tokens: int) -> None:
+        """Check what the teacher says.
 
         Raises:
-            ValueError: the teacher's signal is sparse.
+            ValueError: it is sparse.
         """
-        _check_dense(teacher)
-        if self.t == 1.0:
-            return _at_end(
-                super().from_hidden(hidden, head, teacher, targets, weights, hard_weights), weights
+        if teacher.sparse is not None:
+            raise ValueError(
+                "taid mixes the logits of student and teacher, so it needs the teacher's logits or "
+                f"hidden states; got {teacher.sparse.ids.shape[-1]} entries of the vocabulary"
             )
-        assert teacher.hidden is not None
-        assert teacher.head is not None
-        states, bias = teacher.hidden, teacher.head.bias
-        bias = None if bias is None else local(bias)
-        frozen = replace(teacher.head, weight=local(teacher.head.weight), bias=bias)
 
-        def part(at: slice) -> Signal:
-            return Signal(hidden=states[at], head=frozen)
+    def __call__(self, student: Signal, teacher: Signal, tokens: Tokens) -> Terms:
+        """The terms of N tokens, see `Loss`; logits exist a chunk of tokens at a time."""
+        self.check_signal(teacher, len(tokens.targets))
+        if self.t == 1.0:
+            terms = super().__call__(student, teacher, tokens)
+            return terms._replace(metrics={**terms.metrics, TEACHER_KL: terms.metrics["soft"]})
+        return Loss.__call__(self, student, teacher, tokens)
 
-        hard_weights = weights if hard_weights is None else hard_weights
-        return self._in_chunks(hidden, head, part, targets, weights, hard_weights)
-
-    def from_logits(
-        self,
-        logits: Tensor,
-        teacher: Signal,
-        targets: Tensor,
-        weights: Tensor,
-        hard_weights: Tensor | None = None,
-        hard_loss: Tensor | None = None,
-    ) -> Terms:
-        """As `Objective.from_logits`.
-
-        Raises:
-            ValueError: the teacher's signal is sparse.
-        """
-        _check_dense(teacher)
+    def soft(self, logits: Tensor, teacher: Signal, tokens: Tokens) -> Terms:
+        """The divergence of n tokens from their targets."""
         with torch.no_grad():
             known = teacher.dense()
-        scored = (targets, weights, hard_weights, hard_loss)
         if self.t == 1.0:
-            return _at_end(super().from_logits(logits, Signal(logits=known), *scored), weights)
+            return super().soft(logits, Signal(logits=known), tokens)
         target = Signal(logits=taid_target(logits, known, self.t))
-        terms = super().from_logits(logits, target, *scored)
+        terms = super().soft(logits, target, tokens)
+        weights = tokens.soft_weights
         at_end = weighted_divergence(logits.detach(), known, self.spec, weights=weights)
-        stats = at_end.stats._replace(clipped=terms.stats.clipped)
-        return terms._replace(stats=stats, extra=_extra(at_end.per_token, weights))
-
-
-def _check_dense(teacher: Signal) -> None:
-    if teacher.sparse is not None:
-        raise ValueError(
-            "taid mixes the logits of student and teacher, so it needs the teacher's logits or "
-            f"hidden states; got {teacher.sparse.ids.shape[-1]} entries of the vocabulary"
-        )
-
-
-def _extra(per_token: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """A token that does not count has no value."""
-    return {TEACHER_KL: torch.where(weights != 0, per_token, torch.nan)}
-
-
-def _at_end(terms: Terms, weights: Tensor) -> Terms:
-    return terms._replace(extra=_extra(terms.soft, weights))
+        metrics = {**terms.metrics, TEACHER_KL: at_end.per_token}
+        metrics |= {k: v for k, v in at_end.stats._asdict().items() if k != "clipped"}
+        return terms._replace(metrics=metrics)
 
 
 TAID_FILE = "taid.json"
@@ -254,10 +214,10 @@ class Taid(TrainerCallback):
         self._sum: Tensor | None = None
         self._used = config.t_start
 
-    def present(self, objective: AnyObjective) -> TaidObjective:
-        """The objective with the t of this step."""
-        assert isinstance(objective, TaidObjective)
-        return replace(objective, t=self.state.t)
+    def present(self, loss: Loss) -> TaidLoss:
+        """The loss with the t of this step."""
+        assert isinstance(loss, TaidLoss)
+        return replace(loss, t=self.state.t)
 
     def add(self, soft: Tensor, weights: Tensor) -> None:
         """Count a micro-batch: soft [N] in nats, and the weights [N] of its tokens in the loss."""

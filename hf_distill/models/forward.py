@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_distill.data.sides import Side
-from hf_distill.models.layers import Watch
+from hf_distill.models.layers import States, Watch
 from hf_distill.models.signals import Head, Signal
 from hf_distill.models.structure import causal_lm, is_classifier, output_head
 
@@ -227,6 +227,38 @@ class Reader:
         scored = logits if logits.ndim == 2 else logits[side.predicts]
         return scored if self.vocab is None else scored[:, : self.vocab]
 
+    def run(
+        self,
+        model: nn.Module,
+        side: Side,
+        read: Callable[[Signal], Any],
+        at_head: bool = True,
+    ) -> Any:
+        """What `read` makes of the model's signal, with a gradient.
+
+        Args:
+            model: the model to run, wrapped or not.
+            side: its part of the batch.
+            read: called once. Where the model is read by its hidden states it is called inside the
+                model's forward, so that parallel wrappers see its gradients.
+            at_head: False reads the logits in any case.
+        """
+        at_head = at_head and self.reads_hidden(model, side.inputs)
+        with self.watching(model, side) as states:
+            if not at_head:
+                logits = self.logits(model, side)
+                return read(Signal(logits=logits, states=states()))
+            return self.at_head(model, side, lambda *x: read(Signal(None, *x, states=states())))
+
+    @contextmanager
+    def watching(self, model: nn.Module, side: Side) -> Iterator[Callable[[], States]]:
+        """Inside the block the chosen layers are watched; what is yielded gives their states."""
+        if not self.watch.layers:
+            yield States
+            return
+        with self.watch.on(causal_lm(model), side.predicts) as seen:
+            yield seen.states
+
     @torch.no_grad()
     def signal(self, model: nn.Module, side: Side, frozen_head: bool = True) -> Signal:
         """The model's signal without gradient.
@@ -237,21 +269,16 @@ class Reader:
             frozen_head: False keeps the head's own parameter in the signal, so that the op can see
                 that student and teacher share it; True takes its value now.
         """
-        reads_hidden = self.reads_hidden(model, side.inputs)
-        with self.watch.on(causal_lm(model), side.predicts) as seen:
-            found = self._signal(model, side, frozen_head, reads_hidden)
-        return replace(found, states=seen.states())
+        return self.run(model, side, _frozen if frozen_head else _same)
 
-    def _signal(
-        self, model: nn.Module, side: Side, frozen_head: bool, reads_hidden: bool
-    ) -> Signal:
-        if not reads_hidden:
-            return Signal(logits=self.logits(model, side))
 
-        def read(hidden: Tensor, head: Head) -> Signal:
-            if frozen_head:
-                bias = None if head.bias is None else head.bias.detach()
-                head = replace(head, weight=head.weight.detach(), bias=bias)
-            return Signal(hidden=hidden, head=head)
+def _same(signal: Signal) -> Signal:
+    return signal
 
-        return self.at_head(model, side, read)
+
+def _frozen(signal: Signal) -> Signal:
+    """The signal with the values that its head has now."""
+    if signal.head is None:
+        return signal
+    bias = None if signal.head.bias is None else signal.head.bias.detach()
+    return replace(signal, head=replace(signal.head, weight=signal.head.weight.detach(), bias=bias))

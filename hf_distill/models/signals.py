@@ -3,15 +3,20 @@
 Shapes: N scored tokens, H hidden, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hf_distill.models.layers import States
-from metal_ops import SparseTeacher, reference
+from metal_ops import PowerSums, SparseTeacher, TailSamples, reference
 from metal_ops.functional.linear import local
+
+NO_ENTRY = -1  # padding of a sparse signal's ids
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,8 @@ class Signal:
 
     `logits` [N, V]; `hidden` [N, H] and `head`; or `sparse`, the log-probabilities of a few entries
     and the mass of the rest, with a rule for that rest. Exactly one form is set. `states` are
-    those of the layers that are compared.
+    those of the layers that are compared. `own_loss` [] is the model's own loss of its labels, for
+    the whole optimizer step, where it takes the place of the cross-entropy.
 
     `paired` [N] bool: the scored tokens that the signal is about, its rows in their order; None is
     all of them. Teachers with another tokenizer have not a token for each of the student's.
@@ -58,6 +64,14 @@ class Signal:
     tail: TailRule = field(default_factory=TailRule)
     states: States = field(default_factory=States)
     paired: Tensor | None = None
+    own_loss: Tensor | None = None
+
+    @property
+    def vocab(self) -> int | None:
+        """V; a sparse signal does not say it."""
+        if self.logits is not None:
+            return self.logits.shape[-1]
+        return None if self.head is None else len(self.head.weight)
 
     def dense(self) -> Tensor:
         """[N, V] logits, projected now if they were not.
@@ -75,7 +89,34 @@ class Signal:
         assert self.hidden is not None
         assert self.head is not None
         h = self.head
-        return reference.head(self.hidden, h.weight, h.bias, h.logit_scale, h.softcap)
+        bias = None if h.bias is None else local(h.bias)
+        return reference.head(self.hidden, local(h.weight), bias, h.logit_scale, h.softcap)
+
+    def rows(self, at: slice) -> "Signal":
+        """The signal about some of the scored tokens, one row for each of them.
+
+        Of a signal that is `paired`, tokens that it says nothing of get any of its rows, and
+        `paired` tells which these are.
+        """
+        if self.sparse is not None:
+            return replace(self, sparse=self.sparse.rows(at))
+        index: Any = at
+        if self.paired is not None:
+            # a gather needs no waiting for the device to know how many tokens are spoken of
+            index = (self.paired.cumsum(0) - 1).clamp_min(0)[at]
+        return replace(
+            self,
+            logits=None if self.logits is None else self.logits[index],
+            hidden=None if self.hidden is None else self.hidden[index],
+            paired=None if self.paired is None else self.paired[at],
+        )
+
+    def split(self, sizes: Sequence[int]) -> list["Signal"]:
+        """The tokens in groups of so many; the states stay with the first."""
+        starts = [0, *accumulate(sizes)]
+        places = [slice(a, b) for a, b in pairwise(starts)]
+        first, *others = [self.rows(at) for at in places]
+        return [first, *(replace(each, states=States()) for each in others)]
 
 
 def without_padding(signal: Signal, size: int) -> Signal:
@@ -123,4 +164,112 @@ def _without_padding(known: SparseTeacher, size: int) -> SparseTeacher:
         log_tail=known.log_tail - kept,
         samples=samples,
         powers=powers,
+    )
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two tensors are the same memory, as the detached views of one parameter are."""
+    if one is None or other is None:
+        return one is other
+    views = [(x.data_ptr(), x.shape, x.stride(), x.dtype, x.device) for x in (one, other)]
+    return views[0] == views[1]
+
+
+def _one_head(signals: Sequence[Signal]) -> Head | None:
+    """The head that all signals share, or None."""
+    heads = [signal.head for signal in signals if signal.head is not None]
+    if len(heads) != len(signals):
+        return None
+    first = heads[0]
+    shared = all(
+        _same(first.weight, head.weight)
+        and _same(first.bias, head.bias)
+        and (first.logit_scale, first.softcap) == (head.logit_scale, head.softcap)
+        for head in heads
+    )
+    return first if shared else None
+
+
+def join(signals: Sequence[Signal], order: Tensor) -> Signal:
+    """One signal of all tokens from signals about some of them.
+
+    Args:
+        signals: at least one.
+        order: [N] where each token is in the signals one after another.
+
+    Raises:
+        ValueError: some are sparse and others not, or they have other rules or temperatures.
+    """
+    if len(signals) == 1:
+        return signals[0]
+    sparse = [signal.sparse for signal in signals if signal.sparse is not None]
+    if sparse and len(sparse) != len(signals):
+        raise ValueError(
+            "routed teachers must all give log-probabilities of a few entries, or none of them; "
+            f"got {len(sparse)} of {len(signals)} that do"
+        )
+    if sparse:
+        rules = {signal.tail for signal in signals}
+        if len(rules) > 1:
+            raise ValueError(
+                f"routed teachers must have one rule for the tail, got {sorted(map(str, rules))}"
+            )
+        (rule,) = rules
+        if rule.tail == "sampled" and any(s.samples is None for s in sparse):
+            raise ValueError("tail 'sampled' needs samples of every routed teacher's tail")
+        return Signal(sparse=_joined_sparse(sparse).rows(order), tail=rule)
+    hidden = [signal.hidden for signal in signals if signal.hidden is not None]
+    head = _one_head(signals)
+    if head is not None:
+        return Signal(hidden=torch.cat(hidden)[order], head=head)
+    return Signal(logits=torch.cat([signal.dense() for signal in signals])[order])
+
+
+def _padded(parts: Sequence[Tensor], value: float) -> Tensor:
+    """One tensor of [tokens, width] parts, each widened to the widest."""
+    width = max(x.shape[-1] for x in parts)
+    pad = F.pad
+    return torch.cat([pad(x, (0, width - x.shape[-1]), value=value) for x in parts])
+
+
+def _joined_samples(signals: Sequence[SparseTeacher]) -> TailSamples | None:
+    """The draws of all; a teacher without any has no draw, which is its tail as one category."""
+    if all(signal.samples is None for signal in signals):
+        return None
+    parts = [
+        signal.samples
+        or TailSamples(signal.ids[:, :0], signal.log_probs[:, :0], signal.log_probs[:, :0])
+        for signal in signals
+    ]
+    ids, log_probs, log_weights = zip(*parts, strict=True)
+    return TailSamples(
+        _padded(ids, NO_ENTRY), _padded(log_probs, -torch.inf), _padded(log_weights, -torch.inf)
+    )
+
+
+def _joined_powers(signals: Sequence[SparseTeacher]) -> PowerSums | None:
+    """The power sums, where all have the same and a common range; else none."""
+    powers = [signal.powers for signal in signals if signal.powers is not None]
+    if len(powers) != len(signals) or len({each.orders for each in powers}) > 1:
+        return None
+    low = max(each.temperature_range[0] for each in powers)
+    high = min(each.temperature_range[1] for each in powers)
+    if low > high:
+        return None
+    log_sums = torch.cat([each.log_sums for each in powers])
+    num_tail = torch.cat([each.num_tail for each in powers])
+    return PowerSums(powers[0].orders, log_sums, num_tail, (low, high))
+
+
+def _joined_sparse(signals: Sequence[SparseTeacher]) -> SparseTeacher:
+    temperatures = {signal.temperature for signal in signals}
+    if len(temperatures) > 1:
+        raise ValueError(f"routed teachers must have one temperature, got {sorted(temperatures)}")
+    return SparseTeacher(
+        _padded([s.ids for s in signals], NO_ENTRY),
+        _padded([s.log_probs for s in signals], -torch.inf),
+        torch.cat([s.log_tail for s in signals]),
+        temperatures.pop(),
+        _joined_samples(signals),
+        _joined_powers(signals),
     )

@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from hf_distill.data.token_classes import CLASSES
-from metal_ops.functional import LinearTerms
 
 MEANS = ("soft", "hard", "student_entropy", "teacher_entropy", "top1_agreement", "clipped")
+TOKENS = "tokens"  # the metric that is their number
 HINT_NGRAM = 4  # tokens; shorter runs are shared by chance
 
 
@@ -101,24 +102,14 @@ class ShareMeter:
         return {self.name: flagged / count} if count else {}
 
 
-def _by_class(split: Sequence[float]) -> dict[str, float]:
-    """Metrics from the sums of soft of each class and the numbers of their tokens."""
-    sums, counts = split[: len(CLASSES)], split[len(CLASSES) :]
-    found: dict[str, float] = {}
-    for name, soft, count in zip(CLASSES[: len(counts)], sums, counts, strict=True):
-        if count:
-            found[f"soft_{name}"] = soft / count
-            found[f"share_{name}"] = soft / sum(sums) if sum(sums) else 0.0
-    return found
-
-
 class TokenMeter:
-    """Means over all tokens since the last reading, over all processes.
+    """Means over the scored tokens since the last reading, over all processes.
 
     `soft` and `hard` are nats per token as they enter the loss (soft with its temperature scaling),
     the entropies are nats at the loss's temperature, `top1_agreement` and `clipped` are shares of
     the tokens, `tokens` is their number. With the classes of tokens, `soft_<class>` is the mean of
     soft over the tokens of a class, `share_<class>` the class's share of the summed soft loss.
+    Other metrics have the names that a loss gives them. What was not measured is absent.
 
     Args:
         classes: [V] int64, indices into `CLASSES`, or None.
@@ -126,64 +117,98 @@ class TokenMeter:
 
     def __init__(self, classes: Tensor | None = None) -> None:
         self._classes = classes
-        self._sums: Tensor | None = None
+        self._sums: dict[str, Tensor] = {}  # by name [2]: the sum, and how many
+        self._of_classes: Tensor | None = None  # [2 * CLASSES]: sums of soft, numbers of tokens
 
-    def _num_sums(self) -> int:
-        return len(MEANS) + 1 + (0 if self._classes is None else 2 * len(CLASSES))
+    def add(
+        self,
+        metrics: Mapping[str, Tensor],
+        targets: Tensor | None = None,
+        counted: Tensor | None = None,
+    ) -> None:
+        """Count one micro-batch; no synchronisation with the device unless tokens are left out.
 
-    def add(self, terms: LinearTerms, targets: Tensor) -> None:
-        """Count one micro-batch of scored tokens, [N] int64; no synchronisation with the device."""
-        rows = torch.stack([terms.soft, terms.hard, *terms.stats]).detach()
-        # MPS has no float64; float32 counts tokens exactly up to 2^24 between two readings
-        dtype = torch.float32 if rows.device.type == "mps" else torch.float64
-        count = torch.full((1,), rows.shape[1], dtype=dtype, device=rows.device)
-        sums = [rows.sum(1, dtype=dtype), count]
-        if self._classes is not None:
-            self._classes = self._classes.to(rows.device)  # once
-            numbers = torch.arange(len(CLASSES), device=rows.device)
-            member = (self._classes[targets] == numbers[:, None]).to(dtype)
-            sums += [member @ terms.soft.detach().to(dtype), member.sum(1)]
-        total = torch.cat(sums)
-        self._sums = total if self._sums is None else self._sums + total
+        Args:
+            metrics: by name, values of tokens; a NaN is none.
+            targets: [N] int64, if the metrics are those of a loss.
+            counted: [N] bool, the tokens that count, or None for all.
+        """
+        values = {name: value.detach() for name, value in metrics.items()}
+        if targets is not None:
+            if counted is not None:
+                of_tokens = {name for name, value in values.items() if len(value) == len(counted)}
+                values |= {name: values[name][counted] for name in of_tokens}
+                targets = targets[counted]
+            self._count(TOKENS, targets.new_ones(len(targets), dtype=torch.float32)[None])
+            self._add_classes(values, targets)
+        together = [name for name in MEANS if name in values]
+        if together:
+            stacked = torch.stack([values.pop(name) for name in together])
+            for name, sums in zip(together, _sums(stacked), strict=True):
+                self._keep(name, sums)
+        for name, value in values.items():
+            self._count(name, value[None])
 
-    def read(self, accelerator: Accelerator, unused: tuple[str, ...] = ()) -> dict[str, float]:
-        """The metrics, without those named `unused`; starts anew. Every process must call it."""
-        empty = self._sums is None
-        sums = torch.zeros(self._num_sums(), device=accelerator.device) if empty else self._sums
-        self._sums = None
-        total: Any = accelerator.reduce(sums, reduction="sum")
-        sums, (tokens, *split) = total[: len(MEANS)].tolist(), total[len(MEANS) :].tolist()
-        if not tokens:
-            return {}
-        means = {k: v / tokens for k, v in zip(MEANS, sums, strict=True) if k not in unused}
-        return {**means, "tokens": tokens, **_by_class(split)}
+    def _count(self, name: str, row: Tensor) -> None:
+        self._keep(name, _sums(row)[0])
 
+    def _keep(self, name: str, sums: Tensor) -> None:
+        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
-class MeanMeter:
-    """Means of values, by name, since the last reading, over all processes.
-
-    Args:
-        names: of the means; a name without values is left out of a reading.
-    """
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = tuple(names)
-        self._sums: dict[str, Tensor] = {}
-
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        """Count values [n], by name; a NaN is none. No synchronisation with the device."""
-        for name, each in values.items():
-            dtype = torch.float32 if each.device.type == "mps" else torch.float64
-            pair = torch.stack([each.nansum(dtype=dtype), (~each.isnan()).sum(dtype=dtype)])
-            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+    def _add_classes(self, values: Mapping[str, Tensor], targets: Tensor) -> None:
+        if self._classes is None or "soft" not in values:
+            return
+        self._classes = self._classes.to(targets.device)  # once
+        numbers = torch.arange(len(CLASSES), device=targets.device)
+        dtype = _sum_dtype(targets.device)
+        member = (self._classes[targets] == numbers[:, None]).to(dtype)
+        sums = torch.cat([member @ values["soft"].to(dtype), member.sum(1)])
+        self._of_classes = sums if self._of_classes is None else self._of_classes + sums
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means; starts anew. Every process must call it."""
-        if not self.names:
+        """The metrics; starts anew. Every process must call it."""
+        names = self._names(accelerator)
+        dtype, device = _sum_dtype(accelerator.device), accelerator.device
+        zero = torch.zeros(2, dtype=dtype, device=device)
+        parts = [self._sums.get(name, zero) for name in names]
+        if self._classes is not None:
+            empty = torch.zeros(2 * len(CLASSES), dtype=dtype, device=device)
+            parts.append(empty if self._of_classes is None else self._of_classes)
+        self._sums, self._of_classes = {}, None
+        if not parts:
             return {}
-        dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
-        zero = torch.zeros(2, dtype=dtype, device=accelerator.device)
-        pairs = torch.stack([self._sums.pop(name, zero) for name in self.names])
-        total: Any = accelerator.reduce(pairs, reduction="sum")
-        found = zip(self.names, total.tolist(), strict=True)
-        return {name: value / count for name, (value, count) in found if count}
+        total: Any = accelerator.reduce(torch.cat(parts), reduction="sum")
+        sums = total.tolist()
+        pairs = zip(names, sums[::2], sums[1::2], strict=False)
+        found = {k: count if k == TOKENS else value / count for k, value, count in pairs if count}
+        return found | _by_class(sums[2 * len(names) :], found)
+
+    def _names(self, accelerator: Accelerator) -> list[str]:
+        """What some process has measured, in one order on all of them."""
+        names = set(self._sums)
+        if accelerator.num_processes > 1:
+            names = set(gather_object(sorted(names)))
+        known = [name for name in (*MEANS, TOKENS) if name in names]
+        return known + sorted(names - {*known})
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    # MPS has no float64; float32 counts tokens exactly up to 2^24 between two readings
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _sums(rows: Tensor) -> Tensor:
+    """[k, 2] the sums of rows [k, n], and how many values each has that are no NaN."""
+    dtype = _sum_dtype(rows.device)
+    return torch.stack([rows.nansum(1, dtype=dtype), (~rows.isnan()).sum(1, dtype=dtype)], dim=1)
+
+
+def _by_class(split: Sequence[float], means: Mapping[str, float]) -> dict[str, float]:
+    """Metrics from the sums of soft of each class and the numbers of their tokens."""
+    sums, counts = split[: len(CLASSES)], split[len(CLASSES) :]
+    found: dict[str, float] = {}
+    for name, soft, count in zip(CLASSES[: len(counts)], sums, counts, strict=True):
+        if count and "soft" in means:
+            found[f"soft_{name}"] = soft / count
+            found[f"share_{name}"] = soft / sum(sums) if sum(sums) else 0.0
+    return found

@@ -65,11 +65,16 @@ class DriftProbe:
         with torch.no_grad(), self.accelerator.autocast():
             return self.teacher.signal(student, side).dense().float().cpu()
 
-    def keep(self, student: nn.Module, student_side: Side, side: Side) -> None:
-        """Take the row from the first batch that is given: the start, or where a run resumes."""
+    def keep(self, student: nn.Module, student_side: Side, side: Side) -> bool:
+        """Take the row from the first batch that is given: the start, or where a run resumes.
+
+        Returns:
+            Whether it has one.
+        """
         if self._kept is None and bool(side.predicts.any()):
             row = _first_row(side)
             self._kept = row, self._said(student, row)
+        return self._kept is not None
 
     def read(self, student: nn.Module) -> dict[str, float]:
         """`teacher_drift`: the largest JSD of a token, in nats; every process must call it."""
@@ -106,14 +111,19 @@ class LiveProbe:
         with torch.no_grad(), self.accelerator.autocast():
             return self.teacher.signal(student, side).dense().float().cpu()
 
-    def keep(self, student: nn.Module, student_side: Side, side: Side) -> None:
-        """Take the rows from the first batch that is given: the start, or where a run resumes."""
+    def keep(self, student: nn.Module, student_side: Side, side: Side) -> bool:
+        """Take the rows from the first batch that is given: the start, or where a run resumes.
+
+        Returns:
+            Whether it has some.
+        """
         if self._kept is not None or not bool(side.predicts.any()):
-            return
+            return self._kept is not None
         rows = _some_tokens(side)
         before = self._said(student, rows)
         unaided = self._said(student, _some_tokens(student_side))
         self._kept = rows, before, max(_mean_jsd(unaided, before), LEAST_GAP)
+        return True
 
     def read(self, student: nn.Module) -> dict[str, float]:
         """`teacher_moved`, over all processes; every process must call it."""
@@ -153,10 +163,11 @@ class AverageProbe:
         average, weights = self.teacher.state_dict(), dict(unwrap(student).named_parameters())
         return _sample({name: weights[name] for name in average}), _sample(average)
 
-    def keep(self, student: nn.Module, student_side: Side, side: Side) -> None:
+    def keep(self, student: nn.Module, student_side: Side, side: Side) -> bool:
         """Take both as they are at the first call: the start, or where a run resumes."""
         if self._start is None:
             self._start = self._samples(student)
+        return True
 
     def read(self, student: nn.Module) -> dict[str, float]:
         """`ema_moved` and `ema_distance`: of the average, over the student's way from its start."""

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -25,11 +25,8 @@ from hf_distill.monitoring.faults import (
     Scene,
 )
 from hf_distill.monitoring.probes import Probe, make_probe
+from hf_distill.run import Run
 from hf_distill.schedules import Schedule
-from hf_distill.teachers import Teacher
-
-if TYPE_CHECKING:
-    from hf_distill.trainers.distill_trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -245,18 +242,19 @@ def without_text_limits(config: WatchdogConfig) -> WatchdogConfig:
     return dataclasses.replace(config, **cast(Any, dict.fromkeys(same)))
 
 
-def add_watchdog(trainer: "DistillTrainer", teacher: Teacher) -> Probe | None:
-    """Add the watchdog to the callbacks, unless it is off; the probe that it needs, or None."""
-    config = cast(WatchdogConfig, trainer.args.watchdog)
+def make_watchdog(run: Run, vocab: int | None) -> tuple[Watchdog | None, Probe | None]:
+    """The watchdog of a run, unless it is off, and the probe of its teacher, if it needs one.
+
+    Args:
+        run: with its settings and teacher.
+        vocab: entries of the vocabulary that are read, or None for all.
+    """
+    config = cast(WatchdogConfig, run.args.watchdog)
     if config.action == "off":
-        return None
-    of_rows = trainer._classification is not None
-    config = without_text_limits(config) if of_rows else config
-    # before the callbacks that report, so that they see its metrics
-    watchdog = config.make()
-    watchdog.vocab = trainer._vocabulary.size
-    trainer.callback_handler.callbacks.insert(0, watchdog)
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return None, None
+    watchdog = (without_text_limits(config) if run.is_classifier else config).make()
+    watchdog.vocab = vocab
+    if run.sharded:
         logger.info("the watchdog does not probe the teacher: parameters are sharded")
-        return None
-    return None if of_rows else make_probe(teacher, trainer.accelerator)
+        return watchdog, None
+    return watchdog, None if run.is_classifier else make_probe(run.teacher, run.accelerator)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_distill.rollouts import check_engine
+from hf_distill.rollouts.engines import check_engine
 
 
 @dataclass

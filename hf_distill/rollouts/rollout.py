@@ -21,7 +21,7 @@ from hf_distill.monitoring.completion_table import COLUMNS, CompletionTable
 from hf_distill.monitoring.metrics import CompletionMeter, HintOverlapMeter, ShareMeter
 from hf_distill.rollouts.config import RolloutConfig
 from hf_distill.rollouts.environments import Environment, play, share_siblings
-from hf_distill.trainers.opsd_config import OPSDConfig
+from hf_distill.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Rollouts:
     """Makes windows of the rows of an optimizer step.
 
     Args:
-        args: how.
+        args: an `OPSDConfig`.
         collator: of prompts and episodes.
         environment: judges the attempts, or None.
         engine: samples.
@@ -50,7 +50,7 @@ class Rollouts:
 
     def __init__(
         self,
-        args: OPSDConfig,
+        args: Any,
         collator: HintCollator,
         environment: Environment | None,
         engine: rollouts.Engine,
@@ -252,51 +252,56 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def make_engine(trainer: Any, environment: Environment | None) -> rollouts.Engine:
-    """The engine of an `OPSDTrainer` that samples.
+def make_engine(
+    run: Run, collator: HintCollator, environment: Environment | None
+) -> rollouts.Engine:
+    """The engine that samples completions.
+
+    Args:
+        run: with an `OPSDConfig`.
+        collator: of the prompts.
+        environment: judges the attempts, or None.
 
     Raises:
         ValueError: processes would have to sample together, but an environment lets each play
             another number of rounds.
         ImportError: the engine's library is not installed.
     """
-    args: OPSDConfig = trainer.args
-    rollout, collator = cast(RolloutConfig, args.rollout), trainer.hint_collator
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    together = rollout.engine == "vllm" or sharded
-    rounds = 1 if environment is None else rollout.max_turns
-    if together and rounds > 1 and trainer.accelerator.num_processes > 1:
+    config = cast(RolloutConfig, run.args.rollout)
+    together = config.engine == "vllm" or run.sharded
+    rounds = 1 if environment is None else config.max_turns
+    if together and rounds > 1 and run.accelerator.num_processes > 1:
         raise ValueError(
             "engine 'vllm' and sharded parameters need the same rounds on all "
-            f"{trainer.accelerator.num_processes} processes: set rollout.max_turns=1, got {rounds}"
+            f"{run.accelerator.num_processes} processes: set rollout.max_turns=1, got {rounds}"
         )
     sampling = rollouts.Sampling(
         collator.pad_token_id,
         collator.eos_token_id,
-        args.max_completion_length,
-        rollout.temperature,
-        rollout.generation_kwargs,
+        run.args.max_completion_length,
+        config.temperature,
+        config.generation_kwargs,
     )
     return rollouts.make_engine(
-        rollout.engine,
+        config.engine,
         sampling,
-        batch_size=rollout.batch_size,
-        engine_kwargs=rollout.engine_kwargs,
-        model=trainer.model,
-        accelerator=trainer.accelerator,
+        batch_size=config.batch_size,
+        engine_kwargs=config.engine_kwargs,
+        model=run.student,
+        accelerator=run.accelerator,
         processing_class=collator.tokenizer,
     )
 
 
-def make_table(trainer: Any) -> CompletionTable | None:
-    """The table of an `OPSDTrainer`, or None if `log_completions` is 0."""
-    args: OPSDConfig = trainer.args
+def make_table(run: Run, collator: HintCollator) -> CompletionTable | None:
+    """The table of what is sampled, or None if `log_completions` is 0."""
+    args = run.args
     if not args.log_completions:
         return None
     return CompletionTable(
-        cast(str, args.output_dir),
-        cast(list[str], args.report_to),
-        trainer.hint_collator.tokenizer,
+        args.output_dir,
+        args.report_to,
+        collator.tokenizer,
         args.log_completions,
-        trainer.accelerator,
+        run.accelerator,
     )

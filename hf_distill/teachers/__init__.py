@@ -1,10 +1,10 @@
 """Teachers: objects that read the teacher's side of a batch. The trainer does not know which."""
 
-from hf_distill.teachers.base import Teacher, check_kinds
+from hf_distill.teachers.base import Teacher, UpdateTeacher
 from hf_distill.teachers.model import ModelTeacher, as_teacher, place
 from hf_distill.teachers.remote import RemoteTeacher
-from hf_distill.teachers.routed import RoutedCollator, RoutedTeacher, each_teacher, routed
-from hf_distill.teachers.self_teacher import SelfTeacher, adapters_off
+from hf_distill.teachers.routed import RoutedCollator, RoutedTeacher
+from hf_distill.teachers.self_teacher import SelfTeacher, SelfTeacherConfig, adapters_off
 from hf_distill.teachers.vllm_client import RemoteTeacherError
 
 __all__ = [
@@ -14,11 +14,10 @@ __all__ = [
     "RoutedCollator",
     "RoutedTeacher",
     "SelfTeacher",
+    "SelfTeacherConfig",
     "Teacher",
+    "UpdateTeacher",
     "adapters_off",
     "as_teacher",
-    "check_kinds",
-    "each_teacher",
     "place",
-    "routed",
 ]

@@ -1,63 +1,111 @@
 """What a trainer needs of a teacher."""
 
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from hf_distill.data.sides import Side
 from hf_distill.models.signals import Signal
-from hf_distill.models.structure import causal_lm, check_classes, is_classifier
+from hf_distill.run import Run
 
 
-class Teacher(Protocol):
-    """`signal` is the method; the rest is its life cycle.
+class Teacher:
+    """A teacher says something of the scored tokens. Subclasses override `signal`.
 
-    A teacher may also have `vocab_size`, its logits per token (int, or None for as many as the
-    student's), and `tokenizer`, a method without arguments that gives its tokenizer, or None where
-    that is not known. What is there is compared with the student's.
+    The rest is what a trainer asks of a teacher and its life cycle; the defaults are those of a
+    frozen teacher that is ready as it is.
+
+    Attributes:
+        dense: whether signals are about the whole vocabulary, as logits or hidden states, and not
+            about some entries of each token's distribution.
+        temperature: the only temperature that its log-probabilities are known at, or None for any.
+        vocab_size: logits per token, or None for as many as the student has.
+        reads_batches: whether it reads a batch as a model does. Others know tokens of a vocabulary,
+            and classifiers have none.
+        knows_new_rows: whether it can be asked about any row, and not only about those that were
+            written down before.
+        route: from a row of the data to the number of the teacher that it asks; None where there is
+            one teacher.
     """
+
+    dense: bool = True
+    temperature: float | None = None
+    vocab_size: int | None = None
+    reads_batches: ClassVar[bool] = True
+    knows_new_rows: ClassVar[bool] = True
+    route: Any = None
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer of its ids, which is compared with the student's; None if not known."""
+        return None
+
+    def each(self) -> Sequence["Teacher"]:
+        """The teachers that are asked."""
+        return [self]
+
+    def check(self, run: Run) -> None:
+        """Check the run that the teacher is for, before it is prepared.
+
+        Raises:
+            ValueError: the run's loss could not be right.
+        """
+
+    def inputs(self) -> Sequence[str]:
+        """Names of a batch's inputs that it reads, which the student need not read."""
+        return ()
+
+    def collator(self, collator: Any) -> Any:
+        """The run's data collator, or one around it that adds what the teacher needs."""
+        return collator
 
     def prepare(self, accelerator: Accelerator, student: nn.Module, refusal: str | None) -> None:
         """Called once, before any training: place the teacher, check it against the student.
 
-        `refusal` is why hidden states must not be used in this run, or None.
+        Args:
+            accelerator: of the run.
+            student: not wrapped yet.
+            refusal: why hidden states must not be used in this run, or None.
         """
+
+    def keep_vocab(self, size: int | None) -> None:
+        """The run reads the first `size` entries of the vocabulary, or all (None)."""
+
+    def wrong_vocab(self, message: str) -> Exception:
+        """The error of a vocabulary that is not the student's."""
+        return ValueError(message)
+
+    def watched_model(self, student: nn.Module) -> nn.Module | None:
+        """The model whose layers `watch` numbers, or None where the teacher runs elsewhere."""
+        return None
+
+    def watch(self, layers: Sequence[int], attention: bool) -> None:
+        """Signals have these layers' states from now on, see `hf_distill.models.layers`."""
+        raise NotImplementedError(f"a {type(self).__name__} has no layers")
 
     def signal(self, student: nn.Module, side: Side) -> Signal:
         """The teacher's view of the scored tokens, without gradient. `student` may be wrapped."""
-        ...
+        raise NotImplementedError
 
     def update(self, student: nn.Module) -> None:
         """Called after every optimizer step."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint must hold besides the student; empty if nothing."""
-        ...
+        return {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore from a checkpoint."""
 
 
-class Stateless:
-    """The life cycle of a teacher that does not change in training."""
+class UpdateTeacher(TrainerCallback):
+    """Tells a teacher that an optimizer step has been taken."""
 
-    def update(self, student: nn.Module) -> None:
-        """Nothing: the teacher is frozen."""
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher = teacher
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Empty: the teacher is where it was taken from."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Nothing to restore."""
-
-
-def check_kinds(student: nn.Module, teacher: nn.Module) -> None:
-    """Classifiers must have the same classes; causal LMs are compared by the trainer.
-
-    Raises:
-        ValueError: as `check_classes`.
-    """
-    if is_classifier(causal_lm(student)) or is_classifier(causal_lm(teacher)):
-        check_classes(causal_lm(student), causal_lm(teacher))
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Called by the Trainer."""
+        self.teacher.update(model)

@@ -1,5 +1,6 @@
 """A teacher that is another model."""
 
+import inspect
 import logging
 import os
 from collections.abc import Sequence
@@ -24,8 +25,15 @@ from hf_distill.data.sides import Side
 from hf_distill.models.forward import Reader
 from hf_distill.models.layers import Watch
 from hf_distill.models.signals import Signal
-from hf_distill.models.structure import CLASSIFIER, causal_lm, vocab_size
-from hf_distill.teachers.base import Stateless, Teacher
+from hf_distill.models.structure import (
+    CLASSIFIER,
+    causal_lm,
+    check_classes,
+    is_classifier,
+    vocab_size,
+)
+from hf_distill.run import Run
+from hf_distill.teachers.base import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +129,7 @@ def _tokenizer(name: str, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | N
         return None
 
 
-class ModelTeacher(Stateless):
+class ModelTeacher(Teacher):
     """Another causal LM or sequence classifier, frozen. Its dtype need not be the student's.
 
     Args:
@@ -162,9 +170,22 @@ class ModelTeacher(Stateless):
         self.model: nn.Module = model.eval().requires_grad_(False)
 
     @property
-    def vocab_size(self) -> int | None:
+    def vocab_size(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Logits per token, or None if the model does not say."""
         return vocab_size(causal_lm(self.model))
+
+    def check(self, run: Run) -> None:
+        """Check that both are causal LMs, or classifiers of the same classes.
+
+        Raises:
+            ValueError: as `check_classes`.
+        """
+        if run.is_classifier or is_classifier(causal_lm(self.model)):
+            check_classes(run.language_model, causal_lm(self.model))
+
+    def inputs(self) -> Sequence[str]:
+        """Names of its forward's inputs."""
+        return tuple(inspect.signature(causal_lm(self.model).forward).parameters)
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer of its ids, loaded at the first call; None if it is not known."""

@@ -14,7 +14,7 @@ from hf_distill.data.sides import Side
 from hf_distill.models import structure
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import causal_lm
-from hf_distill.teachers.base import Stateless
+from hf_distill.teachers.base import Teacher
 from hf_distill.teachers.vllm_client import Completions, RemoteTeacherError, TopK
 from metal_ops import SparseTeacher
 
@@ -30,7 +30,7 @@ LEAST_TAIL = torch.finfo(torch.float32).eps
 NO_ENTRY = -1  # padding of ids
 
 
-class RemoteTeacher(Stateless):
+class RemoteTeacher(Teacher):
     """A model behind vLLM's completions endpoint, known by its most probable tokens.
 
     Every row with scored tokens is one request, cut behind its last scored token; the server
@@ -59,7 +59,9 @@ class RemoteTeacher(Stateless):
         ValueError: a number is out of range, or the environment variable is not set.
     """
 
+    dense = False
     temperature = 1.0
+    reads_batches = False
 
     def __init__(
         self,

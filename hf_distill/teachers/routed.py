@@ -9,22 +9,21 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from hf_distill.data.sides import TEACHER_ROUTE, Side
-from hf_distill.models.signals import Head, Signal, without_padding
+from hf_distill.models.signals import Signal, join, without_padding
+from hf_distill.run import Run
 from hf_distill.teachers.base import Teacher
 from hf_distill.teachers.model import as_teacher
 from hf_distill.teachers.self_teacher import SelfTeacher
-from metal_ops import PowerSums, SparseTeacher, TailSamples
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 SEPARATOR = ":"  # between a teacher's name and its own key in a checkpoint
-NO_ENTRY = -1  # padding of a sparse signal's ids
 
 
-class RoutedTeacher:
+class RoutedTeacher(Teacher):
     """Several teachers; a column of the data says which one each row asks.
 
     The batch carries `teacher_route` [B] int64, the number of each row's teacher in the order of
-    `teachers`; `routed` makes a data collator add it.
+    `teachers`. A trainer makes its data collator add it.
 
     Args:
         teachers: by name: models, names for `from_pretrained`, or teachers.
@@ -72,6 +71,34 @@ class RoutedTeacher:
             raise ValueError(f"column {self.column!r} must name a teacher ({known}), got {name!r}")
         return self.names.index(name)
 
+    @property
+    def dense(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether all teachers are."""
+        return all(teacher.dense for teacher in self.teachers.values())
+
+    def each(self) -> Sequence[Teacher]:
+        """The teachers that rows ask."""
+        return list(self.teachers.values())
+
+    def check(self, run: Run) -> None:
+        """Check each teacher's run."""
+        for teacher in self.each():
+            teacher.check(run)
+
+    def inputs(self) -> Sequence[str]:
+        """Names of a batch's inputs that some teacher reads."""
+        return [name for teacher in self.each() for name in teacher.inputs()]
+
+    def collator(self, collator: Any) -> Any:
+        """The collator, with each row's teacher in the batch."""
+        if isinstance(collator, RoutedCollator):
+            return collator
+        return RoutedCollator(collator, self)
+
+    def keep_vocab(self, size: int | None) -> None:
+        """Read the first `size` entries of each teacher's vocabulary, or all."""
+        self.vocab = size
+
     def prepare(self, accelerator: Accelerator, student: nn.Module, refusal: str | None) -> None:
         """Prepare each teacher.
 
@@ -106,7 +133,7 @@ class RoutedTeacher:
                 tokens.append(token)
         if not signals:  # no token is scored: any teacher's empty answer
             return next(iter(self.teachers.values())).signal(student, side._replace(route=None))
-        return _joined(signals, torch.cat(tokens).argsort())
+        return join(signals, torch.cat(tokens).argsort())
 
     def _cut(self, signal: Signal) -> Signal:
         return signal if self.vocab is None else without_padding(signal, self.vocab)
@@ -115,8 +142,8 @@ class RoutedTeacher:
         rows = len(side.predicts)
         if side.route is None:
             raise ValueError(
-                f"a RoutedTeacher needs {TEACHER_ROUTE!r} in the batch: wrap the data collator, "
-                "routed(collator, teacher)"
+                f"a RoutedTeacher needs {TEACHER_ROUTE!r} in the batch: outside of a trainer, wrap "
+                "the data collator, teacher.collator(collator)"
             )
         if side.route.shape != (rows,):
             raise ValueError(
@@ -143,7 +170,7 @@ class RoutedTeacher:
             for key, value in teacher.state_dict().items()
         }
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore each teacher.
 
         Raises:
@@ -171,122 +198,21 @@ def _rows(side: Side, mask: Tensor) -> Side:
     return Side(inputs, side.predicts[mask])
 
 
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether two tensors are the same memory, as the detached views of one parameter are."""
-    if one is None or other is None:
-        return one is other
-    views = [(x.data_ptr(), x.shape, x.stride(), x.dtype, x.device) for x in (one, other)]
-    return views[0] == views[1]
-
-
-def _one_head(signals: Sequence[Signal]) -> Head | None:
-    """The head that all signals share, or None."""
-    heads = [signal.head for signal in signals if signal.head is not None]
-    if len(heads) != len(signals):
-        return None
-    first = heads[0]
-    shared = all(
-        _same(first.weight, head.weight)
-        and _same(first.bias, head.bias)
-        and (first.logit_scale, first.softcap) == (head.logit_scale, head.softcap)
-        for head in heads
-    )
-    return first if shared else None
-
-
-def each_teacher(teacher: Teacher | None) -> list[Teacher]:
-    """The teachers of a routed one, or the teacher itself."""
-    if isinstance(teacher, RoutedTeacher):
-        return list(teacher.teachers.values())
-    return [] if teacher is None else [teacher]
-
-
-def _joined(signals: Sequence[Signal], order: Tensor) -> Signal:
-    """One signal of all tokens. order [N]: where each token is in the signals one after another."""
-    if len(signals) == 1:
-        return signals[0]
-    sparse = [signal.sparse for signal in signals if signal.sparse is not None]
-    if sparse and len(sparse) != len(signals):
-        raise ValueError(
-            "routed teachers must all give log-probabilities of a few entries, or none of them; "
-            f"got {len(sparse)} of {len(signals)} that do"
-        )
-    if sparse:
-        rules = {signal.tail for signal in signals}
-        if len(rules) > 1:
-            raise ValueError(
-                f"routed teachers must have one rule for the tail, got {sorted(map(str, rules))}"
-            )
-        (rule,) = rules
-        if rule.tail == "sampled" and any(s.samples is None for s in sparse):
-            raise ValueError("tail 'sampled' needs samples of every routed teacher's tail")
-        return Signal(sparse=_joined_sparse(sparse).rows(order), tail=rule)
-    hidden = [signal.hidden for signal in signals if signal.hidden is not None]
-    head = _one_head(signals)
-    if head is not None:
-        return Signal(hidden=torch.cat(hidden)[order], head=head)
-    return Signal(logits=torch.cat([signal.dense() for signal in signals])[order])
-
-
-def _padded(parts: Sequence[Tensor], value: float) -> Tensor:
-    """One tensor of [tokens, width] parts, each widened to the widest."""
-    width = max(x.shape[-1] for x in parts)
-    pad = nn.functional.pad
-    return torch.cat([pad(x, (0, width - x.shape[-1]), value=value) for x in parts])
-
-
-def _joined_samples(signals: Sequence[SparseTeacher]) -> TailSamples | None:
-    """The draws of all; a teacher without any has no draw, which is its tail as one category."""
-    if all(signal.samples is None for signal in signals):
-        return None
-    parts = [
-        signal.samples
-        or TailSamples(signal.ids[:, :0], signal.log_probs[:, :0], signal.log_probs[:, :0])
-        for signal in signals
-    ]
-    ids, log_probs, log_weights = zip(*parts, strict=True)
-    return TailSamples(
-        _padded(ids, NO_ENTRY), _padded(log_probs, -torch.inf), _padded(log_weights, -torch.inf)
-    )
-
-
-def _joined_powers(signals: Sequence[SparseTeacher]) -> PowerSums | None:
-    """The power sums, where all have the same and a common range; else none."""
-    powers = [signal.powers for signal in signals if signal.powers is not None]
-    if len(powers) != len(signals) or len({each.orders for each in powers}) > 1:
-        return None
-    low = max(each.temperature_range[0] for each in powers)
-    high = min(each.temperature_range[1] for each in powers)
-    if low > high:
-        return None
-    log_sums = torch.cat([each.log_sums for each in powers])
-    num_tail = torch.cat([each.num_tail for each in powers])
-    return PowerSums(powers[0].orders, log_sums, num_tail, (low, high))
-
-
-def _joined_sparse(signals: Sequence[SparseTeacher]) -> SparseTeacher:
-    temperatures = {signal.temperature for signal in signals}
-    if len(temperatures) > 1:
-        raise ValueError(f"routed teachers must have one temperature, got {sorted(temperatures)}")
-    return SparseTeacher(
-        _padded([s.ids for s in signals], NO_ENTRY),
-        _padded([s.log_probs for s in signals], -torch.inf),
-        torch.cat([s.log_tail for s in signals]),
-        temperatures.pop(),
-        _joined_samples(signals),
-        _joined_powers(signals),
-    )
-
-
 class RoutedCollator:
-    """A data collator that adds each row's teacher to the batch; made by `routed`.
+    """A data collator that adds each row's teacher to the batch.
+
+    Args:
+        collator: from rows to a batch, one row of the batch for each.
+        teacher: says which teacher a row asks.
+        keep_column: whether the collator sees the column too; those that turn every column into a
+            tensor fail on texts.
 
     Attributes:
         columns: what it reads of a row, and what the collator inside says that it reads.
     """
 
     def __init__(
-        self, collator: Callable[..., Any], teacher: RoutedTeacher, keep_column: bool
+        self, collator: Callable[..., Any], teacher: RoutedTeacher, keep_column: bool = False
     ) -> None:
         self.collator = collator
         self.teacher = teacher
@@ -301,17 +227,3 @@ class RoutedCollator:
         batch = self.collator(rows)
         batch[TEACHER_ROUTE] = route
         return batch
-
-
-def routed(
-    collator: Callable[..., Any], teacher: RoutedTeacher, keep_column: bool = False
-) -> RoutedCollator:
-    """A data collator that adds each row's teacher to what `collator` makes.
-
-    Args:
-        collator: from rows to a batch, one row of the batch for each.
-        teacher: says which teacher a row asks.
-        keep_column: whether the collator sees the column too; those that turn every column into a
-            tensor fail on texts.
-    """
-    return RoutedCollator(collator, teacher, keep_column)

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ from hf_distill.models.layers import Watch
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import unwrap
 from hf_distill.schedules import Schedule
+from hf_distill.teachers.base import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-class SelfTeacher:
+class SelfTeacher(Teacher):
     """The student itself, as it was or as it is.
 
     Args:
@@ -104,7 +105,7 @@ class SelfTeacher:
             averaged apart, and the product of the averages is not the average of the products.
             "lora_scale" is the student with the effect of its LoRA adapters times `lora_scale`.
             "live" is the student at this step, without gradient; with hints it tends to collapse,
-            see the README.
+            see docs/pages/teachers.md.
         ema_decay: per optimizer step, in [0, 1), for "ema".
         lora_scale: in [0, 1], for "lora_scale": 0 is the base, 1 is live. A number, or a schedule
             over optimizer steps such as "linear:0.0->1.0@100".
@@ -242,7 +243,7 @@ class SelfTeacher:
             return {STEP: torch.tensor(self._step)}
         return dict(self._average)
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore the average or the schedule's step.
 
         Raises:

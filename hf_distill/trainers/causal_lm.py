@@ -1,94 +1,130 @@
-"""What of a causal LM's batch is scored, and how much each token counts."""
+"""Causal LMs: what of their batches is scored, and how much each token counts.
+
+The mean over an optimizer step divides by the sum of the weights of all its micro-batches. Weights
+that depend on the teacher's entropies are known only once the teacher has seen them all, so it is
+asked when the step's tokens are counted, and what it said is kept with each micro-batch.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from hf_distill.data import anchor_rows, sides
-from hf_distill.data.sides import Side
+from hf_distill.data import anchor_rows, sides, token_weights
 from hf_distill.data.token_weights import KEY, TokenWeights, TokenWeightsConfig
-from hf_distill.losses import Anchor, Importance, Scored, entropy_share
+from hf_distill.losses import (
+    Anchor,
+    Importance,
+    LossSettings,
+    Terms,
+    Tokens,
+    entropy_share,
+)
+from hf_distill.losses.hard_loss import HardLoss
+from hf_distill.models.forward import Reader
 from hf_distill.models.signals import Signal
-from hf_distill.models.structure import causal_lm, vocab_size
-from hf_distill.trainers.distill_config import LossSettings
-
-if TYPE_CHECKING:
-    from hf_distill.trainers.distill_trainer import DistillTrainer
+from hf_distill.models.structure import vocab_size
+from hf_distill.run import Run
+from hf_distill.trainers.checks import check_anchor, check_unweighted
+from hf_distill.trainers.tasks import Ask, Batch
 
 BEHAVIOUR = "behaviour_log_probs"
 
 
-class Share(NamedTuple):
-    """The weights of a micro-batch, and what they are divided by, to be its share of a step.
-
-    weights: [B, T] aligned with the labels, or None if every token counts as one. num_items: the
-    sum of those of the step's scored tokens (without weights, their number), over all its
-    micro-batches and, if the Trainer gathers them, all processes; None is that of this batch.
-    num_averaged: processes whose gradients are averaged although num_items is of all of them, else
-    1. num_processes: those whose gradients are averaged.
-    """
-
-    weights: Tensor | None
-    num_items: Tensor | int | None
-    num_averaged: int
-    num_processes: int
-
-
-class Work(NamedTuple):
-    """The student's forward, its scored tokens, and which of them metrics count (None: all)."""
-
-    side: Side
-    scored: Scored
-    counts: Tensor | None
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """Reads a batch.
+class CausalLM:
+    """The task of a causal LM, see `tasks.Task`.
 
     Args:
+        run: of the trainer.
         settings: of reused completions and the anchor.
+        student: reads it.
+        hard_loss: what takes the place of the cross-entropy.
+        vocab: entries of the vocabulary that are read, or None for all.
+        num_ranks: processes with rows of their own, whose gradients are averaged.
     """
 
-    settings: LossSettings
+    label_name: str = "labels"
+    columns: Sequence[str] = ()
+    shifts_labels: bool = True
 
-    def work(self, batch: Mapping[str, Any], student: Side, share: Share, training: bool) -> Work:
-        """What is to be computed.
+    def __init__(
+        self,
+        run: Run,
+        settings: LossSettings,
+        student: Reader,
+        hard_loss: HardLoss,
+        vocab: int | None,
+        num_ranks: int,
+    ) -> None:
+        self.settings, self.student, self.hard_loss = settings, student, hard_loss
+        self._vocab, self._num_ranks = vocab, num_ranks
+        config = cast(TokenWeightsConfig, run.args.token_weights)
+        around = config.by_class(), run.processing_class, config.reasoning
+        weigh = TokenWeights(*around, config.around_reasoning())
+        self.weighing = Weighing(weigh, config.entropy, vocab or vocab_size(run.language_model))
+        check_anchor(settings.anchor_weight, hard_loss.replaces)
 
-        Args:
-            batch: with labels [B, T].
-            student: its student's side.
-            share: the tokens' weights, and what the sums are divided by.
-            training: the anchor is a part of the training loss only.
+    def read(
+        self, inputs: Mapping[str, Any], num_items: Tensor | int | None, num_averaged: int
+    ) -> Batch:
+        """Tell the two sides of a batch with labels [B, T] apart."""
+        student = sides.student_side(inputs)
+        teacher = sides.teacher_side(inputs, student)
+        return Batch(inputs, student, teacher, num_items, num_averaged)
+
+    def was_asked(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the teacher has seen the batch and its signal waits there."""
+        return self.weighing.was_asked(inputs)
+
+    def look(self, model: nn.Module, batch: Batch) -> bool:
+        """Look at the first batch for a loss of the model's own.
+
+        Raises:
+            ValueError: its loss is its own, and this run needs the cross-entropy of each token.
+        """
+        if self.hard_loss.look(model, batch.inputs):
+            check_anchor(self.settings.anchor_weight, True)
+            check_unweighted([self.weighing.known(batch.inputs)])
+        return not self.hard_loss.to_probe
+
+    def signal(self, batch: Batch, ask: Ask) -> Signal:
+        """What the teacher says, with the weights that depend on it."""
+        weighed, signal = self.weighing.of(batch.inputs, ask)
+        batch.weights, batch.logged = weighed.weights, weighed.logged
+        return signal
+
+    def tokens(self, batch: Batch, training: bool) -> Tokens:
+        """The scored tokens; the anchor is a part of the training loss only.
 
         Raises:
             ValueError: no token counts, or the shape of `behaviour_log_probs` is not the labels'.
         """
-        targets = sides.targets(batch["labels"], student.predicts)
-        weights, counts = self._weights(student, targets, share)
-        scored = Scored(targets, weights, self._importance(batch, student))
-        if not training or self.settings.anchor_weight == 0.0 or not anchor_rows.has_anchor(batch):
-            return Work(student, scored, counts)
-        labels = batch["anchor_labels"]
+        inputs, predicts = batch.inputs, batch.student.predicts
+        targets = sides.targets(inputs["labels"], predicts)
+        weights, counted = self._weights(batch, targets)
+        tokens = Tokens(targets, weights, counted, self._importance(batch))
+        if not training or self.settings.anchor_weight == 0.0:
+            return tokens
+        if not anchor_rows.has_anchor(inputs):
+            return tokens
+        labels = inputs["anchor_labels"]
         anchor_targets = sides.targets(labels, sides.predicts_from_labels(labels))
-        factor = self.settings.anchor_weight * share.num_processes / batch["anchor_count"]
+        factor = self.settings.anchor_weight * self._num_ranks / inputs["anchor_count"]
+        batch.student = anchor_rows.joined(batch.student, inputs)
         anchor = Anchor(anchor_targets, torch.ones_like(anchor_targets) * factor)
-        return Work(anchor_rows.joined(student, batch), scored._replace(anchor=anchor), counts)
+        return tokens._replace(anchor=anchor)
 
-    def _weights(
-        self, student: Side, targets: Tensor, share: Share
-    ) -> tuple[Tensor, Tensor | None]:
+    def _weights(self, batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         """[N] float32 weights that make a sum over tokens the mean over an optimizer step."""
-        if share.weights is None:
-            own, counts = torch.ones(len(targets), device=targets.device), None
+        if batch.weights is None:
+            own, counted = torch.ones(len(targets), device=targets.device), None
         else:
-            own = sides.targets(share.weights, student.predicts)
-            counts = own != 0
-        num_items = own.sum() if share.num_items is None else share.num_items
-        if num_items == 0 and counts is not None and len(targets):
+            own = sides.targets(batch.weights, batch.student.predicts)
+            counted = own != 0
+        num_items = own.sum() if batch.num_items is None else batch.num_items
+        if num_items == 0 and counted is not None and len(targets):
             raise ValueError(
                 "the weights of a step's scored tokens must not sum to 0: all are 0 "
                 f"({KEY} of the batch and of the settings)"
@@ -100,34 +136,71 @@ class Scoring:
             )
         if isinstance(num_items, Tensor):
             num_items = num_items.to(own.device)
-        return own * (share.num_averaged / num_items), counts
+        return own * (batch.num_averaged / num_items), counted
 
-    def _importance(self, batch: Mapping[str, Any], student: Side) -> Importance | None:
-        clip, behaviour = self.settings.importance_clip, batch.get(BEHAVIOUR)
+    def _importance(self, batch: Batch) -> Importance | None:
+        clip, behaviour = self.settings.importance_clip, batch.inputs.get(BEHAVIOUR)
         if clip is None or behaviour is None:
             return None
-        if behaviour.shape != student.predicts.shape:
+        predicts = batch.student.predicts
+        if behaviour.shape != predicts.shape:
             raise ValueError(
-                f"{BEHAVIOUR} must have the labels' shape {list(student.predicts.shape)}, got "
+                f"{BEHAVIOUR} must have the labels' shape {list(predicts.shape)}, got "
                 f"{list(behaviour.shape)}"
             )
-        return Importance(sides.targets(behaviour, student.predicts), clip)
+        return Importance(sides.targets(behaviour, predicts), clip)
+
+    def run(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        terms_of: Callable[[Signal], Terms],
+        at_head: bool,
+        return_outputs: bool,
+    ) -> tuple[Terms, Any]:
+        """Run the student; its outputs are formed only for who needs them."""
+        if not (return_outputs or self.hard_loss.replaces):
+            return self.student.run(model, batch.student, terms_of, at_head), None
+        labels, side = batch.inputs["labels"], batch.student
+        asked = self.hard_loss.arguments(labels, batch.num_items)
+        with self.student.watching(model, side) as states:
+            outputs = model(**self.student.forward_inputs(model, side.inputs), **asked)
+            if self._vocab is not None:
+                outputs.logits = outputs.logits[..., : self._vocab]
+            own_loss = self.hard_loss.of(outputs, labels, batch.num_items)
+            if own_loss is not None:
+                own_loss = own_loss * batch.num_averaged
+            logits = outputs.logits[side.predicts]
+            signal = Signal(logits=logits, states=states(), own_loss=own_loss)
+            return terms_of(signal), outputs
+
+    def count(
+        self,
+        batches: Sequence[Any],
+        device: torch.device,
+        place: Callable[[Any], Any],
+        ask: Callable[[Any], Signal],
+    ) -> Tensor | None:
+        """The sum of the weights of a step's tokens; None if none of them has weights.
+
+        Raises:
+            ValueError: there are weights, and a hard loss that cannot read them.
+        """
+        weights = self.weighing.ahead(batches, place, ask)
+        if all(each is None for each in weights):
+            return None
+        if self.hard_loss.replaces:
+            check_unweighted(weights)
+        return token_weights.total(batches, weights).to(device)
+
+    def named(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """As they are."""
+        return dict(metrics)
 
 
 KEPT = f"{sides.TEACHER_PREFIX}weighed"  # in a batch; the prefix hides it from the student
 
 REASONING_SHARE, ENTROPY_FACTOR = "reasoning_share", "entropy_factor"
-
-Ask = Callable[[], Signal]
-
-
-def for_trainer(trainer: "DistillTrainer") -> "Weighing":
-    """What the config asks for."""
-    config = cast(TokenWeightsConfig, trainer.args.token_weights)
-    around = config.by_class(), trainer.processing_class, config.reasoning
-    weigh = TokenWeights(*around, config.around_reasoning())
-    size = trainer._vocabulary.size or vocab_size(causal_lm(cast(nn.Module, trainer.model)))
-    return Weighing(weigh, config.entropy, size)
 
 
 @dataclass

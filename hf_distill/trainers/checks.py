@@ -3,97 +3,164 @@
 import dataclasses
 import logging
 import os
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
-from hf_distill import losses
-from hf_distill.cache import CachedTeacher
 from hf_distill.data.hint_schedule import plan_of
 from hf_distill.data.token_weights import TokenWeightsConfig
-from hf_distill.losses.hard_loss import check_anchor
+from hf_distill.losses import (
+    ClipConfig,
+    CrossTokenizerLoss,
+    DivergenceLoss,
+    Loss,
+    SampledTokenLoss,
+    TaidLoss,
+)
 from hf_distill.models.structure import causal_lm, check_kind
 from hf_distill.rollouts.config import RolloutConfig
-from hf_distill.teachers import ModelTeacher, RemoteTeacher, Teacher, check_kinds, each_teacher
-from hf_distill.teachers.self_teacher import SelfTeacherConfig
+from hf_distill.run import Run
+from hf_distill.teachers import SelfTeacherConfig, Teacher
 from hf_distill.trainers import config_schedules
 from hf_distill.trainers.distill_config import DistillConfig
 from hf_distill.trainers.opsd_config import OPSDConfig
 
-if TYPE_CHECKING:
-    from hf_distill.trainers.distill_trainer import DistillTrainer
-
 logger = logging.getLogger(__name__)
 
 
-def check_setup(trainer: "DistillTrainer") -> None:
-    """Check a trainer whose teacher and objective are known.
+def check_setup(run: Run) -> None:
+    """Check a run before its teacher is prepared.
 
     Raises:
         ValueError: its loss could not be right; the message names the rule and the value.
     """
-    _check_processes(trainer)
-    low, high = config_schedules.bounds(trainer.args, "temperature")
-    for teacher in each_teacher(trainer.teacher):
-        if isinstance(teacher, ModelTeacher):
-            check_kinds(cast(nn.Module, trainer.model), teacher.model)
-        if isinstance(teacher, RemoteTeacher) and (low, high) != (1.0, 1.0):
+    _check_processes(run)
+    for teacher in run.teachers:
+        _check_temperature(run, teacher)
+        _check_dense(run, teacher)
+        teacher.check(run)
+    if not run.is_classifier:
+        _check_student(run.student)
+
+
+def _check_temperature(run: Run, teacher: Teacher) -> None:
+    given = config_schedules.bounds(run.args, "temperature")
+    known = teacher.temperature
+    if known is not None and given != (known, known):
+        raise ValueError(
+            f"a {type(teacher).__name__}'s log-probabilities are at temperature {known:g}: set "
+            f"temperature={known}, got {run.args.temperature}"
+        )
+
+
+def _check_dense(run: Run, teacher: Teacher) -> None:
+    """The teacher must say what the loss reads."""
+    if teacher.dense:
+        return
+    for loss in run.losses:
+        if loss.needs_dense:
             raise ValueError(
-                "a remote teacher's log-probabilities are at temperature 1: set "
-                f"temperature=1.0, got {trainer.args.temperature}"
+                f"{_named(run, loss)} reads the teacher's log-probabilities of the whole "
+                f"vocabulary, of which a {type(teacher).__name__} knows some: take another "
+                "divergence, or a teacher with logits or hidden states"
             )
-        if isinstance(teacher, CachedTeacher):
-            _check_cached(trainer, teacher)
-        _check_taid(trainer, teacher)
-    if trainer._classification is None:
-        _check_student(cast(nn.Module, trainer.model))
-    _check_token_weights(trainer)
-    check_anchor(trainer)
 
 
-def _check_token_weights(trainer: "DistillTrainer") -> None:
-    config = cast(TokenWeightsConfig, trainer.args.token_weights)
-    for text in unused_anywhere(trainer.args):
-        logger.warning("a setting is not used: %s", text)
+def _named(run: Run, loss: Loss) -> str:
+    if isinstance(loss, TaidLoss):
+        return "taid"
+    if isinstance(loss, DivergenceLoss | SampledTokenLoss | CrossTokenizerLoss):
+        return f"divergence {run.args.divergence!r}"
+    return f"the loss {loss!r}"
+
+
+def check_anchor(anchor_weight: float, own_hard_loss: bool) -> None:
+    """Anchor rows are learnt by cross-entropy, which must be the run's hard loss.
+
+    Raises:
+        ValueError: there is an anchor and another hard loss.
+    """
+    if anchor_weight > 0 and own_hard_loss:
+        raise ValueError(
+            f"anchor_weight {anchor_weight} > 0 is a plain cross-entropy; it cannot "
+            "be combined with label smoothing, compute_loss_func or a model's own loss"
+        )
+
+
+def check_unweighted(weights: Sequence[Tensor | None]) -> None:
+    """Batches must have no weights of tokens, because the hard loss could not read them.
+
+    Raises:
+        ValueError: one has.
+    """
+    if any(each is not None for each in weights):
+        raise ValueError(
+            "weights of tokens reach neither label smoothing nor compute_loss_func nor a model's "
+            "own loss, got both"
+        )
+
+
+def hidden_states_refusal(run: Run, own_hard_loss: bool) -> str | None:
+    """Why a run must read logits and not hidden states, or None."""
+    if run.is_classifier:
+        return "a classifier has few logits"
+    if run.sharded:
+        return "sharded parameters"
+    if run.args.torch_compile:
+        return "torch_compile"
+    if own_hard_loss:
+        return "label smoothing, compute_loss_func and a model's own loss take logits"
+    return None
+
+
+def check_whole_rows(config: TokenWeightsConfig, num_parts: int) -> None:
+    """Weights that depend on a whole row need it on each process.
+
+    Args:
+        config: of the weights.
+        num_parts: processes that a row is split over.
+
+    Raises:
+        ValueError: rows are split.
+    """
     whole = config.entropy > 0 or config.around_reasoning() is not None
-    split = trainer.get_cp_size() * trainer.get_sp_size()
-    if whole and split > 1:
+    if whole and num_parts > 1:
         raise ValueError(
             "token_weights.entropy and token_weights.reasoning need whole rows on each process, "
-            f"got rows that are split over {split} (context or sequence parallelism)"
+            f"got rows that are split over {num_parts} (context or sequence parallelism)"
         )
-    for teacher in each_teacher(trainer.teacher) if config.entropy > 0 else []:
-        if isinstance(teacher, CachedTeacher):
-            low, high = teacher.codec.temperature_range
-            if not low <= 1.0 <= high:
-                raise ValueError(
-                    "token_weights.entropy is the teacher's at temperature 1, the cache serves "
-                    f"{low:g} to {high:g}: write it with a temperature_range that has 1"
-                )
 
 
-def check_without_teacher(trainer: "DistillTrainer") -> None:
+def check_without_teacher(args: DistillConfig, collator: Any, own_loss: Any) -> None:
     """Check a trainer that has no teacher.
+
+    Args:
+        args: its config.
+        collator: its data collator.
+        own_loss: the user's, or None.
 
     Raises:
         ValueError: a setting is of what a teacher says.
     """
-    if cast(TokenWeightsConfig, trainer.args.token_weights).active():
+    if own_loss is not None:
+        raise ValueError(f"a loss of your own compares with a teacher, got {own_loss!r} and None")
+    if cast(TokenWeightsConfig, args.token_weights).active():
         raise ValueError("token_weights need a teacher; without one this is a Trainer")
-    if plan_of(trainer.data_collator) is not None:
+    if plan_of(collator) is not None:
         raise ValueError("hints that depend on the step need a teacher, got None")
 
 
-def _check_processes(trainer: "DistillTrainer") -> None:
-    if trainer.args.n_gpu > 1:
+def _check_processes(run: Run) -> None:
+    if run.args.n_gpu > 1:
         raise ValueError(
-            f"one process per device is needed, got {trainer.args.n_gpu} GPUs in one process: "
+            f"one process per device is needed, got {run.args.n_gpu} GPUs in one process: "
             "start the script with `accelerate launch`"
         )
     # accelerate sets MASTER_ADDR if several processes were asked for; without MPI it starts one
     on_cpu = os.environ.get("ACCELERATE_USE_CPU") == "True"
-    if on_cpu and "MASTER_ADDR" in os.environ and trainer.accelerator.num_processes == 1:
+    if on_cpu and "MASTER_ADDR" in os.environ and run.accelerator.num_processes == 1:
         logger.warning(
             "`accelerate launch --cpu --num_processes N` starts one process unless MPI is "
             "set up; `accelerate launch --multi_gpu --num_processes N` with --use_cpu in "
@@ -111,33 +178,6 @@ def _check_student(model: nn.Module) -> None:
             "prompt-learning adapters put virtual tokens before the text, so labels and "
             f"logits do not line up; got {model.active_peft_config.peft_type}"
         )
-
-
-def _check_taid(trainer: "DistillTrainer", teacher: Teacher) -> None:
-    if trainer.args.taid is not None and isinstance(teacher, CachedTeacher | RemoteTeacher):
-        raise ValueError(
-            "taid mixes the logits of student and teacher, so it needs a teacher with logits or "
-            f"hidden states, got a {type(teacher).__name__}, which knows some log-probabilities"
-        )
-
-
-def _check_cached(trainer: "DistillTrainer", teacher: CachedTeacher) -> None:
-    plan = plan_of(trainer.data_collator)
-    if plan is not None:
-        raise ValueError(
-            f"a cached teacher knows its rows with the hints of the writing, and {plan.refusal()}"
-        )
-    objectives = list(trainer.args.objectives())
-    if not all(isinstance(objective, losses.Objective) for objective in objectives):
-        raise ValueError(
-            "a cached teacher has not the log-probability of every token, which divergence "
-            f"{trainer.args.divergence!r} reads: take another divergence"
-        )
-    tokenizer = trainer.processing_class
-    # with alpha 0 it is measured
-    for spec in dict.fromkeys(cast(losses.Objective, each).spec for each in objectives):
-        teacher.check(spec, tokenizer)
-        tokenizer = None  # it is the same for all
 
 
 HIDDEN_WEIGHT = next(
@@ -177,9 +217,23 @@ def unused(args: OPSDConfig, has_environment: bool, own_teacher: bool) -> list[s
     return found
 
 
-def unused_anywhere(args: DistillConfig) -> list[str]:
-    """As `unused`, of settings that both trainers have."""
+OF_BUILT_IN = (
+    "divergence temperature temperature_scaling beta support top_k missing clip taid"
+).split()  # settings of the losses that the config makes
+
+
+def unused_anywhere(args: DistillConfig, own_loss: bool = False) -> list[str]:
+    """As `unused`, of settings that both trainers have.
+
+    Args:
+        args: of the run.
+        own_loss: whether the loss is the user's and not the one that the config names.
+    """
     found = []
+    if own_loss:
+        plain = {x.name: x.default for x in dataclasses.fields(args)} | {"clip": ClipConfig()}
+        changed = [name for name in OF_BUILT_IN if getattr(args, name) != plain[name]]
+        found += [f"{name} is read by the built-in losses, not by your own" for name in changed]
     weights = cast(TokenWeightsConfig, args.token_weights)
     if "markers" in _changed(weights) and weights.around_reasoning() is None:
         found.append("token_weights.markers needs a token_weights.reasoning other than 1")

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from transformers import TrainingArguments
 
@@ -11,11 +11,12 @@ from hf_distill.data.token_weights import TokenWeightsConfig
 from hf_distill.losses import (
     SAMPLED_KINDS,
     UNIVERSAL,
-    AnyObjective,
-    Objective,
-    SampledObjective,
-    TaidObjective,
-    UniversalObjective,
+    CrossTokenizerLoss,
+    DivergenceLoss,
+    Loss,
+    LossSettings,
+    SampledTokenLoss,
+    TaidLoss,
     normalised_jsd,
 )
 from hf_distill.losses.divergence import ClipConfig
@@ -27,13 +28,6 @@ from hf_distill.schedules import Schedule, Value
 from hf_distill.trainers import config_schedules
 from hf_distill.trainers.config_groups import as_group, as_optional_group
 from metal_ops import DivergenceSpec
-
-
-class LossSettings(NamedTuple):
-    """What a loss knows of rollouts: `rollout.importance_clip`, and `anchor_weight`."""
-
-    importance_clip: float | None = None
-    anchor_weight: float = 0.0
 
 
 @dataclass
@@ -73,6 +67,24 @@ class DistillConfig(TrainingArguments):
         metadata={
             "help": "'t2' multiplies the soft loss by temperature², so that its gradients keep "
             "their size beside the hard loss; 'none' does not."
+        },
+    )
+    support: str = field(
+        default="full",
+        metadata={
+            "help": "Entries of the vocabulary that the divergence reads: full, teacher_topk, "
+            "student_topk, or union (the top_k of both)."
+        },
+    )
+    top_k: int | None = field(
+        default=None,
+        metadata={"help": "Entries of a token, >= 1; needs another support than full."},
+    )
+    missing: str = field(
+        default="tail",
+        metadata={
+            "help": "What becomes of the entries outside the support: tail (one entry with their "
+            "mass), renormalise, or zero."
         },
     )
     clip: ClipConfig | str | dict[str, Any] | None = field(
@@ -124,67 +136,70 @@ class DistillConfig(TrainingArguments):
         self.taid = as_optional_group("taid", TaidConfig, self.taid)
         if self.taid is not None and config_schedules.bounds(self, "alpha")[1] == 0:
             raise ValueError(f"taid is a soft loss and needs alpha > 0, got {self.alpha}")
-        list(self.objectives())
+        list(self.losses())
 
-    def objective(self, step: int = 0) -> AnyObjective:
-        """The loss of a token in the optimizer step that follows `step` of them.
+    def loss_at(self, step: int = 0) -> Loss:
+        """The loss in the optimizer step that follows `step` of them.
 
         Raises:
-            ValueError: a value is out of range, the clip or taid is not one of this divergence,
-                or a setting is given that it does not read.
+            ValueError: a value is out of range, the clip, support or taid is not one of this
+                divergence, or a setting is given that it does not read.
         """
-        return self._objective(config_schedules.values_at(self, step))
+        return self._loss(config_schedules.values_at(self, step))
 
-    def objectives(self) -> Iterator[AnyObjective]:
+    def losses(self) -> Iterator[Loss]:
         """Those of the ends of all schedules, and between them: what holds for these always holds.
 
         Raises:
-            ValueError: as `objective`.
+            ValueError: as `loss_at`.
         """
-        return map(self._objective, config_schedules.extremes(self))
+        return map(self._loss, config_schedules.extremes(self))
 
-    def _objective(self, values: Mapping[str, float]) -> AnyObjective:
-        alpha = values["alpha"]
-        measures_hard = config_schedules.bounds(self, "alpha")[0] < 1.0
+    @property
+    def measures_hard(self) -> bool:
+        """Whether some step has a share of the cross-entropy, so that all measure it."""
+        return config_schedules.bounds(self, "alpha")[0] < 1.0
+
+    def _loss(self, values: Mapping[str, float]) -> Loss:
+        alpha, hard = values["alpha"], self.measures_hard
+        scale = values["temperature"], self.temperature_scaling
         if self.taid is not None and self.divergence != "forward_kl":
             raise ValueError(f"taid needs divergence 'forward_kl', got {self.divergence!r}")
         if self.divergence == UNIVERSAL:
-            self._check_universal()
-            return UniversalObjective(
-                alpha,
-                values["temperature"],
-                self.temperature_scaling,
-                measures_hard=measures_hard,
+            self._check_unread("beta", "clip", "support", "top_k", "missing")
+            return CrossTokenizerLoss(alpha, *scale, measures_hard=hard)
+        if self.divergence in SAMPLED_KINDS:
+            self._check_unread("support", "top_k", "missing")
+            return SampledTokenLoss(
+                self.divergence, alpha, *scale, self._token_bound(), measures_hard=hard
             )
-        if self.divergence not in SAMPLED_KINDS:
-            spec, factor = self._divergence_spec(values), 1.0
-            if self.divergence == "jsd" and Schedule.parse(self.beta).moves:
-                spec, factor = normalised_jsd(spec)
-            kind = Objective if self.taid is None else TaidObjective
-            return kind(spec, alpha, factor=factor, measures_hard=measures_hard)
+        spec, factor = self._divergence_spec(values), 1.0
+        if self.divergence == "jsd" and Schedule.parse(self.beta).moves:
+            spec, factor = normalised_jsd(spec)
+        kind = DivergenceLoss if self.taid is None else TaidLoss
+        return kind(spec, alpha, factor=factor, measures_hard=hard)
+
+    def _token_bound(self) -> float | None:
+        """The clip's bound, for a loss of single tokens."""
         clip = cast(ClipConfig, self.clip)
         if clip.bound is not None and clip.level != "token":
             raise ValueError(
                 f"the clip of {self.divergence} must have level 'token', got {clip.level!r}: it "
                 "reads single tokens, not the vocabulary"
             )
-        return SampledObjective(
-            self.divergence,
-            alpha,
-            values["temperature"],
-            self.temperature_scaling,
-            clip.bound,
-            measures_hard=measures_hard,
-        )
+        return clip.bound
 
-    def _check_universal(self) -> None:
-        """Settings of other divergences must be as they are."""
-        beta = next(x.default for x in fields(self) if x.name == "beta")
-        bound = cast(ClipConfig, self.clip).bound
-        for name, value, plain in (("beta", self.beta, beta), ("clip.bound", bound, None)):
-            if value != plain:
+    def _check_unread(self, *names: str) -> None:
+        """Settings that the divergence does not read must be as they are."""
+        plain = {x.name: x.default for x in fields(self)}
+        for name in names:
+            value, default = getattr(self, name), plain[name]
+            if name == "clip":
+                name, value = "clip.bound", cast(ClipConfig, value).bound
+            if value != default:
                 raise ValueError(
-                    f"divergence {UNIVERSAL!r} has no {name}: leave it at {plain}, got {value}"
+                    f"divergence {self.divergence!r} has no {name}: leave it at {default}, got "
+                    f"{value}"
                 )
 
     def loss_settings(self) -> LossSettings:
@@ -204,6 +219,9 @@ class DistillConfig(TrainingArguments):
             self.temperature_scaling,
             clip=clip.bound,
             clip_level=clip.level,
+            support=self.support,
+            top_k=self.top_k,
+            missing=self.missing,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -211,8 +229,10 @@ class DistillConfig(TrainingArguments):
         result = super().to_dict()
         for name in (x.name for x in fields(self) if x.name in result):
             value = result[name]
-            if dataclasses.is_dataclass(value) and type(value).__module__ == ClipConfig.__module__:
-                result[name] = dataclasses.asdict(cast(Any, value))
-            elif isinstance(value, Schedule):
+            if isinstance(value, Schedule):
                 result[name] = str(value)
+            elif dataclasses.is_dataclass(value) and type(value).__module__.startswith(
+                "hf_distill"
+            ):
+                result[name] = dataclasses.asdict(cast(Any, value))
         return result

@@ -1,56 +1,45 @@
 """DistillTrainer: a Trainer whose loss compares the student with a teacher."""
 
 import logging
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from hf_distill import losses
-from hf_distill.cache import CachedCollator, CachedTeacher
-from hf_distill.data import alignment, sides, token_weights
-from hf_distill.data.cross_tokenizer_collator import UniversalCollator
+from hf_distill.data import token_weights
+from hf_distill.data.alignment import AlignmentMeter
 from hf_distill.data.token_classes import token_classes
-from hf_distill.losses import hidden_states
-from hf_distill.losses.hard_loss import HardLoss, check_unweighted
-from hf_distill.losses.taid import Taid, TaidConfig
+from hf_distill.data.token_weights import TokenWeightsConfig
+from hf_distill.losses import HiddenConfig, Loss, TaidConfig, Terms, Tokens
+from hf_distill.losses.hard_loss import HardLoss
+from hf_distill.losses.hidden_states import HiddenAlignment
+from hf_distill.losses.taid import Taid
 from hf_distill.models.forward import Reader
 from hf_distill.models.signals import Signal
-from hf_distill.models.structure import causal_lm, vocab_size
-from hf_distill.monitoring.metrics import MeanMeter, TokenMeter
-from hf_distill.monitoring.watchdog import add_watchdog
+from hf_distill.models.structure import vocab_size
+from hf_distill.monitoring.metrics import TokenMeter
+from hf_distill.monitoring.watchdog import make_watchdog
 from hf_distill.rollouts import end_token_ids
-from hf_distill.teachers import RoutedCollator, Teacher, as_teacher
-from hf_distill.trainers import classification, config_schedules
-from hf_distill.trainers.causal_lm import Scoring, Share, for_trainer
-from hf_distill.trainers.checks import check_setup, check_without_teacher
+from hf_distill.run import Run
+from hf_distill.teachers import Teacher, UpdateTeacher, as_teacher
+from hf_distill.trainers import config_schedules
+from hf_distill.trainers.causal_lm import CausalLM
+from hf_distill.trainers.checks import (
+    check_setup,
+    check_whole_rows,
+    check_without_teacher,
+    hidden_states_refusal,
+    unused_anywhere,
+)
+from hf_distill.trainers.classification import check_classifier, make_classification
 from hf_distill.trainers.distill_config import DistillConfig
-from hf_distill.trainers.step_collation import StepCollatingTrainer
+from hf_distill.trainers.step_collation import StepCollatingTrainer, given_collator, wrapped
+from hf_distill.trainers.tasks import Batch, Task
 from hf_distill.trainers.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
-
-
-def _classes_of(model: Any, processing_class: Any) -> Tensor | None:
-    """[V] the class of each token, where the processing class is a tokenizer."""
-    size = vocab_size(causal_lm(model))
-    if not isinstance(processing_class, PreTrainedTokenizerBase) or size is None:
-        return None
-    return token_classes(processing_class, size)
-
-
-class _UpdateTeacher(TrainerCallback):
-    """Tells the teacher that an optimizer step has been taken."""
-
-    def __init__(self, teacher: Teacher) -> None:
-        self.teacher = teacher
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Called by the Trainer."""
-        self.teacher.update(model)
 
 
 class DistillTrainer(StepCollatingTrainer):
@@ -60,7 +49,8 @@ class DistillTrainer(StepCollatingTrainer):
     cross-entropy of the labels (with `label_smoothing_factor` or `compute_loss_func`, that one; of
     a student whose own loss is another, its own). Both are summed and divided by the number of
     labelled tokens of the whole optimizer step. Where the models allow it, [rows, positions, vocab]
-    logits are never built. Of sequence classifiers, see `classifiers.Classification`.
+    logits are never built. Of sequence classifiers, see
+    `classification.Classification`.
 
     Args:
         model: the student; every argument but `teacher` is that of `Trainer`.
@@ -71,6 +61,9 @@ class DistillTrainer(StepCollatingTrainer):
         processing_class: as in `Trainer`.
         teacher: a model, a name for `from_pretrained`, or a teacher of `hf_distill.teachers`. May
             be None if alpha is 0: this is then a plain `Trainer`.
+        loss: your own soft loss in place of the divergence of the args: a function of
+            (student_logits [n, V], teacher_logits [n, V], targets [n]) that returns [n], or a
+            `hf_distill.losses.Loss`.
         **kwargs: the other arguments of `Trainer`.
 
     Raises:
@@ -80,6 +73,7 @@ class DistillTrainer(StepCollatingTrainer):
     """
 
     args: DistillConfig
+    task: Task
 
     def __init__(
         self,
@@ -91,61 +85,133 @@ class DistillTrainer(StepCollatingTrainer):
         processing_class: Any = None,
         *,
         teacher: Teacher | nn.Module | str | None = None,
+        loss: Loss | losses.LossFunction | None = None,
         **kwargs: Any,
     ) -> None:
         args = DistillConfig(output_dir="tmp_trainer") if args is None else args
         if not isinstance(args, DistillConfig):
             raise TypeError(f"args must be a DistillConfig, got {type(args).__name__}")
         config_schedules.check_teacher(args, teacher is not None)
+        self._own_loss = None if loss is None else losses.as_loss(loss)
+        self._present: tuple[int, Loss] | None = None
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
         )
         self.teacher = None if teacher is None else as_teacher(teacher)
         if self.teacher is None:
-            check_without_teacher(self)
-            return
-        self._scoring = Scoring(args.loss_settings())
-        self._classification = classification.for_student(self)
-        self._hard_loss = HardLoss(self)
-        check_setup(self)
-        self._vocabulary = Vocabulary(self)
-        self._weighing = for_trainer(self)
-        classification.take_over_counting(self)
-        refusal = self._hidden_states_refusal()
+            check_without_teacher(args, self.data_collator, loss)
+        else:
+            self._set_up(self._make_run(self.teacher))
+
+    def _make_run(self, teacher: Teacher) -> Run:
+        """What helpers are told of this trainer."""
+        return Run(
+            self.args,
+            cast(nn.Module, self.model),
+            teacher,
+            self.processing_class,
+            given_collator(self.data_collator),
+            self.accelerator,
+            self.is_fsdp_enabled or self.is_deepspeed_enabled,
+            self._losses_of_run(),
+            self.get_tp_size() * self.get_cp_size() * self.get_sp_size(),
+        )
+
+    def _set_up(self, run: Run) -> None:
+        """Make what a step needs: the task, the teacher, what is measured."""
+        if run.is_classifier:
+            check_classifier(run)
+        hard_loss = self._make_hard_loss(run)
+        for text in unused_anywhere(self.args, self._own_loss is not None):
+            logger.warning("a setting is not used: %s", text)
+        check_setup(run)
+        config = cast(TokenWeightsConfig, self.args.token_weights)
+        check_whole_rows(config, self.get_cp_size() * self.get_sp_size())
+        self._vocabulary = Vocabulary(run)
+        refusal = hidden_states_refusal(run, hard_loss.replaces)
         self._reader = Reader("student", refusal, self._vocabulary.size)
-        is_text = self._classification is None  # a row's class is no token
-        classes = _classes_of(self.model, self.processing_class) if is_text else None
-        self._meters = {True: TokenMeter(classes), False: TokenMeter(classes)}
-        eos_token_id = getattr(processing_class, "eos_token_id", None)
-        end_ids = end_token_ids(causal_lm(cast(nn.Module, self.model)), eos_token_id)
-        self._alignment = alignment.AlignmentMeter(end_ids)
-        self.teacher.prepare(self.accelerator, cast(nn.Module, self.model), refusal)
-        if isinstance(self.teacher, CachedTeacher):
-            self.data_collator = CachedCollator(self.data_collator, self.teacher)
-        self._layers = hidden_states.for_trainer(self)
-        self._mean_meters = {x: MeanMeter(self._mean_names()) for x in (True, False)}
-        self.add_callback(_UpdateTeacher(self.teacher))
-        if args.taid is not None:
-            self._taid = Taid(cast(TaidConfig, args.taid), self.accelerator)
+        self.task = self._make_task(run, hard_loss)
+        # the loss is divided by a count, whatever the model accepts
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
+        self._loss_shifts_labels = self.task.shifts_labels
+        self.label_names = [self.task.label_name]  # PEFT's forward hides them from the Trainer
+        self._run = run
+        run.teacher.prepare(self.accelerator, run.student, refusal)
+        self.data_collator = wrapped(self.data_collator, self._collator_for(run.teacher))
+        self._layers = self._make_layers(run)
+        self._make_monitors(run)
+
+    def _make_hard_loss(self, run: Run) -> HardLoss:
+        return HardLoss(
+            run.language_model,
+            wanted=self.args.measures_hard and not run.is_classifier,
+            sharded=run.sharded,
+            compute_loss_func=self.compute_loss_func,
+            label_smoother=self.label_smoother,
+            shifts_labels=not run.is_classifier,
+            accepts_count=self.model_accepts_loss_kwargs,  # the Trainer has looked
+        )
+
+    def _make_task(self, run: Run, hard_loss: HardLoss) -> Task:
+        if run.is_classifier:
+            return make_classification(run, self._reader, hard_loss, lambda: self.loss)
+        size, settings = self._vocabulary.size, self.args.loss_settings()
+        return CausalLM(run, settings, self._reader, hard_loss, size, self._num_ranks())
+
+    def _collator_for(self, teacher: Teacher) -> Callable[[Any], Any]:
+        """Wraps the run's data collator in what the teacher needs."""
+        return teacher.collator
+
+    def _make_layers(self, run: Run) -> HiddenAlignment | None:
+        """What compares hidden layers, or None."""
+        args, settings = self.args, cast(HiddenConfig, self.args.hidden)
+        weighs = config_schedules.bounds(args, "hidden_weight")[1] > 0
+        if args.hidden_layers is None or not (weighs or settings.attention_weight):
+            return None
+        self._vocabulary.check_one_tokenizer("hidden_layers")
+        layers = args.hidden_layers
+        made = HiddenAlignment(run.student, run.teacher, layers, settings, args.seed, run.sharded)
+        self._reader.watch = made.watch
+        return made
+
+    def _make_monitors(self, run: Run) -> None:
+        """Meters, and callbacks that follow the training."""
+        size = vocab_size(run.language_model)
+        classes = None
+        if run.tokenizer is not None and size is not None and not run.is_classifier:
+            classes = token_classes(run.tokenizer, size)
+        self._meters = {training: TokenMeter(classes) for training in (True, False)}
+        eos_token_id = getattr(self.processing_class, "eos_token_id", None)
+        self._alignment = AlignmentMeter(end_token_ids(run.language_model, eos_token_id))
+        self._looked = False
+        self.add_callback(UpdateTeacher(run.teacher))
+        if self.args.taid is not None and self._own_loss is None:
+            self._taid = Taid(cast(TaidConfig, self.args.taid), self.accelerator)
             self.add_callback(self._taid)
-        self._probe = add_watchdog(self, self.teacher)
+        watchdog, self._probe = make_watchdog(run, self._vocabulary.size)
+        if watchdog is not None:
+            # before the callbacks that report, so that they see its metrics
+            self.callback_handler.callbacks.insert(0, watchdog)
 
     @property
-    def objective(self) -> losses.AnyObjective:
+    def loss(self) -> Loss:
         """The loss of a token now: of every micro-batch of the next optimizer step."""
-        return self.args.objective(self.state.global_step)
+        step = self.state.global_step
+        if self._present is None or self._present[0] != step:
+            self._present = step, self._loss_at(step)
+        return self._present[1]
 
-    def _hidden_states_refusal(self) -> str | None:
-        """Why this run must read logits, or None."""
-        if self._classification is not None:
-            return "a classifier has few logits"
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return "sharded parameters"
-        if self.args.torch_compile:
-            return "torch_compile"
-        if self.has_own_hard_loss():
-            return "label smoothing, compute_loss_func and a model's own loss take logits"
-        return None
+    def _loss_at(self, step: int) -> Loss:
+        if self._own_loss is None:
+            return self.args.loss_at(step)
+        alpha = config_schedules.value_at(self.args, "alpha", step)
+        return self._own_loss.with_share(alpha, self.args.measures_hard)
+
+    def _losses_of_run(self) -> Sequence[Loss]:
+        if self._own_loss is None:
+            return tuple(self.args.losses())
+        ends = config_schedules.bounds(self.args, "alpha")
+        return [self._own_loss.with_share(x, self.args.measures_hard) for x in ends]
 
     def compute_loss(
         self,
@@ -156,93 +222,100 @@ class DistillTrainer(StepCollatingTrainer):
     ) -> Any:
         """Teacher's signal, student's terms, normalised over the whole optimizer step."""
         if self.teacher is None:
-            self._check_without_teacher(token_weights.KEY in inputs)
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self._classification is not None:
-            arguments = model, inputs, return_outputs, num_items_in_batch
-            return self._classification.compute_loss(self, *arguments)
-        if not self._weighing.was_asked(inputs):
-            self._check_batch(inputs)
-        self._hard_loss.look(model, inputs)
-        side = sides.student_side(inputs)
-        teacher_side = sides.teacher_side(inputs, side)
-        if self._probe is not None:
-            self._probe.keep(model, side, teacher_side)
-        ask = partial(self._signal, model, teacher_side, inputs)
-        weighed, signal = self._weighing.of(inputs, ask)
-        self._mean_meters[model.training].add(weighed.logged)
-        share = self._share(weighed.weights, num_items_in_batch)
-        side, scored, counts = self._scoring.work(inputs, side, share, model.training)
-        objective = self._present_objective(model.training)
-
-        def terms_of(student: losses.Student) -> losses.Terms:
-            terms = losses.step_terms(student, objective, signal, scored)
-            if self._layers is None:
-                return terms
-            weight = config_schedules.value_at(self.args, "hidden_weight", self.state.global_step)
-            return self._layers.add(terms, seen, signal, scored, weight)
-
-        outputs, own_outputs = None, return_outputs or self.has_own_hard_loss()
-        at_head = not own_outputs and signal.logits is None
-        at_head = at_head and self._reader.reads_hidden(model, side.inputs)
-        layers = self._layers
-        watching: Any = nullcontext() if layers is None else layers.watching(side)
-        with watching as seen:
-            if own_outputs:
-                asked = self._hard_loss.arguments(inputs["labels"], num_items_in_batch)
-                outputs = model(**self._reader.forward_inputs(model, side.inputs), **asked)
-                outputs = self._vocabulary.outputs(outputs)
-                hard_loss = self._hard_loss.of(outputs, inputs["labels"], num_items_in_batch)
-                terms = terms_of(losses.StudentLogits(outputs.logits[side.predicts], hard_loss))
-            elif at_head:
-                terms = self._reader.at_head(
-                    model, side, lambda *x: terms_of(losses.StudentHidden(*x))
-                )
-            else:
-                terms = terms_of(losses.StudentLogits(self._reader.logits(model, side)))
-        self._note(terms, scored, counts, model.training)
+            return self._without_teacher(model, inputs, return_outputs, num_items_in_batch)
+        batch = self._read(model, inputs, num_items_in_batch)
+        teacher = self.task.signal(batch, lambda: self._signal(model, batch))
+        tokens = self.task.tokens(batch, model.training)
+        terms, outputs = self.task.run(
+            model,
+            batch,
+            lambda student: self._terms(student, teacher, tokens),
+            teacher.logits is None,
+            return_outputs,
+        )
+        self._note(terms, batch, tokens, model.training)
         return (terms.loss, outputs) if return_outputs else terms.loss
 
-    def _present_objective(self, training: bool) -> losses.AnyObjective:
-        """The loss of a token at this step."""
-        if self._taid is None or not training:
-            return self.objective
-        return self._taid.present(self.objective)
+    def token_loss(self, student: Signal, teacher: Signal, tokens: Tokens) -> Terms:
+        """The loss of the scored tokens of a micro-batch. Override it for a loss of your own.
 
-    def _signal(self, model: nn.Module, teacher_side: sides.Side, inputs: dict[str, Any]) -> Signal:
-        """The teacher's, about the entries of the vocabulary that are used."""
-        signal = cast(Teacher, self.teacher).signal(model, teacher_side)
-        return self._vocabulary.signal(signal, inputs)
+        Args:
+            student: what the student says of the N tokens, with a gradient: hidden states [N, H]
+                and the head, or logits [N, V].
+            teacher: what the teacher says of them.
+            tokens: their targets and weights [N]. A sum over tokens with these weights is this
+                batch's part of the loss of the optimizer step.
+
+        Returns:
+            The loss [], and metrics [N] by name; what is not measured is left out.
+        """
+        if self._taid is None or not cast(nn.Module, self.model).training:
+            return self.loss(student, teacher, tokens)
+        return self._taid.present(self.loss)(student, teacher, tokens)
+
+    def _terms(self, student: Signal, teacher: Signal, tokens: Tokens) -> Terms:
+        """The loss of the tokens and what surrounds it."""
+        terms = losses.step_terms(self.token_loss, student, teacher, tokens)
+        if self._layers is None:
+            return terms
+        weight = config_schedules.value_at(self.args, "hidden_weight", self.state.global_step)
+        return self._layers.add(terms, student, teacher, tokens, weight)
+
+    def _without_teacher(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool,
+        num_items: Tensor | int | None,
+    ) -> Any:
+        if token_weights.KEY in inputs:
+            raise ValueError(f"{token_weights.KEY} need a teacher; without one this is a Trainer")
+        return super().compute_loss(model, inputs, return_outputs, num_items)
+
+    def _read(
+        self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None
+    ) -> Batch:
+        """The batch, checked; the first ones are looked at closely."""
+        if not self.task.was_asked(inputs):
+            self._check_batch(inputs)
+        batch = self.task.read(inputs, num_items, self._num_averaged(num_items))
+        if not self._looked:
+            done, probe = self.task.look(model, batch), self._probe
+            kept = probe is None or probe.keep(model, batch.student, batch.teacher)
+            self._looked = done and kept
+        return batch
 
     def _check_batch(self, inputs: dict[str, Any]) -> None:
         """Called with every batch before it is used."""
+        if not self.task.shifts_labels:
+            return
         self._vocabulary.check(inputs)
         self._alignment.add(inputs)
         if self._layers is not None:
             self._layers.check(inputs)
 
+    def _signal(self, model: nn.Module, batch: Batch) -> Signal:
+        """The teacher's, about the entries of the vocabulary that are used."""
+        signal = cast(Teacher, self.teacher).signal(model, batch.teacher)
+        return self._vocabulary.signal(signal, batch.inputs)
+
     def _ask(self, inputs: dict[str, Any]) -> Signal:
         """The teacher's signal of a batch on its device, before the step's first loss."""
         self._check_batch(inputs)
-        teacher_side = sides.teacher_side(inputs, sides.student_side(inputs))
-        model = cast(nn.Module, self.model_wrapped)
+        batch = self.task.read(inputs, None, 1)
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self._signal(model, teacher_side, inputs)
+            return self._signal(cast(nn.Module, self.model_wrapped), batch)
 
-    def _share(self, weights: Tensor | None, num_items_in_batch: Tensor | int | None) -> Share:
-        num_averaged = self._num_averaged(num_items_in_batch)
-        return Share(weights, num_items_in_batch, num_averaged, self._num_ranks())
-
-    def _note(
-        self, terms: losses.Terms, scored: losses.Scored, counts: Tensor | None, training: bool
-    ) -> None:
+    def _note(self, terms: Terms, batch: Batch, tokens: Tokens, training: bool) -> None:
         """Stop at a loss that is not a number; count the metrics."""
         losses.assert_finite(terms)
         if self._taid is not None and training:
-            self._taid.add(terms.soft, scored.weights)
-        counted = scored.targets if counts is None else scored.targets[counts]
-        self._meters[training].add(terms.counted(counts), counted)
-        self._mean_meters[training].add(terms.extra)
+            self._taid.add(terms.metrics["soft"], tokens.weights)
+        meter = self._meters[training]
+        meter.add(terms.metrics, tokens.targets, tokens.counted)
+        others = {**terms.others, **(batch.logged or {})}
+        if others:
+            meter.add(others)
 
     def behaviour_log_probs(self, batch: dict[str, Tensor]) -> Tensor:
         """[B, T] log-probabilities of a batch's scored tokens under the student as it is now.
@@ -251,11 +324,6 @@ class DistillTrainer(StepCollatingTrainer):
         """
         self._vocabulary.check(batch)
         return losses.behaviour_log_probs(self._reader, cast(nn.Module, self.model_wrapped), batch)
-
-    @staticmethod
-    def _check_without_teacher(given: bool) -> None:
-        if given:
-            raise ValueError(f"{token_weights.KEY} need a teacher; without one this is a Trainer")
 
     def _num_ranks(self) -> int:
         """Processes with rows of their own, whose gradients are averaged."""
@@ -270,19 +338,14 @@ class DistillTrainer(StepCollatingTrainer):
     def _get_num_items_in_batch(
         self, batch_samples: list[Any], device: torch.device
     ) -> Tensor | int | None:
-        """As in `Trainer`; if tokens have weights, the sum of theirs."""
-        if self.teacher is None:
+        """As in `Trainer`; of tokens with weights the sum of these, of classifiers their rows."""
+        count = None
+        if self.teacher is not None:
+            count = self.task.count(batch_samples, device, self._prepare_inputs, self._ask)
+        if count is None:
             return super()._get_num_items_in_batch(batch_samples, device)
-        if self._classification is not None:
-            return self._classification.count(self, batch_samples, device)
-        weights = self._weighing.ahead(batch_samples, self._prepare_inputs, self._ask)
-        if all(each is None for each in weights):
-            return super()._get_num_items_in_batch(batch_samples, device)
-        if self.has_own_hard_loss():
-            check_unweighted(weights)
-        count = token_weights.total(batch_samples, weights).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            count = cast(Tensor, self.accelerator.gather(count)).sum()
+            count = cast(Tensor, self.accelerator.gather(count[None])).sum(0)
         # processes that share rows have counted them several times
         return count / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
 
@@ -290,14 +353,9 @@ class DistillTrainer(StepCollatingTrainer):
         """As in `Trainer`, with the columns that this class and its collators read."""
         super()._set_signature_columns_if_needed()
         columns = cast("list[str]", self._signature_columns)
-        read = [] if self.teacher is None else [token_weights.KEY, *classification.columns(self)]
-        if isinstance(self.data_collator, RoutedCollator | UniversalCollator):
-            read += self.data_collator.columns
+        read = [] if self.teacher is None else [token_weights.KEY, *self.task.columns]
+        read += getattr(self.data_collator, "columns", ())
         columns.extend(name for name in read if name not in columns)
-
-    def has_own_hard_loss(self) -> bool:
-        """Whether another hard loss takes the place of the cross-entropy, see `HardLoss`."""
-        return self._hard_loss.replaces
 
     def prediction_step(
         self,
@@ -326,26 +384,9 @@ class DistillTrainer(StepCollatingTrainer):
         if self.teacher is None:
             return {}
         self._alignment.read(self.accelerator)
-        metrics = self._meters[training].read(self.accelerator, self.objective.unmeasured)
-        metrics |= self._mean_meters[training].read(self.accelerator)
+        metrics = self._meters[training].read(self.accelerator)
         metrics |= self._hinting.read(self.accelerator, training)
-        return metrics if self._classification is None else self._classification.named(metrics)
-
-    def _mean_names(self) -> tuple[str, ...]:
-        """What is logged of `Terms.extra` in this run."""
-        settings = self._scoring.settings
-        reused = () if settings.importance_clip is None else losses.IMPORTANCE_NAMES
-        anchor = (losses.ANCHOR_NAME,) if settings.anchor_weight > 0 else ()
-        hidden_states = () if self._layers is None else self._layers.names
-        rows = () if self._classification is None else self._classification.metric_names
-        return (
-            *self.objective.extra_names,
-            *reused,
-            *anchor,
-            *hidden_states,
-            *rows,
-            *self._weighing.names,
-        )
+        return self.task.named(metrics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `Trainer`; training logs also hold the metrics of the scored tokens."""

@@ -4,12 +4,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from hf_distill.losses import LossSettings
 from hf_distill.rollouts.config import RolloutConfig
 from hf_distill.schedules import Value
 from hf_distill.teachers import SelfTeacher
 from hf_distill.teachers.self_teacher import SelfTeacherConfig
 from hf_distill.trainers.config_groups import as_group
-from hf_distill.trainers.distill_config import DistillConfig, LossSettings
+from hf_distill.trainers.distill_config import DistillConfig
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -11,27 +11,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_utils import has_length
 
-from hf_distill.cache import CachedTeacher
 from hf_distill.data import sides
 from hf_distill.data.hint_collator import HintCollator
+from hf_distill.losses import ClipConfig, Loss, LossFunction
 from hf_distill.monitoring.completion_table import WriteTable
 from hf_distill.monitoring.preflight import check_empty_hint, warn_of_lost_context
-from hf_distill.rollouts import TellEngine, rollout
+from hf_distill.rollouts import TellEngine
 from hf_distill.rollouts.config import RolloutConfig
 from hf_distill.rollouts.environments import Environment
 from hf_distill.rollouts.repeat_sampler import RepeatSampler
-from hf_distill.rollouts.rollout import EVAL_STEP, Rollouts, Window
-from hf_distill.teachers import (
-    RoutedTeacher,
-    SelfTeacher,
-    Teacher,
-    as_teacher,
-    each_teacher,
-    routed,
-)
+from hf_distill.rollouts.rollout import EVAL_STEP, Rollouts, Window, make_engine, make_table
+from hf_distill.teachers import SelfTeacher, Teacher, as_teacher
 from hf_distill.trainers.causal_lm import BEHAVIOUR
 from hf_distill.trainers.checks import unused
-from hf_distill.trainers.distill_config import ClipConfig
 from hf_distill.trainers.distill_trainer import DistillTrainer
 from hf_distill.trainers.opsd_config import OPSDConfig
 from hf_distill.trainers.step_collation import shows_hints
@@ -56,6 +48,7 @@ class OPSDTrainer(DistillTrainer):
         eval_dataset: the same; completions are sampled for it too, with fixed seeds.
         processing_class: the tokenizer.
         teacher: a teacher to use instead of the one that `args.teacher` names.
+        loss: as in `DistillTrainer`.
         environment: judges the completions, and may go on with the dialogue: see `Environment`.
             What it says can be read by hints.
         **kwargs: the other arguments of `Trainer`.
@@ -78,6 +71,7 @@ class OPSDTrainer(DistillTrainer):
         processing_class: Any = None,
         *,
         teacher: Teacher | nn.Module | str | None = None,
+        loss: Loss | LossFunction | None = None,
         environment: Environment | None = None,
         **kwargs: Any,
     ) -> None:
@@ -98,14 +92,12 @@ class OPSDTrainer(DistillTrainer):
         for text in unused(args, environment is not None, teacher is None):
             logger.warning("a setting is not used: %s", text)
         teacher = args.make_teacher() if teacher is None else as_teacher(teacher)
-        if args.on_policy and any(isinstance(x, CachedTeacher) for x in each_teacher(teacher)):
+        if args.on_policy and not all(x.knows_new_rows for x in teacher.each()):
             raise ValueError(
                 "a cached teacher knows the rows that were written, not those that the student "
                 "will write: set on_policy=False, got True"
             )
         collate: Any = data_collator.prompts if args.on_policy else data_collator
-        if isinstance(teacher, RoutedTeacher) and not args.on_policy:
-            collate = routed(data_collator, teacher)
         super().__init__(
             model,
             args,
@@ -114,6 +106,7 @@ class OPSDTrainer(DistillTrainer):
             eval_dataset,
             processing_class,
             teacher=teacher,
+            loss=loss,
             **kwargs,
         )
         self.rollouts = self._make_rollouts(environment) if args.on_policy else None
@@ -143,14 +136,18 @@ class OPSDTrainer(DistillTrainer):
                 f"{args.per_device_train_batch_size}"
             )
 
+    def _collator_for(self, teacher: Teacher) -> Callable[[Any], Any]:
+        # rows of prompts go to the rollouts, which add what the teacher needs
+        return (lambda x: x) if self.args.on_policy else teacher.collator
+
     def _make_rollouts(self, environment: Environment | None) -> Rollouts:
-        engine, table = rollout.make_engine(self, environment), rollout.make_table(self)
+        run, collator = self._run, self.hint_collator
+        engine, table = make_engine(run, collator, environment), make_table(run, collator)
         self.add_callback(TellEngine(engine))
         if table is not None:
             self.add_callback(WriteTable(table))
-        route = self.teacher.route if isinstance(self.teacher, RoutedTeacher) else None
-        args, collator = self.args, self.hint_collator
-        return Rollouts(args, collator, environment, engine, self.accelerator, route, table)
+        route = run.teacher.route
+        return Rollouts(self.args, collator, environment, engine, self.accelerator, route, table)
 
     def train(
         self,

@@ -5,7 +5,7 @@ batch is for. Where what it makes depends on the step, the loader passes the row
 and the trainer collates them when it takes a step's batches.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -32,6 +32,7 @@ class Deferred:
 
     def __init__(self, collator: Any) -> None:
         self.collator = collator
+        self.columns = tuple(getattr(collator, "columns", ()))
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, list[Row]]:
         """The rows as they are."""
@@ -54,6 +55,18 @@ def deferred(collator: Any, args: TrainingArguments) -> Any:
         )
     loader.dispatch_batches = False  # None would be True for an iterable dataset
     return Deferred(collator)
+
+
+def given_collator(collator: Any) -> Any:
+    """The data collator that a trainer was given, also where its work is left to the trainer."""
+    return collator.collator if isinstance(collator, Deferred) else collator
+
+
+def wrapped(collator: Any, wrap: Callable[[Any], Any]) -> Any:
+    """The collator inside another one; a deferred one stays deferred."""
+    if isinstance(collator, Deferred):
+        return Deferred(wrap(collator.collator))
+    return wrap(collator)
 
 
 def shows_hints(batch: Mapping[str, Any], num_rows: int) -> bool:

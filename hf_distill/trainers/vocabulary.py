@@ -3,34 +3,23 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from hf_distill.cache import CachedTeacher, VocabSizeMismatch
 from hf_distill.data import sides
-from hf_distill.data.cross_tokenizer_collator import UniversalCollator
-from hf_distill.losses import UNIVERSAL, UniversalObjective
+from hf_distill.data.cross_tokenizer_collator import CrossTokenizerCollator
+from hf_distill.losses import UNIVERSAL, CrossTokenizerLoss
 from hf_distill.models import signals, structure, tokenizers
 from hf_distill.models.signals import Signal
-from hf_distill.models.structure import causal_lm
-from hf_distill.teachers import (
-    RemoteTeacher,
-    RoutedCollator,
-    RoutedTeacher,
-    Teacher,
-    each_teacher,
-)
+from hf_distill.run import Run
+from hf_distill.teachers import Teacher
 from hf_distill.trainers import config_schedules
-
-if TYPE_CHECKING:
-    from hf_distill.trainers.distill_trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
 
 LABELS = ("labels", "anchor_labels")
-OWN = f"divergence {UNIVERSAL!r} with a UniversalCollator takes different ones"
+OWN = f"divergence {UNIVERSAL!r} with a CrossTokenizerCollator takes different ones"
 
 
 class Vocabulary:
@@ -41,7 +30,7 @@ class Vocabulary:
     every loss and every metric.
 
     Args:
-        trainer: with its model, teacher, objective, data collator and processing class.
+        run: with its student, teacher, losses, collator and processing class.
 
     Attributes:
         size: entries that are used, the first; None is all.
@@ -51,28 +40,27 @@ class Vocabulary:
         VocabSizeMismatch: the same for a cached teacher.
     """
 
-    def __init__(self, trainer: "DistillTrainer") -> None:
-        processing, collator = trainer.processing_class, _universal_collator(trainer)
-        self._tokenizer = processing if isinstance(processing, PreTrainedTokenizerBase) else None
-        self._universal = isinstance(trainer.objective, UniversalObjective)
+    def __init__(self, run: Run) -> None:
+        collator = _cross_tokenizer_collator(run.collator)
+        self._tokenizer = run.tokenizer
+        self._crosses = isinstance(run.losses[0], CrossTokenizerLoss)
         self._different: str | None = None
         self._needs_one: str | None = None
         self._is_one = False  # known to be the same
         self.size: int | None = None
-        if trainer._classification is not None:  # logits of classes
+        if run.is_classifier:  # logits of classes
             return
-        teachers = each_teacher(trainer.teacher)
-        student = structure.vocab_size(causal_lm(cast(nn.Module, trainer.model)))
-        if self._universal:
-            _check_dense(teachers)
-            self._different = self._check_universal(collator, teachers, student)
-            _warn_of_temperature(trainer, teachers, student)
+        teachers = run.teachers
+        student = structure.vocab_size(run.language_model)
+        if self._crosses:
+            self._different = self._check_crossing(collator, teachers, student)
+            _warn_of_temperature(run, student)
             return
-        divergence = trainer.args.divergence
+        divergence = run.args.divergence
         if collator is not None:
             one, other = (collator.student_tokenizer, collator.teacher_tokenizer)
             raise ValueError(
-                f"a UniversalCollator needs divergence {UNIVERSAL!r}, got {divergence!r} with "
+                f"a CrossTokenizerCollator needs divergence {UNIVERSAL!r}, got {divergence!r} with "
                 f"{tokenizers.described(one)} and {tokenizers.described(other)}"
             )
         for theirs in self._known(teachers):
@@ -84,18 +72,20 @@ class Vocabulary:
                 f"({OWN})",
             )
         self.size = self._shared(student, teachers)
-        if isinstance(trainer.teacher, RoutedTeacher):
-            trainer.teacher.vocab = self.size
+        run.teacher.keep_vocab(self.size)
 
     def _known(self, teachers: Sequence[Teacher]) -> list[PreTrainedTokenizerBase]:
         """The teachers' tokenizers, as far as they and the student's are known."""
         if self._tokenizer is None:
             return []
-        found = (tokenizer_of(teacher) for teacher in teachers)
+        found = (teacher.tokenizer() for teacher in teachers)
         return [tokenizer for tokenizer in found if tokenizer is not None]
 
-    def _check_universal(
-        self, collator: UniversalCollator | None, teachers: Sequence[Teacher], student: int | None
+    def _check_crossing(
+        self,
+        collator: CrossTokenizerCollator | None,
+        teachers: Sequence[Teacher],
+        student: int | None,
     ) -> str | None:
         """Check the tokenizers of a run; how they differ, or None where they do not."""
         mine, known = self._tokenizer, self._known(teachers)
@@ -107,11 +97,11 @@ class Vocabulary:
             rule = "the processing class and the collator must have one tokenizer for the student"
             tokenizers.check_same(mine, one, rule)
         for teacher in teachers:
-            theirs = tokenizer_of(teacher)
+            theirs = teacher.tokenizer()
             if theirs is not None:
                 rule = "the teacher and the collator must have one tokenizer for the teacher"
                 tokenizers.check_same(theirs, other, rule)
-            _check_ids(other, getattr(teacher, "vocab_size", None), "teacher")
+            _check_ids(other, teacher.vocab_size, "teacher")
         _check_ids(one, student, "student")
         if tokenizers.difference(one, other) is None:
             logger.warning(
@@ -125,7 +115,7 @@ class Vocabulary:
 
     def _shared(self, student: int | None, teachers: Sequence[Teacher]) -> int | None:
         """How many entries are used, or None for all."""
-        sizes = [(teacher, getattr(teacher, "vocab_size", None)) for teacher in teachers]
+        sizes = [(teacher, teacher.vocab_size) for teacher in teachers]
         odd = [(teacher, size) for teacher, size in sizes if size not in (None, student)]
         if student is None or not odd:
             return None
@@ -151,12 +141,7 @@ class Vocabulary:
                 "only entries behind the tokenizer's ids can be left out, and it is "
                 f"{tokenizers.described(self._tokenizer)}"
             )
-        if isinstance(teacher, CachedTeacher):
-            return VocabSizeMismatch(
-                f"{teacher.reader.path}: the student must have {size} logits per token, as the "
-                f"cached teacher, got {student}; {why}"
-            )
-        return ValueError(
+        return teacher.wrong_vocab(
             f"student and teacher must have one vocabulary, got {student} entries for the student "
             f"and {size} for the teacher; {why}; for different tokenizers, {OWN}"
         )
@@ -169,7 +154,7 @@ class Vocabulary:
                 cannot compare, or lacks them; or a labelled id is beyond what is used.
         """
         own = sides.has_own_tokens(batch)
-        if own and not self._universal:
+        if own and not self._crosses:
             raise ValueError(
                 f"a batch with {sides.TEACHER_OWN_TOKENS} needs divergence {UNIVERSAL!r}"
             )
@@ -180,7 +165,8 @@ class Vocabulary:
             )
         if self._different is not None and not own:
             raise ValueError(
-                f"different tokenizers need batches of a UniversalCollator, got {self._different}"
+                "different tokenizers need batches of a CrossTokenizerCollator, got "
+                f"{self._different}"
             )
         if self.size is None:
             return
@@ -225,39 +211,21 @@ class Vocabulary:
             )
 
 
-def tokenizer_of(teacher: Teacher) -> PreTrainedTokenizerBase | None:
-    """A teacher's tokenizer, or None where it is not known."""
-    find = getattr(teacher, "tokenizer", None)
-    found = find() if callable(find) else None
-    return found if isinstance(found, PreTrainedTokenizerBase) else None
-
-
-def _universal_collator(trainer: "DistillTrainer") -> UniversalCollator | None:
-    collator: Any = trainer.data_collator
-    if isinstance(collator, RoutedCollator):
-        collator = collator.collator
-    return collator if isinstance(collator, UniversalCollator) else None
+def _cross_tokenizer_collator(collator: Any) -> CrossTokenizerCollator | None:
+    """The collator, or the one inside."""
+    while collator is not None and not isinstance(collator, CrossTokenizerCollator):
+        collator = getattr(collator, "collator", None)
+    return collator
 
 
 def _both(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str:
     return f"{tokenizers.described(one)} and {tokenizers.described(other)}"
 
 
-def _check_dense(teachers: Sequence[Teacher]) -> None:
-    for teacher in teachers:
-        if isinstance(teacher, RemoteTeacher):
-            raise ValueError(
-                f"divergence {UNIVERSAL!r} sorts the teacher's whole distribution, of which a "
-                f"remote teacher says the top {teacher.top_k}"
-            )
-
-
-def _warn_of_temperature(
-    trainer: "DistillTrainer", teachers: Sequence[Teacher], student: int | None
-) -> None:
+def _warn_of_temperature(run: Run, student: int | None) -> None:
     """Say that a high temperature leaves a smaller student no gradient."""
-    highest = config_schedules.bounds(trainer.args, "temperature")[1]
-    largest = max((getattr(teacher, "vocab_size", None) or 0 for teacher in teachers), default=0)
+    highest = config_schedules.bounds(run.args, "temperature")[1]
+    largest = max((teacher.vocab_size or 0 for teacher in run.teachers), default=0)
     if highest > 1.0 and student is not None and largest > student:
         logger.warning(
             "divergence %r at temperature %g: its gradient vanishes above temperature 1 where the "

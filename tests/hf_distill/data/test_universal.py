@@ -1,4 +1,4 @@
-"""UniversalCollator token by token, and the rules of batches with two tokenizers."""
+"""CrossTokenizerCollator token by token, and the rules of batches with two tokenizers."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from hf_distill import HintCollator, UniversalCollator
+from hf_distill import HintCollator, CrossTokenizerCollator
 from hf_distill.data import alignment, cross_tokenizer_collator, sides
 from hf_distill.data.alignment import AlignmentError, AlignmentMeter
 from tests.hf_distill.trainers import models
@@ -29,7 +29,7 @@ TURNS = {
 
 
 def made(rows: Any = ROWS, first: Any = WORDS, second: Any = LETTERS, **changes: Any) -> dict:
-    return UniversalCollator(first, second, **changes)(rows)
+    return CrossTokenizerCollator(first, second, **changes)(rows)
 
 
 def shown(tokenizer: Any, ids: Tensor) -> list[str]:

@@ -1,6 +1,6 @@
 """A head cut over two processes gives the loss and the gradients of a whole one.
 
-Run as a script it is one of the processes: -m tests.hf_distill.distributed.test_dtensor_head FOLDER RANK.
+Run as a script it is one of the processes: `python -m` this module, FOLDER and RANK.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Rollouts of a model whose parameters lie in pieces on two processes: the tokens of a whole one.
 
-Run as a script it is one of the processes: -m tests.hf_distill.distributed.test_sharded_rollouts FOLDER RANK.
+Run as a script it is one of the processes: `python -m` this module, FOLDER and RANK.
 """
 
 import sys

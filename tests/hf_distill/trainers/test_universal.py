@@ -19,7 +19,7 @@ from hf_distill import (
     OPSDTrainer,
     RemoteTeacher,
     RoutedTeacher,
-    UniversalCollator,
+    CrossTokenizerCollator,
     routed,
 )
 from hf_distill.cache import CachedTeacher, cache_teacher
@@ -34,7 +34,7 @@ BOTH = r"'' \(\w+, 43 ids\) and '' \(\w+, 49 ids\)"
 
 
 def distil(folder: Path, student: Any = None, taught_by: Any = None, **changes: Any) -> Any:
-    collator = changes.pop("collator", None) or UniversalCollator(WORDS, LETTERS)
+    collator = changes.pop("collator", None) or CrossTokenizerCollator(WORDS, LETTERS)
     data, tokenizer = changes.pop("data", models.problems()), changes.pop("tokenizer", WORDS)
     return DistillTrainer(
         models.llama() if student is None else student,
@@ -89,7 +89,7 @@ def test_a_step_is_the_papers_loss(tmp_path: Path, smoothing: float) -> None:
 
 
 def test_a_student_with_more_tokens_than_its_teacher(tmp_path: Path) -> None:
-    collator = UniversalCollator(LETTERS, WORDS)
+    collator = CrossTokenizerCollator(LETTERS, WORDS)
     trainer = distil(
         tmp_path, reader(0), models.llama(1), collator=collator, tokenizer=LETTERS, max_steps=1
     )
@@ -142,7 +142,7 @@ def test_routed_teachers_with_one_tokenizer(tmp_path: Path) -> None:
     routes = RoutedTeacher({"a": reader(1), "b": reader(1)}, "who")
     one = distil(
         tmp_path, taught_by=routes, data=data,
-        collator=routed(UniversalCollator(WORDS, LETTERS), routes),
+        collator=routed(CrossTokenizerCollator(WORDS, LETTERS), routes),
     )  # fmt: skip
     other = distil(tmp_path)
     for trainer in (one, other):
@@ -155,7 +155,9 @@ def test_one_tokenizer_is_allowed_and_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "hf_distill"):
-        both = distil(tmp_path, None, models.llama(1), collator=UniversalCollator(WORDS, WORDS))
+        both = distil(
+            tmp_path, None, models.llama(1), collator=CrossTokenizerCollator(WORDS, WORDS)
+        )
     said = [r.getMessage() for r in caplog.records if "one tokenizer" in r.getMessage()]
     assert len(said) == 1
     assert "'forward_kl' would compare those of each token" in said[0]
@@ -251,12 +253,12 @@ def test_uld_needs_a_batch_of_both_tokenizers(tmp_path: Path) -> None:
     trainer = distil(
         tmp_path, None, teacher, collator=HintCollator(WORDS, ()), remove_unused_columns=False
     )
-    with pytest.raises(ValueError, match=f"need batches of a UniversalCollator, got {BOTH}"):
+    with pytest.raises(ValueError, match=f"need batches of a CrossTokenizerCollator, got {BOTH}"):
         trainer.train()
 
 
 def test_a_batch_of_both_tokenizers_needs_uld(tmp_path: Path) -> None:
-    collator = UniversalCollator(WORDS, LETTERS)
+    collator = CrossTokenizerCollator(WORDS, LETTERS)
     settings = {"divergence": "jsd", "remove_unused_columns": False}
     trainer = distil(
         tmp_path, None, models.llama(1), collator=lambda rows: collator(rows), **settings
@@ -304,7 +306,7 @@ def test_hidden_layers_need_one_tokenizer(tmp_path: Path) -> None:
     settings = {"hidden_layers": "last"}
     with pytest.raises(ValueError, match=f"^hidden_layers needs .* one tokenizer, .* got {BOTH}"):
         distil(tmp_path, **settings)
-    collator = UniversalCollator(WORDS, LETTERS)
+    collator = CrossTokenizerCollator(WORDS, LETTERS)
     hidden_by_a_function = distil(
         tmp_path,
         collator=lambda rows: collator(rows),
@@ -313,7 +315,7 @@ def test_hidden_layers_need_one_tokenizer(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"hidden_layers needs .* got a batch with teacher_own"):
         hidden_by_a_function.train()
-    same = UniversalCollator(WORDS, WORDS)
+    same = CrossTokenizerCollator(WORDS, WORDS)
     trainer = distil(tmp_path, None, models.llama(1), collator=same, **settings)
     trainer.train()
     assert all(log["hidden"] > 0 for log in models.steps(trainer))
@@ -321,7 +323,7 @@ def test_hidden_layers_need_one_tokenizer(tmp_path: Path) -> None:
 
 def test_unsure_teachers_of_other_tokens_weigh_those_beside_theirs(tmp_path: Path) -> None:
     trainer = distil(
-        tmp_path, reader(0), models.llama(1), collator=UniversalCollator(LETTERS, WORDS),
+        tmp_path, reader(0), models.llama(1), collator=CrossTokenizerCollator(LETTERS, WORDS),
         tokenizer=LETTERS, token_weights={"entropy": 0.5}, max_steps=1, temperature=1.0,
     )  # fmt: skip
     trainer.train()
@@ -357,7 +359,7 @@ def test_what_needs_one_tokenizer_can_ask(tmp_path: Path) -> None:
     different = distil(tmp_path)._vocabulary
     with pytest.raises(ValueError, match=f"^hidden_layers needs .* one tokenizer, .* got {BOTH}"):
         different.check_one_tokenizer("hidden_layers")
-    collator = UniversalCollator(WORDS, WORDS)
+    collator = CrossTokenizerCollator(WORDS, WORDS)
     distil(tmp_path, None, models.llama(1), collator=collator)._vocabulary.check_one_tokenizer("x")
 
 

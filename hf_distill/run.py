@@ -1,0 +1,61 @@
+"""What a run is made of, for those who help a trainer: they get this record, not the trainer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from hf_distill.losses import Loss
+from hf_distill.models.structure import causal_lm, is_classifier
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run.
+
+    Attributes:
+        args: the trainer's config.
+        student: as the trainer has it, with its adapters.
+        teacher: a `hf_distill.teachers.Teacher`.
+        processing_class: the tokenizer, if it is one.
+        collator: the data collator that the trainer was given.
+        accelerator: the trainer's.
+        sharded: whether parameters lie in pieces on several processes (FSDP, DeepSpeed).
+        losses: the loss at the ends of all schedules and between them: what holds for these holds
+            at every step.
+        num_copies: processes that share the same rows (tensor, context and sequence parallelism).
+    """
+
+    args: Any
+    student: nn.Module
+    teacher: Any
+    processing_class: Any
+    collator: Any
+    accelerator: Accelerator
+    sharded: bool
+    losses: Sequence[Loss]
+    num_copies: int = 1
+
+    @property
+    def language_model(self) -> nn.Module:
+        """The Transformers model itself, without wrappers and adapters."""
+        return causal_lm(self.student)
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether the student classifies sequences."""
+        return is_classifier(self.language_model)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The processing class where it is a tokenizer."""
+        given = self.processing_class
+        return given if isinstance(given, PreTrainedTokenizerBase) else None
+
+    @property
+    def teachers(self) -> Sequence[Any]:
+        """The teachers that are asked: several behind a `RoutedTeacher`."""
+        return self.teacher.each()

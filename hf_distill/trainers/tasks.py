@@ -1,0 +1,132 @@
+"""Tasks: how the batches of causal LMs and of classifiers are read, counted and named.
+
+A `DistillTrainer` has one task. A new kind of model is a new task: it says what is scored of a
+batch, how the student is run, and what the sums of an optimizer step are divided by.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hf_distill.data.sides import Side
+from hf_distill.losses import Terms, Tokens
+from hf_distill.models.signals import Signal
+
+
+@dataclass
+class Batch:
+    """A micro-batch on its device, as a task has read it.
+
+    Attributes:
+        inputs: the batch itself.
+        student: what of it the student reads.
+        teacher: what of it the teacher reads.
+        num_items: what the sums over the step's scored tokens or rows are divided by, or None for
+            what this batch alone has.
+        num_averaged: processes whose gradients are averaged though num_items is of all of them.
+        weights: [B, T] of the tokens, if some count more than others.
+        logged: by name, values of the scored tokens that are logged beside the loss's metrics.
+    """
+
+    inputs: Mapping[str, Any]
+    student: Side
+    teacher: Side
+    num_items: Tensor | int | None = None
+    num_averaged: int = 1
+    weights: Tensor | None = None
+    logged: Mapping[str, Tensor] | None = None
+
+
+Ask = Callable[[], Signal]
+"""Asks the teacher about a batch."""
+
+
+class Task(Protocol):
+    """What a trainer asks of its task.
+
+    Attributes:
+        label_name: the batch's key of the labels.
+        columns: of the data, which teachers read besides what the student reads.
+        shifts_labels: whether labels are those of the next tokens.
+    """
+
+    label_name: str
+    columns: Sequence[str]
+    shifts_labels: bool
+
+    def read(
+        self, inputs: Mapping[str, Any], num_items: Tensor | int | None, num_averaged: int
+    ) -> Batch:
+        """Check a batch and tell its sides apart.
+
+        Args:
+            inputs: on the device.
+            num_items: the count of the whole optimizer step, see `count`, or None.
+            num_averaged: see `Batch`.
+        """
+        ...
+
+    def was_asked(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether `count` has asked the teacher about a batch, which was checked for that."""
+        ...
+
+    def look(self, model: nn.Module, batch: Batch) -> bool:
+        """Look closely at one of the first batches; whether no more need be looked at."""
+        ...
+
+    def signal(self, batch: Batch, ask: Ask) -> Signal:
+        """What the teacher says of the batch; it is asked now unless `count` has asked it."""
+        ...
+
+    def tokens(self, batch: Batch, training: bool) -> Tokens:
+        """What is scored, and how much each token (or row) counts."""
+        ...
+
+    def run(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        terms_of: Callable[[Signal], Terms],
+        at_head: bool,
+        return_outputs: bool,
+    ) -> tuple[Terms, Any]:
+        """Run the student.
+
+        Args:
+            model: the student, wrapped or not.
+            batch: as `read` made it.
+            terms_of: the loss of what the student says; called once.
+            at_head: whether hidden states may be read instead of logits.
+            return_outputs: whether the caller needs the model's outputs.
+
+        Returns:
+            The terms, and the outputs or None.
+        """
+        ...
+
+    def count(
+        self,
+        batches: Sequence[Any],
+        device: torch.device,
+        place: Callable[[Any], Any],
+        ask: Callable[[Any], Signal],
+    ) -> Tensor | None:
+        """What this process's sums over an optimizer step are divided by.
+
+        Args:
+            batches: of the step.
+            device: of the result.
+            place: moves a batch to the device.
+            ask: asks the teacher about a placed batch.
+
+        Returns:
+            None if it is the number of labelled tokens, which the `Trainer` counts itself.
+        """
+        ...
+
+    def named(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The metrics under the names that this kind of model has for them."""
+        ...
