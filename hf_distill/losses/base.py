@@ -36,7 +36,7 @@ class Terms(NamedTuple):
     loss: the scalar with a gradient. metrics: by the name under which their mean is logged, values
     without gradient, [N] for the scored tokens; a NaN is no value, and what was not measured is
     absent. "soft" and "hard" are nats per token, unweighted. evidence: by "student" and "teacher",
-    [N] that are NaN where this side's logits are, for losses that do not measure entropies.
+    [N], NaN where this side's logits are and finite elsewhere, where its entropies do not show it.
     others: by name, values of other tokens than the N.
     """
 

@@ -130,8 +130,10 @@ class CrossTokenizerLoss(Loss):
             log_p = _log_softmax(teacher.dense(), self.temperature).to(log_q.dtype)
         value = self._spec().scale * sorted_distance(log_q.exp(), log_p.exp())
         teacher_entropy, paired = _entropy(log_p), torch.ones_like(value.detach())
+        evidence = {}
         if teacher.paired is not None:
             value = torch.where(teacher.paired, value, 0.0)
+            evidence["teacher"] = torch.where(teacher.paired, teacher_entropy, 0.0)
             teacher_entropy = torch.where(teacher.paired, teacher_entropy, torch.nan)
             paired = teacher.paired.to(value.dtype)
         metrics = {
@@ -140,4 +142,4 @@ class CrossTokenizerLoss(Loss):
             "teacher_entropy": teacher_entropy,
             "paired": paired,
         }
-        return Terms((tokens.soft_weights * value).sum(), metrics)
+        return Terms((tokens.soft_weights * value).sum(), metrics, evidence)

@@ -114,5 +114,6 @@ class SampledTokenLoss(Loss):
         }
         if self.clip is not None:
             metrics["clipped"] = clipped.to(value.dtype)
-        evidence = {"student": log_q.detach(), "teacher": log_p}
+        sides = {"student": log_q.detach(), "teacher": log_p}
+        evidence = {side: x.where(x.isnan(), 0.0) for side, x in sides.items()}
         return Terms((weights * value).sum(), metrics, evidence)
