@@ -27,9 +27,12 @@ def wide(x: Tensor) -> Tensor:
 
 
 def chunks(num_tokens: int, vocab: int) -> Iterator[slice]:
-    """The tokens, some at a time: their logits have about CHUNK_ENTRIES entries."""
+    """The tokens, some at a time: their logits have about CHUNK_ENTRIES entries.
+
+    No tokens are one chunk, so that what is measured has its names.
+    """
     step = max(1, CHUNK_ENTRIES // vocab)
-    for start in range(0, num_tokens, step):
+    for start in range(0, max(num_tokens, 1), step):
         yield slice(start, min(start + step, num_tokens))
 
 
@@ -55,7 +58,7 @@ def log_probs(student: Signal, targets: Tensor, temperature: float = 1.0) -> Ten
         return gathered(student.dense(), targets, temperature)
     hidden, head = student.hidden, student.head
     parts = [gathered(logits, targets[at], temperature) for logits, at in projected(hidden, head)]
-    return torch.cat(parts) if parts else wide(hidden).new_zeros(0)
+    return torch.cat(parts)
 
 
 def projected(hidden: Tensor, head: Head) -> Iterator[tuple[Tensor, slice]]:
@@ -103,7 +106,7 @@ class _Sum(torch.autograd.Function):
         grads = zip(inputs, sums, strict=True)
         kept = (x if x is None or y is None else y.to(x.dtype) for x, y in grads)
         ctx.save_for_backward(size, *kept)
-        joined = torch.cat(values, dim=-1) if values else total.new_zeros(0, 0)
+        joined = torch.cat(values, dim=-1)
         ctx.mark_non_differentiable(joined)
         ctx.needs = needs
         return total, joined

@@ -42,9 +42,7 @@ def teacher_entropy(signal: Signal) -> Tensor:
         known = signal.sparse.at(1.0)
         return known_entropy(known, chunks.wide(known.log_probs[:0]).dtype)
     parts = [torch.special.entr(chunks.wide(x).softmax(-1)).sum(-1) for x in _logits(signal)]
-    given = signal.hidden if signal.logits is None else signal.logits
-    assert given is not None
-    return torch.cat(parts) if parts else chunks.wide(given).new_zeros(0)
+    return torch.cat(parts)
 
 
 def entropy_share(signal: Signal, vocab: int | None = None) -> Tensor:
