@@ -51,7 +51,7 @@ def flat(value: Any) -> list[Any]:
 def reading(path: Path, verify: str = "lazy") -> list[Any]:
     """Everything that a run would get of every row."""
     teacher = CachedTeacher(path, verify=verify)
-    teacher.check(DivergenceSpec("jsd", temperature=2.0), models.tokenizer())
+    teacher.check_spec(DivergenceSpec("jsd", temperature=2.0), models.tokenizer())
     teacher.prepare(cast(Any, None), models.llama(), None)
     signal = teacher.signal(cast(Any, None), side())
     return [signal.logits] if signal.sparse is None else flat(signal.sparse)

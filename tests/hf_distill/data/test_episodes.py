@@ -9,7 +9,7 @@ from hf_distill import Hint, HintCollator
 from hf_distill.data.chat import continuation
 from hf_distill.data.episodes import Attempt, Episode
 from hf_distill.rollouts.environments import Feedback, play, share_siblings
-from tests.hf_distill.data.test_dialogues import PROMPT, reply, text, user, words
+from tests.hf_distill.data.test_chat import PROMPT, reply, text, user, words
 from tests.hf_distill.trainers import models
 
 SAID = [[user("What is 3 + 2 ?")], [user("think then ."), user("What ?")]]

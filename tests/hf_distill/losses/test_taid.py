@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_distill.losses import Objective, TaidObjective, Terms, chunks, taid_target
+from hf_distill.losses import DivergenceLoss, TaidLoss, Terms, Tokens, chunks, taid_target
 from hf_distill.models.signals import Head, Signal
 from metal_ops import DivergenceSpec, SparseTeacher, reference
 from tests.ops.watching import Watch
@@ -16,7 +16,7 @@ from tests.ops.watching import Watch
 N, V, H, TEACHER_H = 7, 23, 5, 9
 T = 1.7
 SPEC = DivergenceSpec("forward_kl", 0.5, T, "t2")
-Scored = tuple[Tensor, Tensor, Tensor]
+MEASURED = {"soft", "student_entropy", "teacher_entropy", "top1_agreement"}
 
 
 def softmax(logits: list[float]) -> list[float]:
@@ -41,22 +41,22 @@ def logits(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return (2 * torch.randn(N, V, dtype=dtype)).requires_grad_(), 2 * torch.randn(N, V, dtype=dtype)
 
 
-def scored() -> Scored:
+def tokens_of() -> Tokens:
+    """Tokens of which one has no soft loss, and whose hard loss has other weights."""
     weights = torch.rand(N, dtype=torch.float64)
     weights[2] = 0.0
-    return torch.randint(0, V, (N,)), weights, torch.rand(N, dtype=torch.float64)
+    targets, hard_weights = torch.randint(0, V, (N,)), torch.rand(N, dtype=torch.float64)
+    return Tokens(targets, hard_weights, corrected=weights)
 
 
 @pytest.mark.parametrize("t", [0.0, 0.1, 0.4, 0.97, 1.0])
 def test_loss_and_gradient_are_those_of_the_formula(t: float) -> None:
     student, teacher = logits()
-    targets, weights, _ = scored()
-    terms = TaidObjective(SPEC, 1.0, t=t).from_logits(
-        student, Signal(logits=teacher), targets, weights
-    )
+    tokens = tokens_of()
+    terms = TaidLoss(SPEC, 1.0, t=t)(Signal(logits=student), Signal(logits=teacher), tokens)
     (gradient,) = torch.autograd.grad(terms.loss, student)
     values, slopes = by_hand(student, teacher, t)
-    scale = T**2 * weights
+    scale = T**2 * tokens.soft_weights
     assert abs(terms.loss.item() - (scale * values).sum().item()) < 1e-12
     assert float((gradient - scale[:, None] * slopes).abs().max()) < 1e-12
     if t > 0:
@@ -76,18 +76,18 @@ def test_the_target_is_between_the_logits() -> None:
 
 
 def from_hidden(
-    objective: Objective, leaves: tuple[Tensor, ...], teacher: Signal, given: Scored
+    loss: DivergenceLoss, leaves: tuple[Tensor, ...], teacher: Signal, tokens: Tokens
 ) -> Terms:
     hidden, weight, bias = leaves
-    return objective.from_hidden(hidden, Head(weight, bias, 1.5, 4.0), teacher, *given)
+    return loss(Signal(hidden=hidden, head=Head(weight, bias, 1.5, 4.0)), teacher, tokens)
 
 
 def from_logits(
-    objective: Objective, leaves: tuple[Tensor, ...], teacher: Signal, given: Scored
+    loss: DivergenceLoss, leaves: tuple[Tensor, ...], teacher: Signal, tokens: Tokens
 ) -> Terms:
     hidden, weight, bias = leaves
     student = reference.head(hidden, weight, bias, 1.5, 4.0)
-    return objective.from_logits(student, Signal(logits=teacher.dense()), *given)
+    return loss(Signal(logits=student), Signal(logits=teacher.dense()), tokens)
 
 
 FORMS = {"hidden": from_hidden, "logits": from_logits}
@@ -108,11 +108,6 @@ def gradients(terms: Terms, leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(3 * terms.loss, leaves)
 
 
-def assert_same(one: Terms, other: Terms) -> None:
-    for name in ("loss", "soft", "hard", "stats"):
-        torch.testing.assert_close(getattr(one, name), getattr(other, name))
-
-
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 @pytest.mark.parametrize("alpha", [0.3, 1.0])
 @pytest.mark.parametrize("t", [0.0, 0.4, 1.0])
@@ -121,10 +116,11 @@ def test_hidden_states_give_what_logits_give(
 ) -> None:
     monkeypatch.setattr(chunks, "CHUNK_ENTRIES", chunk * V)
     leaves, teacher = hidden()
-    given, objective = scored(), TaidObjective(SPEC, alpha, t=t)
-    one, other = (make(objective, leaves, teacher, given) for make in FORMS.values())
-    assert_same(one, other)
-    torch.testing.assert_close(one.extra, other.extra, equal_nan=True)
+    tokens, loss = tokens_of(), TaidLoss(SPEC, alpha, t=t)
+    one, other = (make(loss, leaves, teacher, tokens) for make in FORMS.values())
+    torch.testing.assert_close(one.loss, other.loss)
+    assert one.metrics.keys() == MEASURED | {"taid_teacher_kl"} | ({"hard"} if alpha < 1 else set())
+    torch.testing.assert_close(one.metrics, other.metrics)
     wanted = gradients(other, leaves)
     torch.testing.assert_close(gradients(one, leaves), wanted)
     if t > 0 or alpha < 1:
@@ -135,25 +131,25 @@ def test_hidden_states_give_what_logits_give(
 @pytest.mark.parametrize("alpha", [0.3, 1.0])
 def test_at_one_it_is_the_forward_kl(make: Any, alpha: float) -> None:
     leaves, teacher = hidden()
-    given = scored()
-    want = make(Objective(SPEC, alpha), leaves, teacher, given)
+    tokens = tokens_of()
+    want = make(DivergenceLoss(SPEC, alpha), leaves, teacher, tokens)
     wanted = gradients(want, leaves)
     for t in (1.0, 1.0 - 1e-12):  # the second takes the other way
-        got = make(TaidObjective(SPEC, alpha, t=t), leaves, teacher, given)
+        got = make(TaidLoss(SPEC, alpha, t=t), leaves, teacher, tokens)
         torch.testing.assert_close(got.loss, want.loss, rtol=1e-10, atol=0)
         for mine, theirs in zip(gradients(got, leaves), wanted, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
-    less = make(TaidObjective(SPEC, alpha, t=0.99), leaves, teacher, given)
+    less = make(TaidLoss(SPEC, alpha, t=0.99), leaves, teacher, tokens)
     assert abs(less.loss.item() / want.loss.item() - 1) > 1e-3
 
 
 @pytest.mark.parametrize("make", FORMS.values(), ids=FORMS)
 def test_at_zero_there_is_neither_loss_nor_gradient(make: Any) -> None:
     leaves, teacher = hidden()
-    terms = make(TaidObjective(SPEC, 1.0, t=0.0), leaves, teacher, scored())
+    terms = make(TaidLoss(SPEC, 1.0, t=0.0), leaves, teacher, tokens_of())
     assert terms.loss.item() == 0.0
     assert all(float(x.abs().max()) < 1e-15 for x in gradients(terms, leaves))
-    some = make(TaidObjective(SPEC, 1.0, t=0.01), leaves, teacher, scored())
+    some = make(TaidLoss(SPEC, 1.0, t=0.01), leaves, teacher, tokens_of())
     assert all(float(x.abs().max()) > 1e-5 for x in gradients(some, leaves))
 
 
@@ -161,37 +157,32 @@ def test_at_zero_there_is_neither_loss_nor_gradient(make: Any) -> None:
 @pytest.mark.parametrize("make", FORMS.values(), ids=FORMS)
 def test_statistics_are_those_of_the_teacher(make: Any, t: float) -> None:
     leaves, teacher = hidden()
-    given = scored()
-    terms = make(TaidObjective(SPEC, 0.3, t=t), leaves, teacher, given)
-    plain = make(Objective(SPEC, 0.3), leaves, teacher, given)
-    torch.testing.assert_close(terms.stats, plain.stats)
-    torch.testing.assert_close(terms.hard, plain.hard)
-    kl = terms.extra["taid_teacher_kl"]
-    counts = given[1] != 0
-    assert torch.equal(kl.isnan(), ~counts)
-    torch.testing.assert_close(kl[counts], plain.soft[counts])
+    tokens = tokens_of()
+    found = dict(make(TaidLoss(SPEC, 0.3, t=t), leaves, teacher, tokens).metrics)
+    plain = make(DivergenceLoss(SPEC, 0.3), leaves, teacher, tokens).metrics
+    assert found.keys() == plain.keys() | {"taid_teacher_kl"}
+    # what the loss would be at t = 1, and all others but the loss
+    found["soft"] = found.pop("taid_teacher_kl")
+    torch.testing.assert_close(found, dict(plain))
 
 
 def test_a_clip_bounds_the_divergence_to_the_target() -> None:
     spec = replace(SPEC, clip=0.12, clip_level="token")
     student, teacher = logits()
-    targets, weights = torch.zeros(N, dtype=torch.int64), torch.ones(N)
-    terms = TaidObjective(spec, 1.0, t=0.3).from_logits(
-        student, Signal(logits=teacher), targets, weights
-    )
+    tokens = Tokens(torch.zeros(N, dtype=torch.int64), torch.ones(N))
+    terms = TaidLoss(spec, 1.0, t=0.3)(Signal(logits=student), Signal(logits=teacher), tokens)
     values, _ = by_hand(student, teacher, 0.3)
     assert 0 < int((values > 0.12).sum()) < N
-    torch.testing.assert_close(terms.soft, T**2 * values.clamp(max=0.12))
-    assert torch.equal(terms.stats.clipped != 0, values > 0.12)
+    torch.testing.assert_close(terms.metrics["soft"], T**2 * values.clamp(max=0.12))
+    assert torch.equal(terms.metrics["clipped"] != 0, values > 0.12)
 
 
 def test_a_hard_loss_that_is_given_takes_its_place() -> None:
     student, teacher = logits()
-    targets, weights, _ = scored()
-    objective, signal = TaidObjective(SPEC, 0.3, t=0.4), Signal(logits=teacher)
+    tokens, loss, signal = tokens_of(), TaidLoss(SPEC, 0.3, t=0.4), Signal(logits=teacher)
     given = torch.tensor(5.0, dtype=torch.float64)
-    mixed = objective.from_logits(student, signal, targets, weights, hard_loss=given)
-    soft = replace(objective, alpha=1.0).from_logits(student, signal, targets, weights)
+    mixed = loss(Signal(logits=student, own_loss=given), signal, tokens)
+    soft = replace(loss, alpha=1.0)(Signal(logits=student), signal, tokens)
     torch.testing.assert_close(mixed.loss, 0.3 * soft.loss + 0.7 * given)
 
 
@@ -205,9 +196,8 @@ def test_entries_that_one_side_excludes(side: str, t: float) -> None:
         if side in (name, "both"):
             x[:, 4] = -torch.inf
     student.requires_grad_()
-    targets, weights = torch.zeros(N, dtype=torch.int64), torch.ones(N)
-    objective = TaidObjective(SPEC, 1.0, t=t)
-    terms = objective.from_logits(student, Signal(logits=teacher), targets, weights)
+    tokens = Tokens(torch.zeros(N, dtype=torch.int64), torch.ones(N))
+    terms = TaidLoss(SPEC, 1.0, t=t)(Signal(logits=student), Signal(logits=teacher), tokens)
     if side == "student" and t == 1.0:
         assert terms.loss.item() == math.inf
         return
@@ -222,22 +212,25 @@ def test_the_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -
     count = 40
     hidden, weight = torch.randn(count, 2, requires_grad=True), torch.randn(V, 2)
     teacher = Signal(hidden=torch.randn(count, 3), head=Head(torch.randn(V, 3), None))
-    given = torch.randint(0, V, (count,)), torch.rand(count)
+    tokens = Tokens(torch.randint(0, V, (count,)), torch.rand(count))
     with Watch() as mode:
-        objective = TaidObjective(SPEC, 0.5, t=0.4)
-        objective.from_hidden(hidden, Head(weight, None), teacher, *given).loss.backward()
+        student = Signal(hidden=hidden, head=Head(weight, None))
+        TaidLoss(SPEC, 0.5, t=0.4)(student, teacher, tokens).loss.backward()
     assert max(mode.sizes) < count * V // 2
 
 
-def test_of_no_tokens() -> None:
+@pytest.mark.parametrize("t", [0.4, 1.0])
+@pytest.mark.parametrize("make", FORMS.values(), ids=FORMS)
+def test_of_no_tokens(make: Any, t: float) -> None:
     leaves, teacher = hidden()
     none = (leaves[0][:0], *leaves[1:])
     assert teacher.hidden is not None
     signal = replace(teacher, hidden=teacher.hidden[:0])
-    empty = torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0)
-    terms = from_hidden(TaidObjective(SPEC, 0.5, t=0.4), none, signal, empty)
+    empty = Tokens(torch.zeros(0, dtype=torch.int64), torch.zeros(0), corrected=torch.zeros(0))
+    terms = make(TaidLoss(SPEC, 0.5, t=t), none, signal, empty)
     assert terms.loss.item() == 0.0
-    assert terms.soft.shape == terms.extra["taid_teacher_kl"].shape == (0,)
+    assert terms.metrics.keys() == MEASURED | {"hard", "taid_teacher_kl"}
+    assert all(value.shape == (0,) for value in terms.metrics.values())
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -246,10 +239,11 @@ def test_a_sparse_teacher_is_refused(form: str, t: float) -> None:
     leaves, _ = hidden()
     ids, log_probs = torch.zeros(N, 2, dtype=torch.int64), torch.full((N, 2), -2.0)
     signal = Signal(sparse=SparseTeacher(ids, log_probs, torch.full((N,), -1.0)))
-    objective = TaidObjective(SPEC, 1.0, t=t)
-    given = {"hidden": (leaves[0], Head(*leaves[1:])), "logits": (torch.zeros(N, V),)}[form]
+    student = Signal(logits=torch.zeros(N, V))
+    if form == "hidden":
+        student = Signal(hidden=leaves[0], head=Head(*leaves[1:]))
     with pytest.raises(ValueError, match=r"taid mixes the logits .* got 2 entries"):
-        getattr(objective, f"from_{form}")(*given, signal, *scored())
+        TaidLoss(SPEC, 1.0, t=t)(student, signal, tokens_of())
 
 
 @pytest.mark.parametrize(
@@ -263,4 +257,4 @@ def test_a_sparse_teacher_is_refused(form: str, t: float) -> None:
 )
 def test_what_is_out_of_range(kind: str, t: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TaidObjective(DivergenceSpec(kind, 0.5), 1.0, t=t)
+        TaidLoss(DivergenceSpec(kind, 0.5), 1.0, t=t)

@@ -10,8 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_distill import DistillConfig, DistillTrainer, HintCollator, OPSDConfig, OPSDTrainer
-from hf_distill.teachers import SelfTeacher
-from hf_distill.trainers.distill_trainer import _UpdateTeacher
+from hf_distill.teachers import SelfTeacher, UpdateTeacher
 from tests.hf_distill.trainers import models
 
 SETTINGS = {"max_steps": 12, "learning_rate": 3e-3, "adam_epsilon": 1e-8}
@@ -104,7 +103,7 @@ def detached_loss(folder: Path) -> DistillTrainer:
 
 def average_never_updated(folder: Path) -> OPSDTrainer:
     trainer = opsd(folder, sharp(), teacher="ema")
-    trainer.remove_callback(_UpdateTeacher)
+    trainer.remove_callback(UpdateTeacher)
     return trainer
 
 

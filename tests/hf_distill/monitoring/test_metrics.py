@@ -3,30 +3,28 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from hf_distill import DistillConfig, DistillTrainer, OPSDConfig, OPSDTrainer
 from hf_distill.data.token_classes import CLASSES, token_classes
 from hf_distill.monitoring.metrics import CompletionMeter, HintOverlapMeter, TokenMeter
-from metal_ops.functional import DivergenceStats, LinearTerms
 from tests.hf_distill.trainers import models
 
 NUMBER, WORD = CLASSES.index("number"), CLASSES.index("word")
 
 
-def terms(soft: list[float]) -> LinearTerms:
-    """Terms of as many tokens, whose other entries are zero."""
-    zeros = torch.zeros(len(soft))
-    stats = DivergenceStats(*[zeros] * len(DivergenceStats._fields))
-    return LinearTerms(torch.zeros(()), torch.tensor(soft), zeros, stats)
+def metrics(soft: list[float]) -> dict[str, Tensor]:
+    """Of as many tokens, with another metric that is zero."""
+    return {"soft": torch.tensor(soft), "hard": torch.zeros(len(soft))}
 
 
 def test_the_divergence_is_split_by_token_class():
     classes = torch.tensor([WORD, NUMBER, WORD])  # of ids 0, 1, 2
     meter = TokenMeter(classes)
-    meter.add(terms([1.0, 2.0]), torch.tensor([0, 1]))
-    meter.add(terms([4.0, 6.0]), torch.tensor([1, 2]))
+    meter.add(metrics([1.0, 2.0]), torch.tensor([0, 1]))
+    meter.add(metrics([4.0, 6.0]), torch.tensor([1, 2]))
     found = meter.read(Accelerator(cpu=True))
-    assert found["soft"] == 13 / 4
+    assert (found["soft"], found["hard"], found["tokens"]) == (13 / 4, 0.0, 4)
     assert (found["soft_number"], found["share_number"]) == (3.0, 6 / 13)
     assert (found["soft_word"], found["share_word"]) == (3.5, 7 / 13)
     assert not {"soft_space", "share_space"} & found.keys()  # no such token
@@ -35,17 +33,46 @@ def test_the_divergence_is_split_by_token_class():
 
 def test_a_divergence_of_zero_has_shares_of_zero():
     meter = TokenMeter(torch.tensor([WORD]))
-    meter.add(terms([0.0]), torch.tensor([0]))
+    meter.add(metrics([0.0]), torch.tensor([0]))
     found = meter.read(Accelerator(cpu=True))
     assert (found["soft_word"], found["share_word"]) == (0.0, 0.0)
 
 
 def test_without_classes_nothing_is_split():
     meter = TokenMeter()
-    meter.add(terms([1.0]), torch.tensor([0]))
+    meter.add(metrics([1.0]), torch.tensor([0]))
     assert not any(
         name.startswith(("soft_", "share_")) for name in meter.read(Accelerator(cpu=True))
     )
+
+
+def test_tokens_that_do_not_count_are_in_no_mean():
+    meter = TokenMeter(torch.tensor([WORD, NUMBER]))
+    counted = torch.tensor([True, False, True])
+    given = metrics([1.0, 50.0, 4.0]) | {"paired": torch.tensor([1.0, 1.0, 0.0])}
+    meter.add(given, torch.tensor([0, 1, 0]), counted)
+    found = meter.read(Accelerator(cpu=True))
+    assert found == {
+        "soft": 2.5,
+        "hard": 0.0,
+        "tokens": 2,
+        "paired": 0.5,
+        "soft_word": 2.5,
+        "share_word": 1.0,
+    }
+
+
+def test_a_mean_is_over_its_own_values():
+    """A NaN is none, a micro-batch need not have all metrics, and other tokens are no tokens."""
+    meter = TokenMeter()
+    meter.add({"soft": torch.tensor([1.0, 3.0]), "paired": torch.ones(2)}, torch.tensor([0, 1]))
+    entropy = torch.tensor([torch.nan, 6.0])
+    meter.add({"soft": torch.tensor([4.0, 4.0]), "teacher_entropy": entropy}, torch.tensor([0, 1]))
+    meter.add({"anchor": torch.tensor([7.0, 8.0, 9.0])})
+    meter.add({"soft": torch.zeros(0), "never": torch.tensor([torch.nan])})
+    found = meter.read(Accelerator(cpu=True))
+    assert found == {"soft": 3.0, "teacher_entropy": 6.0, "tokens": 4, "anchor": 8.0, "paired": 1.0}
+    assert meter.read(Accelerator(cpu=True)) == {}
 
 
 def test_a_run_with_a_tokenizer_splits_its_loss(tmp_path):

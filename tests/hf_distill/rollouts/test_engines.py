@@ -18,6 +18,7 @@ from hf_distill.rollouts import (
     rollout,
 )
 from hf_distill.rollouts.continuous_batching import ContinuousEngine
+from hf_distill.run import Run
 from tests.hf_distill.trainers import models
 
 SAMPLING = Sampling(models.PAD, models.EOS, 8, 1.0)
@@ -146,18 +147,13 @@ def test_rounds_that_processes_must_play_together(
     args = OPSDConfig(
         output_dir="out", report_to="none", rollout={"engine": engine, "max_turns": turns}
     )
-    trainer = SimpleNamespace(
-        args=args,
-        model=None,
-        hint_collator=HintCollator(models.tokenizer()),
-        is_fsdp_enabled=sharded,
-        is_deepspeed_enabled=False,
-        accelerator=SimpleNamespace(num_processes=processes),
-    )
+    accelerator: Any = SimpleNamespace(num_processes=processes)
+    collator = HintCollator(models.tokenizer())
+    run = Run(args, models.llama(), None, None, collator, accelerator, sharded, losses=())
     if engine == "generate":
-        assert isinstance(rollout.make_engine(trainer, None), GenerateEngine)
+        assert isinstance(rollout.make_engine(run, collator, None), GenerateEngine)
     if not refused:
-        assert isinstance(rollout.make_engine(trainer, lambda _: []), GenerateEngine)
+        assert isinstance(rollout.make_engine(run, collator, lambda _: []), GenerateEngine)
         return
     with pytest.raises(ValueError, match=r"on all 2 processes: set rollout.max_turns=1, got 8"):
-        rollout.make_engine(trainer, lambda _: [])
+        rollout.make_engine(run, collator, lambda _: [])

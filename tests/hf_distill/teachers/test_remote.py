@@ -17,7 +17,7 @@ from hf_distill import (
     RoutedTeacher,
 )
 from hf_distill.data.sides import Side
-from hf_distill.losses import Objective, assert_finite
+from hf_distill.losses import DivergenceLoss, Tokens, assert_finite
 from hf_distill.models.forward import Reader
 from hf_distill.models.signals import Signal
 from metal_ops import DivergenceSpec
@@ -35,10 +35,12 @@ WEIGHTS = torch.tensor([0.1, 0.3, 0.2, 0.15, 0.25])
 def losses(signal: Any, spec: DivergenceSpec, alpha: float = 0.5) -> tuple[Any, Tensor]:
     """The terms of a student, and their gradient."""
     logits = scored_logits(models.llama()).requires_grad_()
-    terms = Objective(spec, alpha).from_logits(logits, signal, TARGETS, WEIGHTS)
+    tokens = Tokens(TARGETS, WEIGHTS)
+    terms = DivergenceLoss(spec, alpha)(Signal(logits=logits), signal, tokens)
     return terms, torch.autograd.grad(terms.loss, logits)[0]
 
 
+MEASURED = {"soft", "hard", "student_entropy", "teacher_entropy", "top1_agreement"}
 KINDS = ["forward_kl", "reverse_kl", "jsd", "tvd"]
 
 
@@ -54,10 +56,10 @@ def test_with_the_whole_vocabulary_the_loss_is_the_local_teachers(remote: Ask, k
     # roundings of log-probabilities of order 10
     torch.testing.assert_close(got.loss, want.loss, rtol=2e-6, atol=0)
     torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(got.soft, want.soft, rtol=1e-5, atol=0)
-    torch.testing.assert_close(got.hard, want.hard, rtol=0, atol=0)
-    for mine, other in zip(got.stats, want.stats, strict=True):
-        torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
+    assert got.metrics.keys() == MEASURED
+    for name, other in want.metrics.items():
+        rtol, atol = {"soft": (1e-5, 0), "hard": (0, 0)}.get(name, (0, 1e-5))
+        torch.testing.assert_close(got.metrics[name], other, rtol=rtol, atol=atol)
     assert expected.abs().max() > 1e-2
 
 
@@ -84,11 +86,11 @@ def test_with_a_few_entries_the_rest_is_one_category(remote: Ask, top_k: int) ->
     for kind, value in (("forward_kl", p.exp() * (p - q)), ("reverse_kl", q.exp() * (q - p))):
         terms, _ = losses(signal, DivergenceSpec(kind), alpha=1.0)
         atol = 1e-4 if kind == "reverse_kl" and top_k == V - 1 else 2e-6
-        torch.testing.assert_close(terms.soft.double(), value.sum(-1), rtol=0, atol=atol)
+        soft = terms.metrics["soft"].double()
+        torch.testing.assert_close(soft, value.sum(-1), rtol=0, atol=atol)
         assert value.sum(-1).min() > 1e-3
-    torch.testing.assert_close(
-        terms.stats.teacher_entropy.double(), -(p.exp() * p).sum(-1), rtol=0, atol=1e-5
-    )
+    entropy = terms.metrics["teacher_entropy"].double()
+    torch.testing.assert_close(entropy, -(p.exp() * p).sum(-1), rtol=0, atol=1e-5)
 
 
 def test_the_prompts_own_token_is_left_out(server: Server, remote: Ask) -> None:
@@ -209,20 +211,13 @@ def test_clipped_tokens_are_counted(remote: Ask) -> None:
     signal = prepared(remote(V), student).signal(student, SIDE)
     dense = prepared(ModelTeacher(models.llama(1)), student).signal(student, SIDE)
     whole, _ = losses(dense, DivergenceSpec("forward_kl"))
-    bound = float(whole.soft.median())
+    bound = float(whole.metrics["soft"].median())
     for level, clip in (("token", bound), ("vocab_entry", bound / 4)):
         spec = DivergenceSpec("forward_kl", clip=clip, clip_level=level)
-        got, want = losses(signal, spec)[0], losses(dense, spec)[0]
-        assert 0 < got.stats.clipped.sum() < N
-        assert torch.equal(got.stats.clipped, want.stats.clipped)
-        torch.testing.assert_close(got.soft, want.soft, rtol=1e-5, atol=0)
-    assert (
-        0
-        < losses(signal, DivergenceSpec("forward_kl", clip=bound, clip_level="token"))[
-            0
-        ].stats.clipped.sum()
-        < N
-    )
+        got, want = (losses(each, spec)[0].metrics for each in (signal, dense))
+        assert 0 < got["clipped"].sum() < N
+        assert torch.equal(got["clipped"], want["clipped"])
+        torch.testing.assert_close(got["soft"], want["soft"], rtol=1e-5, atol=0)
 
 
 def test_padding_of_a_sparse_teacher_says_nothing(remote: Ask) -> None:
@@ -233,9 +228,8 @@ def test_padding_of_a_sparse_teacher_says_nothing(remote: Ask) -> None:
     )
     spec = DivergenceSpec("jsd")
     got, want = (losses(Signal(sparse=teacher), spec) for teacher in (padded, sparse))
-    for mine, other in zip(got[0].stats, want[0].stats, strict=True):
-        torch.testing.assert_close(mine, other)
-    torch.testing.assert_close(got[0].soft, want[0].soft)
+    assert got[0].metrics.keys() == MEASURED
+    torch.testing.assert_close(got[0].metrics, want[0].metrics)
     torch.testing.assert_close(got[1], want[1])
 
 
@@ -294,7 +288,8 @@ def test_two_servers_by_route(server: Server, remote: Ask) -> None:
         losses(
             prepared(remote(k), models.llama()).signal(models.llama(), SIDE),
             DivergenceSpec("forward_kl"),
-        )[0].soft
+        )[0].metrics["soft"]
         for k in (5, 2)
     ]
-    torch.testing.assert_close(padded.soft, torch.cat([alone[0][:3], alone[1][3:]]))
+    want = torch.cat([alone[0][:3], alone[1][3:]])
+    torch.testing.assert_close(padded.metrics["soft"], want)

@@ -16,11 +16,10 @@ from hf_distill import (
     ModelTeacher,
     RoutedTeacher,
     SelfTeacher,
-    routed,
 )
 from hf_distill.data.sides import Side, student_side, teacher_side
 from hf_distill.models.signals import Signal
-from hf_distill.teachers.base import Stateless
+from hf_distill.teachers import RoutedCollator, Teacher
 from metal_ops import SparseTeacher
 from tests.hf_distill.teachers.asking import FAR, prepared, step
 from tests.hf_distill.trainers import models
@@ -117,11 +116,11 @@ def test_teachers_of_one_memory_share_a_head() -> None:
     torch.testing.assert_close(signal.dense(), by_rows([one, other], route), **CLOSE)
 
 
-class Counted(Stateless):
+class Counted(Teacher):
     """Says the token ids that it is asked for, as logits or as a sparse signal."""
 
     def __init__(self, width: int | None = None, temperature: float = 1.0) -> None:
-        self.width, self.temperature = width, temperature
+        self.width, self.temperature, self.dense = width, temperature, width is None
         self.rows: list[list[int]] = []
         self.updates = self.prepared = 0
 
@@ -243,7 +242,7 @@ def test_rows_name_their_teacher() -> None:
 @pytest.mark.parametrize(
     ("route", "message"),
     [
-        (None, r"needs 'teacher_route' in the batch: wrap the data collator, routed\("),
+        (None, r"needs 'teacher_route' in the batch: .*the data collator, teacher.collator\("),
         (torch.tensor([0, 1]), r"teacher_route must be \[5\].* got \[2\]"),
         (torch.tensor([0, 1, 3, 0, 0]), r"teacher_route must be in \[0, 3\), got 3"),
         (torch.tensor([0, -1, 2, 0, 0]), r"teacher_route must be in \[0, 3\), got -1"),
@@ -296,7 +295,9 @@ def test_a_collator_sees_the_column_if_asked(keep: bool) -> None:
 
     teacher = of_models(*(Counted() for _ in NAMES))
     rows = [row | {"domain": NAMES[i]} for row, i in zip(ROWS, ROUTE.tolist(), strict=True)]
-    batch = routed(collate, teacher, keep_column=keep)(rows)
+    made = RoutedCollator(collate, teacher, keep_column=keep)
+    assert teacher.collator(made) is made
+    batch = made(rows)
     assert torch.equal(batch.pop("teacher_route"), ROUTE)
     assert all(torch.equal(batch[name], BATCH[name]) for name in BATCH)
     assert seen == (rows if keep else ROWS)
@@ -317,7 +318,8 @@ def test_training_with_routes(tmp_path: Path, kind: Any, remove: bool) -> None:
     for names in ("a", "b", "ab"):
         rows = [row | {"domain": names[i % len(names)]} for i, row in enumerate(models.rows())]
         teacher = RoutedTeacher({"a": models.llama(1), "b": models.llama(2)}, "domain")
-        collator = routed(models.Pad(), teacher)
+        # the trainer wraps a collator that does not add the route
+        collator = models.Pad() if names == "a" else teacher.collator(models.Pad())
         ends[names] = train(tmp_path, teacher, collator, kind(rows), remove_unused_columns=remove)
     alone = train(tmp_path, models.llama(1), models.Pad(), models.rows())
     assert models.difference(ends["a"], alone) == 0.0  # the whole batch is one teacher's

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from hf_distill import RoutedTeacher
 from hf_distill.data.sides import Side, student_side, teacher_side
 from hf_distill.models.signals import Signal, TailRule
-from hf_distill.teachers.base import Stateless
+from hf_distill.teachers import Teacher
 from metal_ops import DivergenceSpec, PowerSums, sparse_divergence
 from tests.hf_distill.teachers.asking import prepared
 from tests.hf_distill.trainers import models
@@ -26,8 +26,10 @@ def logits(side: Side, seed: int) -> Tensor:
     return 2 * LOGITS[(ids + 7 * seed) % len(LOGITS)]
 
 
-class Known(Stateless):
+class Known(Teacher):
     """Knows `top_k` entries and `draws` draws; asked again, it says the same."""
+
+    dense = False
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from hf_distill.data.episodes import Episode
 from hf_distill.data.hint_collator import DROPPED, TRUNCATED
 from hf_distill.data.hint_schedule import Draw, HintPlan, collator_at, plan_of
 from hf_distill.schedules import Schedule
-from tests.hf_distill.data.test_dialogues import PROMPT, ROW, reply, user, words
+from tests.hf_distill.data.test_chat import PROMPT, ROW, reply, user, words
 from tests.hf_distill.data.test_episodes import episode
 from tests.hf_distill.trainers import models
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_distill.losses import Objective, Terms, chunks, normalised_jsd
+from hf_distill.losses import DivergenceLoss, Terms, Tokens, chunks, normalised_jsd
 from hf_distill.losses.divergence import NEAREST_BETA
 from hf_distill.models.signals import Head, Signal, TailRule
 from metal_ops import DivergenceSpec, SparseTeacher, divergence, sparse_divergence
@@ -29,9 +29,9 @@ def spec_of(beta: float, **changes: Any) -> DivergenceSpec:
     return DivergenceSpec("jsd", beta, TEMPERATURE, "t2", **changes)
 
 
-def objective(beta: float, alpha: float = 1.0, **changes: Any) -> Objective:
+def loss_of(beta: float, alpha: float = 1.0, **changes: Any) -> DivergenceLoss:
     spec, factor = normalised_jsd(spec_of(beta, **changes))
-    return Objective(spec, alpha, factor=factor)
+    return DivergenceLoss(spec, alpha, factor=factor)
 
 
 def quotient(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
@@ -80,13 +80,13 @@ def whole(teacher: Tensor) -> SparseTeacher:
 
 
 def terms_of(
-    made: Objective, form: str, teacher: Tensor, leaves: tuple[Tensor, ...], *scored: Tensor
+    made: DivergenceLoss, form: str, teacher: Tensor, leaves: tuple[Tensor, ...], tokens: Tokens
 ) -> Terms:
     hidden, weight, bias = leaves
-    signal = signals(teacher)[form]
+    student = Signal(hidden=hidden, head=Head(weight, bias))
     if form == "logits":
-        return made.from_logits(F.linear(hidden, weight, bias), signal, *scored)
-    return made.from_hidden(hidden, Head(weight, bias), signal, *scored)
+        student = Signal(logits=F.linear(hidden, weight, bias))
+    return made(student, signals(teacher)[form], tokens)
 
 
 @pytest.mark.parametrize("form", ["hidden", "logits", "sparse"])
@@ -100,8 +100,9 @@ def test_the_loss_is_that_of_the_definition(
     *leaves, teacher = inputs()
     targets, weights = torch.randint(0, V, (N,)), torch.rand(N, dtype=torch.float64)
     hard_weights = torch.rand(N, dtype=torch.float64) if apart else weights
-    made = objective(beta, alpha, **CLIPS[clip])
-    terms = terms_of(made, form, teacher, tuple(leaves), targets, weights, hard_weights)
+    made = loss_of(beta, alpha, **CLIPS[clip])
+    tokens = Tokens(targets, hard_weights, corrected=weights if apart else None)
+    terms = terms_of(made, form, teacher, tuple(leaves), tokens)
     logits = F.linear(*leaves)
     soft, hard = (
         by_hand(logits, teacher, beta, clip),
@@ -113,9 +114,10 @@ def test_the_loss_is_that_of_the_definition(
     )
     want = (alpha * weights * soft + (1 - alpha) * hard_weights * hard).sum()
     torch.testing.assert_close(terms.loss, want, rtol=1e-10, atol=0)
-    torch.testing.assert_close(terms.soft, soft.detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(terms.metrics["soft"], soft.detach(), rtol=1e-10, atol=1e-12)
+    assert ("hard" in terms.metrics) == (alpha < 1.0)
     if alpha < 1.0:
-        torch.testing.assert_close(terms.hard, hard.detach(), rtol=1e-10, atol=0)
+        torch.testing.assert_close(terms.metrics["hard"], hard.detach(), rtol=1e-10, atol=0)
     mine, wanted = (torch.autograd.grad(x, leaves) for x in (terms.loss, want))
     torch.testing.assert_close(mine, wanted, rtol=1e-8, atol=1e-10)
     assert max(float(x.abs().max()) for x in wanted) > 1e-3
@@ -129,11 +131,12 @@ def test_a_factor_costs_no_second_projection(monkeypatch: pytest.MonkeyPatch) ->
         raise AssertionError("projected again")
 
     monkeypatch.setattr(chunks, "cross_entropy", second)
-    terms = terms_of(objective(0.1, 0.3), "hidden", teacher, tuple(leaves), targets, weights)
+    made, together = loss_of(0.1, 0.3), Tokens(targets, weights)
+    terms = terms_of(made, "hidden", teacher, tuple(leaves), together)
     assert float(terms.loss.detach()) > 0
-    scored = (targets, weights, 2 * weights)
+    apart = Tokens(targets, 2 * weights, corrected=weights)
     with pytest.raises(AssertionError, match="projected again"):
-        terms_of(objective(0.1, 0.3), "hidden", teacher, tuple(leaves), *scored)
+        terms_of(made, "hidden", teacher, tuple(leaves), apart)
 
 
 @pytest.mark.parametrize(("beta", "kind"), [(0.0, "forward_kl"), (1.0, "reverse_kl")])
@@ -234,22 +237,24 @@ def test_a_cross_entropy_without_a_share_is_measured_where_it_is_wanted(
     form: str, alpha: float
 ) -> None:
     *leaves, teacher = inputs()
-    scored = torch.randint(0, V, (N,)), torch.rand(N, dtype=torch.float64)
+    tokens = Tokens(torch.randint(0, V, (N,)), torch.rand(N, dtype=torch.float64))
     spec = DivergenceSpec("forward_kl", 0.5, TEMPERATURE)
     bare, full = (
         terms_of(
-            Objective(spec, alpha, measures_hard=wanted), form, teacher, tuple(leaves), *scored
+            DivergenceLoss(spec, alpha, measures_hard=wanted), form, teacher, tuple(leaves), tokens
         )
         for wanted in (False, True)
     )
-    want = F.cross_entropy(F.linear(*leaves), scored[0], reduction="none").detach()
-    torch.testing.assert_close(full.hard, want, rtol=1e-10, atol=0)
-    assert bool((bare.hard == 0).all()) == (alpha == 1.0)
+    want = F.cross_entropy(F.linear(*leaves), tokens.targets, reduction="none").detach()
+    torch.testing.assert_close(full.metrics["hard"], want, rtol=1e-10, atol=0)
+    others = {"soft", "student_entropy", "teacher_entropy", "top1_agreement"}
+    assert full.metrics.keys() == others | {"hard"}
+    assert bare.metrics.keys() == (others if alpha == 1.0 else full.metrics.keys())
+    if alpha < 1.0:
+        torch.testing.assert_close(bare.metrics["hard"], want, rtol=1e-10, atol=0)
     torch.testing.assert_close(full.loss, bare.loss, rtol=1e-12, atol=0)
     one, other = (torch.autograd.grad(x.loss, leaves) for x in (bare, full))
     torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
-    assert Objective(spec, 1.0).unmeasured == ("hard", "clipped")
-    assert Objective(spec, 1.0, measures_hard=True).unmeasured == ("clipped",)
 
 
 @pytest.mark.parametrize("form", ["hidden", "logits"])
@@ -261,11 +266,11 @@ def test_float16_gradients_do_not_fade_near_the_ends(
 ) -> None:
     *leaves, teacher = (x.detach().half() for x in inputs())
     scored = torch.randint(0, V, (N,)), torch.rand(N) / N
-    made, found = objective(abs(side - near), alpha), []
+    made, found = loss_of(abs(side - near), alpha), []
     for dtype in (torch.float16, torch.float64):
         mine = tuple(x.detach().to(dtype).requires_grad_() for x in leaves)
         targets, weights = scored[0], scored[1].to(torch.promote_types(dtype, torch.float32))
-        terms = terms_of(made, form, teacher.to(dtype), mine, targets, weights)
+        terms = terms_of(made, form, teacher.to(dtype), mine, Tokens(targets, weights))
         found.append([x.double() for x in torch.autograd.grad(terms.loss, mine)])
     for grad, exact in zip(*found, strict=True):
         # roundings of float16 values; measured: 1e-3. Faded gradients are off by 0.1 and more

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_distill.losses import Terms, UniversalObjective, assert_finite, chunks
+from hf_distill.losses import CrossTokenizerLoss, Terms, Tokens, assert_finite, chunks
 from hf_distill.losses.cross_tokenizer import sorted_distance
 from hf_distill.models.signals import Head, Signal
 from metal_ops import SparseTeacher, reference
@@ -42,16 +42,19 @@ def signal(given: dict[str, Tensor], paired: Tensor | None = None, logits: bool 
     return Signal(logits=found.dense(), paired=paired) if logits else found
 
 
+def tokens_of(given: dict[str, Tensor]) -> Tokens:
+    return Tokens(given["targets"], given["hard_weights"], corrected=given["weights"])
+
+
 def run(
-    objective: UniversalObjective, given: dict[str, Tensor], path: str, teacher: Signal
+    loss: CrossTokenizerLoss, given: dict[str, Tensor], path: str, teacher: Signal
 ) -> tuple[Terms, list[Tensor]]:
     """The terms, and the gradients of hidden states, weight and bias."""
     leaves = [given[name].clone().requires_grad_() for name in ("hidden", "weight", "bias")]
-    rest = (given["targets"], given["weights"], given["hard_weights"])
-    if path == "hidden":
-        terms = objective.from_hidden(leaves[0], Head(*leaves[1:], 0.7, 3.0), teacher, *rest)
-    else:
-        terms = objective.from_logits(reference.head(*leaves, 0.7, 3.0), teacher, *rest)
+    student = Signal(hidden=leaves[0], head=Head(*leaves[1:], 0.7, 3.0))
+    if path == "logits":
+        student = Signal(logits=reference.head(*leaves, 0.7, 3.0))
+    terms = loss(student, teacher, tokens_of(given))
     return terms, list(torch.autograd.grad(terms.loss, leaves))
 
 
@@ -113,13 +116,14 @@ def test_value_and_gradient_are_the_papers(
         total = (1 - alpha) * (given["hard_weights"] * hard).sum()
         upstream = upstream + torch.autograd.grad(total, z, retain_graph=True)[0]
     grads = torch.autograd.grad(z, leaves, upstream)
-    objective = UniversalObjective(alpha, temperature, scaling)
+    loss = CrossTokenizerLoss(alpha, temperature, scaling)
     for path, logits in (("hidden", False), ("hidden", True), ("logits", False), ("logits", True)):
-        terms, got = run(objective, given, path, signal(given, paired, logits))
+        terms, got = run(loss, given, path, signal(given, paired, logits))
         torch.testing.assert_close(terms.loss.detach(), want.detach(), **CLOSE)
-        torch.testing.assert_close(terms.soft, soft, **CLOSE)
-        shown = hard.detach() if alpha < 1.0 else torch.zeros_like(soft)
-        torch.testing.assert_close(terms.hard, shown, **CLOSE)
+        torch.testing.assert_close(terms.metrics["soft"], soft, **CLOSE)
+        assert ("hard" in terms.metrics) == (alpha < 1.0)
+        if alpha < 1.0:
+            torch.testing.assert_close(terms.metrics["hard"], hard.detach(), **CLOSE)
         for one, two in zip(got, grads, strict=True):
             assert two.abs().max() > 0.02
             torch.testing.assert_close(one, two, **CLOSE)
@@ -137,12 +141,12 @@ def test_a_row_is_the_releases_up_to_the_divisor(student_tokens: int, teacher_to
     paired = torch.arange(student_tokens) < both
     teacher = Signal(logits=w[:both], paired=paired)
     weights = torch.full((student_tokens,), 1 / student_tokens, dtype=torch.float64)
-    targets = torch.zeros(student_tokens, dtype=torch.long)
-    terms = UniversalObjective(1.0).from_logits(z, teacher, targets, weights)
+    tokens = Tokens(torch.zeros(student_tokens, dtype=torch.long), weights)
+    terms = CrossTokenizerLoss(1.0)(Signal(logits=z), teacher, tokens)
     torch.testing.assert_close(terms.loss * student_tokens / both, theirs, **CLOSE)
     lam = 1.5
-    own = UniversalObjective(lam / (1 + lam)).from_logits(z, teacher, targets, weights)
-    ce = torch.nn.functional.cross_entropy(z, targets)
+    own = CrossTokenizerLoss(lam / (1 + lam))(Signal(logits=z), teacher, tokens)
+    ce = torch.nn.functional.cross_entropy(z, tokens.targets)
     torch.testing.assert_close(
         (1 + lam) * own.loss, ce + lam * theirs * both / student_tokens, **CLOSE
     )
@@ -173,32 +177,24 @@ def test_a_high_temperature_leaves_no_gradient_to_the_smaller_vocabulary() -> No
 @pytest.mark.parametrize("path", ["hidden", "logits"])
 def test_metrics(path: str) -> None:
     given = draw(11, 17)
-    given["weights"][1] = given["hard_weights"][1] = 0.0
-    objective = UniversalObjective(0.5, 2.0)
-    terms, _ = run(objective, given, path, signal(given, PAIRED))
+    found = run(CrossTokenizerLoss(0.5, 2.0), given, path, signal(given, PAIRED))[0].metrics
     z = reference.head(given["hidden"], given["weight"], given["bias"], 0.7, 3.0)
     w = signal(given).dense()
     q, p = ((x / 2).softmax(-1) for x in (z, w))
     own, theirs = (-(x * x.log()).sum(-1) for x in (q, p))
-    torch.testing.assert_close(terms.stats.student_entropy, own, **CLOSE)
-    torch.testing.assert_close(terms.stats.teacher_entropy, theirs * PAIRED, **CLOSE)
-    known = PAIRED & (torch.arange(N) != 1)
-    found = terms.extra["teacher_entropy"]
-    torch.testing.assert_close(found[known], theirs[known], **CLOSE)
-    assert found[~known].isnan().all()
-    share = terms.extra["paired"]
-    assert share.isnan().tolist() == [i == 1 for i in range(N)]
-    assert share.nansum() == 3
-    assert set(objective.extra_names) == set(terms.extra)
-    assert {"top1_agreement", "clipped"} <= set(objective.unmeasured)
-    assert "hard" not in objective.unmeasured
-    assert "hard" in UniversalObjective(1.0).unmeasured
+    torch.testing.assert_close(found["student_entropy"], own, **CLOSE)
+    torch.testing.assert_close(found["teacher_entropy"][PAIRED], theirs[PAIRED], **CLOSE)
+    assert found["teacher_entropy"][~PAIRED].isnan().all()
+    assert torch.equal(found["paired"], PAIRED.double())
+    measured = {"soft", "student_entropy", "teacher_entropy", "paired"}
+    assert found.keys() == measured | {"hard"}
+    assert run(CrossTokenizerLoss(1.0), given, path, signal(given))[0].metrics.keys() == measured
 
 
 def test_a_nan_is_named_by_its_side() -> None:
     given = draw(11, 17)
     given["teacher_hidden"][3] = torch.nan
-    terms, _ = run(UniversalObjective(0.5), given, "hidden", signal(given, PAIRED))
+    terms, _ = run(CrossTokenizerLoss(0.5), given, "hidden", signal(given, PAIRED))
     with pytest.raises(FloatingPointError, match="teacher logits are NaN at 1 of 7 tokens"):
         assert_finite(terms)
 
@@ -208,10 +204,10 @@ def test_a_masked_entry_is_no_nan() -> None:
     z = torch.randn(N, 11).double()
     z[:, 3] = -torch.inf
     z.requires_grad_()
-    rest = (given["targets"].clamp_max(2), given["weights"])
-    terms = UniversalObjective(0.5).from_logits(z, signal(given), *rest)
+    tokens = Tokens(given["targets"].clamp_max(2), given["weights"])
+    terms = CrossTokenizerLoss(0.5)(Signal(logits=z), signal(given), tokens)
     (grad,) = torch.autograd.grad(terms.loss, z)
-    assert bool(terms.stats.student_entropy.isfinite().all())
+    assert bool(terms.metrics["student_entropy"].isfinite().all())
     assert bool(grad.isfinite().all())
     assert grad[:, 3].abs().max() == 0
 
@@ -223,16 +219,13 @@ def test_logits_of_all_tokens_are_never_there(
     count = 40
     monkeypatch.setattr(chunks, "CHUNK_ENTRIES", 10 * 500)
     given = draw(vocab, teacher_vocab, count, torch.float32)
-    objective = UniversalObjective(0.5)
     with Watch() as watch:
-        run(objective, given, "hidden", signal(given))
+        run(CrossTokenizerLoss(0.5), given, "hidden", signal(given))
     assert max(watch.sizes) == 10 * 500
     z = (given["hidden"] @ given["weight"].T).requires_grad_()
     with Watch() as watch:
-        terms = UniversalObjective(1.0).from_logits(
-            z, signal(given), given["targets"], given["weights"]
-        )
-        terms.loss.backward()
+        tokens = Tokens(given["targets"], given["weights"])
+        CrossTokenizerLoss(1.0)(Signal(logits=z), signal(given), tokens).loss.backward()
     # the gradient, and its product with what comes from above
     assert sum(size >= count * vocab for size in watch.sizes) <= 3
 
@@ -240,17 +233,17 @@ def test_logits_of_all_tokens_are_never_there(
 def test_an_own_hard_loss_takes_the_place_of_the_cross_entropy() -> None:
     given = draw(11, 17)
     z = torch.randn(N, 11).double()
-    rest = (given["targets"], given["weights"], given["hard_weights"])
-    soft = UniversalObjective(1.0).from_logits(z, signal(given), *rest).loss
-    own = torch.tensor(5.0).double()
-    loss = UniversalObjective(0.25).from_logits(z, signal(given), *rest, own).loss
+    tokens, own = tokens_of(given), torch.tensor(5.0).double()
+    soft = CrossTokenizerLoss(1.0)(Signal(logits=z), signal(given), tokens).loss
+    student = Signal(logits=z, own_loss=own)
+    loss = CrossTokenizerLoss(0.25)(student, signal(given), tokens).loss
     torch.testing.assert_close(loss, 0.25 * soft + 0.75 * own, **CLOSE)
 
 
 @pytest.mark.parametrize("path", ["hidden", "logits"])
 def test_no_tokens_have_a_loss_of_zero_with_a_gradient(path: str) -> None:
     given = draw(11, 17, 0)
-    terms, grads = run(UniversalObjective(0.5), given, path, signal(given))
+    terms, grads = run(CrossTokenizerLoss(0.5), given, path, signal(given))
     assert terms.loss == 0
     assert [g.shape for g in grads] == [(0, H), (11, H), (11,)]
 
@@ -264,13 +257,13 @@ def test_what_cannot_be_compared_is_an_error(path: str) -> None:
         (signal(given, torch.zeros(N).bool()), "speak of one of 7 scored tokens, got none"),
     ):
         with pytest.raises(ValueError, match=words):
-            run(UniversalObjective(0.5), given, path, teacher)
+            run(CrossTokenizerLoss(0.5), given, path, teacher)
 
 
 @pytest.mark.parametrize("changes", [{"temperature": 0.0}, {"temperature_scaling": "t"}])
 def test_settings_out_of_range(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
-        UniversalObjective(0.5, **changes)
+        CrossTokenizerLoss(0.5, **changes)
 
 
 @pytest.mark.parametrize("reused", [1.0, 1e-6])
@@ -286,11 +279,10 @@ def test_small_weights_do_not_vanish_in_float16(path: str, reused: float) -> Non
     grads = []
     for values in (given, want):
         hidden, weight = (values[name].clone().requires_grad_() for name in ("hidden", "weight"))
-        rest = (signal(values), values["targets"], values["weights"], values["hard_weights"])
-        if path == "hidden":
-            terms = UniversalObjective(0.5).from_hidden(hidden, Head(weight, None), *rest)
-        else:
-            terms = UniversalObjective(0.5).from_logits(hidden @ weight.T, *rest)
+        student = Signal(hidden=hidden, head=Head(weight, None))
+        if path == "logits":
+            student = Signal(logits=hidden @ weight.T)
+        terms = CrossTokenizerLoss(0.5)(student, signal(values), tokens_of(values))
         loss = 1e8 * terms.loss  # as a gradient scaler does
         grads.append(torch.autograd.grad(loss, [hidden, weight]))
     for one, two in zip(*grads, strict=True):

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_distill.losses import SAMPLED_KINDS, SampledObjective, Terms, assert_finite, chunks
+from hf_distill.losses import (
+    SAMPLED_KINDS,
+    SampledTokenLoss,
+    Terms,
+    Tokens,
+    assert_finite,
+    chunks,
+)
 from hf_distill.models.signals import Head, Signal
 from metal_ops import reference
 from tests.ops.watching import Watch
@@ -32,17 +39,14 @@ def signal(given: dict[str, Tensor]) -> Signal:
     return Signal(hidden=given["teacher_hidden"], head=Head(given["teacher_weight"], None, 0.8))
 
 
-def run(
-    objective: SampledObjective, given: dict[str, Tensor], path: str
-) -> tuple[Terms, list[Tensor]]:
+def run(loss: SampledTokenLoss, given: dict[str, Tensor], path: str) -> tuple[Terms, list[Tensor]]:
     """The terms, and the gradients of hidden states, weight and bias times 3."""
     leaves = [given[name].clone().requires_grad_() for name in ("hidden", "weight", "bias")]
-    rest = (given["targets"], given["weights"], given["hard_weights"])
-    if path == "hidden":
-        terms = objective.from_hidden(leaves[0], Head(*leaves[1:], 0.7, 3.0), signal(given), *rest)
-    else:
-        logits = reference.head(*leaves, 0.7, 3.0)
-        terms = objective.from_logits(logits, signal(given), *rest)
+    tokens = Tokens(given["targets"], given["hard_weights"], corrected=given["weights"])
+    student = Signal(hidden=leaves[0], head=Head(*leaves[1:], 0.7, 3.0))
+    if path == "logits":
+        student = Signal(logits=reference.head(*leaves, 0.7, 3.0))
+    terms = loss(student, signal(given), tokens)
     return terms, list(torch.autograd.grad(3 * terms.loss, leaves))
 
 
@@ -63,18 +67,18 @@ def test_the_expected_gradient_is_that_of_a_kl(kind: str, limit: str, temperatur
         for name, value in kl.items()
     }
     assert (grads["reverse"] - grads["forward"]).abs().max() > 0.1
-    objective = SampledObjective(kind, 1.0, temperature, "t2")
+    loss = SampledTokenLoss(kind, 1.0, temperature, "t2")
     every = Signal(logits=w.expand(V, V))
     weights = log_q.detach().exp()
-    terms = objective.from_logits(z.expand(V, V), every, torch.arange(V), weights)
+    terms = loss(Signal(logits=z.expand(V, V)), every, Tokens(torch.arange(V), weights))
     (grad,) = torch.autograd.grad(terms.loss, z)
     # roundings of 2.2e-16 in sums of 11 terms of order 1 to 30; measured: 1.1e-15
     torch.testing.assert_close(grad, grads[limit], rtol=0, atol=2e-14)
     if kind == "k3":
         value = temperature**2 * kl["reverse"].detach()
         torch.testing.assert_close(terms.loss.detach(), value, rtol=1e-13, atol=0)
-        assert (terms.soft >= 0).all()
-    mean = (weights * terms.extra["advantage"]).sum()
+        assert (terms.metrics["soft"] >= 0).all()
+    mean = (weights * terms.metrics["advantage"]).sum()
     torch.testing.assert_close(mean, -kl["reverse"].detach(), rtol=1e-13, atol=0)
 
 
@@ -102,19 +106,23 @@ def test_both_paths_are_a_plain_statement(
     hard = -z.softmax(-1)[picked].log()
     want = alpha * (given["weights"] * 4 * soft).sum()
     want = want + (1 - alpha) * (given["hard_weights"] * hard).sum()
-    objective = SampledObjective(kind, alpha, 2.0, "t2", clip)
-    terms, grads = run(objective, given, "hidden")
-    other, other_grads = run(objective, given, "logits")
+    loss = SampledTokenLoss(kind, alpha, 2.0, "t2", clip)
+    terms, grads = run(loss, given, "hidden")
+    other, other_grads = run(loss, given, "logits")
+    measured = {"soft", "advantage"}
+    measured |= set() if alpha == 1.0 else {"hard"}
+    measured |= set() if clip is None else {"clipped"}
     # roundings of 2.2e-16 in sums of some ten terms of order 1 to 30; measured: 1.1e-14
     close: dict[str, Any] = {"rtol": 1e-14, "atol": 1e-13}
     for found in (terms, other):
         torch.testing.assert_close(found.loss.detach(), want, **close)
-        torch.testing.assert_close(found.soft, 4 * soft, **close)
-        torch.testing.assert_close(found.extra["advantage"], advantage, **close)
-        torch.testing.assert_close(
-            found.hard, hard if alpha < 1 else torch.zeros(N).double(), **close
-        )
-        assert torch.equal(found.stats.clipped, clipped.double())
+        assert found.metrics.keys() == measured
+        torch.testing.assert_close(found.metrics["soft"], 4 * soft, **close)
+        torch.testing.assert_close(found.metrics["advantage"], advantage, **close)
+        if alpha < 1:
+            torch.testing.assert_close(found.metrics["hard"], hard, **close)
+        if clip is not None:
+            assert torch.equal(found.metrics["clipped"], clipped.double())
     assert clip is None or 0 < clipped.sum() < N
     for one, two in zip(grads, other_grads, strict=True):
         assert one.abs().max() > 0.05
@@ -124,18 +132,18 @@ def test_both_paths_are_a_plain_statement(
 @pytest.mark.parametrize("kind", SAMPLED_KINDS)
 def test_a_token_that_is_cut_has_no_gradient_or_a_bounded_one(kind: str) -> None:
     given = draw()
-    plain, cut = (SampledObjective(kind, 1.0, clip=clip) for clip in (None, 0.5))
+    plain, cut = (SampledTokenLoss(kind, 1.0, clip=clip) for clip in (None, 0.5))
     z = (given["hidden"] @ given["weight"].T).requires_grad_()
-    rest = (signal(given), given["targets"], torch.ones(N, dtype=torch.float64))
-    free, bound = (x.from_logits(z, *rest) for x in (plain, cut))
+    tokens = Tokens(given["targets"], torch.ones(N, dtype=torch.float64))
+    free, bound = (x(Signal(logits=z), signal(given), tokens) for x in (plain, cut))
     before, after = (torch.autograd.grad(x.loss, z)[0] for x in (free, bound))
-    reached = bound.stats.clipped.bool()
+    reached = bound.metrics["clipped"].bool()
     assert 0 < reached.sum() < N
     assert torch.equal(before[~reached], after[~reached])
     if kind == "k3":
         assert torch.equal(after[reached], torch.zeros_like(after[reached]))
     else:
-        factor = 0.5 / free.extra["advantage"][reached].abs()
+        factor = 0.5 / free.metrics["advantage"][reached].abs()
         torch.testing.assert_close(after[reached], before[reached] * factor[:, None])
 
 
@@ -146,13 +154,11 @@ def test_a_teacher_that_is_the_student_teaches_nothing(kind: str, path: str) -> 
     head = Head(given["weight"], given["bias"])
     same = Signal(hidden=given["hidden"], head=head)
     hidden = given["hidden"].clone().requires_grad_()
-    objective, rest = SampledObjective(kind, 1.0), (given["targets"], given["weights"])
-    if path == "hidden":
-        terms = objective.from_hidden(hidden, head, same, *rest)
-    else:
-        logits = reference.head(hidden, head.weight, head.bias, 1.0, None)
-        terms = objective.from_logits(logits, same, *rest)
-    assert torch.equal(terms.extra["advantage"], torch.zeros(N, dtype=torch.float64))
+    student = Signal(hidden=hidden, head=head)
+    if path == "logits":
+        student = Signal(logits=reference.head(hidden, head.weight, head.bias, 1.0, None))
+    terms = SampledTokenLoss(kind, 1.0)(student, same, Tokens(given["targets"], given["weights"]))
+    assert torch.equal(terms.metrics["advantage"], torch.zeros(N, dtype=torch.float64))
     (grad,) = torch.autograd.grad(terms.loss, hidden)
     assert torch.equal(grad, torch.zeros_like(grad))
 
@@ -164,21 +170,21 @@ def test_a_token_without_weight_may_be_impossible(kind: str) -> None:
     w = given["teacher_hidden"] @ given["teacher_weight"].T
     w[2, given["targets"][2]] = -torch.inf
     weights = given["weights"].clone()
-    objective = SampledObjective(kind, 1.0)
-    terms = objective.from_logits(z, Signal(logits=w), given["targets"], weights)
+    loss, student, targets = SampledTokenLoss(kind, 1.0), Signal(logits=z), given["targets"]
+    terms = loss(student, Signal(logits=w), Tokens(targets, weights))
     with pytest.raises(FloatingPointError, match=r"infinite at 1 of 7 tokens \(the teacher gives"):
         assert_finite(terms)
     weights[2] = 0.0
-    terms = objective.from_logits(z, Signal(logits=w), given["targets"], weights)
+    terms = loss(student, Signal(logits=w), Tokens(targets, weights))
     (grad,) = torch.autograd.grad(terms.loss, z)
     assert grad.isfinite().all()
     assert grad[2].abs().max() == 0
-    assert terms.extra["advantage"].isnan().tolist() == [i == 2 for i in range(N)]
+    assert terms.metrics["advantage"].isnan().tolist() == [i == 2 for i in range(N)]
     w[0], weights[2] = torch.nan, 1.0
-    terms = objective.from_logits(z, Signal(logits=w), given["targets"], weights)
+    terms = loss(student, Signal(logits=w), Tokens(targets, weights))
     with pytest.raises(FloatingPointError, match="teacher logits are NaN at 1 of 7 tokens"):
         assert_finite(terms)
-    terms = objective.from_logits(z * torch.nan, Signal(logits=z), given["targets"], weights)
+    terms = loss(Signal(logits=z * torch.nan), student, Tokens(targets, weights))
     with pytest.raises(FloatingPointError, match="student logits are NaN at 7 of 7 tokens"):
         assert_finite(terms)
 
@@ -187,13 +193,14 @@ def test_logits_exist_for_a_chunk_of_tokens_only(monkeypatch: pytest.MonkeyPatch
     count, vocab = 256, 300
     monkeypatch.setattr(chunks, "CHUNK_ENTRIES", 10 * vocab)
     given = draw(torch.float32, vocab, count)
-    objective = SampledObjective("k3", 0.5)
+    loss = SampledTokenLoss("k3", 0.5)
     with Watch() as watch:
-        run(objective, given, "hidden")
-        chunks.log_probs(given["hidden"], Head(given["weight"], None), given["targets"])
+        run(loss, given, "hidden")
+        student = Signal(hidden=given["hidden"], head=Head(given["weight"], None))
+        chunks.log_probs(student, given["targets"])
     assert max(watch.sizes) == 10 * vocab
     with Watch() as watch:
-        run(objective, given, "logits")
+        run(loss, given, "logits")
     assert max(watch.sizes) == count * vocab
 
 
@@ -201,18 +208,19 @@ def test_log_probs_of_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(chunks, "CHUNK_ENTRIES", 3 * V)
     given = draw()
     head = Head(given["weight"].requires_grad_(), given["bias"], 0.7, 3.0)
-    found = chunks.log_probs(given["hidden"], head, given["targets"], 2.0)
+    found = chunks.log_probs(Signal(hidden=given["hidden"], head=head), given["targets"], 2.0)
     z = reference.head(given["hidden"], head.weight, head.bias, 0.7, 3.0).detach()
     want = (z / 2).softmax(-1)[torch.arange(N), given["targets"]].log()
     torch.testing.assert_close(found, want, rtol=1e-14, atol=1e-14)
     assert not found.requires_grad
-    nothing = chunks.log_probs(given["hidden"][:0], head, given["targets"][:0])
+    none = Signal(hidden=given["hidden"][:0], head=head)
+    nothing = chunks.log_probs(none, given["targets"][:0])
     assert nothing.shape == (0,)
 
 
 def test_no_tokens_have_a_loss_of_zero_with_a_gradient() -> None:
     given = draw(count=0)
-    terms, grads = run(SampledObjective("k3", 0.5), given, "hidden")
+    terms, grads = run(SampledTokenLoss("k3", 0.5), given, "hidden")
     assert terms.loss == 0
     assert [g.shape for g in grads] == [(0, H), (V, H), (V,)]
     assert all(g.abs().sum() == 0 for g in grads)
@@ -221,7 +229,7 @@ def test_no_tokens_have_a_loss_of_zero_with_a_gradient() -> None:
 def test_weights_that_are_all_zero_have_a_gradient_of_zero() -> None:
     given = draw()
     given["weights"] = given["hard_weights"] = torch.zeros(N, dtype=torch.float64)
-    terms, grads = run(SampledObjective("k3", 0.5), given, "hidden")
+    terms, grads = run(SampledTokenLoss("k3", 0.5), given, "hidden")
     assert terms.loss == 0
     assert all(g.abs().sum() == 0 for g in grads)
 
@@ -230,25 +238,27 @@ def test_only_what_is_trained_gets_a_gradient() -> None:
     given = draw()
     hidden = given["hidden"].requires_grad_()
     rest = (given["targets"], given["weights"])
-    loss, _ = chunks.cross_entropy(hidden, Head(given["weight"], given["bias"]), *rest)
+    student = Signal(hidden=hidden, head=Head(given["weight"], given["bias"]))
+    loss, _ = chunks.cross_entropy(student, *rest)
     (grad,) = torch.autograd.grad(loss, hidden)
     want = given["hidden"].detach().requires_grad_()
     dense = torch.log_softmax(want @ given["weight"].T + given["bias"], -1)
     total = -(given["weights"] * dense[torch.arange(N), given["targets"]]).sum()
     torch.testing.assert_close(grad, torch.autograd.grad(total, want)[0], rtol=0, atol=1e-14)
     with torch.no_grad():
-        assert not chunks.cross_entropy(hidden, Head(given["weight"], None), *rest)[0].requires_grad
+        assert not chunks.cross_entropy(student, *rest)[0].requires_grad
 
 
 def test_evaluation_forms_no_gradient() -> None:
     given = draw(torch.float32)
     hidden, weight = (given[name].requires_grad_() for name in ("hidden", "weight"))
-    rest = (Head(weight, None), given["targets"], given["weights"])
+    student = Signal(hidden=hidden, head=Head(weight, None))
+    rest = (given["targets"], given["weights"])
     with torch.no_grad(), Watch() as watch:
-        chunks.cross_entropy(hidden, *rest)
+        chunks.cross_entropy(student, *rest)
     assert watch.products == 1
     with Watch() as watch:
-        chunks.cross_entropy(hidden, *rest)
+        chunks.cross_entropy(student, *rest)
     assert watch.products == 3
 
 
@@ -256,7 +266,8 @@ def test_a_second_derivative_is_an_error() -> None:
     given = draw()
     hidden = given["hidden"].requires_grad_()
     rest = (given["targets"], given["weights"])
-    loss, _ = chunks.cross_entropy(hidden, Head(given["weight"], None), *rest)
+    student = Signal(hidden=hidden, head=Head(given["weight"], None))
+    loss, _ = chunks.cross_entropy(student, *rest)
     (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivatives"):
         grad.sum().backward()
@@ -272,8 +283,8 @@ def test_small_weights_do_not_vanish_in_float16() -> None:
     grads = []
     for each, factor in ((small, 2.0**16), (exact, 1.0)):
         hidden = each["hidden"].clone().requires_grad_()
-        head = Head(each["weight"], each["bias"])
-        loss, _ = chunks.cross_entropy(hidden, head, given["targets"], weights)
+        student = Signal(hidden=hidden, head=Head(each["weight"], each["bias"]))
+        loss, _ = chunks.cross_entropy(student, given["targets"], weights)
         grads.append(torch.autograd.grad(loss * factor, hidden)[0].double() / factor)
     # float16 rounds by 2^-11, the product sums 11 entries; without the unit the gradient, of some
     # 1e-6, would have one digit (smallest float16: 6e-8)
@@ -284,12 +295,12 @@ def test_small_weights_do_not_vanish_in_float16() -> None:
 def test_autocast_over_several_chunks(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(chunks, "CHUNK_ENTRIES", 3 * V)
     given = draw(torch.float32)
-    objective = SampledObjective(kind, 0.5)
+    loss = SampledTokenLoss(kind, 0.5)
     with torch.autocast("cpu", torch.bfloat16):
-        terms, grads = run(objective, given, "hidden")
-        _, other = run(objective, given, "logits")
+        terms, grads = run(loss, given, "hidden")
+        _, other = run(loss, given, "logits")
     assert terms.loss.dtype == torch.float32
-    _, exact = run(objective, given, "hidden")
+    _, exact = run(loss, given, "hidden")
     for one, two, want in zip(grads, other, exact, strict=True):
         assert one.dtype == torch.float32
         size = want.norm()
@@ -309,4 +320,4 @@ def test_autocast_over_several_chunks(monkeypatch: pytest.MonkeyPatch, kind: str
 )
 def test_bad_arguments_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SampledObjective(**{"kind": "k3", "alpha": 1.0} | settings)
+        SampledTokenLoss(**{"kind": "k3", "alpha": 1.0} | settings)

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from hf_distill import ModelTeacher
-from hf_distill.losses import Objective
+from hf_distill.losses import DivergenceLoss, Terms, Tokens
 from hf_distill.models.forward import Reader
-from hf_distill.models.signals import Head
+from hf_distill.models.signals import Signal
 from hf_distill.teachers import model
 from metal_ops import DivergenceSpec
 from tests.hf_distill.teachers.asking import IDS, PREDICTS, ROUNDING, SIDE, prepared, scored_logits
@@ -75,16 +75,14 @@ def test_a_teacher_in_16_bit_beside_a_student_in_32(refusal: str | None) -> None
     want = dense_loss(student(input_ids=IDS).logits[PREDICTS], said)
     (expected,) = torch.autograd.grad(want, student.lm_head.weight)
 
-    objective, reader = Objective(DivergenceSpec("forward_kl", temperature=2.0), 0.5), Reader("s")
+    loss, reader = DivergenceLoss(DivergenceSpec("forward_kl", temperature=2.0), 0.5), Reader("s")
     assert reader.reads_hidden(student, SIDE.inputs)
-    if refusal is None:
 
-        def read(hidden: Tensor, head: Head) -> Any:
-            return objective.from_hidden(hidden, head, signal, TARGETS, WEIGHTS)
+    def read(mine: Signal) -> Terms:
+        assert (mine.hidden is None) == (refusal is not None)
+        return loss(mine, signal, Tokens(TARGETS, WEIGHTS))
 
-        terms = reader.at_head(student, SIDE, read)
-    else:
-        terms = objective.from_logits(reader.logits(student, SIDE), signal, TARGETS, WEIGHTS)
+    terms = reader.run(student, SIDE, read, at_head=refusal is None)
     (gradient,) = torch.autograd.grad(terms.loss, student.lm_head.weight)
     # roundings of float32; the teacher's 16 bits are in both
     torch.testing.assert_close(terms.loss.double(), want, rtol=2e-6, atol=0)
