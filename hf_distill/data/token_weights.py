@@ -112,6 +112,11 @@ class TokenWeights:
         self._blocks = None if markers is None else Blocks(tokenizer, *markers)
 
     @property
+    def reads_texts(self) -> bool:
+        """Whether a token's weight depends on its class or its place."""
+        return self._table is not None or self._blocks is not None
+
+    @property
     def reads_rows(self) -> bool:
         """Whether a token's weight depends on the row it stands in."""
         return self._blocks is not None

@@ -94,6 +94,7 @@ class DistillTrainer(StepCollatingTrainer):
         config_schedules.check_teacher(args, teacher is not None)
         self._own_loss = None if loss is None else losses.as_loss(loss)
         self._present: tuple[int, Loss] | None = None
+        self._schedules_move = bool(config_schedules.moving(args))
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
         )
@@ -196,7 +197,7 @@ class DistillTrainer(StepCollatingTrainer):
     @property
     def loss(self) -> Loss:
         """The loss of a token now: of every micro-batch of the next optimizer step."""
-        step = self.state.global_step
+        step = self.state.global_step if self._schedules_move else 0
         if self._present is None or self._present[0] != step:
             self._present = step, self._loss_at(step)
         return self._present[1]
@@ -290,7 +291,8 @@ class DistillTrainer(StepCollatingTrainer):
         if not self.task.shifts_labels:
             return
         self._vocabulary.check(inputs)
-        self._alignment.add(inputs)
+        if inputs.get("teacher_input_ids") is not None:
+            self._alignment.add(inputs)
         if self._layers is not None:
             self._layers.check(inputs)
 
