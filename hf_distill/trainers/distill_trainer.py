@@ -11,7 +11,6 @@ from hf_distill import losses
 from hf_distill.data import token_weights
 from hf_distill.data.alignment import AlignmentMeter
 from hf_distill.data.token_classes import token_classes
-from hf_distill.data.token_weights import TokenWeightsConfig
 from hf_distill.losses import HiddenConfig, Loss, TaidConfig, Terms, Tokens
 from hf_distill.losses.hard_loss import HardLoss
 from hf_distill.losses.hidden_states import HiddenAlignment
@@ -28,7 +27,6 @@ from hf_distill.trainers import config_schedules
 from hf_distill.trainers.causal_lm import CausalLM
 from hf_distill.trainers.checks import (
     check_setup,
-    check_whole_rows,
     check_without_teacher,
     hidden_states_refusal,
     unused_anywhere,
@@ -115,7 +113,8 @@ class DistillTrainer(StepCollatingTrainer):
             self.accelerator,
             self.is_fsdp_enabled or self.is_deepspeed_enabled,
             self._losses_of_run(),
-            self.get_tp_size() * self.get_cp_size() * self.get_sp_size(),
+            num_copies=self.get_tp_size(),
+            num_parts=self.get_cp_size() * self.get_sp_size(),
         )
 
     def _set_up(self, run: Run) -> None:
@@ -126,8 +125,6 @@ class DistillTrainer(StepCollatingTrainer):
         for text in unused_anywhere(self.args, self._own_loss is not None):
             logger.warning("a setting is not used: %s", text)
         check_setup(run)
-        config = cast(TokenWeightsConfig, self.args.token_weights)
-        check_whole_rows(config, self.get_cp_size() * self.get_sp_size())
         self._vocabulary = Vocabulary(run)
         refusal = hidden_states_refusal(run, hard_loss.replaces)
         self._reader = Reader("student", refusal, self._vocabulary.size)
