@@ -72,6 +72,7 @@ class DistillTrainer(StepCollatingTrainer):
 
     args: DistillConfig
     task: Task
+    _moves: bool = False  # whether a schedule does
 
     def __init__(
         self,
@@ -92,7 +93,6 @@ class DistillTrainer(StepCollatingTrainer):
         config_schedules.check_teacher(args, teacher is not None)
         self._own_loss = None if loss is None else losses.as_loss(loss)
         self._present: tuple[int, Loss] | None = None
-        self._schedules_move = bool(config_schedules.moving(args))
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
         )
@@ -181,7 +181,7 @@ class DistillTrainer(StepCollatingTrainer):
         self._meters = {training: TokenMeter(classes) for training in (True, False)}
         eos_token_id = getattr(self.processing_class, "eos_token_id", None)
         self._alignment = AlignmentMeter(end_token_ids(run.language_model, eos_token_id))
-        self._looked = False
+        self._looked, self._moves = False, bool(config_schedules.moving(self.args))
         self.add_callback(UpdateTeacher(run.teacher))
         if self.args.taid is not None and self._own_loss is None:
             self._taid = Taid(cast(TaidConfig, self.args.taid), self.accelerator)
@@ -194,7 +194,7 @@ class DistillTrainer(StepCollatingTrainer):
     @property
     def loss(self) -> Loss:
         """The loss of a token now: of every micro-batch of the next optimizer step."""
-        step = self.state.global_step if self._schedules_move else 0
+        step = self.state.global_step if self._moves else 0
         if self._present is None or self._present[0] != step:
             self._present = step, self._loss_at(step)
         return self._present[1]
