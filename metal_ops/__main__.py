@@ -93,13 +93,13 @@ def make_parser() -> argparse.ArgumentParser:
 def _simulator(parser: argparse.ArgumentParser) -> Iterator[None]:
     """The Metal kernels on the CPU."""
     try:
-        compile_shader = importlib.import_module("tests.mslsim").compile_shader
+        compile_shader = importlib.import_module("tests.metal_ops.mslsim").compile_shader
     except ModuleNotFoundError as error:
-        if error.name not in ("tests", "tests.mslsim"):
+        if error.name not in ("tests", "tests.metal_ops", "tests.metal_ops.mslsim"):
             raise
         parser.error(
-            f"--backend {SIMULATOR} needs the simulator in tests/mslsim of a source checkout: "
-            "git clone hf-distill and run this command in its folder"
+            f"--backend {SIMULATOR} needs the simulator in tests/metal_ops/mslsim of a source "
+            "checkout: git clone hf-distill and run this command in its folder"
         )
     with importlib.import_module("metal_ops.backends.metal").simulated(compile_shader):
         yield

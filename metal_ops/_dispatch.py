@@ -3,7 +3,7 @@
 Two environment variables are read at every call; they are off if unset, empty or "0".
 METAL_OPS_STRICT=1: a kernel that cannot be compiled or launched raises, also under "auto".
 METAL_OPS_CHECK=1: the chunked backend repeats every call of another one, and results that differ
-by more than `backends._compare` allows raise. Slow, and with the memory of both.
+by more than `backends.compare` allows raise. Slow, and with the memory of both.
 """
 
 import functools
@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metal_ops.backends import _compare
-from metal_ops.backends._errors import KernelError
-from metal_ops.backends._machine import describe
+from metal_ops.backends import compare
+from metal_ops.backends.errors import KernelError
+from metal_ops.backends.machine import describe
 from metal_ops.spec import DivergenceSpec
 
 # the first that supports the tensors wins; each is a module of metal_ops.backends
@@ -125,7 +125,7 @@ def _call(backend: ModuleType, op: str, args: tuple[Any, ...]) -> Any:
     want = getattr(load("chunked"), op)(*args) if check else None
     got = getattr(backend, op)(*args)
     if check:
-        _compare.require_equal(op, _label(backend), args, got, want)
+        compare.require_equal(op, _label(backend), args, got, want)
     return got
 
 

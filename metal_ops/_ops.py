@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from metal_ops._dispatch import run
-from metal_ops.backends.chunked import NUM_STATS, Hard, Head, accumulator
+from metal_ops.backends.blocks.linear import HardLabels, Projection
+from metal_ops.backends.blocks.rows import NUM_STATS, accumulator
 from metal_ops.spec import DivergenceSpec
 
 
@@ -153,7 +154,7 @@ def hidden_divergence(
 ) -> tuple[Tensor, Tensor]:
     """(loss [N], gradient of the weighted losses [N, H] or [0])."""
     args = student, teacher, kind, weights, want_grad
-    loss, grad = run("hidden", backend, student, teacher, *args)
+    loss, grad = run("hidden_states", backend, student, teacher, *args)
     return loss, student.new_empty(0) if grad is None else grad
 
 
@@ -217,10 +218,14 @@ def linear_divergence(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, soft and hard [2, N], stats, gradients of hidden, weight, bias; empty if unwanted)."""
-    student = Head(student_hidden, student_weight, student_bias, student_scale, student_softcap)
+    student = Projection(
+        student_hidden, student_weight, student_bias, student_scale, student_softcap
+    )
     teacher = teacher_hidden
     if teacher_weight is not None:
-        teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
+        teacher = Projection(
+            teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap
+        )
     # autocast has been applied to the inputs; inside, products have the dtype the backend chose
     with torch.autocast(student_hidden.device.type, enabled=False):
         loss, per_token, stats, *grads = run(
@@ -231,7 +236,7 @@ def linear_divergence(
             student,
             teacher,
             weights,
-            Hard(labels, alpha),
+            HardLabels(labels, alpha),
             DivergenceSpec.from_text(spec),
             (need_hidden, need_weight, need_bias),
             want_stats,

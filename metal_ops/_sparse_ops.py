@@ -8,8 +8,8 @@ from torch import Tensor
 
 from metal_ops._dispatch import run
 from metal_ops._ops import scaled
-from metal_ops.backends import _tail
-from metal_ops.backends._rows import accumulator, clip_tokens
+from metal_ops.backends.blocks.rows import accumulator, clip_tokens
+from metal_ops.backends.blocks.tail import TailDraws, add_tail_correction
 from metal_ops.spec import DivergenceSpec
 
 
@@ -91,8 +91,8 @@ def sampled_divergence(
     known = ids, log_probs, log_tail
     args = student, known, weights, free, want_grad
     loss, grad = run("sparse", backend, student, log_probs, *args)
-    drawn = _tail.Draws(draws, draw_log_probs, draw_log_weights, log_tail)
-    _tail.add_correction(student, ids, drawn, weights, free, max_ratio, loss, grad)
+    drawn = TailDraws(draws, draw_log_probs, draw_log_weights, log_tail)
+    add_tail_correction(student, ids, drawn, weights, free, max_ratio, loss, grad)
     loss, shrink, _ = clip_tokens(loss / asked.scale, asked)
     if grad is not None and shrink is not None:
         grad.mul_(shrink[:, None])

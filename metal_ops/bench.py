@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from metal_ops import reference
-from metal_ops.backends._machine import describe
+from metal_ops.backends.machine import describe
 from metal_ops.functional import divergence, weighted_divergence
 from metal_ops.spec import DivergenceSpec
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-import tests.triton.interpreter  # noqa: F401 - before anything else imports Triton
+import tests.metal_ops.triton.interpreter  # noqa: F401 - before anything else imports Triton
 from metal_ops.selftest import numerics
 
 torch.set_num_threads(1)  # the tensors are small, and xdist starts a process per core

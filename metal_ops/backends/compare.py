@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from metal_ops import reference
-from metal_ops.backends._full import NEAR
-from metal_ops.backends._rows import accumulator
+from metal_ops.backends.blocks.full import NEAR
+from metal_ops.backends.blocks.rows import accumulator
 from metal_ops.reference import NORM_MIN
 from metal_ops.spec import DivergenceSpec
 
-# tests/ops/torch_kernels.py, correct in another way, needs 4, for the JSD of rows shifted by
-# 100, and 2 without shifts
+# tests/metal_ops/ops/torch_kernels.py, correct in another way, needs 4, for the JSD of rows
+# shifted by 100, and 2 without shifts
 ROOM = 6.0
 # of linear: k where the logits, of which it depends, are inside the op
 LINEAR_ROOM = 2e-4
@@ -291,7 +291,7 @@ def difference(op: str, args: tuple[Any, ...], got: Any, want: Any) -> str | Non
     args, got, want = tree_map_only(Tensor, Tensor.cpu, (args, got, want))
     if op == "linear":
         return _of_linear(args, got, want)
-    if op == "hidden":
+    if op == "hidden_states":
         student, teacher, kind, weights = args[:4]
         return _of_hidden(student, teacher, kind, weights, got, want)
     if op == "backward":

@@ -10,9 +10,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from metal_ops.backends import _linear, _support
-from metal_ops.backends._linear import Hard, Head, Mix, Mixing
-from metal_ops.backends._rows import NUM_STATS, clip_tokens
+from metal_ops.backends.blocks import linear as from_hidden
+from metal_ops.backends.blocks.linear import BlockLoss, HardLabels, LossSettings, Projection
+from metal_ops.backends.blocks.rows import NUM_STATS, clip_tokens
+from metal_ops.backends.blocks.support import KeptEntries, category_loss, choose_entries
 from metal_ops.spec import DivergenceSpec
 
 # What `Kernels.forward` returns for each row, in this order.
@@ -40,7 +41,7 @@ class Kernels(Protocol):
 
         What follows the NUM_VALUES rows is for the same backend's `backward`.
 
-        LOSS is sum(f), H_SUM is sum(h) of `_terms`, the log-sums are of logits / temperature.
+        LOSS is sum(f), H_SUM is sum(h) of `blocks.terms`, the log-sums are of logits / temperature.
         Rows whose weight [N] is 0 give zeros and are not read.
         """
         ...
@@ -78,15 +79,15 @@ class Kernels(Protocol):
         """
         ...
 
-    def hidden(
+    def hidden_states(
         self, student: Tensor, teacher: Tensor, weights: Tensor, kind: str, out: Tensor | None
     ) -> Tensor:
         """Difference of hidden states [N, H], one dtype on both sides: [N] float32.
 
         "mse" is sum(d^2) / H with d = s - t. "cosine" is 1 - s.t / (a b) with a = max(|s|, 1e-8),
-        b = max(|t|, 1e-8), by the formulas of `_hidden`, which lose nothing where s and t agree.
-        Where weights [N] are 0 the result is 0 and nothing is read. `out` [N, H] gets weights
-        times the gradient for the student, zeros where the weight is 0.
+        b = max(|t|, 1e-8), by the formulas of `blocks.hidden`, which lose nothing where s and t
+        agree. Where weights [N] are 0 the result is 0 and nothing is read. `out` [N, H] gets
+        weights times the gradient for the student, zeros where the weight is 0.
         """
         ...
 
@@ -110,7 +111,7 @@ def _with_rows(x: Tensor) -> Tensor:
 
 
 def _log_probs(
-    kernels: Kernels, logits: Tensor, kept: _support.Kept, temperature: float
+    kernels: Kernels, logits: Tensor, kept: KeptEntries, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities, of the kept entries [N, K] and the rest [N, 1]; log-sums, rest first."""
     log_sum, log_rest = kernels.log_sums(logits, kept.ascending, temperature)
@@ -119,11 +120,11 @@ def _log_probs(
     return inside, (log_rest - log_sum)[:, None], log_rest, log_sum
 
 
-class _Part(NamedTuple):
+class _StudentSupport(NamedTuple):
     """The student's side of a support."""
 
     logits: Tensor
-    kept: _support.Kept
+    kept: KeptEntries
     log_probs: tuple[Tensor, Tensor, Tensor, Tensor]
 
     def weigh(
@@ -138,7 +139,7 @@ class _Part(NamedTuple):
         """(loss, clipped) [N] against the teacher's log-probabilities; the gradient to `out`."""
         inside, tail, log_rest, log_all = self.log_probs
         factor, counts = weight * (alpha * spec.scale / spec.temperature), weight != 0
-        weighed = _support.weigh(log_p, (inside, tail), spec, factor)
+        weighed = category_loss(log_p, (inside, tail), spec, factor)
         if out is not None:
             log_sum = log_all if spec.missing == "zero" else log_rest
             outside = torch.zeros_like(weight)
@@ -169,10 +170,10 @@ def _divergence(
     So does the hard term, if the support is full.
     """
     if spec.support != "full":
-        ids = _support.choose(student, teacher, spec)
-        kept = _support.Kept(ids, student.shape[-1])
+        ids = choose_entries(student, teacher, spec)
+        kept = KeptEntries(ids, student.shape[-1])
         log_p = _log_probs(kernels, teacher, kept, spec.temperature)
-        part = _Part(student, kept, _log_probs(kernels, student, kept, spec.temperature))
+        part = _StudentSupport(student, kept, _log_probs(kernels, student, kept, spec.temperature))
         return part.weigh(kernels, log_p[:2], spec, weight, alpha, out)
     assert values is not None
     loss, shrink, clipped = clip_tokens(values[LOSS], spec)
@@ -239,14 +240,14 @@ def sparse(
     out = None
     if want_grad:
         out = torch.empty_like(student, memory_format=torch.contiguous_format)
-    kept = _support.Kept(ids, student.shape[-1])
+    kept = KeptEntries(ids, student.shape[-1])
     log_p = log_probs.float().masked_fill(~kept.valid, -torch.inf), log_tail.float()[:, None]
-    part = _Part(student, kept, _log_probs(kernels, student, kept, spec.temperature))
+    part = _StudentSupport(student, kept, _log_probs(kernels, student, kept, spec.temperature))
     loss, _ = part.weigh(kernels, log_p, spec, weights.float().contiguous(), 1.0, out)
     return loss * spec.scale, out
 
 
-def hidden(
+def hidden_states(
     kernels: Kernels,
     student: Tensor,
     teacher: Tensor,
@@ -254,19 +255,19 @@ def hidden(
     weights: Tensor | None,
     want_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """`chunked.hidden` by kernels."""
+    """`chunked.hidden_states` by kernels."""
     dtype = student.dtype
     student, teacher = _one_dtype(student, teacher)
     weights = student.new_ones(len(student), dtype=torch.float32) if weights is None else weights
     out = None
     if want_grad:
         out = torch.empty_like(student, memory_format=torch.contiguous_format)
-    loss = kernels.hidden(student, teacher, weights.float().contiguous(), kind, out)
+    loss = kernels.hidden_states(student, teacher, weights.float().contiguous(), kind, out)
     return loss, None if out is None else out.to(dtype)
 
 
 def _cross_entropy(
-    kernels: Kernels, student: Tensor, hard: Hard, weight: Tensor
+    kernels: Kernels, student: Tensor, hard: HardLabels, weight: Tensor
 ) -> tuple[Tensor, HardTerm]:
     """[N] at temperature 1, and what its gradient needs."""
     assert hard.labels is not None
@@ -276,12 +277,14 @@ def _cross_entropy(
     return log_sum - at_label, HardTerm(hard.labels, log_sum, weight * (1 - hard.alpha))
 
 
-def _mix_for(kernels: Kernels, mixing: Mixing, tokens: int) -> tuple[int, Mix]:
+def _make_block_loss(
+    kernels: Kernels, settings: LossSettings, tokens: int
+) -> tuple[int, BlockLoss]:
     """A whole chunk at a time."""
-    heads, spec, want_grad, want_stats = mixing
+    heads, spec, want_grad, want_stats = settings
     full = spec.support == "full"
 
-    def mix(logits: tuple[Tensor, Tensor], weight: Tensor, hard: Hard) -> Tensor:
+    def block_loss(logits: tuple[Tensor, Tensor], weight: Tensor, hard: HardLabels) -> Tensor:
         student, teacher = (head.finish(x) for head, x in zip(heads, logits, strict=True))
         two_parts = hard.labels is not None and not full  # of the gradient, added in float32
         if two_parts:
@@ -310,19 +313,21 @@ def _mix_for(kernels: Kernels, mixing: Mixing, tokens: int) -> tuple[int, Mix]:
             return both
         return torch.cat([both, _stats(values, clipped)])
 
-    return tokens, mix
+    return tokens, block_loss
 
 
 def linear(
     kernels: Kernels,
-    student: Head,
-    teacher: Head | Tensor,
+    student: Projection,
+    teacher: Projection | Tensor,
     weights: Tensor,
-    hard: Hard,
+    hard: HardLabels,
     spec: DivergenceSpec,
     needs: tuple[bool, bool, bool],
     want_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """`chunked.linear`, the rows of a chunk by kernels."""
-    mix_for = partial(_mix_for, kernels)
-    return _linear.linear(student, teacher, weights, hard, spec, needs, want_stats, mix_for)
+    make_block_loss = partial(_make_block_loss, kernels)
+    return from_hidden.linear(
+        student, teacher, weights, hard, spec, needs, want_stats, make_block_loss
+    )

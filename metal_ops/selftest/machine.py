@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from metal_ops import _dispatch
-from metal_ops.backends._chunks import l2_bytes
-from metal_ops.backends._machine import chip, device_name, system
+from metal_ops.backends.blocks.sizes import l2_bytes
+from metal_ops.backends.machine import chip, device_name, system
 from metal_ops.functional import (
     SparseTeacher,
     divergence,
@@ -80,7 +80,7 @@ FUNCTIONS = {
     "weighted": ("forward",),
     "sparse": ("sparse",),
     "linear": ("linear",),
-    "hidden": ("hidden",),
+    "hidden": ("hidden_states",),
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from metal_ops import DivergenceSpec, linear_divergence
-from metal_ops.backends._chunks import product_dtype, tokens_per_chunk
+from metal_ops.backends.blocks.sizes import product_dtype, tokens_per_chunk
 from metal_ops.selftest.numerics import definition
 from tests.benchmarks import timing
 from tests.benchmarks.divergence import BETAS, NO_LIGER, Liger, eager

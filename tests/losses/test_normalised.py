@@ -13,7 +13,7 @@ from hf_distill.heads import Head, Signal, TailRule
 from hf_distill.losses import Objective, Terms, normalised_jsd, tokens
 from hf_distill.losses.normalised import NEAREST_BETA
 from metal_ops import DivergenceSpec, SparseTeacher, divergence, sparse_divergence
-from tests.ops.tails import sampled
+from tests.metal_ops.ops.tails import sampled
 
 N, V, H = 9, 31, 6
 TEMPERATURE = 1.5

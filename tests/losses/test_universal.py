@@ -11,7 +11,7 @@ from hf_distill.heads import Head, Signal
 from hf_distill.losses import Terms, UniversalObjective, assert_finite, tokens
 from hf_distill.losses.universal import sorted_distance
 from metal_ops import SparseTeacher, reference
-from tests.ops.watching import Watch
+from tests.metal_ops.ops.watching import Watch
 
 N, H = 7, 8
 PAIRED = torch.tensor([1, 1, 0, 1, 0, 0, 1]).bool()

@@ -1,4 +1,4 @@
-"""Write metal_ops as a source tree for kernel-builder: `python -m tests.hub FOLDER`.
+"""Write metal_ops as a source tree for kernel-builder: `python -m tests.metal_ops.hub FOLDER`.
 
 A kernel on the Hugging Face hub is loaded from any path, under a name of its own, perhaps beside
 another version of itself. So its imports are relative, and its operators are registered in a
@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LEFT_OUT = ("selftest", "__main__.py", "bench.py")  # for a checkout or an installed package
 BUILD = """\
 [general]

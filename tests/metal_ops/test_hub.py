@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import metal_ops
-from tests import hub
+from tests.metal_ops import hub
 
 # what the builder generates
 GENERATED = """\

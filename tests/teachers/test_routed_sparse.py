@@ -9,7 +9,7 @@ from hf_distill.alignment import Side, student_side, teacher_side
 from hf_distill.heads import Signal, TailRule
 from hf_distill.teachers.protocol import Stateless
 from metal_ops import DivergenceSpec, PowerSums, sparse_divergence
-from tests.ops.tails import sampled, with_powers
+from tests.metal_ops.ops.tails import sampled, with_powers
 from tests.teachers.asking import prepared
 from tests.trainers import models
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_distill import OPSDConfig, OPSDTrainer
-from tests.ops.watching import Watch
+from tests.metal_ops.ops.watching import Watch
 from tests.trainers import models
 
 SUM_ERROR = 3e-6  # relative, of a float32 mean over some 40 tokens

@@ -2,13 +2,14 @@
 
 from torch import Tensor
 
-from metal_ops.backends import _full, _support
-from metal_ops.backends._rows import Buffers, Loaded, load, statistics
-from metal_ops.backends._terms import MIXTURES
+from metal_ops.backends.blocks.full import full_divergence
+from metal_ops.backends.blocks.rows import Buffers, LoadedRows, load_rows, row_statistics
+from metal_ops.backends.blocks.support import support_divergence
+from metal_ops.backends.blocks.terms import MIXTURES
 from metal_ops.spec import DivergenceSpec
 
 
-def divergence(
+def block_divergence(
     student: Tensor,
     teacher: Tensor,
     spec: DivergenceSpec,
@@ -26,17 +27,17 @@ def divergence(
     bare = full and spec.kind in MIXTURES and not want_stats  # the logs are not needed
     log_q, log_p = (buffers.q, buffers.p) if bare else (buffers.log_q, buffers.log_p)
     shift = not full or spec.kind == "soft_ce"  # the logs themselves are summed, not differences
-    loaded = Loaded(
+    loaded = LoadedRows(
         buffers,
-        *load(student, temperature, log_q, buffers.q, shift),
-        *load(teacher, temperature, log_p, buffers.p, shift),
+        *load_rows(student, temperature, log_q, buffers.q, shift),
+        *load_rows(teacher, temperature, log_p, buffers.p, shift),
     )
-    stats = statistics(loaded) if want_stats else None
+    stats = row_statistics(loaded) if want_stats else None
     factor = None if weight is None else weight * (spec.scale / temperature)
     if full:
-        loss, clipped = _full.divergence(loaded, spec, factor, out)
+        loss, clipped = full_divergence(loaded, spec, factor, out)
     else:
-        loss, clipped = _support.divergence(student, teacher, loaded, spec, factor, out)
+        loss, clipped = support_divergence(student, teacher, loaded, spec, factor, out)
     if stats is not None and clipped is not None:
         stats[3] = clipped
     return loss * spec.scale, stats

@@ -2,7 +2,7 @@
 
 The usual kinds have a short path: two exponentials an entry and few passes over buffers that stay
 in cache. Rows whose loss it cannot give to full accuracy (teacher and student nearly agree, or
-entries of -inf) are done again with `_terms`, which is exact and slower.
+entries of -inf) are done again with `terms`, which is exact and slower.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from metal_ops.backends._rows import Loaded, clip_tokens, exact
+from metal_ops.backends.blocks.rows import LoadedRows, clip_tokens, exact_loss
 from metal_ops.spec import DivergenceSpec
 
 # Below this loss, in nats, a row is done again: the short path is off by about 1e-7 nats, and by
@@ -20,10 +20,10 @@ NEAR = 2.0**-10
 # The short paths: from loaded buffers, and log(p_sum / q_sum), to the loss [rows, 1] and a function
 # that writes the gradient times a factor [rows, 1] to `out` (which may be the student's logits).
 Gradient = Callable[[Tensor, Tensor], None]
-Short = tuple[Tensor, Gradient]
+ShortPath = tuple[Tensor, Gradient]
 
 
-def _cross_entropy_gradient(loaded: Loaded) -> Gradient:
+def _cross_entropy_gradient(loaded: LoadedRows) -> Gradient:
     """Q - p."""
 
     def gradient(factor: Tensor, out: Tensor) -> None:
@@ -34,21 +34,21 @@ def _cross_entropy_gradient(loaded: Loaded) -> Gradient:
     return gradient
 
 
-def _forward_kl(loaded: Loaded, offset: Tensor, spec: DivergenceSpec) -> Short:
+def _forward_kl(loaded: LoadedRows, offset: Tensor, spec: DivergenceSpec) -> ShortPath:
     (_, _, _, p, spare), log_q, _, log_p, p_sum = loaded
     torch.sub(log_p, log_q, out=spare).mul_(p)
     loss = spare.sum(-1, keepdim=True).div_(p_sum).sub_(offset)
     return loss, _cross_entropy_gradient(loaded)
 
 
-def _soft_ce(loaded: Loaded, offset: Tensor, spec: DivergenceSpec) -> Short:
+def _soft_ce(loaded: LoadedRows, offset: Tensor, spec: DivergenceSpec) -> ShortPath:
     (_, _, _, p, spare), log_q, q_sum, _, p_sum = loaded
     torch.mul(log_q, p, out=spare)
     loss = q_sum.log().sub_(spare.sum(-1, keepdim=True).div_(p_sum))
     return loss, _cross_entropy_gradient(loaded)
 
 
-def _reverse_kl(loaded: Loaded, offset: Tensor, spec: DivergenceSpec) -> Short:
+def _reverse_kl(loaded: LoadedRows, offset: Tensor, spec: DivergenceSpec) -> ShortPath:
     (_, _, q, _, spare), log_q, q_sum, log_p, _ = loaded
     torch.sub(log_q, log_p, out=spare).mul_(q)
     mean = spare.sum(-1, keepdim=True).div_(q_sum)  # of log_q - log_p under q
@@ -60,7 +60,7 @@ def _reverse_kl(loaded: Loaded, offset: Tensor, spec: DivergenceSpec) -> Short:
     return mean + offset, gradient
 
 
-def _jsd(loaded: Loaded, offset: Tensor, spec: DivergenceSpec) -> Short:
+def _jsd(loaded: LoadedRows, offset: Tensor, spec: DivergenceSpec) -> ShortPath:
     (_, spare, q, p, mixture), _, q_sum, _, p_sum = loaded  # the logs are not needed any more
     beta = spec.beta
     torch.mul(p, (q_sum / p_sum).mul_(beta), out=mixture).add_(q, alpha=1 - beta)  # times q_sum
@@ -84,7 +84,12 @@ def _jsd(loaded: Loaded, offset: Tensor, spec: DivergenceSpec) -> Short:
     return loss, gradient
 
 
-SHORT = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "soft_ce": _soft_ce, "jsd": _jsd}
+SHORT_PATHS = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "soft_ce": _soft_ce,
+    "jsd": _jsd,
+}
 
 
 def _doubtful(loss: Tensor, offset: Tensor) -> Tensor | None:
@@ -96,12 +101,12 @@ def _doubtful(loss: Tensor, offset: Tensor) -> Tensor | None:
     return (~(excess >= NEAR) | (excess == torch.inf)).nonzero()[:, 0]
 
 
-def divergence(
-    loaded: Loaded, spec: DivergenceSpec, factor: Tensor | None, out: Tensor | None
+def full_divergence(
+    loaded: LoadedRows, spec: DivergenceSpec, factor: Tensor | None, out: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """(loss, clipped) of the full vocabulary; the gradient times factor [rows] goes to out."""
     cut = spec.clip is not None and spec.clip_level == "vocab_entry"
-    short, gradient = None if cut else SHORT.get(spec.kind), None
+    short, gradient = None if cut else SHORT_PATHS.get(spec.kind), None
     if short is None:
         again = torch.arange(len(loaded.q_sum), device=loaded.q_sum.device)
         loss = loaded.q_sum[:, 0].clone()
@@ -109,7 +114,7 @@ def divergence(
         offset = (loaded.p_sum / loaded.q_sum).log_()
         loss, gradient = short(loaded, offset, spec)
         again, loss = _doubtful(loss, offset), loss[:, 0]
-    redone = None if again is None else exact(loaded.pick(again, spec.kind), spec)
+    redone = None if again is None else exact_loss(loaded.pick(again, spec.kind), spec)
     if redone is not None:
         loss[again] = redone.loss
     loss, shrink, clipped = clip_tokens(loss, spec)

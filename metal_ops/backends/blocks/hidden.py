@@ -74,6 +74,8 @@ def _cosine(s: Tensor, t: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor
     return loss[:, 0], slope.of(s / a, d / a, t / a).mul_(scale)
 
 
-def block(s: Tensor, t: Tensor, kind: str, factor: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def compare_hidden_states(
+    s: Tensor, t: Tensor, kind: str, factor: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Loss [n], and factor * its gradient for s [n, H] if there is a factor [n]; one dtype."""
     return (_mse if kind == "mse" else _cosine)(s, t, factor)

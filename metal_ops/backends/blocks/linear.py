@@ -7,18 +7,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metal_ops.backends import _block
-from metal_ops.backends._chunks import (
+from metal_ops.backends.blocks.block import block_divergence
+from metal_ops.backends.blocks.rows import NUM_STATS, Buffers, accumulator, load_rows
+from metal_ops.backends.blocks.sizes import (
     head_slices,
     product_dtype,
     rows_per_block,
     tokens_per_chunk,
 )
-from metal_ops.backends._rows import NUM_STATS, Buffers, accumulator, load
 from metal_ops.spec import DivergenceSpec
 
 
-class Head(NamedTuple):
+class Projection(NamedTuple):
     """Hidden states [N, H] and the head over them: [V, H], [V] or None, scale, softcap."""
 
     hidden: Tensor
@@ -51,21 +51,23 @@ class Head(NamedTuple):
         out.copy_(grad.mul_(self.logit_scale))
 
 
-class Hard(NamedTuple):
+class HardLabels(NamedTuple):
     """The other half of the mix: labels [N] int64 or None, and the divergence's share alpha."""
 
     labels: Tensor | None
     alpha: float
 
-    def at(self, rows: slice) -> "Hard":
+    def at(self, rows: slice) -> "HardLabels":
         """The same of some tokens."""
-        return self if self.labels is None else Hard(self.labels[rows], self.alpha)
+        return self if self.labels is None else HardLabels(self.labels[rows], self.alpha)
 
-    def add(self, logits: Tensor, weight: Tensor, buffers: Buffers, grad: Tensor | None) -> Tensor:
+    def add_cross_entropy(
+        self, logits: Tensor, weight: Tensor, buffers: Buffers, grad: Tensor | None
+    ) -> Tensor:
         """Cross-entropy [rows] at temperature 1; its gradient is added to `grad`."""
         assert self.labels is not None
         labels, (log_q, _, q, _, _) = self.labels[:, None], buffers.first(len(logits))
-        log_q, q_sum = load(logits, 1.0, log_q, q, True)
+        log_q, q_sum = load_rows(logits, 1.0, log_q, q, True)
         if grad is not None and self.alpha < 1.0:
             share = (weight * (1 - self.alpha))[:, None]
             grad.addcmul_(q, share / q_sum).scatter_add_(-1, labels, -share)
@@ -75,49 +77,49 @@ class Hard(NamedTuple):
 # From the logits of a block of tokens, student and teacher, and their weights [rows] and labels, to
 # values per token [2 or 2 + NUM_STATS, rows]: soft, hard, stats if wanted. Where a gradient is
 # wanted the student's logits are overwritten by that of the weighted mix.
-Mix = Callable[[tuple[Tensor, Tensor], Tensor, Hard], Tensor]
+BlockLoss = Callable[[tuple[Tensor, Tensor], Tensor, HardLabels], Tensor]
 
 
-class Mixing(NamedTuple):
+class LossSettings(NamedTuple):
     """What a backend needs to know to mix: everything that is the same for all tokens."""
 
-    heads: tuple[Head, Head]
+    heads: tuple[Projection, Projection]
     spec: DivergenceSpec
     want_grad: bool
     want_stats: bool
 
 
-def mix_in_blocks(mixing: Mixing, tokens: int) -> tuple[int, Mix]:
+def torch_block_loss(settings: LossSettings, tokens: int) -> tuple[int, BlockLoss]:
     """(rows a block, mix) of PyTorch on buffers that stay in cache, for chunks of `tokens`."""
-    heads, spec, want_grad, want_stats = mixing
+    heads, spec, want_grad, want_stats = settings
     weight = heads[0].weight
     step = rows_per_block(weight, len(weight))
     buffers = Buffers.of(weight, min(step, tokens), len(weight))
 
-    def mix(logits: tuple[Tensor, Tensor], weight: Tensor, hard: Hard) -> Tensor:
+    def block_loss(logits: tuple[Tensor, Tensor], weight: Tensor, hard: HardLabels) -> Tensor:
         student, teacher = (head.finish(x) for head, x in zip(heads, logits, strict=True))
         # in place if nothing else needs the logits
         plain = student is logits[0] and hard.labels is None
         out = None
         if want_grad:
             out = logits[0] if plain else buffers.first(len(student)).spare
-        soft, stats = _block.divergence(
+        soft, stats = block_divergence(
             student, teacher, spec, buffers, weight * hard.alpha, out, want_stats
         )
         if out is not None and hard.alpha == 0.0:
             out.zero_()  # a divergence without a share may be infinite
         cross_entropy = torch.zeros_like(soft)
         if hard.labels is not None:
-            cross_entropy = hard.add(student, weight, buffers, out)
+            cross_entropy = hard.add_cross_entropy(student, weight, buffers, out)
         if out is not None and not plain:
             heads[0].unfinish(out, student, logits[0])
         values = torch.stack([soft, cross_entropy])
         return values if stats is None else torch.cat([values, stats])
 
-    return step, mix
+    return step, block_loss
 
 
-MixFor = Callable[[Mixing, int], tuple[int, Mix]]
+MakeBlockLoss = Callable[[LossSettings, int], tuple[int, BlockLoss]]
 
 
 class _Gradients(NamedTuple):
@@ -127,7 +129,7 @@ class _Gradients(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
 
-    def add(self, at: slice, grad: Tensor, head: Head) -> None:
+    def add(self, at: slice, grad: Tensor, head: Projection) -> None:
         """Take in the gradient [n, V] of the logits of a chunk of tokens."""
         if self.hidden is not None:
             parts = (torch.mm(grad[:, v], w) for v, w in head_slices(head.weight, grad.dtype))
@@ -143,14 +145,14 @@ class _Gradients(NamedTuple):
 
 
 def _linear(
-    student: Head,
-    teacher: Head | Tensor,
+    student: Projection,
+    teacher: Projection | Tensor,
     weights: Tensor,
-    hard: Hard,
+    hard: HardLabels,
     spec: DivergenceSpec,
     needs: tuple[bool, bool, bool],
     want_stats: bool,
-    mix_for: MixFor,
+    make_block_loss: MakeBlockLoss,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """`linear` where every token counts."""
     weight, dtype, shared = student.weight, accumulator(student.weight), isinstance(teacher, Tensor)
@@ -167,7 +169,7 @@ def _linear(
     if not shared:
         other = heads[1].weight
         memory.append(other.new_empty(tokens, vocab, dtype=product_dtype(other)))
-    step, mix = mix_for(Mixing(heads, spec, any(needs), want_stats), tokens)
+    step, block_loss = make_block_loss(LossSettings(heads, spec, any(needs), want_stats), tokens)
     for start in range(0, num_tokens, tokens):
         at = slice(start, min(start + tokens, num_tokens))
         count = at.stop - start
@@ -183,7 +185,7 @@ def _linear(
             rows = slice(row, min(row + step, count))
             inside = slice(start + rows.start, start + rows.stop)
             both = (logits[0][rows], logits[1][rows])
-            values[:, inside] = mix(both, weights[inside], hard.at(inside))
+            values[:, inside] = block_loss(both, weights[inside], hard.at(inside))
         gradients.add(at, logits[0], student)  # which the chunk's logits now hold
     loss = weights.new_zeros((), dtype=dtype)
     for share, per_token in ((hard.alpha, values[0]), (1 - hard.alpha, values[1])):
@@ -194,14 +196,14 @@ def _linear(
 
 
 def linear(
-    student: Head,
-    teacher: Head | Tensor,
+    student: Projection,
+    teacher: Projection | Tensor,
     weights: Tensor,
-    hard: Hard,
+    hard: HardLabels,
     spec: DivergenceSpec,
     needs: tuple[bool, bool, bool],
     want_stats: bool,
-    mix_for: MixFor = mix_in_blocks,
+    make_block_loss: MakeBlockLoss = torch_block_loss,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Sum of weights (alpha soft + (1 - alpha) hard) from hidden states, and its gradients.
 
@@ -214,7 +216,7 @@ def linear(
         spec: resolved.
         needs: whether gradients of hidden states, weight and bias are wanted.
         want_stats: whether the statistics are.
-        mix_for: how a backend makes values and gradients of a chunk's logits.
+        make_block_loss: how a backend makes values and gradients of a chunk's logits.
 
     Returns:
         loss []; soft and hard [2, N]; stats [NUM_STATS, N or 0]; gradients of hidden states, weight
@@ -222,7 +224,7 @@ def linear(
     """
     index = weights.nonzero().squeeze(-1)
     if len(index) == len(weights):
-        return _linear(student, teacher, weights, hard, spec, needs, want_stats, mix_for)
+        return _linear(student, teacher, weights, hard, spec, needs, want_stats, make_block_loss)
     if isinstance(teacher, Tensor):
         teacher = teacher[index]
     else:
@@ -232,11 +234,11 @@ def linear(
         student._replace(hidden=student.hidden[index]),
         teacher,
         weights[index],
-        Hard(labels, hard.alpha),
+        HardLabels(labels, hard.alpha),
         spec,
         needs,
         want_stats,
-        mix_for,
+        make_block_loss,
     )
     per_token = per_token.new_zeros(2, len(weights)).index_copy_(1, index, per_token)
     if want_stats:

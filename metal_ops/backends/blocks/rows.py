@@ -6,8 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metal_ops.backends import _terms
-from metal_ops.backends._terms import MIXTURES, Row
+from metal_ops.backends.blocks.terms import MIXTURES, Probabilities, terms
 from metal_ops.spec import DivergenceSpec
 
 NUM_BUFFERS = 5
@@ -42,7 +41,7 @@ def accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-class Loaded(NamedTuple):
+class LoadedRows(NamedTuple):
     """Both sides: softmax is e / sum, log-softmax is log - log(sum); the sums are [rows, 1].
 
     The logs are [rows, V], off by a constant a row; a log may be the logits themselves and is not
@@ -55,17 +54,17 @@ class Loaded(NamedTuple):
     log_p: Tensor
     p_sum: Tensor
 
-    def pick(self, index: Tensor, kind: str) -> Row:
+    def pick(self, index: Tensor, kind: str) -> Probabilities:
         """The rows of `index` ([n] int64), normalised; without logs for kinds that need none."""
         if kind in MIXTURES:
             q, p = self.buffers.q[index], self.buffers.p[index]
-            return Row(p.div_(self.p_sum[index]), q.div_(self.q_sum[index]), p[:0], q[:0])
+            return Probabilities(p.div_(self.p_sum[index]), q.div_(self.q_sum[index]), p[:0], q[:0])
         # relative to each row's largest, so that the large parts cancel first
         log_q, q, q_sum = _shifted(self.log_q[index])
         ratio, p, p_sum = _shifted(self.log_p[index])
         ratio.sub_(log_q).sub_((p_sum / q_sum).log_())
         ratio.masked_fill_((p == 0) & (q == 0), 0.0)
-        return Row(p.div_(p_sum), q.div_(q_sum), log_q.sub_(q_sum.log()), ratio)
+        return Probabilities(p.div_(p_sum), q.div_(q_sum), log_q.sub_(q_sum.log()), ratio)
 
 
 def _shifted(log: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,7 +74,7 @@ def _shifted(log: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return log, e, e.sum(-1, keepdim=True)
 
 
-def load(
+def load_rows(
     x: Tensor, temperature: float, log_e: Tensor, e: Tensor, shift: bool
 ) -> tuple[Tensor, Tensor]:
     """Write e = exp(log), return (log, sum of e [rows, 1]); log is x / temperature less a constant.
@@ -112,8 +111,8 @@ def load(
     return log_e, torch.exp(log_e, out=e).sum(-1, keepdim=True)
 
 
-class Exact(NamedTuple):
-    """A block by `_terms`: loss, and whether an entry was clipped, [rows]; sum of h [rows, 1]."""
+class ExactLoss(NamedTuple):
+    """A block by `terms`: loss, and whether an entry was clipped, [rows]; sum of h [rows, 1]."""
 
     loss: Tensor
     clipped: Tensor | None
@@ -121,21 +120,21 @@ class Exact(NamedTuple):
     gradient: Tensor  # h - q h_sum, [rows, V]
 
 
-def exact(row: Row, spec: DivergenceSpec, whole: bool = False) -> Exact:
+def exact_loss(row: Probabilities, spec: DivergenceSpec, whole: bool = False) -> ExactLoss:
     """Loss and gradient for the student's scaled logits, before token clips and scaling.
 
     With `whole` the entries are summed as they are defined, although they need not add up to one.
     """
     bound = spec.clip if spec.clip_level == "vocab_entry" else None
     whole, clipped = whole or bound is not None, None
-    f, zero, h = _terms.terms(row, spec, whole)
+    f, zero, h = terms(row, spec, whole)
     if zero is not None and not whole:
         f = f + zero  # not in place: f may be h too
     if bound is not None:
         over = f > bound
         f, h, clipped = f.clamp(max=bound), h.masked_fill(over, 0.0), over.any(-1)
     h_sum = h.sum(-1, keepdim=True)
-    return Exact(f.sum(-1), clipped, h_sum, h - row.q * h_sum)
+    return ExactLoss(f.sum(-1), clipped, h_sum, h - row.q * h_sum)
 
 
 def clip_tokens(loss: Tensor, spec: DivergenceSpec) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -162,7 +161,7 @@ def _agreement(log_q: Tensor, log_p: Tensor, spare: Tensor) -> Tensor:
     return (spare.amax(-1) == log_q.amax(-1)).to(spare.dtype)
 
 
-def statistics(loaded: Loaded) -> Tensor:
+def row_statistics(loaded: LoadedRows) -> Tensor:
     """[NUM_STATS, rows], nothing clipped yet."""
     (_, _, q, p, spare), log_q, q_sum, log_p, p_sum = loaded
     student = _entropy(log_q, q, q_sum, spare)

@@ -48,7 +48,7 @@ def rows_per_block(x: Tensor, vocab: int) -> int:
     return max(1, buffer_bytes(x.device) // (itemsize * max(1, vocab)))
 
 
-class Blocks:
+class RowBlocks:
     """The rows to compute, a block at a time: those whose weight is not zero."""
 
     def __init__(self, like: Tensor, weights: Tensor | None, vocab: int) -> None:

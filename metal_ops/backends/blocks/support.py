@@ -1,6 +1,6 @@
 """A block of rows of which only some entries count, K of them, and perhaps the mass of the rest.
 
-The kept entries and the tail are categories [rows, K + 1] of which `_terms` gives loss and
+The kept entries and the tail are categories [rows, K + 1] of which `terms` gives loss and
 gradient g. A kept logit's gradient is its category's; a tail logit has its share of the tail's.
 """
 
@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metal_ops.backends._rows import Loaded, clip_tokens, exact
-from metal_ops.backends._terms import Row
+from metal_ops.backends.blocks.rows import LoadedRows, clip_tokens, exact_loss
+from metal_ops.backends.blocks.terms import Probabilities
 from metal_ops.spec import DivergenceSpec
 
 
-class Kept:
+class KeptEntries:
     """The entries that count: ids [rows, K], of which those below 0 are padding."""
 
     def __init__(self, ids: Tensor, vocab: int) -> None:
@@ -47,7 +47,7 @@ class Kept:
         return inside.sub_(log_total), mass.log().add_(largest).sub_(log_total), mass
 
 
-def choose(student: Tensor, teacher: Tensor, spec: DivergenceSpec) -> Tensor:
+def choose_entries(student: Tensor, teacher: Tensor, spec: DivergenceSpec) -> Tensor:
     """Ids [rows, K] of the spec's support, -1 where both sides name an entry."""
     k = min(spec.top_k or 0, student.shape[-1])
     if spec.support == "teacher_topk":
@@ -61,22 +61,22 @@ def choose(student: Tensor, teacher: Tensor, spec: DivergenceSpec) -> Tensor:
     return torch.cat([other, ids.masked_fill_(ascending.gather(-1, at) == ids, -1)], dim=-1)
 
 
-def divergence(
+def support_divergence(
     student: Tensor,
     teacher: Tensor,
-    loaded: Loaded,
+    loaded: LoadedRows,
     spec: DivergenceSpec,
     factor: Tensor | None,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """(loss, clipped) [rows] over the spec's support; the gradient times factor goes to out."""
     buffers = loaded.buffers
-    kept = Kept(choose(student, teacher, spec), student.shape[-1])
+    kept = KeptEntries(choose_entries(student, teacher, spec), student.shape[-1])
     log_p = kept.log_mass(loaded.log_p, loaded.p_sum, buffers.spare)
-    return categories(log_p[:2], kept, loaded, spec, factor, out)
+    return category_divergence(log_p[:2], kept, loaded, spec, factor, out)
 
 
-class Weighed(NamedTuple):
+class CategoryLoss(NamedTuple):
     """What the categories of a block of rows come to: loss, and its gradient times a factor."""
 
     loss: Tensor  # [rows]
@@ -87,12 +87,12 @@ class Weighed(NamedTuple):
     outside: Tensor | None
 
 
-def weigh(
+def category_loss(
     log_p: tuple[Tensor, Tensor],
     log_q: tuple[Tensor, Tensor],
     spec: DivergenceSpec,
     factor: Tensor | None,
-) -> Weighed:
+) -> CategoryLoss:
     """From both sides' log-probabilities, [rows, K] of the kept and [rows, 1] of the tail."""
     if spec.missing == "tail":
         log_q_all, log_p_all = torch.cat(log_q, dim=-1), torch.cat(log_p, dim=-1)
@@ -102,7 +102,7 @@ def weigh(
         log_q_all, log_p_all = (x - x.logsumexp(-1, keepdim=True) for x in (log_q_all, log_p_all))
     p, q = log_p_all.exp(), log_q_all.exp()
     ratio = (log_p_all - log_q_all).masked_fill_((p == 0) & (q == 0), 0.0)
-    result = exact(Row(p, q, log_q_all, ratio), spec, whole=spec.missing == "zero")
+    result = exact_loss(Probabilities(p, q, log_q_all, ratio), spec, whole=spec.missing == "zero")
     loss, shrink, clipped = clip_tokens(result.loss, spec)
     if factor is None:
         factor = torch.ones_like(loss)
@@ -112,21 +112,21 @@ def weigh(
         gradient, outside = gradient[:, :-1], gradient[:, -1:]
     elif spec.missing == "zero":
         outside = -(result.h_sum * factor)
-    return Weighed(loss, result.clipped if clipped is None else clipped, gradient, outside)
+    return CategoryLoss(loss, result.clipped if clipped is None else clipped, gradient, outside)
 
 
-def categories(
+def category_divergence(
     log_p: tuple[Tensor, Tensor],
-    kept: Kept,
-    loaded: Loaded,
+    kept: KeptEntries,
+    loaded: LoadedRows,
     spec: DivergenceSpec,
     factor: Tensor | None,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`divergence` from the teacher's log-probabilities, [rows, K] and the tail's [rows, 1]."""
+    """`support_divergence` to the teacher's log-probabilities [rows, K] and tail [rows, 1]."""
     buffers, spare = loaded.buffers, loaded.buffers.spare
     inside, tail, mass = kept.log_mass(loaded.log_q, loaded.q_sum, spare)
-    weighed = weigh(log_p, (inside, tail), spec, factor)
+    weighed = category_loss(log_p, (inside, tail), spec, factor)
     if out is not None:
         if weighed.outside is None:
             spare.zero_()

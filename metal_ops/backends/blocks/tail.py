@@ -13,13 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metal_ops.backends._chunks import Blocks
+from metal_ops.backends.blocks.sizes import RowBlocks
 from metal_ops.spec import DivergenceSpec
 
 LEAST = -60.0  # a smaller l counts as this one where terms would be 0 * inf: exp(-60) = 1e-26
 
 
-class Draws(NamedTuple):
+class TailDraws(NamedTuple):
     """Of N tokens, n draws each: [N, n], but for the teacher's tail mass, [N]."""
 
     ids: Tensor
@@ -27,8 +27,9 @@ class Draws(NamedTuple):
     log_weights: Tensor
     log_tail: Tensor
 
-    def of(self, at: slice | Tensor) -> "Draws":
-        return Draws(*(x[at] for x in self))
+    def of(self, at: slice | Tensor) -> "TailDraws":
+        """The draws of some tokens."""
+        return TailDraws(*(x[at] for x in self))
 
 
 class Term(NamedTuple):
@@ -39,6 +40,7 @@ class Term(NamedTuple):
     by_c: Tensor
 
     def plus(self, other: "Term", mine: float, theirs: float) -> "Term":
+        """The sum mine * self + theirs * other."""
         return Term(*(mine * x + theirs * y for x, y in zip(self, other, strict=True)))
 
 
@@ -141,7 +143,7 @@ class _Row(NamedTuple):
 
 
 def _correction(
-    draws: Draws, log_q: Tensor, log_q_tail: Tensor, spec: DivergenceSpec, max_ratio: float
+    draws: TailDraws, log_q: Tensor, log_q_tail: Tensor, spec: DivergenceSpec, max_ratio: float
 ) -> _Row:
     """From log q at the draws [rows, n], relative to log q_tail [rows, 1], the tail's own."""
     # a few numbers a token: in float64, whose range products of odds need, where there is one
@@ -173,10 +175,10 @@ def _without_kept(z: Tensor, ids: Tensor) -> Tensor:
     return z
 
 
-def add_correction(
+def add_tail_correction(
     student: Tensor,
     kept: Tensor,
-    draws: Draws,
+    draws: TailDraws,
     weights: Tensor,
     spec: DivergenceSpec,
     max_ratio: float,
@@ -196,7 +198,7 @@ def add_correction(
         grad: [N, V] in the dtype of `student`, or None.
     """
     vocab, dtype = student.shape[-1], loss.dtype
-    blocks = Blocks(student, weights, vocab)
+    blocks = RowBlocks(student, weights, vocab)
     buffer = student.new_empty(min(blocks.step, blocks.num_rows), vocab, dtype=dtype)
     for at in blocks:
         rows = student[at]

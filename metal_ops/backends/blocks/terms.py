@@ -15,7 +15,7 @@ from metal_ops.spec import DivergenceSpec
 MIXTURES = ("jsd", "skew_kl", "skew_reverse_kl")  # functions of p and q, without their logs
 
 
-class Row(NamedTuple):
+class Probabilities(NamedTuple):
     """A block of rows, each [rows, V], normalised; the logs may be empty for MIXTURES."""
 
     p: Tensor
@@ -42,7 +42,7 @@ def _times(weight: Tensor, value: Tensor) -> Tensor:
     return (weight * value).masked_fill_(weight == 0, 0.0)
 
 
-def _difference(row: Row) -> Tensor:
+def _difference(row: Probabilities) -> Tensor:
     """Q - p, from the logarithm of their ratio."""
     d = row.log_ratio
     return torch.expm1(d.abs().neg_()).copysign_(d.neg()).mul_(torch.maximum(row.p, row.q))
@@ -62,7 +62,7 @@ def _mixture(a: Tensor, b: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     return m, (a - b).div_(m)
 
 
-def _kl(row: Row, share: float, whole: bool) -> Terms:
+def _kl(row: Probabilities, share: float, whole: bool) -> Terms:
     """Share KL(p || q) + (1 - share) KL(q || p)."""
     difference = _difference(row)
     # where one side is zero log_ratio is infinite: so is its KL, if the other side is not
@@ -78,14 +78,14 @@ def _kl(row: Row, share: float, whole: bool) -> Terms:
     return Terms(f, difference * (2 * share - 1), h)
 
 
-def _jsd(row: Row, beta: float) -> Terms:
+def _jsd(row: Probabilities, beta: float) -> Terms:
     m, relative = _mixture(row.p, row.q, beta)
     h = _log_share(row.q, m, relative * -beta).mul_(row.q).mul_(1 - beta)
     f = _log_share(row.p, m, relative.mul_(1 - beta)).mul_(row.p).mul_(beta)
     return Terms(f.add_(h), None, h)
 
 
-def _skew_kl(row: Row, beta: float, whole: bool) -> Terms:
+def _skew_kl(row: Probabilities, beta: float, whole: bool) -> Terms:
     m, relative = _mixture(row.p, row.q, beta)
     f = _log_share(row.p, m, relative * (1 - beta)).mul_(row.p)
     if whole:
@@ -95,7 +95,7 @@ def _skew_kl(row: Row, beta: float, whole: bool) -> Terms:
     return Terms(f, (row.q - row.p).mul_(1 - beta), h)
 
 
-def _skew_reverse_kl(row: Row, beta: float, whole: bool) -> Terms:
+def _skew_reverse_kl(row: Probabilities, beta: float, whole: bool) -> Terms:
     m, relative = _mixture(row.q, row.p, beta)
     f = _log_share(row.q, m, relative * (1 - beta)).mul_(row.q)
     if whole:
@@ -105,7 +105,7 @@ def _skew_reverse_kl(row: Row, beta: float, whole: bool) -> Terms:
     return Terms(f, (row.p - row.q).mul_(1 - beta), h)
 
 
-def _alpha(row: Row, order: float) -> Terms:
+def _alpha(row: Probabilities, order: float) -> Terms:
     """F = (a p + (1 - a) q - g) / (a (1 - a)) and h = (q - g) / a, with g = p^a q^(1-a)."""
     far = row.log_ratio.abs().neg_()
     powers = far.new_tensor([1 - order, order])
@@ -122,7 +122,7 @@ def _alpha(row: Row, order: float) -> Terms:
     return Terms(f.div_(order * (1 - order)), None, h.div_(order))
 
 
-def terms(row: Row, spec: DivergenceSpec, whole: bool) -> Terms:
+def terms(row: Probabilities, spec: DivergenceSpec, whole: bool) -> Terms:
     """The terms of a resolved spec's kind for a block of rows."""
     kind, beta = spec.kind, spec.beta
     if kind in ("forward_kl", "reverse_kl", "mixed_kl"):

@@ -1,4 +1,4 @@
-"""Kernels in Metal for Apple GPUs, compiled when first used: `_kernels`' functions over rows.
+"""Kernels in Metal for Apple GPUs, compiled when first used: `kernels`' functions over rows.
 
 Needs nothing but torch: the texts in msl/ go to `torch.mps.compile_shader`. Nobody has run them on
 Apple hardware yet; what is known of them comes from executing the same texts on a CPU.
@@ -10,12 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from metal_ops.backends import _kernels
-from metal_ops.backends._kernels import NUM_VALUES, HardTerm
-from metal_ops.backends._metal_launch import Source, host, launch, simulated
+from metal_ops.backends import kernels
+from metal_ops.backends.kernels import NUM_VALUES, HardTerm
+from metal_ops.backends.metal.launch import Source, host, launch_kernel, simulated
 from metal_ops.spec import DivergenceSpec
 
-__all__ = ["backward", "forward", "hidden", "linear", "simulated", "sparse", "unsupported"]
+__all__ = ["backward", "forward", "hidden_states", "linear", "simulated", "sparse", "unsupported"]
 
 # A row's values, and what the backward kernels need to form the same p and q: shift and logarithm
 # of the sum, of either side. A log-sum alone has lost digits where a row is far from zero.
@@ -31,7 +31,7 @@ def _of(spec: DivergenceSpec, dtype: torch.dtype) -> tuple[Source, tuple[float, 
 
 
 class Metal:
-    """`_kernels.Kernels`, whose docstrings hold."""
+    """`kernels.Kernels`, whose docstrings hold."""
 
     def forward(
         self, student: Tensor, teacher: Tensor, weights: Tensor, spec: DivergenceSpec
@@ -39,7 +39,9 @@ class Metal:
         values = student.new_empty(NUM_SAVED, len(student), dtype=torch.float32)
         if len(student):
             source, floats = _of(spec, student.dtype)
-            launch(source, "divergence_forward", student, teacher, weights, values, floats=floats)
+            launch_kernel(
+                source, "divergence_forward", student, teacher, weights, values, floats=floats
+            )
         return values
 
     def backward(
@@ -62,7 +64,7 @@ class Metal:
             name = f"{name}_in_place"
         else:
             tensors.append(out)
-        launch(source, name, *tensors, floats=floats)
+        launch_kernel(source, name, *tensors, floats=floats)
 
     def log_sums(self, logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         whole, rest = logits.new_empty(2, len(logits), dtype=torch.float32)
@@ -72,7 +74,7 @@ class Metal:
         if not num_kept:
             ids = ids.new_zeros(1)  # a buffer must not be empty; it is not read
         source, floats = Source("logits", logits.dtype), (1 / temperature,)
-        launch(source, "log_sums", logits, ids, whole, rest, more=(num_kept,), floats=floats)
+        launch_kernel(source, "log_sums", logits, ids, whole, rest, more=(num_kept,), floats=floats)
         return whole, rest
 
     def spread(
@@ -82,31 +84,31 @@ class Metal:
             return
         source, floats = Source("logits", logits.dtype), (1 / temperature,)
         if out.data_ptr() == logits.data_ptr():
-            launch(source, "spread_in_place", logits, log_sum, factor, floats=floats)
+            launch_kernel(source, "spread_in_place", logits, log_sum, factor, floats=floats)
         else:
-            launch(source, "spread", logits, log_sum, factor, out, floats=floats)
+            launch_kernel(source, "spread", logits, log_sum, factor, out, floats=floats)
 
-    def hidden(
+    def hidden_states(
         self, student: Tensor, teacher: Tensor, weights: Tensor, kind: str, out: Tensor | None
     ) -> Tensor:
         saved = student.new_empty(1 if kind == "mse" else 4, len(student), dtype=torch.float32)
         source = Source("hidden", student.dtype)
         if not len(student):
             return saved[0]
-        launch(source, kind, student, teacher, weights, saved)
+        launch_kernel(source, kind, student, teacher, weights, saved)
         if out is not None:
             needed = () if kind == "mse" else (saved,)
-            launch(source, f"{kind}_gradient", student, teacher, weights, *needed, out)
+            launch_kernel(source, f"{kind}_gradient", student, teacher, weights, *needed, out)
         return saved[0]
 
 
 KERNELS = Metal()
 
-forward = partial(_kernels.forward, KERNELS)
-backward = partial(_kernels.backward, KERNELS)
-sparse = partial(_kernels.sparse, KERNELS)
-hidden = partial(_kernels.hidden, KERNELS)
-linear = partial(_kernels.linear, KERNELS)
+forward = partial(kernels.forward, KERNELS)
+backward = partial(kernels.backward, KERNELS)
+sparse = partial(kernels.sparse, KERNELS)
+hidden_states = partial(kernels.hidden_states, KERNELS)
+linear = partial(kernels.linear, KERNELS)
 
 
 def unsupported(student: Tensor, teacher: Tensor) -> str | None:
@@ -119,4 +121,4 @@ def unsupported(student: Tensor, teacher: Tensor) -> str | None:
             return f"needs rows of at most {MAX_WIDTH} entries, got {x.shape[-1]}"
     if where.compile_shader is None:
         return f"torch {torch.__version__} has no torch.mps.compile_shader"
-    return _kernels.unsupported(student, teacher)
+    return kernels.unsupported(student, teacher)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metal_ops.backends._errors import KernelError
+from metal_ops.backends.errors import KernelError
 from metal_ops.spec import KINDS
 
 TYPES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat"}
@@ -194,7 +194,7 @@ def _check_overlap(declared: tuple[Parameter, ...], tensors: tuple[Tensor, ...])
                 raise ValueError(f"{p.name} is written and must not overlap {q.name}")
 
 
-def launch(
+def launch_kernel(
     source: Source,
     name: str,
     *tensors: Tensor,

@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metal_ops.backends import _kernels
-from metal_ops.backends._errors import KernelError
-from metal_ops.backends._kernels import HardTerm
+from metal_ops.backends import kernels
+from metal_ops.backends.errors import KernelError
+from metal_ops.backends.kernels import HardTerm
 from metal_ops.spec import DivergenceSpec
+
+__all__ = ["backward", "forward", "hidden_states", "linear", "sparse", "unsupported"]
 
 DEVICES = ("cuda", "xpu")
 MIN_BLOCK, MAX_BLOCK = 8, 2048  # columns of a row at a time, see `_block`
 COLUMNS_PER_WARP = 256  # 8 a lane
-LOGITS, HIDDEN = "triton_kernels", "_triton_hidden"  # modules, imported with Triton at first use
+LOGITS, HIDDEN = "rows", "hidden"  # modules, imported with Triton at first use
 
 
 def _interpreting() -> bool:
@@ -42,7 +44,7 @@ def unsupported(student: Tensor, teacher: Tensor) -> str | None:
         capability = torch.cuda.get_device_capability(device)
         if capability < (7, 0):
             return f"needs compute capability 7.0 or higher, got {capability[0]}.{capability[1]}"
-    return _kernels.unsupported(student, teacher)
+    return kernels.unsupported(student, teacher)
 
 
 @functools.cache
@@ -120,7 +122,7 @@ def _launch(
 
 
 class _Triton:
-    """`_kernels.Kernels` by Triton."""
+    """`kernels.Kernels` by Triton."""
 
     def forward(
         self, student: Tensor, teacher: Tensor, weights: Tensor, spec: DivergenceSpec
@@ -129,7 +131,7 @@ class _Triton:
         block, warps = _block(vocab)
         splits, columns = _splits(rows, vocab, block, student.device)
         inv_t, *numbers = _scalars(spec)
-        values = weights.new_empty(_kernels.NUM_VALUES, rows, splits)
+        values = weights.new_empty(kernels.NUM_VALUES, rows, splits)
         partials, grid = values, (rows, splits)
         sizes = (vocab, student.stride(0), teacher.stride(0), columns, inv_t)
         if splits > 1:
@@ -151,7 +153,7 @@ class _Triton:
         if splits == 1:
             return values[:, :, 0]
         values = values.sum(-1)
-        values[_kernels.AGREEMENT :].clamp_(max=1)
+        values[kernels.AGREEMENT :].clamp_(max=1)
         return values
 
     def backward(
@@ -206,7 +208,7 @@ class _Triton:
         args = (logits, *vectors, out, vocab, *strides, out.stride(0), _float32(1 / temperature))
         _launch(LOGITS, "spread", (rows, -(-vocab // block)), args, warps, BLOCK=block)
 
-    def hidden(
+    def hidden_states(
         self, student: Tensor, teacher: Tensor, weights: Tensor, kind: str, out: Tensor | None
     ) -> Tensor:
         (rows, size), weights = student.shape, weights.contiguous()
@@ -235,8 +237,8 @@ def _bits(ids: Tensor, vocab: int) -> Tensor:
 
 KERNELS = _Triton()
 
-forward = partial(_kernels.forward, KERNELS)
-backward = partial(_kernels.backward, KERNELS)
-sparse = partial(_kernels.sparse, KERNELS)
-linear = partial(_kernels.linear, KERNELS)
-hidden = partial(_kernels.hidden, KERNELS)
+forward = partial(kernels.forward, KERNELS)
+backward = partial(kernels.backward, KERNELS)
+sparse = partial(kernels.sparse, KERNELS)
+linear = partial(kernels.linear, KERNELS)
+hidden_states = partial(kernels.hidden_states, KERNELS)

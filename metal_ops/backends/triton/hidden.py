@@ -1,7 +1,8 @@
 # type: ignore  - where Triton is not installed, nor is its language Python's
-"""Triton kernels over rows of hidden states [N, H], a program a row, by the formulas of `_hidden`.
+"""Triton kernels over rows of hidden states [N, H], a program a row.
 
-float32 sums, rows as in `triton_kernels`. A column past the end reads as zero on both sides.
+They follow the formulas of `blocks.hidden`: float32 sums, rows as in `rows`. A column past the end
+reads as zero on both sides.
 """
 
 import triton
@@ -101,7 +102,7 @@ def cosine(
     GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """As `mse`. With s = student and t = teacher, w of `_hidden` is of_s s + of_d d + of_t t."""
+    """As `mse`. With s, t of student, teacher, w of `blocks.hidden` is of_s s + of_d d + of_t t."""
     row = tl.program_id(0).to(tl.int64)
     weight = tl.load(weights + row)
     out += row * out_stride

@@ -9,18 +9,18 @@ that does not depend on timing. A column past the end reads as -inf and adds not
 import triton
 import triton.language as tl
 
-from metal_ops.backends import _kernels
-from metal_ops.backends._triton_terms import terms
+from metal_ops.backends import kernels
+from metal_ops.backends.triton.terms import terms
 
-LOSS = tl.constexpr(_kernels.LOSS)
-H_SUM = tl.constexpr(_kernels.H_SUM)
-Q_LOG_SUM = tl.constexpr(_kernels.Q_LOG_SUM)
-P_LOG_SUM = tl.constexpr(_kernels.P_LOG_SUM)
-Q_ENTROPY = tl.constexpr(_kernels.Q_ENTROPY)
-P_ENTROPY = tl.constexpr(_kernels.P_ENTROPY)
-AGREEMENT = tl.constexpr(_kernels.AGREEMENT)
-CLIPPED = tl.constexpr(_kernels.CLIPPED)
-NUM_VALUES = tl.constexpr(_kernels.NUM_VALUES)
+LOSS = tl.constexpr(kernels.LOSS)
+H_SUM = tl.constexpr(kernels.H_SUM)
+Q_LOG_SUM = tl.constexpr(kernels.Q_LOG_SUM)
+P_LOG_SUM = tl.constexpr(kernels.P_LOG_SUM)
+Q_ENTROPY = tl.constexpr(kernels.Q_ENTROPY)
+P_ENTROPY = tl.constexpr(kernels.P_ENTROPY)
+AGREEMENT = tl.constexpr(kernels.AGREEMENT)
+CLIPPED = tl.constexpr(kernels.CLIPPED)
+NUM_VALUES = tl.constexpr(kernels.NUM_VALUES)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that no difference is inf - inf
 
 

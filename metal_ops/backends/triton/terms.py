@@ -1,7 +1,8 @@
 # type: ignore  - where Triton is not installed, nor is its language Python's
-"""`_terms` in Triton, an entry at a time: f + zero and h of every kind, by the same formulas.
+"""The terms of `blocks.terms` in Triton, an entry at a time: f, zero and h of every kind.
 
-float32 in and out. Where a comparison might lose a NaN (maximum and minimum do) there is a `where`.
+The formulas are the same. float32 in and out. Where a comparison might lose a NaN (maximum and
+minimum do) there is a `where`.
 """
 
 import triton
@@ -110,7 +111,7 @@ def _alpha(p, q, ratio, beta, rest):
 
 @triton.jit
 def terms(p, q, log_q, ratio, beta, rest, KIND: tl.constexpr, WHOLE: tl.constexpr):
-    """(f, zero, h) as `_terms.terms`; rest is 1 - beta. All zero where p and q are."""
+    """(f, zero, h) as `blocks.terms.terms`; rest is 1 - beta. All zero where p and q are."""
     zero = tl.zeros_like(p)
     if KIND == "soft_ce":
         f = _times(p, -log_q)

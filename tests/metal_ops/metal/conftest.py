@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import pytest
 
 from metal_ops.backends import metal
-from tests.metal.harness import CHECKED, FAST, Simulator
-from tests.mslsim import compilers
-from tests.ops.conftest import poison
+from tests.metal_ops.metal.harness import CHECKED, FAST, Simulator
+from tests.metal_ops.mslsim import compilers
+from tests.metal_ops.ops.conftest import poison
 
 __all__ = ["poison"]
 

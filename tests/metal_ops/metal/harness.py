@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from metal_ops import DivergenceSpec
-from metal_ops.backends import _kernels, metal
-from metal_ops.backends._kernels import HardTerm
-from metal_ops.backends._metal_launch import Source, text
+from metal_ops.backends import kernels, metal
+from metal_ops.backends.kernels import HardTerm
+from metal_ops.backends.metal.launch import Source, text
 from metal_ops.selftest.hidden import exact_hidden
 from metal_ops.selftest.numerics import (
     Sides,
@@ -22,8 +22,8 @@ from metal_ops.selftest.numerics import (
     terms,
     unit_upstream,
 )
-from tests.mslsim import Library, Stats, compile_shader
-from tests.ops.test_values import gap
+from tests.metal_ops.mslsim import Library, Stats, compile_shader
+from tests.metal_ops.ops.test_values import gap
 
 KERNELS = metal.KERNELS
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -125,13 +125,13 @@ def divergence(rows: Rows, kind: str, beta: float = 0.3) -> None:
     student, teacher = rows.student[COUNTING], rows.teacher[COUNTING]
     want, dtype = exact(student, teacher, spec), torch.float32
     assert_matches_reference(
-        values[_kernels.LOSS, COUNTING], want.loss, want.loss_magnitude, want.x_max, dtype, kind
+        values[kernels.LOSS, COUNTING], want.loss, want.loss_magnitude, want.x_max, dtype, kind
     )
-    for at, x in ((_kernels.Q_LOG_SUM, student), (_kernels.P_LOG_SUM, teacher)):
+    for at, x in ((kernels.Q_LOG_SUM, student), (kernels.P_LOG_SUM, teacher)):
         log_sum = (x.double() / TEMPERATURE).logsumexp(-1)
         one = torch.ones_like(log_sum)
         assert_matches_reference(values[at, COUNTING], log_sum, one, want.x_max, dtype, kind)
-    for at, x in ((_kernels.Q_ENTROPY, student), (_kernels.P_ENTROPY, teacher)):
+    for at, x in ((kernels.Q_ENTROPY, student), (kernels.P_ENTROPY, teacher)):
         log_p = log_probs(x, TEMPERATURE).masked_fill(x == -torch.inf, 0.0)
         p = log_p.exp().masked_fill(x == -torch.inf, 0.0)
         size = (p * (log_p.abs() + 1)).sum(-1)
@@ -139,7 +139,7 @@ def divergence(rows: Rows, kind: str, beta: float = 0.3) -> None:
             values[at, COUNTING], -(p * log_p).sum(-1), size, want.x_max, dtype, kind
         )
     tops = [x == x.amax(-1, keepdim=True) for x in (student, teacher)]
-    assert torch.equal(values[_kernels.AGREEMENT, COUNTING], (tops[0] & tops[1]).any(-1).to(dtype))
+    assert torch.equal(values[kernels.AGREEMENT, COUNTING], (tops[0] & tops[1]).any(-1).to(dtype))
     upstream = torch.zeros(ROWS)
     upstream[COUNTING] = unit_upstream(want, torch.float32)
     factor, share = upstream / TEMPERATURE, rows.weights
@@ -176,9 +176,9 @@ def clipped(rows: Rows, kind: str, beta: float = 0.3) -> None:
     f, h = f.clamp(max=bound), h.masked_fill(over, 0.0)
     values = KERNELS.forward(rows.student, rows.teacher, rows.weights, spec)
     assert not values[:, MASKED].any()
-    assert torch.equal(values[_kernels.CLIPPED, COUNTING], over.any(-1).float())
+    assert torch.equal(values[kernels.CLIPPED, COUNTING], over.any(-1).float())
     assert_matches_reference(
-        values[_kernels.LOSS, COUNTING], f.sum(-1), f_size.sum(-1), x_max, torch.float32, kind
+        values[kernels.LOSS, COUNTING], f.sum(-1), f_size.sum(-1), x_max, torch.float32, kind
     )
     want = (h - q * h.sum(-1, keepdim=True)) * rows.weights[COUNTING, None].double()
     size = (h_size + q * h_size.sum(-1, keepdim=True)) * rows.weights[COUNTING, None].double()
@@ -212,7 +212,7 @@ def far(width: int = 1000) -> None:
     student[2], teacher[2] = torch.randn(2, width)
     want = exact(student[2:], teacher[2:], spec)
     values = KERNELS.forward(student, teacher, weights, spec)
-    loss = values[_kernels.LOSS, 2:]
+    loss = values[kernels.LOSS, 2:]
     assert_matches_reference(loss, want.loss, want.loss_magnitude, want.x_max, torch.float32, "far")
     KERNELS.backward(student, teacher, weights, values, spec, None, out)
     assert_matches_reference(
@@ -261,7 +261,7 @@ def hidden(rows: Rows, kind: str) -> None:
     """Both hidden-state kernels of a kind against exact numbers."""
     gap = rows.student.stride(0) - rows.student.shape[1]
     s, t = (apart(x.masked_fill(x.isinf(), 0.5), gap) for x in (rows.student, rows.teacher))
-    loss = KERNELS.hidden(s, t, rows.weights, kind, rows.out)
+    loss = KERNELS.hidden_states(s, t, rows.weights, kind, rows.out)
     assert not loss[MASKED]
     assert not rows.out[MASKED].any()
     want, out = exact_hidden(s[COUNTING], t[COUNTING], kind), rows.out[COUNTING]

@@ -5,8 +5,8 @@ import torch
 
 from metal_ops import DivergenceSpec, divergence
 from metal_ops.backends import metal
-from tests.ops import test_hidden as hidden
-from tests.ops.again import TESTS, again, run
+from tests.metal_ops.ops import test_hidden as hidden
+from tests.metal_ops.ops.again import TESTS, again, run
 
 HIDDEN = (
     hidden.test_value_and_gradient,

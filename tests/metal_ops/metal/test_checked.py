@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from metal_ops.backends import _metal_launch
+from metal_ops.backends.metal import launch
 from metal_ops.spec import KINDS
-from tests.metal.harness import DTYPES, Rows, clipped, divergence, far, hidden, one_side
+from tests.metal_ops.metal.harness import DTYPES, Rows, clipped, divergence, far, hidden, one_side
 
 # 1000 to 1003: every rest of four; 4097: one more than a group of 1024 reads in a step
 WIDTHS = (1, 7, 1000, 1001, 1002, 1003, 4097, 32_000, 151_936)
@@ -72,7 +72,7 @@ def test_hidden(kind, dtype, checked):
 @pytest.mark.parametrize("group", [32, 64, 96, 448, 992, 1024])
 def test_group_sizes(group, monkeypatch, checked):
     """A pipeline may allow fewer threads than a row could use; a row may need fewer still."""
-    monkeypatch.setattr(_metal_launch, "group_size", lambda *_: group)
+    monkeypatch.setattr(launch, "group_size", lambda *_: group)
     checked.scheduled("random", seed=group)
     for width in (100, 1001, 4099):
         rows = Rows.make(width, torch.float32, strided=True)

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from metal_ops import DivergenceSpec, _dispatch, divergence
-from metal_ops.backends import _metal_launch as launching
 from metal_ops.backends import metal
-from metal_ops.backends._errors import KernelError
-from metal_ops.backends._metal_launch import Source, launch
-from tests.metal.harness import FAST
-from tests.mslsim.translate import translate
+from metal_ops.backends.errors import KernelError
+from metal_ops.backends.metal import launch as launching
+from metal_ops.backends.metal.launch import Source, launch_kernel
+from tests.metal_ops.metal.harness import FAST
+from tests.metal_ops.mslsim.translate import translate
 
 SPREAD = Source("logits", torch.float32)
 NAMES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat"}
@@ -58,9 +58,9 @@ class Reporting(SimpleNamespace):
 )
 def test_refusals(name, value, error, text, fast):
     given = arguments()
-    launch(SPREAD, "spread", *given.values(), floats=(1.0,))
+    launch_kernel(SPREAD, "spread", *given.values(), floats=(1.0,))
     with pytest.raises(error, match=re.escape(text)):
-        launch(SPREAD, "spread", *(given | {name: value}).values(), floats=(1.0,))
+        launch_kernel(SPREAD, "spread", *(given | {name: value}).values(), floats=(1.0,))
 
 
 def test_a_written_buffer_overlaps_no_other(fast):
@@ -70,20 +70,20 @@ def test_a_written_buffer_overlaps_no_other(fast):
     for first in (0, 1):
         given |= {"logits": room[:3], "out": room[first : first + 3]}
         with pytest.raises(ValueError, match=text):
-            launch(SPREAD, "spread", *given.values(), floats=(1.0,))
+            launch_kernel(SPREAD, "spread", *given.values(), floats=(1.0,))
     given |= {"logits": torch.zeros(6, 8)[:3], "out": torch.zeros(6, 8)[3:]}
-    launch(SPREAD, "spread", *given.values(), floats=(1.0,))
+    launch_kernel(SPREAD, "spread", *given.values(), floats=(1.0,))
     halves = torch.zeros(6, 8)
     given |= {"logits": halves[:3], "out": halves[3:]}
-    launch(SPREAD, "spread", *given.values(), floats=(1.0,))
+    launch_kernel(SPREAD, "spread", *given.values(), floats=(1.0,))
 
 
 def test_arguments_are_counted(fast):
     tensors = tuple(arguments().values())
     with pytest.raises(TypeError, match="got 3 tensors"):
-        launch(SPREAD, "spread", *tensors[:3], floats=(1.0,))
+        launch_kernel(SPREAD, "spread", *tensors[:3], floats=(1.0,))
     with pytest.raises(TypeError, match=r"got 4 tensors, \['long'\] lists"):
-        launch(SPREAD, "spread", *tensors)
+        launch_kernel(SPREAD, "spread", *tensors)
 
 
 def test_an_expanded_teacher_is_read_as_it_is(fast):
@@ -181,7 +181,7 @@ def test_a_kernel_that_is_not_there():
         metal.simulated(lambda text: FAST(launching.text(SPREAD))),
         pytest.raises(KernelError, match="Failed to create function state object for: mse"),
     ):
-        metal.KERNELS.hidden(torch.ones(1, 4), torch.ones(1, 4), torch.ones(1), "mse", None)
+        metal.KERNELS.hidden_states(torch.ones(1, 4), torch.ones(1, 4), torch.ones(1), "mse", None)
 
 
 def test_a_limit_is_rounded_to_simdgroups(fast):
@@ -190,7 +190,7 @@ def test_a_limit_is_rounded_to_simdgroups(fast):
     host = lambda text: SimpleNamespace(spread=Reporting(run, limit=100))
     with metal.simulated(host):
         given = arguments() | {"logits": torch.zeros(3, 999), "out": torch.zeros(3, 999)}
-        launch(SPREAD, "spread", *given.values(), floats=(1.0,))
+        launch_kernel(SPREAD, "spread", *given.values(), floats=(1.0,))
     assert sizes == [(96, 288)]
 
 

@@ -6,9 +6,18 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from metal_ops.backends import _metal_launch, metal
-from tests.metal.harness import Rows, Simulator, clipped, divergence, far, hidden, one_side
-from tests.mslsim import GpuError
+from metal_ops.backends import metal
+from metal_ops.backends.metal import launch
+from tests.metal_ops.metal.harness import (
+    Rows,
+    Simulator,
+    clipped,
+    divergence,
+    far,
+    hidden,
+    one_side,
+)
+from tests.metal_ops.mslsim import GpuError
 
 
 def divergences() -> None:
@@ -20,7 +29,7 @@ def divergences() -> None:
 def steps() -> None:
     """A thread goes through the row in several steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_metal_launch, "group_size", lambda *_: 64)
+        patch.setattr(launch, "group_size", lambda *_: 64)
         rows = Rows.make(1003, torch.float32, strided=True)
         divergence(rows, "jsd")
         one_side(rows, 10)
@@ -30,7 +39,7 @@ def steps() -> None:
 def several_dispatches() -> None:
     rows = Rows.make(101, torch.float32, strided=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_metal_launch, "MAX_ENTRIES", 210)  # two rows of four
+        patch.setattr(launch, "MAX_ENTRIES", 210)  # two rows of four
         patch.setattr(Simulator, "complete", False)
         divergence(rows, "jsd")
 
@@ -169,8 +178,8 @@ MUTANTS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[m.name for m in MUTANTS])
 def test_mutant(mutant):
-    sources = list(_metal_launch.sources())
-    assert any(mutant.old in _metal_launch.text(x) for x in sources), "the kernels have changed"
+    sources = list(launch.sources())
+    assert any(mutant.old in launch.text(x) for x in sources), "the kernels have changed"
     changed = Simulator(mutant.check, (mutant.old, mutant.new))
     with metal.simulated(changed), pytest.raises((GpuError, AssertionError)) as caught:
         mutant.work()

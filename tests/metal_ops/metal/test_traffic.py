@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from metal_ops import DivergenceSpec
-from metal_ops.backends._metal_launch import Source, group_size
-from tests.metal.harness import KERNELS, Rows, expected_hard, gradients
+from metal_ops.backends.metal.launch import Source, group_size
+from tests.metal_ops.metal.harness import KERNELS, Rows, expected_hard, gradients
 
 WIDTH = 1003
 COUNTED = 3  # rows with a weight, of 4
@@ -70,7 +70,7 @@ def test_hidden(checked, rows):
     source = Source("hidden", torch.bfloat16)
     x, y = (torch.where(z.isfinite() | z.isnan(), z, 0.0) for z in (rows.student, rows.teacher))
     for kind, passes in (("mse", 1), ("cosine", 2)):
-        KERNELS.hidden(x, y, rows.weights, kind, torch.empty_like(x))
+        KERNELS.hidden_states(x, y, rows.weights, kind, torch.empty_like(x))
         loss = traffic(checked, source, kind)
         assert (loss["student"], loss["teacher"]) == ((passes, 0), (passes, 0))
         gradient = traffic(checked, source, f"{kind}_gradient")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tests.mslsim.signatures import Kernel, Parameter
+from tests.metal_ops.mslsim.signatures import Kernel, Parameter
 
 # how a kernel may call the elements of a tensor
 TENSOR_TYPES = {

@@ -1,7 +1,7 @@
 """Metal texts on an NVIDIA GPU: a second executor, with real warps and compute-sanitizer.
 
-    python -m tests.mslsim.cuda
-    compute-sanitizer --tool racecheck python -m tests.mslsim.cuda
+    python -m tests.metal_ops.mslsim.cuda
+    compute-sanitizer --tool racecheck python -m tests.metal_ops.mslsim.cuda
 
 compiles with nvcc, runs through libcuda and compares with exact results. Compiling is tested;
 nothing here has been run on a GPU yet. It says nothing of Apple's compiler.
@@ -21,10 +21,10 @@ from torch import Tensor
 
 from metal_ops.backends import metal
 from metal_ops.spec import KINDS
-from tests.metal import harness
-from tests.mslsim import compilers, powers, signatures
-from tests.mslsim.binding import Bound, bind
-from tests.mslsim.translate import LAUNCH_LIMIT, translate
+from tests.metal_ops.metal import harness
+from tests.metal_ops.mslsim import compilers, powers, signatures
+from tests.metal_ops.mslsim.binding import Bound, bind
+from tests.metal_ops.mslsim.translate import LAUNCH_LIMIT, translate
 
 SHIMS = Path(__file__).parent / "shims" / "cuda"
 COMPUTE_MAJOR, COMPUTE_MINOR = 75, 76  # of CUdevice_attribute

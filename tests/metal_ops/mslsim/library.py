@@ -11,9 +11,9 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.mslsim import compilers, signatures
-from tests.mslsim.binding import Bound, Buffer, bind
-from tests.mslsim.translate import translate
+from tests.metal_ops.mslsim import compilers, signatures
+from tests.metal_ops.mslsim.binding import Bound, Buffer, bind
+from tests.metal_ops.mslsim.translate import translate
 
 ORDERS = ("forward", "reverse", "random")
 STACKS = 1024 * (128 << 10)  # bytes: a stack for each thread of a group

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from clang.cindex import Cursor, CursorKind, StorageClass, TypeKind
 
-from tests.mslsim.tokens import (
+from tests.metal_ops.mslsim.tokens import (
     ADDRESS_SPACES,
     Token,
     closing,

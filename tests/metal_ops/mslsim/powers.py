@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tests.mslsim import Library
+from tests.metal_ops.mslsim import Library
 
 NAME = "powers.metal"
 TEXT = (Path(__file__).parent / "kernels" / NAME).read_text()

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from tests.mslsim.tokens import (
+from tests.metal_ops.mslsim.tokens import (
     ADDRESS_SPACES,
     MslError,
     Token,

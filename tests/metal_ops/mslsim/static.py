@@ -5,10 +5,10 @@ from pathlib import Path
 
 from clang import cindex
 
-from tests.mslsim import lint, vocabulary
-from tests.mslsim.lint import Parsed, Problem
-from tests.mslsim.tokens import MslError
-from tests.mslsim.translate import translate
+from tests.metal_ops.mslsim import lint, vocabulary
+from tests.metal_ops.mslsim.lint import Parsed, Problem
+from tests.metal_ops.mslsim.tokens import MslError
+from tests.metal_ops.mslsim.translate import translate
 
 SHIMS = Path(__file__).parent / "shims" / "clang"
 FILE = "translated.cpp"

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.mslsim import GpuError, compile_shader, compilers
-from tests.mslsim.powers import TYPES
+from tests.metal_ops.mslsim import GpuError, compile_shader, compilers
+from tests.metal_ops.mslsim.powers import TYPES
 
 pytestmark = pytest.mark.skipif(
     compilers.unavailable() is not None, reason=f"the simulator {compilers.unavailable()}"

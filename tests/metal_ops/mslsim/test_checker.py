@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.mslsim import GpuError, compile_shader, compilers, powers
+from tests.metal_ops.mslsim import GpuError, compile_shader, compilers, powers
 
 pytestmark = pytest.mark.skipif(
     compilers.unavailable() is not None, reason=f"the simulator {compilers.unavailable()}"

@@ -8,7 +8,7 @@ from threading import Barrier
 import pytest
 import torch
 
-from tests.mslsim import compile_shader, compilers
+from tests.metal_ops.mslsim import compile_shader, compilers
 
 TEXT = """
 using namespace metal;

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mslsim import Library, compile_shader, compilers, cuda, powers
+from tests.metal_ops.mslsim import Library, compile_shader, compilers, cuda, powers
 
 pytestmark = [
     pytest.mark.skipif(

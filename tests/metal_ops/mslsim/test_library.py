@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.mslsim import compile_shader, compilers, powers
+from tests.metal_ops.mslsim import compile_shader, compilers, powers
 
 pytestmark = pytest.mark.skipif(
     compilers.unavailable() is not None, reason=f"the simulator {compilers.unavailable()}"

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from metal_ops.backends import metal
-from metal_ops.backends._metal_launch import Source, sources, text
+from metal_ops.backends.metal.launch import Source, sources, text
 from metal_ops.spec import KINDS
-from tests.metal import harness
-from tests.mslsim import Library, compile_shader, compilers, cuda
+from tests.metal_ops.metal import harness
+from tests.metal_ops.mslsim import Library, compile_shader, compilers, cuda
 
 pytestmark = pytest.mark.skipif(
     compilers.unavailable() is not None, reason=f"the simulator {compilers.unavailable()}"
@@ -27,7 +27,7 @@ def _every(often: Callable[[Source], bool]) -> list:
 
 @pytest.mark.parametrize("source", _every(lambda s: s.dtype == torch.bfloat16 and not s.entries))
 def test_language(source: Source):
-    static = pytest.importorskip("tests.mslsim.static", reason="needs libclang")
+    static = pytest.importorskip("tests.metal_ops.mslsim.static", reason="needs libclang")
     assert static.problems(text(source)) == []
 
 

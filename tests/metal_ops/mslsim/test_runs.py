@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.mslsim import GpuError, Library, compile_shader, compilers
+from tests.metal_ops.mslsim import GpuError, Library, compile_shader, compilers
 
 pytestmark = pytest.mark.skipif(
     compilers.unavailable() is not None, reason=f"the simulator {compilers.unavailable()}"

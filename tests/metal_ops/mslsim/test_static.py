@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("clang.cindex", reason="the static checks need libclang: pip install libclang")
 
-from tests.mslsim import compilers, powers, static, vocabulary
+from tests.metal_ops.mslsim import compilers, powers, static, vocabulary
 
 pytestmark = pytest.mark.skipif(
     compilers.unavailable() is not None, reason=f"the simulator {compilers.unavailable()}"

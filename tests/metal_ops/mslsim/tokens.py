@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch.utils._cpp_embed_headers import _embed_headers
 
-from tests.mslsim import compilers
+from tests.metal_ops.mslsim import compilers
 
 METAL_VERSION = 310  # the oldest language that torch asks for: Metal 3.1
 ADDRESS_SPACES = ("device", "constant", "threadgroup", "thread")

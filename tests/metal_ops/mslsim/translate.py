@@ -8,9 +8,9 @@ import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from tests.mslsim import signatures
-from tests.mslsim.signatures import SCALARS, Kernel, Parameter
-from tests.mslsim.tokens import (
+from tests.metal_ops.mslsim import signatures
+from tests.metal_ops.mslsim.signatures import SCALARS, Kernel, Parameter
+from tests.metal_ops.mslsim.tokens import (
     MslError,
     Token,
     attribute,

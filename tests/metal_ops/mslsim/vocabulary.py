@@ -9,8 +9,8 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.mslsim.lint import Parsed, Problem, cursors
-from tests.mslsim.tokens import Token, significant
+from tests.metal_ops.mslsim.lint import Parsed, Problem, cursors
+from tests.metal_ops.mslsim.tokens import Token, significant
 
 FILE = Path(__file__).parent / "vocabulary.tsv"
 

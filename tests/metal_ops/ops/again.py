@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from metal_ops import _dispatch
-from tests.ops import test_grid as grid
-from tests.ops import test_linear as linear
-from tests.ops import test_special_values as special
-from tests.ops import test_values as values
+from tests.metal_ops.ops import test_grid as grid
+from tests.metal_ops.ops import test_linear as linear
+from tests.metal_ops.ops import test_special_values as special
+from tests.metal_ops.ops import test_values as values
 
 # What a kernel backend must pass too: all but those about chunks, and about one device's memory.
 TESTS: tuple[Callable[..., None], ...] = (

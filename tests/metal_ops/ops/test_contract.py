@@ -18,7 +18,7 @@ from metal_ops import (
 from metal_ops import _dispatch as dispatch
 from metal_ops.backends import chunked
 from metal_ops.selftest.inputs import randn
-from tests.ops.test_linear import make
+from tests.metal_ops.ops.test_linear import make
 
 SPEC = DivergenceSpec("jsd", beta=0.3, temperature=2.0)
 

@@ -22,13 +22,13 @@ from metal_ops import (
 )
 from metal_ops import _dispatch as dispatch
 from metal_ops.backends import chunked
-from metal_ops.backends._errors import KernelError
+from metal_ops.backends.errors import KernelError
 from metal_ops.selftest.inputs import FAMILIES, sparse, untied, ways
 from metal_ops.spec import KINDS
-from tests.ops import torch_kernels
+from tests.metal_ops.ops import torch_kernels
 
 SPEC = DivergenceSpec("jsd", 0.3, 2.0)
-FUNCTIONS = ("forward", "backward", "sparse", "linear", "hidden")
+FUNCTIONS = ("forward", "backward", "sparse", "linear", "hidden_states")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -150,7 +150,7 @@ def test_one_warning_a_backend_and_kernel(install):
     def fail(*_: Any) -> None:
         raise KernelError(next(kernels), "no")
 
-    install(hidden=fail)
+    install(hidden_states=fail)
     x = torch.ones(2, 3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -359,17 +359,17 @@ def test_inputs_are_what_they_were_for_the_check(install, monkeypatch):
     """A kernel that spoils its inputs and computes from them is found."""
 
     def spoilt(student: Tensor, *rest: Any) -> Any:
-        return chunked.hidden(student.mul_(2.0), *rest)
+        return chunked.hidden_states(student.mul_(2.0), *rest)
 
-    install(hidden=spoilt)
+    install(hidden_states=spoilt)
     monkeypatch.setenv("METAL_OPS_CHECK", "1")
     with pytest.raises(RuntimeError, match="the loss of row"):
         hidden_divergence(torch.randn(3, 5), torch.randn(3, 5), "mse")
 
 
 def test_the_chunked_backend_is_not_checked_against_itself(monkeypatch):
-    calls, original = [], chunked.hidden
-    monkeypatch.setattr(chunked, "hidden", lambda *a: calls.append(1) or original(*a))
+    calls, original = [], chunked.hidden_states
+    monkeypatch.setattr(chunked, "hidden_states", lambda *a: calls.append(1) or original(*a))
     monkeypatch.setenv("METAL_OPS_CHECK", "1")
     with warnings.catch_warnings(action="error"):
         hidden_divergence(torch.ones(1, 2), torch.zeros(1, 2), "mse")

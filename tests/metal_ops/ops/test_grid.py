@@ -11,9 +11,9 @@ from metal_ops import DivergenceSpec, sparse_divergence, weighted_divergence
 from metal_ops.selftest.inputs import FAMILIES, REAL_SHAPE, SHAPES, sparse, untied, ways
 from metal_ops.selftest.numerics import assert_matches_reference, exact, exact_sparse, unit_upstream
 from metal_ops.spec import KINDS
-from tests.ops import test_linear as linear
-from tests.ops.test_special_values import BOUNDED
-from tests.ops.test_values import DTYPES, check, check_per_token, name, out_dtype
+from tests.metal_ops.ops import test_linear as linear
+from tests.metal_ops.ops.test_special_values import BOUNDED
+from tests.metal_ops.ops.test_values import DTYPES, check, check_per_token, name, out_dtype
 
 TOP_K = 5
 SUPPORTS = ("teacher_topk", "student_topk", "union")

@@ -11,15 +11,16 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from metal_ops import hidden_divergence, reference
-from metal_ops.backends import _chunks, chunked
+from metal_ops.backends import chunked
+from metal_ops.backends.blocks import sizes
 from metal_ops.reference import HIDDEN_KINDS, NORM_MIN
 from metal_ops.selftest.hidden import exact_hidden
 from metal_ops.selftest.inputs import FAMILIES, HIDDEN_FAMILIES, SHAPES, randn
 from metal_ops.selftest.numerics import assert_matches_reference, needed_c, unit_upstream
-from tests.ops import torch_kernels
-from tests.ops.again import use
-from tests.ops.test_values import DTYPES, check_per_token, name, out_dtype
-from tests.ops.watching import Watch
+from tests.metal_ops.ops import torch_kernels
+from tests.metal_ops.ops.again import use
+from tests.metal_ops.ops.test_values import DTYPES, check_per_token, name, out_dtype
+from tests.metal_ops.ops.watching import Watch
 
 kinds = pytest.mark.parametrize("kind", HIDDEN_KINDS)
 
@@ -73,7 +74,7 @@ def test_non_contiguous_rows_and_columns(kind):
 
 @kinds
 def test_several_blocks_and_a_rest(kind, monkeypatch):
-    monkeypatch.setattr(_chunks, "buffer_bytes", lambda _: 4 * 33 * 3)  # three rows a block
+    monkeypatch.setattr(sizes, "buffer_bytes", lambda _: 4 * 33 * 3)  # three rows a block
     student, teacher = randn(11, 33)  # 3 + 3 + 3 + 2
     check(student, teacher, kind)
     mask = torch.arange(11) % 3 != 1
@@ -264,7 +265,7 @@ def test_opcheck(kind, dtype, want_grad, masked):
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=name)
 def test_a_block_at_a_time(kind, dtype, monkeypatch):
     rows, hidden = 40, 300
-    monkeypatch.setattr(_chunks, "buffer_bytes", lambda _: 4 * hidden)  # a row at a time
+    monkeypatch.setattr(sizes, "buffer_bytes", lambda _: 4 * hidden)  # a row at a time
     student, teacher = (x.to(dtype) for x in randn(rows, hidden))
     with Watch() as mode:
         chunked.hidden(student, teacher, kind, torch.ones(rows), True)

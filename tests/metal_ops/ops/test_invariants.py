@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from metal_ops import DivergenceSpec, divergence, divergence_with_stats
-from metal_ops.backends import _chunks
+from metal_ops.backends.blocks import sizes
 from metal_ops.selftest.inputs import ways
 from metal_ops.spec import KINDS, MISSING, SUPPORTS
 
@@ -197,7 +197,7 @@ def test_the_size_of_a_block_does_not_matter(pair, spec, rows):
     vocab, upstream = pair[0].shape[1], torch.linspace(-1, 2, 5).double()
     results = []
     for block in (rows, 5):
-        with patch.object(_chunks, "buffer_bytes", lambda _, rows=block: 8 * vocab * rows):
+        with patch.object(sizes, "buffer_bytes", lambda _, rows=block: 8 * vocab * rows):
             loss, stats = divergence_with_stats(*pair, spec)
             results.append((loss, *stats, value_and_grad(*pair, spec, upstream)[1]))
     for got, want in zip(*results, strict=True):

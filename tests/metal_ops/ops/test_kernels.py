@@ -5,9 +5,9 @@ import torch
 
 from metal_ops import DivergenceSpec, divergence, linear_divergence_with_stats
 from metal_ops.backends import chunked
-from tests.ops import test_linear as linear
-from tests.ops import torch_kernels
-from tests.ops.again import again, run, use
+from tests.metal_ops.ops import test_linear as linear
+from tests.metal_ops.ops import torch_kernels
+from tests.metal_ops.ops.again import again, run, use
 
 
 @pytest.mark.parametrize(("test", "arguments"), again(every=5))

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from metal_ops import DivergenceSpec, linear_divergence, linear_divergence_with_stats
-from metal_ops.backends import _chunks, chunked
+from metal_ops.backends import chunked
+from metal_ops.backends.blocks import sizes
 from metal_ops.selftest.numerics import C, assert_matches_reference, definition, exact
 
 SPECS = [
@@ -168,9 +169,9 @@ def test_uneven_chunks_equal_one(head, monkeypatch):
     case = make(head, torch.float64, tokens=23)
     whole = case.call(SPECS[2], 0.5, linear_divergence_with_stats)
     want = torch.autograd.grad(whole.loss, case.leaves())
-    monkeypatch.setattr(_chunks, "MIN_TOKENS", 1)
-    monkeypatch.setitem(_chunks.CHUNK_BYTES, "cpu", 4 * 33 * 5)  # 5 + 5 + 5 + 5 + 3 tokens
-    monkeypatch.setattr(_chunks, "buffer_bytes", lambda _: 8 * 33 * 2)  # 2 + 2 + 1 rows
+    monkeypatch.setattr(sizes, "MIN_TOKENS", 1)
+    monkeypatch.setitem(sizes.CHUNK_BYTES, "cpu", 4 * 33 * 5)  # 5 + 5 + 5 + 5 + 3 tokens
+    monkeypatch.setattr(sizes, "buffer_bytes", lambda _: 8 * 33 * 2)  # 2 + 2 + 1 rows
     parts = case.call(SPECS[2], 0.5, linear_divergence_with_stats)
     grads = torch.autograd.grad(parts.loss, case.leaves())
     pairs = [*zip(grads, want, strict=True), (parts.loss, whole.loss)]
@@ -181,8 +182,8 @@ def test_uneven_chunks_equal_one(head, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_uneven_chunks_match_the_composition(dtype, monkeypatch):
-    monkeypatch.setattr(_chunks, "MIN_TOKENS", 4)
-    monkeypatch.setitem(_chunks.CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setattr(sizes, "MIN_TOKENS", 4)
+    monkeypatch.setitem(sizes.CHUNK_BYTES, "cpu", 1)
     check(make("all", dtype, tokens=10), SPECS[0], 0.5)
 
 

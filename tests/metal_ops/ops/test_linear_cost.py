@@ -5,10 +5,11 @@ import torch
 from torch.nn import functional as F
 
 from metal_ops import linear_divergence
-from metal_ops.backends import _chunks, chunked
+from metal_ops.backends import chunked
+from metal_ops.backends.blocks import sizes
 from metal_ops.selftest.numerics import assert_matches_reference
-from tests.ops.test_linear import SPECS, check, compose, make
-from tests.ops.watching import Watch
+from tests.metal_ops.ops.test_linear import SPECS, check, compose, make
+from tests.metal_ops.ops.watching import Watch
 
 
 @pytest.fixture
@@ -21,9 +22,9 @@ def watch(monkeypatch):
             return original(*args)
 
     monkeypatch.setattr(chunked, "linear", watched)
-    monkeypatch.setattr(_chunks, "MIN_TOKENS", 16)
-    monkeypatch.setattr(_chunks, "buffer_bytes", lambda _: 1)  # a row at a time
-    monkeypatch.setitem(_chunks.CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setattr(sizes, "MIN_TOKENS", 16)
+    monkeypatch.setattr(sizes, "buffer_bytes", lambda _: 1)  # a row at a time
+    monkeypatch.setitem(sizes.CHUNK_BYTES, "cpu", 1)
     return mode
 
 
@@ -152,8 +153,8 @@ def test_16_bit_heads_with_and_without_instructions_for_them(
     """An x86 that would emulate the product gets it in float32, a slice of the head at a time."""
     has = native and architecture == "x86_64"  # another architecture is not asked
     known = {"architecture": architecture, "avx512_bf16": has, "avx512_fp16": has}
-    monkeypatch.setattr(_chunks, "_capabilities", lambda: known)
-    monkeypatch.setattr(_chunks, "HEAD_SLICE_BYTES", 100)
+    monkeypatch.setattr(sizes, "_capabilities", lambda: known)
+    monkeypatch.setattr(sizes, "HEAD_SLICE_BYTES", 100)
     products, mm = set(), torch.mm
 
     def recorded(a, b, **kwargs):
@@ -174,6 +175,6 @@ def test_blocks_follow_the_cache_where_its_size_is_known(monkeypatch):
         ({"l2_cache_size": 0}, 2**20),
         ({}, 2**20),
     ):
-        monkeypatch.setattr(_chunks, "_capabilities", lambda known=known: known)
-        assert _chunks.rows_per_block(torch.empty(0), 1000) == l2 * 5 // 4000
-        assert _chunks.rows_per_block(torch.empty(0, dtype=torch.float64), 10**9) == 1
+        monkeypatch.setattr(sizes, "_capabilities", lambda known=known: known)
+        assert sizes.rows_per_block(torch.empty(0), 1000) == l2 * 5 // 4000
+        assert sizes.rows_per_block(torch.empty(0, dtype=torch.float64), 10**9) == 1

@@ -19,13 +19,13 @@ from metal_ops.backends import chunked
 from metal_ops.selftest import cases, machine, runner
 from metal_ops.selftest.cases import Job, Where
 from metal_ops.selftest.numerics import C
-from tests.ops import torch_kernels
-from tests.ops.test_dispatch import Backend, broken, fresh, install
+from tests.metal_ops.ops import torch_kernels
+from tests.metal_ops.ops.test_dispatch import Backend, broken, fresh, install
 
 __all__ = ["fresh", "install"]  # fixtures
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 def few(jobs: list[Job]) -> list[Job]:
@@ -84,7 +84,7 @@ def test_kernels_pass(install):
     found = report("fake")
     assert not found.failures
     assert {d for _, d in found.tallies} == {"float32", "float16", "bfloat16"}
-    assert set(fake.calls) == {"forward", "backward", "sparse", "linear", "hidden"}
+    assert set(fake.calls) == {"forward", "backward", "sparse", "linear", "hidden_states"}
 
 
 def last_column(x: Tensor) -> None:
@@ -99,7 +99,7 @@ MISTAKES: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-@pytest.mark.parametrize("function", ["forward", "backward", "sparse", "linear", "hidden"])
+@pytest.mark.parametrize("function", ["forward", "backward", "sparse", "linear", "hidden_states"])
 def test_a_wrong_kernel_fails(function, mistake, install, capsys, monkeypatch, tmp_path):
     def spoilt(*args: Any) -> Any:
         out = getattr(chunked, function)(*args)
@@ -121,6 +121,7 @@ def test_a_wrong_kernel_fails(function, mistake, install, capsys, monkeypatch, t
     (device,) = found["devices"]
     assert device["failed"] > 0
     ops = {"forward": {"weighted", "divergence"}, "backward": {"divergence"}}
+    ops["hidden_states"] = {"hidden"}
     failed = {x.split()[0] for x in device["failures"]}
     assert failed == ops.get(function, {function})
     assert "FAILED" in out
@@ -192,7 +193,7 @@ def test_what_the_machine_has(capsys):
 
 def test_what_the_machine_has_and_why_not_more(capsys, install):
     fails = broken("jsd_float", "no such type")
-    install("metal", hidden=fails["hidden"], backward=fails["backward"])
+    install("metal", hidden_states=fails["hidden_states"], backward=fails["backward"])
     install("triton", unsupported=lambda x, _: None if x.dtype == torch.float16 else "wide")
     machine.show()
     lines = capsys.readouterr().out.splitlines()
@@ -245,7 +246,7 @@ def test_a_backend_that_takes_nothing_here(install, capsys):
 
 
 def test_no_simulator_without_a_checkout(monkeypatch, capsys):
-    for name in ("tests.mslsim", "tests"):
+    for name in ("tests.metal_ops.mslsim", "tests.metal_ops", "tests"):
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(SystemExit) as caught:
             command.main(["selftest", "--backend", "metal-sim"])

@@ -20,7 +20,7 @@ from metal_ops import (
 from metal_ops.functional import sparse as module
 from metal_ops.selftest.inputs import peaked, randn
 from metal_ops.spec import KINDS
-from tests.ops.tails import all_drawn, by_reference, draw, sampled, split
+from tests.metal_ops.ops.tails import all_drawn, by_reference, draw, sampled, split
 
 N, V, TOP, T = 6, 33, 5, 1.7
 CASES = [(kind, 0.3) for kind in KINDS] + [("jsd", 0.9), ("alpha", 0.7), ("mixed_kl", 0.8)]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from metal_ops import DivergenceSpec, SparseTeacher, TailSamples, divergence, sparse_divergence
-from tests.ops.tails import all_drawn, sampled, with_powers
+from tests.metal_ops.ops.tails import all_drawn, sampled, with_powers
 
 N, V, TOP = 24, 20_000, 32
 ORDERS = (0.5, 0.75, 2.0)

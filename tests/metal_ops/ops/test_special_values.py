@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from metal_ops import DivergenceSpec, divergence, divergence_with_stats
-from metal_ops.backends import _chunks
+from metal_ops.backends.blocks import sizes
 from metal_ops.selftest.inputs import FAMILIES, near, peaked, randn
 from metal_ops.selftest.numerics import assert_matches_reference, exact, log_probs
-from tests.ops.test_values import DTYPES, SPECS, check, name, out_dtype
+from tests.metal_ops.ops.test_values import DTYPES, SPECS, check, name, out_dtype
 
 JSDS = [DivergenceSpec("jsd", beta=b, temperature=2.0) for b in (0.1, 0.5, 0.9)]
 BOUNDED = ("tvd", "skew_kl", "skew_reverse_kl", "alpha")  # finite, as is the JSD, if beta is inside
@@ -113,7 +113,7 @@ def test_jsd_near_the_ends_of_beta(beta, family):
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("spec", [*SPECS, DivergenceSpec("jsd", clip=0.1)], ids=name)
 def test_a_nan_stays_in_its_row(spec, side, value, monkeypatch):
-    monkeypatch.setattr(_chunks, "buffer_bytes", lambda _: 4 * 33 * 2)
+    monkeypatch.setattr(sizes, "buffer_bytes", lambda _: 4 * 33 * 2)
     student, teacher = peaked(5, 33)
     clean = student.clone().requires_grad_()
     want = divergence(clean, teacher, spec)

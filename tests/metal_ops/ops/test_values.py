@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metal_ops import DivergenceSpec, divergence, divergence_with_stats
-from metal_ops.backends import _chunks
+from metal_ops.backends.blocks import sizes
 from metal_ops.selftest.inputs import FAMILIES, REAL_SHAPE, SHAPES, peaked, randn
 from metal_ops.selftest.numerics import (
     Exact,
@@ -98,7 +98,7 @@ def test_value_and_gradient_of_a_real_vocabulary(spec, dtype):
 
 @pytest.mark.parametrize("spec", SPECS, ids=name)
 def test_several_blocks_and_a_rest(spec, monkeypatch):
-    monkeypatch.setattr(_chunks, "buffer_bytes", lambda _: 4 * 33 * 3)  # three rows a block
+    monkeypatch.setattr(sizes, "buffer_bytes", lambda _: 4 * 33 * 3)  # three rows a block
     student, teacher = peaked(11, 33)  # 3 + 3 + 3 + 2
     check(student, teacher, spec)
 
@@ -198,7 +198,7 @@ def test_t2_multiplies_by_the_squared_temperature(temperature, clip):
 
 @pytest.mark.parametrize("spec", SPECS, ids=name)
 def test_mask_is_selection(spec, monkeypatch):
-    monkeypatch.setattr(_chunks, "buffer_bytes", lambda _: 4 * 33 * 2)
+    monkeypatch.setattr(sizes, "buffer_bytes", lambda _: 4 * 33 * 2)
     student, teacher = peaked(7, 33)
     mask = torch.tensor([True, False, True, True, False, False, True])
     leaf, part = student.clone().requires_grad_(), student[mask].requires_grad_()

@@ -1,4 +1,4 @@
-"""The contract of `_kernels.Kernels` in PyTorch: tests what the kernel backends share."""
+"""The contract of `kernels.Kernels` in PyTorch: tests what the kernel backends share."""
 
 import sys
 
@@ -6,20 +6,23 @@ import torch
 from torch import Tensor
 
 from metal_ops import DivergenceSpec
-from metal_ops.backends import _hidden, _kernels
-from metal_ops.backends._kernels import HardTerm
-from metal_ops.backends._rows import exact
-from metal_ops.backends._terms import Row, terms
+from metal_ops.backends import kernels
+from metal_ops.backends.blocks.hidden import compare_hidden_states
+from metal_ops.backends.blocks.rows import exact_loss
+from metal_ops.backends.blocks.terms import Probabilities, terms
+from metal_ops.backends.kernels import HardTerm
 
 
-def _row(student: Tensor, teacher: Tensor, spec: DivergenceSpec) -> tuple[Row, Tensor, Tensor]:
+def _row(
+    student: Tensor, teacher: Tensor, spec: DivergenceSpec
+) -> tuple[Probabilities, Tensor, Tensor]:
     x, y = (z.float() / spec.temperature for z in (student, teacher))
     x_sum, y_sum = x.logsumexp(-1, keepdim=True), y.logsumexp(-1, keepdim=True)
     log_q, log_p = x - x_sum, y - y_sum
     absent = (log_p == -torch.inf) & (log_q == -torch.inf)
     shift = y.amax(-1, keepdim=True) - x.amax(-1, keepdim=True)
     ratio = (y - x - shift).sub_(y_sum - x_sum - shift).masked_fill(absent, 0.0)
-    return Row(log_p.exp(), log_q.exp(), log_q, ratio), x_sum, y_sum
+    return Probabilities(log_p.exp(), log_q.exp(), log_q, ratio), x_sum, y_sum
 
 
 def _entropy(p: Tensor) -> Tensor:
@@ -31,7 +34,7 @@ class Torch:
         self, student: Tensor, teacher: Tensor, weights: Tensor, spec: DivergenceSpec
     ) -> Tensor:
         row, x_sum, y_sum = _row(student, teacher, spec)
-        whole = exact(row, spec)
+        whole = exact_loss(row, spec)
         tops = [(x == x.amax(-1, keepdim=True)) for x in (student, teacher)]
         clipped = torch.zeros_like(weights) if whole.clipped is None else whole.clipped.float()
         values = [
@@ -61,7 +64,7 @@ class Torch:
         f, _, h = terms(row, spec, bound is not None)
         if bound is not None:
             h = h.masked_fill(f > bound, 0.0)
-        grad = (h - row.q * values[_kernels.H_SUM][:, None]) * factor[:, None]
+        grad = (h - row.q * values[kernels.H_SUM][:, None]) * factor[:, None]
         grad = grad.masked_fill(factor[:, None] == 0, 0.0)
         if hard is not None:
             q = (student.float() - hard.log_sum[:, None]).exp()
@@ -81,11 +84,11 @@ class Torch:
         e = (logits.float() / temperature - log_sum[:, None]).exp() * factor[:, None]
         out.copy_(e.masked_fill(factor[:, None] == 0, 0.0))
 
-    def hidden(
+    def hidden_states(
         self, student: Tensor, teacher: Tensor, weights: Tensor, kind: str, out: Tensor | None
     ) -> Tensor:
         absent = weights == 0
-        loss, grad = _hidden.block(student.float(), teacher.float(), kind, weights)
+        loss, grad = compare_hidden_states(student.float(), teacher.float(), kind, weights)
         if out is not None:
             out.copy_(grad.masked_fill(absent[:, None], 0.0))
         return loss.masked_fill(absent, 0.0)
@@ -95,27 +98,27 @@ KERNELS = Torch()
 
 
 def unsupported(student: Tensor, teacher: Tensor) -> str | None:
-    return _kernels.unsupported(student, teacher)
+    return kernels.unsupported(student, teacher)
 
 
 def forward(*args):
-    return _kernels.forward(KERNELS, *args)
+    return kernels.forward(KERNELS, *args)
 
 
 def backward(*args):
-    return _kernels.backward(KERNELS, *args)
+    return kernels.backward(KERNELS, *args)
 
 
 def sparse(*args):
-    return _kernels.sparse(KERNELS, *args)
+    return kernels.sparse(KERNELS, *args)
 
 
-def hidden(*args):
-    return _kernels.hidden(KERNELS, *args)
+def hidden_states(*args):
+    return kernels.hidden_states(KERNELS, *args)
 
 
 def linear(*args):
-    return _kernels.linear(KERNELS, *args)
+    return kernels.linear(KERNELS, *args)
 
 
 MODULE = sys.modules[__name__]

@@ -1,7 +1,7 @@
 """Compile the kernels for GPUs that are not here; run as a program, prints a line of JSON each.
 
-`python -m tests.triton.compiling [--all] TARGET...` with targets such as cuda:90 or hip:gfx942;
---all for every kind and dtype, else one of each.
+`python -m tests.metal_ops.triton.compiling [--all] TARGET...` with targets such as cuda:90 or
+hip:gfx942; --all for every kind and dtype, else one of each.
 """
 
 import json
@@ -19,8 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from metal_ops.backends import _triton_hidden, triton_kernels
 from metal_ops.backends import triton as backend
+from metal_ops.backends.triton import hidden as hidden_kernels
+from metal_ops.backends.triton import rows as row_kernels
 from metal_ops.spec import KINDS
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -45,18 +46,18 @@ def kernels(
     for kind, clip in product(kinds, clips):
         rows = {"KIND": kind, "CLIP": clip, "BLOCK": block}
         for splits in (1, 32):
-            yield Kernel(triton_kernels.forward, rows | {"SPLITS": splits, "FOLD": fold})
+            yield Kernel(row_kernels.forward, rows | {"SPLITS": splits, "FOLD": fold})
         for hard in (False, True):
-            yield Kernel(triton_kernels.backward, rows | {"HARD": hard})
-    yield Kernel(triton_kernels.normalise, {"SPLITS": 32, "BLOCK": block})
+            yield Kernel(row_kernels.backward, rows | {"HARD": hard})
+    yield Kernel(row_kernels.normalise, {"SPLITS": 32, "BLOCK": block})
     for kept, splits in product((False, True), (1, 32)):
         meta = {"KEPT": kept, "SPLITS": splits, "BLOCK": block}
-        yield Kernel(triton_kernels.log_sums, meta)
-    yield Kernel(triton_kernels.join_log_sums, {"SPLITS": 32})
-    yield Kernel(triton_kernels.spread, {"BLOCK": block})
+        yield Kernel(row_kernels.log_sums, meta)
+    yield Kernel(row_kernels.join_log_sums, {"SPLITS": 32})
+    yield Kernel(row_kernels.spread, {"BLOCK": block})
     for name, grad in product(("mse", "cosine"), (False, True)):
         meta = {"GRAD": grad, "BLOCK": backend._block(4096)[0]}
-        yield Kernel(getattr(_triton_hidden, name), meta)
+        yield Kernel(getattr(hidden_kernels, name), meta)
 
 
 def argument(name: str, dtype: torch.dtype) -> str:

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from tests.ops.conftest import poison
-from tests.triton import interpreter
+from tests.metal_ops.ops.conftest import poison
+from tests.metal_ops.triton import interpreter
 
 __all__ = ["poison"]
 

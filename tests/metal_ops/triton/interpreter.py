@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 NAME = "TRITON_INTERPRET"
-KERNELS = ("_triton_terms", "triton_kernels", "_triton_hidden")  # modules, in order of import
+KERNELS = ("terms", "rows", "hidden")  # modules, in order of import
 DEVICE = next((d for d in ("cuda", "xpu") if getattr(torch, d).is_available()), "cpu")
 MISSING = importlib.util.find_spec("triton") is None
 
@@ -58,14 +58,16 @@ def interpret() -> None:
     try:
         interpreter: Any = importlib.import_module("triton.runtime.interpreter")
         standard: Any = importlib.import_module("triton.language.standard")
-        modules = [importlib.import_module(f"metal_ops.backends.{name}") for name in KERNELS]
+        modules = [importlib.import_module(f"metal_ops.backends.triton.{name}") for name in KERNELS]
     finally:
         if before is None:
             del os.environ[NAME]
         else:
             os.environ[NAME] = before
     function = interpreter.InterpretedFunction
-    assert isinstance(standard.sum, function), "import tests.triton.interpreter before Triton"
+    assert isinstance(standard.sum, function), (
+        "import tests.metal_ops.triton.interpreter before Triton"
+    )
     language: Any = importlib.import_module("triton.language")
     builder = interpreter.InterpreterBuilder
     builder.binary_op = _typed(builder.binary_op, language)

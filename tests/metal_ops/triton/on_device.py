@@ -7,7 +7,7 @@ import torch
 from torch.utils import _pytree
 
 from metal_ops.backends import triton
-from tests.triton.interpreter import DEVICE
+from tests.metal_ops.triton.interpreter import DEVICE
 
 unsupported = triton.unsupported
 
@@ -24,6 +24,6 @@ forward = _moved(triton.forward)
 backward = _moved(triton.backward)
 sparse = _moved(triton.sparse)
 linear = _moved(triton.linear)
-hidden = _moved(triton.hidden)
+hidden_states = _moved(triton.hidden_states)
 
 MODULE = sys.modules[__name__]

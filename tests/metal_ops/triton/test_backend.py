@@ -8,8 +8,8 @@ import torch
 
 from metal_ops import DivergenceSpec
 from metal_ops.backends import triton
-from metal_ops.backends._errors import KernelError
-from tests.triton import interpreter
+from metal_ops.backends.errors import KernelError
+from tests.metal_ops.triton import interpreter
 
 K = triton.KERNELS
 X = torch.zeros(2, 8)
@@ -62,8 +62,8 @@ def test_refuses_old_nvidia_gpus(monkeypatch):
 
 @pytest.mark.parametrize("method", ["forward", "spread", "mse"])
 def test_a_failing_kernel_is_a_kernel_error(method, monkeypatch):
-    name = "_triton_hidden" if method == "mse" else "triton_kernels"
-    module = importlib.import_module(f"metal_ops.backends.{name}")
+    name = "hidden" if method == "mse" else "rows"
+    module = importlib.import_module(f"metal_ops.backends.triton.{name}")
 
     class Broken:
         def __getitem__(self, grid):
@@ -73,7 +73,7 @@ def test_a_failing_kernel_is_a_kernel_error(method, monkeypatch):
     calls = {
         "forward": lambda: K.forward(X, X, torch.ones(2), DivergenceSpec()),
         "spread": lambda: K.spread(X, torch.ones(2), torch.ones(2), 1.0, X),
-        "mse": lambda: K.hidden(X, X, torch.ones(2), "mse", None),
+        "mse": lambda: K.hidden_states(X, X, torch.ones(2), "mse", None),
     }
     with pytest.raises(KernelError, match=f"kernel triton {method}: OSError: no ptxas") as caught:
         calls[method]()
@@ -85,7 +85,7 @@ def test_no_rows_launch_nothing(monkeypatch):
     monkeypatch.setattr(importlib, "import_module", lambda name: pytest.fail(name))
     none = torch.zeros(0, 8)
     assert K.forward(none, none, torch.ones(0), DivergenceSpec()).shape == (8, 0)
-    assert K.hidden(none, none, torch.ones(0), "mse", None).shape == (0,)
+    assert K.hidden_states(none, none, torch.ones(0), "mse", None).shape == (0,)
     assert K.log_sums(none, torch.zeros(0, 3, dtype=torch.int32), 1.0)[0].shape == (0,)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from metal_ops.spec import KINDS
-from tests.triton import interpreter
+from tests.metal_ops.triton import interpreter
 
 REGISTERS = 128  # with 8 warps, two programs on a multiprocessor
 
@@ -16,7 +16,7 @@ REGISTERS = 128  # with 8 warps, two programs on a multiprocessor
 def compile_for(targets: list[str], tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     monkeypatch.delenv(interpreter.NAME, raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    command = [sys.executable, "-m", "tests.triton.compiling", *targets]
+    command = [sys.executable, "-m", "tests.metal_ops.triton.compiling", *targets]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from metal_ops import DivergenceSpec
 from metal_ops.backends import triton
-from metal_ops.backends._kernels import Q_LOG_SUM, HardTerm
+from metal_ops.backends.kernels import Q_LOG_SUM, HardTerm
 from metal_ops.selftest.inputs import FAMILIES, planted
 from metal_ops.selftest.numerics import assert_matches_reference, exact
 from metal_ops.spec import KINDS
-from tests.triton.interpreter import DEVICE
+from tests.metal_ops.triton.interpreter import DEVICE
 
 K = triton.KERNELS
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

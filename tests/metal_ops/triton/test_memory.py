@@ -6,11 +6,11 @@ from torch import Tensor
 
 from metal_ops import DivergenceSpec
 from metal_ops.backends import triton
-from metal_ops.backends._kernels import HardTerm
+from metal_ops.backends.kernels import HardTerm
 from metal_ops.selftest.inputs import peaked
 from metal_ops.spec import KINDS
-from tests.triton.interpreter import DEVICE
-from tests.triton.memory import Watch
+from tests.metal_ops.triton.interpreter import DEVICE
+from tests.metal_ops.triton.memory import Watch
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="watches the interpreter")
 K = triton.KERNELS
@@ -106,7 +106,7 @@ def test_spread_reads_and_writes_once(in_place, watch):
 def test_hidden_reads_and_writes(kind, passes, watch):
     student, teacher = strided(torch.float16)
     for out, reads in zip((None, torch.empty(ROWS, VOCAB).half()), passes, strict=True):
-        K.hidden(student, teacher, COUNTS, kind, out)
+        K.hidden_states(student, teacher, COUNTS, kind, out)
         _, (x, y, _, written, loss) = watch.launches[-1]
         assert torch.equal(x.reads, times(reads))
         assert torch.equal(y.reads, times(reads))

@@ -13,17 +13,17 @@ import torch
 
 from metal_ops import DivergenceSpec
 from metal_ops.backends import triton
-from metal_ops.backends._errors import KernelError
+from metal_ops.backends.errors import KernelError
 from metal_ops.selftest.inputs import FAMILIES
-from tests.ops import test_hidden as hidden
-from tests.ops import test_special_values as special
-from tests.ops import test_values as values
-from tests.ops.again import use
-from tests.triton import test_kernels as kernels
-from tests.triton import test_memory as memory
-from tests.triton.interpreter import DEVICE, KERNELS
-from tests.triton.memory import Watch
-from tests.triton.test_suite import narrow
+from tests.metal_ops.ops import test_hidden as hidden
+from tests.metal_ops.ops import test_special_values as special
+from tests.metal_ops.ops import test_values as values
+from tests.metal_ops.ops.again import use
+from tests.metal_ops.triton import test_kernels as kernels
+from tests.metal_ops.triton import test_memory as memory
+from tests.metal_ops.triton.interpreter import DEVICE, KERNELS
+from tests.metal_ops.triton.memory import Watch
+from tests.metal_ops.triton.test_suite import narrow
 
 pytestmark = [
     pytest.mark.slow,
@@ -256,7 +256,7 @@ def strict(monkeypatch: pytest.MonkeyPatch) -> None:
 def plant(mutant: Mutant, folder: Path, patch: pytest.MonkeyPatch) -> None:
     """Load the kernels anew, from files that differ in the mutant's text."""
     for name in KERNELS:
-        original = importlib.util.find_spec(f"metal_ops.backends.{name}")
+        original = importlib.util.find_spec(f"metal_ops.backends.triton.{name}")
         assert original is not None
         assert original.origin is not None
         text = Path(original.origin).read_text()

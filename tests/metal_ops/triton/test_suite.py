@@ -5,11 +5,11 @@ import torch
 
 from metal_ops.backends import triton
 from metal_ops.selftest.inputs import FAMILIES
-from tests.ops import test_grid as grid
-from tests.ops import test_hidden as hidden
-from tests.ops import test_values as values
-from tests.ops.again import again, run
-from tests.triton import on_device
+from tests.metal_ops.ops import test_grid as grid
+from tests.metal_ops.ops import test_hidden as hidden
+from tests.metal_ops.ops import test_values as values
+from tests.metal_ops.ops.again import again, run
+from tests.metal_ops.triton import on_device
 
 SAMPLE = 149
 

@@ -1,4 +1,4 @@
-// Difference of two rows of H hidden states, by the formulas of _hidden.py: the mean square of
+// Difference of two rows of H hidden states, by the formulas of blocks/hidden.py: the mean square of
 // d = s - t, and the cosine distance 1 - s.t / (a b), a = max(|s|, 1e-8), b = max(|t|, 1e-8).
 // common.metal comes first.
 //

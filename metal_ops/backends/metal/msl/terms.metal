@@ -1,4 +1,4 @@
-// The terms of every divergence, by the formulas of _terms.py: p is the teacher, q the student,
+// The terms of every divergence, by the formulas of blocks/terms.py: p is the teacher, q the student,
 // f an entry of the sum, h = d f / d log q. Of a whole row sum(f) is the loss and
 // h_k - q_k sum(h) its gradient. With kEntries (entries that may be clipped) f and h are those of
 // the definition; otherwise both may differ by what cancels in the sum, and are then small where
