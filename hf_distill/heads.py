@@ -23,27 +23,11 @@ from torch import Tensor, nn
 from hf_distill.alignment import Side
 from hf_distill.layers import States, Watch
 from hf_distill.model_kinds import is_classifier
-from metal_ops import SparseTeacher, reference
-from metal_ops.functional.linear import local
+from metal_ops import Head, SparseTeacher, reference
 
 logger = logging.getLogger(__name__)
 
 PROBE_TOKENS = 8
-
-
-@dataclass(frozen=True)
-class Head:
-    """An output head: logits = softcap * tanh(scale * linear(hidden) / softcap), or no softcap."""
-
-    weight: Tensor
-    bias: Tensor | None
-    logit_scale: float = 1.0
-    softcap: float | None = None
-
-    def first(self, size: int) -> "Head":
-        """The head of the first `size` entries of the vocabulary; its tensors are views."""
-        bias = None if self.bias is None else local(self.bias)[:size]
-        return replace(self, weight=local(self.weight)[:size], bias=bias)
 
 
 class TailRule(NamedTuple):

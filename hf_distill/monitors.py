@@ -133,6 +133,7 @@ class TokenMeter:
 
     def add(self, terms: LinearTerms, targets: Tensor) -> None:
         """Count one micro-batch of scored tokens, [N] int64; no synchronisation with the device."""
+        assert terms.stats is not None
         rows = torch.stack([terms.soft, terms.hard, *terms.stats]).detach()
         # MPS has no float64; float32 counts tokens exactly up to 2^24 between two readings
         dtype = torch.float32 if rows.device.type == "mps" else torch.float64

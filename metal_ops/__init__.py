@@ -9,31 +9,37 @@ over; with METAL_OPS_CHECK=1 every result of a kernel is compared with the chunk
 from metal_ops._dispatch import available_backends
 from metal_ops.functional import (
     DivergenceStats,
+    Head,
+    LinearTerms,
     PowerSums,
     SparseTeacher,
     TailSamples,
+    WeightedTerms,
     divergence,
     divergence_with_stats,
     hidden_divergence,
     linear_divergence,
-    linear_divergence_with_stats,
     sparse_divergence,
     weighted_divergence,
 )
+from metal_ops.presets import preset
 from metal_ops.spec import DivergenceSpec
 
 __all__ = [
     "DivergenceSpec",
     "DivergenceStats",
+    "Head",
+    "LinearTerms",
     "PowerSums",
     "SparseTeacher",
     "TailSamples",
+    "WeightedTerms",
     "available_backends",
     "divergence",
     "divergence_with_stats",
     "hidden_divergence",
     "linear_divergence",
-    "linear_divergence_with_stats",
+    "preset",
     "sparse_divergence",
     "weighted_divergence",
 ]

@@ -56,8 +56,7 @@ def losses(
         return (reference.divergence(x, y, spec) * weights).sum()
 
     def weighted(x: Tensor, y: Tensor) -> Tensor:
-        options = {"weights": weights, "want_stats": False, "backend": backend}
-        return weighted_divergence(x, y, spec, **options).loss
+        return weighted_divergence(x, y, spec, weights=weights, backend=backend).loss
 
     return {
         "weighted_divergence": weighted,

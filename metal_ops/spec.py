@@ -129,24 +129,6 @@ class DivergenceSpec:
                 "to move mass off the support; use missing 'tail' or 'renormalise'"
             )
 
-    @classmethod
-    def preset(cls, name: str, **arguments: float | int | str | None) -> "DivergenceSpec":
-        """The spec of another library's loss, e.g. `preset("liger_jsd", beta=0.1)`.
-
-        Args:
-            name: a function of `metal_ops.presets`, whose docstring names the source.
-            **arguments: that function's, in the convention of the source.
-
-        Raises:
-            ValueError: the name is unknown.
-            TypeError: the preset has no such argument.
-        """
-        from metal_ops import presets  # noqa: PLC0415 - the presets build specs
-
-        if name not in presets.NAMES:
-            raise ValueError(f"preset must be one of {presets.NAMES}, got {name!r}")
-        return getattr(presets, name)(**arguments)
-
     @property
     def scale(self) -> float:
         """What the divergence is multiplied by: temperature² under "t2", else 1."""

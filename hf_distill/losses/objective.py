@@ -11,9 +11,8 @@ from torch.nn import functional as F
 from hf_distill.heads import Head, Signal
 from hf_distill.losses import tokens
 from hf_distill.losses.sparse import sparse_terms
-from metal_ops import DivergenceSpec, weighted_divergence
-from metal_ops.functional import LinearTerms, linear_divergence_with_stats
-from metal_ops.functional.linear import DivergenceStats
+from metal_ops import DivergenceSpec, linear_divergence, weighted_divergence
+from metal_ops.functional import DivergenceStats, LinearTerms
 
 
 class Terms(NamedTuple):
@@ -127,22 +126,18 @@ class Objective:
             apart = not torch.equal(weights, hard_weights)
         together = self._wants_hard and not apart
         fused, alpha = self._fused(weights, together)
-        terms = linear_divergence_with_stats(
+        terms = linear_divergence(
             hidden,
-            head.weight,
+            head,
             teacher.hidden,
-            teacher.head.weight,
+            teacher.head,
             self.spec,
             weights=fused,
             labels=targets if together else None,
             alpha=alpha,
-            student_bias=head.bias,
-            teacher_bias=teacher.head.bias,
-            student_logit_scale=head.logit_scale,
-            teacher_logit_scale=teacher.head.logit_scale,
-            student_softcap=head.softcap,
-            teacher_softcap=teacher.head.softcap,
+            stats=True,
         )
+        assert terms.stats is not None
         soft = self._times(terms.soft)
         if not apart:
             return Terms(terms.loss, soft, terms.hard, terms.stats, {})
@@ -194,7 +189,9 @@ class Objective:
         if teacher.sparse is not None:
             soft = sparse_terms(logits, teacher.sparse, teacher.tail, self.spec, scaled)
         else:
-            soft = weighted_divergence(logits, teacher.dense(), self.spec, weights=scaled)
+            dense = teacher.dense()
+            soft = weighted_divergence(logits, dense, self.spec, weights=scaled, stats=True)
+        assert soft.stats is not None
         per_token = self._times(soft.per_token)
         if not self._wants_hard:
             return Terms(soft.loss, per_token, torch.zeros_like(per_token), soft.stats, {})

@@ -30,8 +30,7 @@ from hf_distill.heads import Head, Signal
 from hf_distill.losses import tokens
 from hf_distill.losses.objective import Terms, hard_sum, mixed
 from metal_ops import DivergenceSpec, reference
-from metal_ops.functional import DivergenceStats
-from metal_ops.functional.linear import local
+from metal_ops.functional import DivergenceStats, gather_shards
 
 SAMPLED_KINDS = ("policy_gradient", "k3")
 
@@ -150,8 +149,8 @@ class SampledObjective:
         assert teacher.hidden is not None
         assert teacher.head is not None
         said, of = teacher.hidden, teacher.head
-        weight = local(of.weight).detach()
-        bias = None if of.bias is None else local(of.bias).detach()
+        weight = gather_shards(of.weight).detach()
+        bias = None if of.bias is None else gather_shards(of.bias).detach()
         hard_weights = weights if hard_weights is None else hard_weights
 
         def piece(logits: Tensor, at: slice) -> tuple[Tensor, Tensor]:

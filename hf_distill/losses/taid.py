@@ -1,6 +1,6 @@
 """TAID, Temporally Adaptive Interpolated Distillation: the target moves to the teacher."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -9,7 +9,6 @@ from hf_distill.heads import Head, Signal
 from hf_distill.losses.objective import Objective, Terms
 from hf_distill.losses.tokens import wide
 from metal_ops import weighted_divergence
-from metal_ops.functional.linear import local
 
 TEACHER_KL = "taid_teacher_kl"
 
@@ -87,9 +86,7 @@ class TaidObjective(Objective):
             )
         assert teacher.hidden is not None
         assert teacher.head is not None
-        states, bias = teacher.hidden, teacher.head.bias
-        bias = None if bias is None else local(bias)
-        frozen = replace(teacher.head, weight=local(teacher.head.weight), bias=bias)
+        states, frozen = teacher.hidden, teacher.head.gathered()
 
         def part(at: slice) -> Signal:
             return Signal(hidden=states[at], head=frozen)
@@ -119,7 +116,8 @@ class TaidObjective(Objective):
             return _at_end(super().from_logits(logits, Signal(logits=known), *scored), weights)
         target = Signal(logits=taid_target(logits, known, self.t))
         terms = super().from_logits(logits, target, *scored)
-        at_end = weighted_divergence(logits.detach(), known, self.spec, weights=weights)
+        at_end = weighted_divergence(logits.detach(), known, self.spec, weights=weights, stats=True)
+        assert at_end.stats is not None
         stats = at_end.stats._replace(clipped=terms.stats.clipped)
         return terms._replace(stats=stats, extra=_extra(at_end.per_token, weights))
 

@@ -41,7 +41,7 @@ from hf_distill.heads import Head, Signal
 from hf_distill.losses import tokens
 from hf_distill.losses.objective import Terms, hard_sum, mixed
 from metal_ops import DivergenceSpec, DivergenceStats, reference
-from metal_ops.functional.linear import local
+from metal_ops.functional import gather_shards
 
 UNIVERSAL = "uld"
 
@@ -81,8 +81,8 @@ def _beside(teacher: Signal, num_tokens: int, device: torch.device) -> _Beside:
     head = teacher.head
     if head is None:
         return _Beside(spoken, lambda at: said[places[at]], said.shape[-1])
-    weight, bias = local(head.weight).detach(), head.bias
-    bias = None if bias is None else local(bias).detach()
+    weight, bias = gather_shards(head.weight).detach(), head.bias
+    bias = None if bias is None else gather_shards(bias).detach()
 
     def project(at: slice) -> Tensor:
         return reference.head(said[places[at]], weight, bias, head.logit_scale, head.softcap)

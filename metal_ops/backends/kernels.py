@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from metal_ops.backends.blocks import linear as from_hidden
-from metal_ops.backends.blocks.linear import BlockLoss, HardLabels, LossSettings, Projection
+from metal_ops.backends.blocks.linear import (
+    BlockLoss,
+    HardLabels,
+    LossAndGradients,
+    LossSettings,
+    Needs,
+    Projection,
+)
 from metal_ops.backends.blocks.rows import NUM_STATS, clip_tokens
 from metal_ops.backends.blocks.support import KeptEntries, category_loss, choose_entries
 from metal_ops.spec import DivergenceSpec
@@ -323,9 +330,9 @@ def linear(
     weights: Tensor,
     hard: HardLabels,
     spec: DivergenceSpec,
-    needs: tuple[bool, bool, bool],
+    needs: Needs,
     want_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+) -> LossAndGradients:
     """`chunked.linear`, the rows of a chunk by kernels."""
     make_block_loss = partial(_make_block_loss, kernels)
     return from_hidden.linear(

@@ -23,6 +23,11 @@ class DivergenceStats(NamedTuple):
     clipped: Tensor
 
 
+def named_stats(values: Tensor, wanted: bool) -> DivergenceStats | None:
+    """Statistics from an op's [4, ...] tensor, or None if they were not wanted."""
+    return DivergenceStats(*values.unbind(0)) if wanted else None
+
+
 def check_pair(student: Tensor, teacher: Tensor, names: str, last: str) -> None:
     """One shape [..., last] and one device, or a ValueError that calls the two by `names`."""
     if student.shape != teacher.shape or student.ndim < 1 or student.shape[-1] == 0:
@@ -63,7 +68,7 @@ def form_gradient(student: Tensor) -> bool:
     return needs_grad(student) and student.dtype in (torch.float32, torch.float64)
 
 
-def unit(
+def scale_for_float16(
     weights: Tensor, dtype: torch.dtype, spec: DivergenceSpec, alpha: float = 1.0
 ) -> tuple[Tensor, Tensor | float]:
     """Weights and their unit: gradients formed with them fit into float16.
@@ -100,7 +105,7 @@ class _NoDerivative(torch.autograd.Function):
         )
 
 
-class _Once(torch.autograd.Function):
+class _DifferentiableOnce(torch.autograd.Function):
     """The identity of an input, whose gradient cannot be differentiated again."""
 
     @staticmethod
@@ -116,9 +121,9 @@ class _Once(torch.autograd.Function):
         return grad, None
 
 
-def once(x: Tensor) -> Tensor:
+def forbid_second_derivative(x: Tensor) -> Tensor:
     """x, with an error for second derivatives, which would silently lack those through the op."""
     if not needs_grad(x) or torch.compiler.is_compiling():
         return x
     # an empty piece of x carries its place in the graph without its memory
-    return _Once.apply(x, x[..., :0].clone())
+    return _DifferentiableOnce.apply(x, x[..., :0].clone())

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metal_ops.functional import divergence as divergence_op
 from metal_ops.functional import (
+    Head,
     hidden_divergence,
     linear_divergence,
     sparse_divergence,
     weighted_divergence,
 )
+from metal_ops.functional import divergence as divergence_op
 from metal_ops.reference import HIDDEN_KINDS
 from metal_ops.selftest.hidden import exact_hidden
 from metal_ops.selftest.inputs import (
@@ -220,13 +221,13 @@ def _linear(student: Tensor, teacher: Tensor, spec: DivergenceSpec, where: Where
     head = student.T.contiguous().to(where.device).requires_grad_()
     loss = linear_divergence(
         hidden,
-        head,
+        Head(head),
         eye,
-        teacher.T.contiguous().to(where.device),
+        Head(teacher.T.contiguous().to(where.device)),
         spec,
         weights=weights.to(where.device),
         backend=where.backend,
-    )
+    ).loss
     grads = torch.autograd.grad(loss, (hidden, head))
     w, x = weights.double(), want.x_max
     total = (w * want.loss).sum(), (w * want.loss_magnitude).sum()

@@ -14,6 +14,7 @@ from metal_ops import _dispatch
 from metal_ops.backends.blocks.sizes import l2_bytes
 from metal_ops.backends.machine import chip, device_name, system
 from metal_ops.functional import (
+    Head,
     SparseTeacher,
     divergence,
     hidden_divergence,
@@ -69,7 +70,7 @@ def _calls(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], T
         "divergence": lambda: divergence(x, y, spec),
         "weighted": lambda: weighted_divergence(x, y, spec, weights=ones).loss,
         "sparse": lambda: sparse_divergence(x, known, spec),
-        "linear": lambda: linear_divergence(x, x, y, y, spec, weights=ones),
+        "linear": lambda: linear_divergence(x, Head(x), y, Head(y), spec, weights=ones).loss,
         "hidden": lambda: hidden_divergence(x, y, "cosine"),
     }
 

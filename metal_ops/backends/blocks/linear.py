@@ -52,7 +52,7 @@ class Projection(NamedTuple):
 
 
 class HardLabels(NamedTuple):
-    """The other half of the mix: labels [N] int64 or None, and the divergence's share alpha."""
+    """Labels [N] int64 or None, and alpha, the share that they leave to the divergence."""
 
     labels: Tensor | None
     alpha: float
@@ -76,12 +76,12 @@ class HardLabels(NamedTuple):
 
 # From the logits of a block of tokens, student and teacher, and their weights [rows] and labels, to
 # values per token [2 or 2 + NUM_STATS, rows]: soft, hard, stats if wanted. Where a gradient is
-# wanted the student's logits are overwritten by that of the weighted mix.
+# wanted the student's logits are overwritten by that of weights (alpha soft + (1 - alpha) hard).
 BlockLoss = Callable[[tuple[Tensor, Tensor], Tensor, HardLabels], Tensor]
 
 
 class LossSettings(NamedTuple):
-    """What a backend needs to know to mix: everything that is the same for all tokens."""
+    """What is the same for all tokens, as a backend needs to know it."""
 
     heads: tuple[Projection, Projection]
     spec: DivergenceSpec
@@ -90,7 +90,7 @@ class LossSettings(NamedTuple):
 
 
 def torch_block_loss(settings: LossSettings, tokens: int) -> tuple[int, BlockLoss]:
-    """(rows a block, mix) of PyTorch on buffers that stay in cache, for chunks of `tokens`."""
+    """Rows a block, and its loss in PyTorch on buffers that stay in cache; for chunks of tokens."""
     heads, spec, want_grad, want_stats = settings
     weight = heads[0].weight
     step = rows_per_block(weight, len(weight))
@@ -122,6 +122,25 @@ def torch_block_loss(settings: LossSettings, tokens: int) -> tuple[int, BlockLos
 MakeBlockLoss = Callable[[LossSettings, int], tuple[int, BlockLoss]]
 
 
+class Needs(NamedTuple):
+    """Of what gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class LossAndGradients(NamedTuple):
+    """What `linear` returns; gradients are those of the loss, None where they are not wanted."""
+
+    loss: Tensor  # []
+    per_token: Tensor  # soft and hard, [2, N]
+    stats: Tensor  # [NUM_STATS, N or 0]
+    grad_hidden: Tensor | None  # [N, H]
+    grad_weight: Tensor | None  # [V, H], accumulated in float32
+    grad_bias: Tensor | None  # [V]
+
+
 class _Gradients(NamedTuple):
     """Of hidden states [N, H], head weight [V, H] and bias [V]; None where not wanted."""
 
@@ -150,18 +169,18 @@ def _linear(
     weights: Tensor,
     hard: HardLabels,
     spec: DivergenceSpec,
-    needs: tuple[bool, bool, bool],
+    needs: Needs,
     want_stats: bool,
     make_block_loss: MakeBlockLoss,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+) -> LossAndGradients:
     """`linear` where every token counts."""
     weight, dtype, shared = student.weight, accumulator(student.weight), isinstance(teacher, Tensor)
     num_tokens, vocab = len(weights), len(weight)
     values = weight.new_zeros(2 + NUM_STATS * want_stats, num_tokens, dtype=dtype)
     gradients = _Gradients(
-        torch.empty_like(student.hidden) if needs[0] else None,
-        torch.zeros_like(weight, dtype=dtype) if needs[1] else None,
-        weight.new_zeros(vocab, dtype=dtype) if needs[2] else None,
+        torch.empty_like(student.hidden) if needs.hidden else None,
+        torch.zeros_like(weight, dtype=dtype) if needs.weight else None,
+        weight.new_zeros(vocab, dtype=dtype) if needs.bias else None,
     )
     heads = (student, student if isinstance(teacher, Tensor) else teacher)
     tokens = max(1, min(tokens_per_chunk(student.hidden, weight), num_tokens))
@@ -192,7 +211,7 @@ def _linear(
         if share:  # a side without a share may be infinite
             loss = loss + share * (weights * per_token).sum()
     stats = values[2:].clone() if want_stats else values.new_empty(NUM_STATS, 0)
-    return loss, values[:2].clone(), stats, gradients.hidden, gradients.weight, gradients.bias
+    return LossAndGradients(loss, values[:2].clone(), stats, *gradients)
 
 
 def linear(
@@ -201,10 +220,10 @@ def linear(
     weights: Tensor,
     hard: HardLabels,
     spec: DivergenceSpec,
-    needs: tuple[bool, bool, bool],
+    needs: Needs,
     want_stats: bool,
     make_block_loss: MakeBlockLoss = torch_block_loss,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+) -> LossAndGradients:
     """Sum of weights (alpha soft + (1 - alpha) hard) from hidden states, and its gradients.
 
     Args:
@@ -219,8 +238,7 @@ def linear(
         make_block_loss: how a backend makes values and gradients of a chunk's logits.
 
     Returns:
-        loss []; soft and hard [2, N]; stats [NUM_STATS, N or 0]; gradients of hidden states, weight
-        and bias, or None. The gradient of the weight accumulates in float32.
+        The loss, values of every token and the gradients.
     """
     index = weights.nonzero().squeeze(-1)
     if len(index) == len(weights):
@@ -230,7 +248,7 @@ def linear(
     else:
         teacher = teacher._replace(hidden=teacher.hidden[index])
     labels = None if hard.labels is None else hard.labels[index]
-    loss, per_token, stats, grad, grad_weight, grad_bias = _linear(
+    found = _linear(
         student._replace(hidden=student.hidden[index]),
         teacher,
         weights[index],
@@ -240,9 +258,10 @@ def linear(
         want_stats,
         make_block_loss,
     )
+    per_token, stats, grad = found.per_token, found.stats, found.grad_hidden
     per_token = per_token.new_zeros(2, len(weights)).index_copy_(1, index, per_token)
     if want_stats:
         stats = stats.new_zeros(NUM_STATS, len(weights)).index_copy_(1, index, stats)
     if grad is not None:
         grad = torch.zeros_like(student.hidden).index_copy_(0, index, grad)
-    return loss, per_token, stats, grad, grad_weight, grad_bias
+    return found._replace(per_token=per_token, stats=stats, grad_hidden=grad)

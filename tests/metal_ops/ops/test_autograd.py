@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from metal_ops import (
     DivergenceSpec,
+    Head,
     SparseTeacher,
     divergence,
     divergence_with_stats,
@@ -51,17 +52,9 @@ def hidden(x: Tensor, y: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, head: Tensor, bias: Tensor, y: Tensor, teacher_head: Tensor) -> Tensor:
-    return 0.3 * linear_divergence(
-        x,
-        head,
-        y,
-        teacher_head,
-        SPEC,
-        weights=WEIGHTS,
-        student_bias=bias,
-        labels=torch.arange(5),
-        alpha=0.5,
-    )
+    heads = Head(head, bias), Head(teacher_head)
+    options = {"weights": WEIGHTS, "labels": torch.arange(5), "alpha": 0.5}
+    return 0.3 * linear_divergence(x, heads[0], y, heads[1], SPEC, **options).loss
 
 
 OPS = [plain, masked, weighted, sparse, hidden, linear]

@@ -10,13 +10,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from metal_ops import (
     DivergenceSpec,
+    Head,
     SparseTeacher,
     TailSamples,
     divergence,
     divergence_with_stats,
     hidden_divergence,
     linear_divergence,
-    linear_divergence_with_stats,
     sparse_divergence,
     weighted_divergence,
 )
@@ -61,7 +61,7 @@ def with_stats(spec: DivergenceSpec) -> Step:
 
 def weighted(spec: DivergenceSpec) -> Step:
     def step(x: Tensor, y: Tensor) -> list[Tensor]:
-        out = weighted_divergence(2 * x, y, spec, weights=weigh(x))
+        out = weighted_divergence(2 * x, y, spec, weights=weigh(x), stats=True)
         return [3 * out.loss, out.per_token, *out.stats]
 
     return step
@@ -111,8 +111,8 @@ def hidden(spec: DivergenceSpec) -> Step:
 
 def linear(spec: DivergenceSpec) -> Step:
     def step(x: Tensor, head: Tensor, y: Tensor, teacher_head: Tensor) -> list[Tensor]:
-        weights = weigh(x)
-        return [3 * linear_divergence(2 * x, head, y, teacher_head, spec, weights=weights)]
+        heads, weights = (Head(head), Head(teacher_head)), weigh(x)
+        return [3 * linear_divergence(2 * x, heads[0], y, heads[1], spec, weights=weights).loss]
 
     return step
 
@@ -121,17 +121,10 @@ def linear_with_stats(spec: DivergenceSpec) -> Step:
     """A shared head, with a softcap, beside labels."""
 
     def step(x: Tensor, head: Tensor, y: Tensor, _: Tensor) -> list[Tensor]:
-        out = linear_divergence_with_stats(
-            2 * x,
-            head,
-            y,
-            head,
-            spec,
-            weights=weigh(x),
-            labels=torch.arange(len(x)) % VOCAB,
-            alpha=0.5,
-            student_softcap=3.0,
-        )
+        shared = Head(head, softcap=3.0)
+        labels = torch.arange(len(x)) % VOCAB
+        options = {"weights": weigh(x), "labels": labels, "alpha": 0.5}
+        out = linear_divergence(2 * x, shared, y, shared, spec, stats=True, **options)
         return [out.loss * 3, out.soft, out.hard, *out.stats]
 
     return step

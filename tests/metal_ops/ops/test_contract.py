@@ -11,6 +11,7 @@ import torch
 import metal_ops
 from metal_ops import (
     DivergenceSpec,
+    Head,
     available_backends,
     divergence,
     linear_divergence,
@@ -237,17 +238,17 @@ def test_the_choice_is_logged_once(caplog):
     [
         (
             {"student_hidden": torch.zeros(5, 4)},
-            "student_hidden must be [tokens, hidden] and student_weight [vocab, hidden], got "
+            "student_hidden must be [tokens, hidden] and student_head.weight [vocab, hidden], got "
             "(5, 4) and (9, 3)",
         ),
         (
             {"student_hidden": torch.zeros(1, 5, 3)},
-            "student_hidden must be [tokens, hidden] and student_weight [vocab, hidden], got "
+            "student_hidden must be [tokens, hidden] and student_head.weight [vocab, hidden], got "
             "(1, 5, 3) and (9, 3)",
         ),
         (
-            {"teacher_weight": torch.zeros(9)},
-            "teacher_hidden must be [tokens, hidden] and teacher_weight [vocab, hidden], got "
+            {"teacher_head": Head(torch.zeros(9))},
+            "teacher_hidden must be [tokens, hidden] and teacher_head.weight [vocab, hidden], got "
             "(5, 2) and (9,)",
         ),
         (
@@ -255,7 +256,7 @@ def test_the_choice_is_logged_once(caplog):
             "student_hidden and teacher_hidden must have the same number of tokens, got 5 and 6",
         ),
         (
-            {"teacher_weight": torch.zeros(10, 2)},
+            {"teacher_head": Head(torch.zeros(10, 2))},
             "student and teacher must have one vocabulary, got heads of 9 and 10 entries",
         ),
         ({"weights": torch.zeros(5, 1)}, "weights must be [tokens] = [5], got (5, 1)"),
@@ -277,14 +278,14 @@ def test_the_choice_is_logged_once(caplog):
 def test_linear_errors(change, text):
     arguments = {
         "student_hidden": torch.zeros(5, 3),
-        "student_weight": torch.zeros(9, 3),
+        "student_head": Head(torch.zeros(9, 3)),
         "teacher_hidden": torch.zeros(5, 2),
-        "teacher_weight": torch.zeros(9, 2),
+        "teacher_head": Head(torch.zeros(9, 2)),
         "spec": SPEC,
         "weights": torch.zeros(5),
         "labels": torch.zeros(5, dtype=torch.int64),
     }
-    assert linear_divergence(**arguments).item() == 0
+    assert linear_divergence(**arguments).loss.item() == 0
     with raises(ValueError, text):
         linear_divergence(**(arguments | change))
 
@@ -293,15 +294,18 @@ def test_public_names():
     assert sorted(metal_ops.__all__) == [
         "DivergenceSpec",
         "DivergenceStats",
+        "Head",
+        "LinearTerms",
         "PowerSums",
         "SparseTeacher",
         "TailSamples",
+        "WeightedTerms",
         "available_backends",
         "divergence",
         "divergence_with_stats",
         "hidden_divergence",
         "linear_divergence",
-        "linear_divergence_with_stats",
+        "preset",
         "sparse_divergence",
         "weighted_divergence",
     ]

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from metal_ops import (
     DivergenceSpec,
+    Head,
     available_backends,
     divergence,
     hidden_divergence,
     linear_divergence,
-    linear_divergence_with_stats,
     sparse_divergence,
 )
 from metal_ops import _dispatch as dispatch
@@ -88,9 +88,9 @@ def run_sparse(x: Tensor, y: Tensor, backend: str = "auto") -> Tensor:
 
 
 def run_linear(x: Tensor, y: Tensor, backend: str = "auto") -> Tensor:
-    head = torch.eye(x.shape[-1], dtype=x.dtype)
+    head = Head(torch.eye(x.shape[-1], dtype=x.dtype))
     weights = torch.ones(len(x))
-    return linear_divergence(x, head, y, head, SPEC, weights=weights, backend=backend)
+    return linear_divergence(x, head, y, head, SPEC, weights=weights, backend=backend).loss
 
 
 def run_hidden(x: Tensor, y: Tensor, backend: str = "auto") -> Tensor:
@@ -323,10 +323,10 @@ def test_a_wrong_linear_kernel_does_not_pass(part, install, monkeypatch):
     install(linear=spoilt)
     monkeypatch.setenv("METAL_OPS_CHECK", "1")
     hidden, head, bias = (torch.randn(n).requires_grad_() for n in ((6, 8), (33, 8), (33,)))
-    other = torch.randn(6, 8), torch.randn(33, 8)
+    other = torch.randn(6, 8), Head(torch.randn(33, 8))
     options = {"weights": torch.rand(6), "labels": torch.randint(33, (6,)), "alpha": 0.5}
     with pytest.raises(RuntimeError, match="METAL_OPS_CHECK: linear of the fake backend"):
-        linear_divergence_with_stats(hidden, head, *other, SPEC, student_bias=bias, **options)
+        linear_divergence(hidden, Head(head, bias), *other, SPEC, stats=True, **options)
 
 
 @ops

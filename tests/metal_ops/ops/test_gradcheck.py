@@ -6,6 +6,7 @@ from torch.autograd import gradcheck
 
 from metal_ops import (
     DivergenceSpec,
+    Head,
     divergence,
     linear_divergence,
     sparse_divergence,
@@ -72,18 +73,13 @@ def test_linear_divergence(kind, beta, alpha):
     def loss(h, w, b):
         return linear_divergence(
             h,
-            w,
+            Head(w, b, 0.7, 2.0),
             teacher_hidden,
-            teacher_weight,
+            Head(teacher_weight, None, 1.3, 3.0),
             DivergenceSpec(kind, beta, 2.0, "t2"),
             weights=torch.tensor([0.5, 0.0, 1.0, 2.0, 0.1], dtype=torch.float64),
             labels=labels,
             alpha=alpha,
-            student_bias=b,
-            student_logit_scale=0.7,
-            teacher_logit_scale=1.3,
-            student_softcap=2.0,
-            teacher_softcap=3.0,
-        )
+        ).loss
 
     assert gradcheck(loss, tuple(x.requires_grad_() for x in (hidden, weight, bias)))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from metal_ops import DivergenceSpec, divergence, linear_divergence_with_stats
+from metal_ops import DivergenceSpec, divergence
 from metal_ops.backends import chunked
 from tests.metal_ops.ops import test_linear as linear
 from tests.metal_ops.ops import torch_kernels
@@ -27,7 +27,7 @@ def test_a_support_and_labels_as_chunked(missing, head, alpha, monkeypatch):
         results = []
         for backend in (chunked, torch_kernels.MODULE):
             use(backend, monkeypatch)
-            out = case.call(spec, alpha, linear_divergence_with_stats)
+            out = case.terms(spec, alpha)
             grads = torch.autograd.grad(out.loss, case.leaves())
             results.append((out.loss.detach(), out.soft, out.hard, *out.stats, *grads))
         for want, got in zip(*results, strict=True):
@@ -43,7 +43,7 @@ def test_an_infinite_divergence_without_a_share_is_silent(monkeypatch):
     case.teacher[2][3] = -torch.inf
     for support in ({}, {"support": "union", "top_k": 33}):
         spec = DivergenceSpec("reverse_kl", **support)
-        out = case.call(spec, 0.0, linear_divergence_with_stats)
+        out = case.terms(spec, 0.0)
         assert torch.equal(out.soft.isinf(), case.weights != 0)
         grads = torch.autograd.grad(out.loss, case.leaves())
         for got, e in zip((out.loss, *grads), (want.loss, *want.grads), strict=True):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metal_ops import DivergenceSpec, linear_divergence, linear_divergence_with_stats
+from metal_ops import DivergenceSpec, Head, LinearTerms, linear_divergence
 from metal_ops.backends import chunked
 from metal_ops.backends.blocks import sizes
 from metal_ops.selftest.numerics import C, assert_matches_reference, definition, exact
@@ -34,21 +34,21 @@ class Case:
     scale: tuple[float, float] = (1.0, 1.0)
     softcap: tuple[float | None, float | None] = (None, None)
 
-    def call(self, spec: DivergenceSpec, alpha: float, function=linear_divergence, **options):
-        options = {"labels": self.labels, "alpha": alpha} | options
-        return function(
-            *self.student[:2],
-            *self.teacher[:2],
-            spec,
-            weights=self.weights,
-            student_bias=self.student[2],
-            teacher_bias=self.teacher[2],
-            student_logit_scale=self.scale[0],
-            teacher_logit_scale=self.scale[1],
-            student_softcap=self.softcap[0],
-            teacher_softcap=self.softcap[1],
-            **options,
-        )
+    def heads(self) -> tuple[Head, Head]:
+        sides = zip((self.student, self.teacher), self.scale, self.softcap, strict=True)
+        student, teacher = (Head(*side[1:], scale, cap) for side, scale, cap in sides)
+        return student, teacher
+
+    def terms(self, spec: DivergenceSpec, alpha: float, **options) -> LinearTerms:
+        options = {"labels": self.labels, "alpha": alpha, "stats": True} | options
+        sides = zip((self.student[0], self.teacher[0]), self.heads(), strict=True)
+        arguments = [x for side in sides for x in side]
+        return linear_divergence(*arguments, spec, weights=self.weights, **options)
+
+    def call(self, spec: DivergenceSpec, alpha: float, **options) -> Tensor:
+        out = self.terms(spec, alpha, stats=False, **options)
+        assert out.stats is None
+        return out.loss
 
     def leaves(self) -> list[Tensor]:
         return [x for x in self.student if x is not None and x.requires_grad]
@@ -121,7 +121,7 @@ def compose(case: Case, spec: DivergenceSpec, alpha: float) -> Composed:
 def check(case: Case, spec: DivergenceSpec, alpha: float, upstream: float = 1.0) -> None:
     want, dtype = compose(case, spec, alpha), case.student[1].dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    got = case.call(spec, alpha, linear_divergence_with_stats)
+    got = case.terms(spec, alpha)
     free = exact(*(z.to(wide) for z in want.logits), spec)  # a sign is undecided in `wide`
     x, size = free.x_max, free.loss_magnitude
     log_q = want.logits[0].log_softmax(-1).abs().amax(-1) + 1
@@ -167,12 +167,12 @@ def test_float64_to_twelve_digits(head, spec):
 @pytest.mark.parametrize("head", HEADS)
 def test_uneven_chunks_equal_one(head, monkeypatch):
     case = make(head, torch.float64, tokens=23)
-    whole = case.call(SPECS[2], 0.5, linear_divergence_with_stats)
+    whole = case.terms(SPECS[2], 0.5)
     want = torch.autograd.grad(whole.loss, case.leaves())
     monkeypatch.setattr(sizes, "MIN_TOKENS", 1)
     monkeypatch.setitem(sizes.CHUNK_BYTES, "cpu", 4 * 33 * 5)  # 5 + 5 + 5 + 5 + 3 tokens
     monkeypatch.setattr(sizes, "buffer_bytes", lambda _: 8 * 33 * 2)  # 2 + 2 + 1 rows
-    parts = case.call(SPECS[2], 0.5, linear_divergence_with_stats)
+    parts = case.terms(SPECS[2], 0.5)
     grads = torch.autograd.grad(parts.loss, case.leaves())
     pairs = [*zip(grads, want, strict=True), (parts.loss, whole.loss)]
     pairs += [(parts.soft, whole.soft), (parts.hard, whole.hard)]
@@ -240,7 +240,7 @@ def test_a_shared_head_is_not_differentiated_as_the_teacher():
 @pytest.mark.parametrize("head", HEADS)
 def test_no_tokens(head):
     case = make(head, torch.float32, tokens=0)
-    out = case.call(SPECS[0], 0.5, linear_divergence_with_stats)
+    out = case.terms(SPECS[0], 0.5)
     grads = torch.autograd.grad(out.loss, case.leaves())
     assert out.loss.item() == 0
     assert out.soft.shape == out.hard.shape == out.stats.clipped.shape == (0,)
@@ -250,7 +250,7 @@ def test_no_tokens(head):
 
 def test_without_labels_hard_is_zero():
     case = make("plain", torch.float64)
-    out = case.call(SPECS[0], 1.0, linear_divergence_with_stats, labels=None)
+    out = case.terms(SPECS[0], 1.0, labels=None)
     assert not out.hard.any()
     torch.testing.assert_close(out.loss, compose(case, SPECS[0], 1.0).loss, rtol=1e-12, atol=0)
 
@@ -271,7 +271,7 @@ def test_an_infinite_divergence_without_a_share_is_silent():
     case = make("bias", torch.float64)
     want = compose(case, SPECS[0], 0.0)
     case.teacher[2][3] = -torch.inf  # the reverse KL is infinite
-    out = case.call(DivergenceSpec("reverse_kl"), 0.0, linear_divergence_with_stats)
+    out = case.terms(DivergenceSpec("reverse_kl"), 0.0)
     assert torch.equal(out.soft.isinf(), case.weights != 0)
     torch.testing.assert_close(out.loss, want.loss, rtol=1e-12, atol=0)
     for got, e in zip(torch.autograd.grad(out.loss, case.leaves()), want.grads, strict=True):
@@ -282,7 +282,7 @@ def test_an_infinite_divergence_without_a_share_is_silent():
 def test_clip_passes_through(level):
     case = make("plain", torch.float64)
     spec = DivergenceSpec("forward_kl", clip=0.1, clip_level=level)
-    out = case.call(spec, 0.5, linear_divergence_with_stats)
+    out = case.terms(spec, 0.5)
     want = compose(case, replace(spec, clip=None), 0.0)
     assert out.stats.clipped.any()
     soft = definition(*want.logits, spec)

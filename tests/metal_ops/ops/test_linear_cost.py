@@ -132,9 +132,9 @@ def test_mixed_dtypes_of_hidden_and_head():
     """Hidden states in float32 and a bfloat16 head, as under mixed precision."""
     case = make("plain", torch.bfloat16)
     hidden = case.student[0].detach().float().requires_grad_()
-    loss = linear_divergence(
-        hidden, *case.student[1:2], *case.teacher[:2], SPECS[0], weights=case.weights
-    )
+    heads, other = case.heads(), case.teacher[0]
+    out = linear_divergence(hidden, heads[0], other, heads[1], SPECS[0], weights=case.weights)
+    loss = out.loss
     (grad,) = torch.autograd.grad(loss, hidden)
     want = compose(case, SPECS[0], 1.0)
     size = want.magnitude + want.grad_logits.abs() * 2.0**15  # a bfloat16 product

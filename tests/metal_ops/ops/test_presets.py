@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metal_ops import DivergenceSpec, SparseTeacher, divergence, linear_divergence
+from metal_ops import DivergenceSpec, Head, SparseTeacher, divergence, linear_divergence, preset
 from metal_ops import sparse_divergence as sparse
 from metal_ops.presets import NAMES
 
@@ -88,7 +88,7 @@ def test_trl_gkd(beta, temperature):
     loss = rows(
         lambda x, y: GKDTrainer.generalized_jsd_loss(x, y, beta=beta, temperature=temperature)
     )
-    check(DivergenceSpec.preset("trl_gkd", beta=beta, temperature=temperature), loss, *pair())
+    check(preset("trl_gkd", beta=beta, temperature=temperature), loss, *pair())
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -103,9 +103,11 @@ def test_trl_distillation(beta, temperature):
     apply: Any = ChunkedDivergenceFunction.apply
     per_token, _ = apply(leaves[0], leaves[1], None, inputs[2], inputs[3], None, beta, temperature)
     want = (weights * per_token).sum()
-    spec = DivergenceSpec.preset("trl_distillation", beta=beta, temperature=temperature)
+    spec = preset("trl_distillation", beta=beta, temperature=temperature)
     wide = [x.double().requires_grad_() for x in inputs]
-    got = linear_divergence(wide[0], wide[1], wide[2], wide[3], spec, weights=weights.double())
+    heads = Head(wide[1]), Head(wide[3])
+    out = linear_divergence(wide[0], heads[0], wide[2], heads[1], spec, weights=weights.double())
+    got = out.loss
     torch.testing.assert_close(want.double(), got, rtol=1e-5, atol=0.0)
     for theirs, ours in zip(
         torch.autograd.grad(want, leaves), torch.autograd.grad(got, wide[:2]), strict=True
@@ -139,7 +141,7 @@ def test_trl_self_distillation(name, alpha, topk, add_tail):
             distillation_add_tail=add_tail,
         )
 
-    spec = DivergenceSpec.preset(
+    spec = preset(
         name,
         distillation_alpha=alpha,
         distillation_topk=topk,
@@ -170,7 +172,7 @@ def test_defaults_of_trl():
         "sdft": of(SDFTConfig, *distillation, "temperature"),
         "sdpo": of(SDPOConfig, *distillation, "temperature"),
     }.items():
-        assert DivergenceSpec.preset(name) == DivergenceSpec.preset(name, **defaults)
+        assert preset(name) == preset(name, **defaults)
 
 
 # --- Liger
@@ -186,7 +188,7 @@ def liger():
 def test_liger_jsd(liger, beta):
     """Logits come to the function divided by the temperature."""
     function = liger.LigerFusedLinearJSDFunction.distillation_loss_fn
-    spec = DivergenceSpec.preset("liger_jsd", beta=beta, temperature=2.0)
+    spec = preset("liger_jsd", beta=beta, temperature=2.0)
     check(spec, rows(lambda x, y: function(x / 2, y / 2, beta=beta)), *pair())
 
 
@@ -203,12 +205,12 @@ def test_liger_jsd_of_hidden_states(liger, beta):
     want = torch.autograd.grad(theirs, leaves)
     ours = linear_divergence(
         hidden,
-        weight,
+        Head(weight),
         teacher_hidden,
-        teacher_weight,
-        DivergenceSpec.preset("liger_jsd", beta=beta, temperature=2.0),
+        Head(teacher_weight),
+        preset("liger_jsd", beta=beta, temperature=2.0),
         weights=(labels != -100) / 4,
-    )
+    ).loss
     torch.testing.assert_close(theirs.double(), ours, rtol=1e-6, atol=0.0)
     for g, w in zip(torch.autograd.grad(ours, leaves), want, strict=True):
         torch.testing.assert_close(g, w, rtol=RTOL, atol=RTOL * 1e-2)
@@ -217,7 +219,7 @@ def test_liger_jsd_of_hidden_states(liger, beta):
 def test_defaults_of_liger(liger):
     arguments = inspect.signature(liger.LigerFusedLinearJSDLoss.__init__).parameters
     defaults = {name: arguments[name].default for name in ("beta", "temperature")}
-    assert DivergenceSpec.preset("liger_jsd") == DivergenceSpec.preset("liger_jsd", **defaults)
+    assert preset("liger_jsd") == preset("liger_jsd", **defaults)
 
 
 # --- libraries that are not here
@@ -239,7 +241,7 @@ def test_opsd_and_ms_swift(name, beta, temperature, top_k):
 
     arguments = {"gkd_logits_topk" if name == "ms_swift_gkd" else "top_k": top_k}
     arguments |= {"token_clip": clip} if name == "opsd_clip" else {}
-    spec = DivergenceSpec.preset(name, beta=beta, temperature=temperature, **arguments)
+    spec = preset(name, beta=beta, temperature=temperature, **arguments)
     check(spec, peer, *pair())
     assert bool(clipped) == (name == "opsd_clip")
 
@@ -252,7 +254,7 @@ def test_kdflow_jsd(beta, temperature):
         m = beta * q + (1 - beta) * p
         return beta * kl(q, m) + (1 - beta) * kl(p, m)
 
-    spec = DivergenceSpec.preset("kdflow_jsd", beta=beta, temperature=temperature)
+    spec = preset("kdflow_jsd", beta=beta, temperature=temperature)
     check(spec, peer, *pair())
 
 
@@ -264,9 +266,7 @@ def test_nemo_mixed(weight, temperature, k):
         p, q = on_teachers_best(x, y, temperature, k)
         return weight * kl(p, q) + (1 - weight) * kl(q, p)
 
-    spec = DivergenceSpec.preset(
-        "nemo_mixed", mixed_kl_weight=weight, topk_logits_k=k, temperature=temperature
-    )
+    spec = preset("nemo_mixed", mixed_kl_weight=weight, topk_logits_k=k, temperature=temperature)
     check(spec, peer, *pair())
 
 
@@ -276,7 +276,7 @@ def test_distillkit_of_all_entries(temperature):
         return temperature**2 * kl(probabilities(y, temperature), probabilities(x, temperature))
 
     for missing in ("zero", "symmetric_uniform"):
-        spec = DivergenceSpec.preset("distillkit_kl", temperature=temperature, missing=missing)
+        spec = preset("distillkit_kl", temperature=temperature, missing=missing)
         check(spec, peer, *pair())
 
 
@@ -299,7 +299,7 @@ def test_distillkit_of_a_few_entries(missing, temperature):
         return temperature**2 * loss
 
     cached = SparseTeacher(ids, p.log(), r.log(), temperature)
-    spec = DivergenceSpec.preset("distillkit_kl", temperature=temperature, missing=missing)
+    spec = preset("distillkit_kl", temperature=temperature, missing=missing)
     got = value_and_grad(lambda x: sparse(x, cached, spec), student)
     for g, w in zip(got, value_and_grad(peer, student), strict=True):
         torch.testing.assert_close(g, w, rtol=RTOL, atol=RTOL * 1e-2)
@@ -311,7 +311,7 @@ def test_hinton(temperature):
         p, q = probabilities(y, temperature), probabilities(x, temperature)
         return -(temperature**2) * (p * q.log()).sum(-1)
 
-    spec = DivergenceSpec.preset("hinton", temperature=temperature)
+    spec = preset("hinton", temperature=temperature)
     check(spec, peer, *pair())
 
 
@@ -331,12 +331,12 @@ def test_hinton(temperature):
 )
 def test_defaults_of_the_others(name, arguments):
     """As read in the sources that the docstrings name."""
-    assert DivergenceSpec.preset(name) == DivergenceSpec.preset(name, **arguments)
+    assert preset(name) == preset(name, **arguments)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_presets_exist_and_travel_as_text(name):
-    spec = DivergenceSpec.preset(name)
+    spec = preset(name)
     assert DivergenceSpec.from_text(spec.to_text()) == spec
 
 
@@ -355,4 +355,4 @@ def test_presets_exist_and_travel_as_text(name):
 )
 def test_errors(name, arguments, message):
     with pytest.raises(ValueError, match=message):
-        DivergenceSpec.preset(name, **arguments)
+        preset(name, **arguments)
