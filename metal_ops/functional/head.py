@@ -33,9 +33,10 @@ class Head:
         bias = None if self.bias is None else gather_shards(self.bias)
         return Head(gather_shards(self.weight), bias, self.logit_scale, self.softcap)
 
-    def shares_tensors(self, other: "Head") -> bool:
-        """Whether weight and bias are the very tensors of the other head."""
-        return self.weight is other.weight and self.bias is other.bias
+    def same_as(self, other: "Head") -> bool:
+        """Whether both are one head: the very same tensors, one scale, one softcap."""
+        same = self.weight is other.weight and self.bias is other.bias
+        return same and (self.logit_scale, self.softcap) == (other.logit_scale, other.softcap)
 
 
 def gather_shards(x: Tensor) -> Tensor:

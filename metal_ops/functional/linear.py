@@ -101,8 +101,8 @@ def linear_divergence(
         student_hidden: [tokens, hidden], the input of the student's output head.
         student_head: of [vocab, hidden].
         teacher_hidden: [tokens, hidden of the teacher]. No gradient.
-        teacher_head: of [vocab, hidden of the teacher]. No gradient. If its weight and bias are the
-            very tensors of `student_head`, both sides are projected in one product.
+        teacher_head: of [vocab, hidden of the teacher]. No gradient. If it is that of the student
+            (`Head.same_as`), both sides are projected in one product.
         spec: which divergence, at which temperature.
         weights: [tokens]; mask / num_items_in_batch in a trainer. No gradient.
         labels: [tokens] int64 in [0, vocab), needed when alpha < 1.
@@ -127,7 +127,7 @@ def linear_divergence(
     """
     _check_shapes(student_hidden, student_head, teacher_hidden, teacher_head)
     _check_tokens(len(student_hidden), weights, labels, alpha)
-    shared = teacher_head.shares_tensors(student_head)
+    shared = teacher_head.same_as(student_head)
     student_head = student_head.gathered()
     teacher_head = student_head if shared else teacher_head.gathered()
     hidden, weight, bias = _autocast(student_hidden, student_head.weight, student_head.bias)

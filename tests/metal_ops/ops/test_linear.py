@@ -237,6 +237,11 @@ def test_a_shared_head_is_not_differentiated_as_the_teacher():
         torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-14)
 
 
+@pytest.mark.parametrize("change", [{"scale": (1.0, 1.5)}, {"softcap": (None, 2.0)}])
+def test_one_weight_under_two_scales_or_softcaps_is_two_heads(change):
+    check(replace(make("shared", torch.float64), **change), SPECS[0], 0.5)
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_no_tokens(head):
     case = make(head, torch.float32, tokens=0)
