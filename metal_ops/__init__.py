@@ -1,4 +1,4 @@
-"""Divergences between a student's and a teacher's softmax, fused with the work around them.
+"""Computes divergences of a student's and a teacher's softmax, fused with the work around them.
 
 The package is named after its Metal kernels; the same ops run on every device torch has.
 `python -m metal_ops` says what it takes on this machine, and tests and times it there. With

@@ -43,7 +43,7 @@ def _json_file(text: str) -> Path:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Describe the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m metal_ops",
         description="Without a command: what this machine has, and which backend runs each op.",
@@ -91,7 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 @contextmanager
 def _simulator(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """The Metal kernels on the CPU."""
+    """Run the Metal kernels on the CPU inside the block."""
     try:
         compile_shader = importlib.import_module("tests.metal_ops.mslsim").compile_shader
     except ModuleNotFoundError as error:
@@ -106,7 +106,7 @@ def _simulator(parser: argparse.ArgumentParser) -> Iterator[None]:
 
 
 def _wheres(options: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Where]:
-    """The devices to test the backend on."""
+    """Find the devices to test the backend on."""
     simulated = options.backend == SIMULATOR
     name = "metal" if simulated else options.backend
     devices = machine.devices() if options.device is None else [options.device]

@@ -1,4 +1,4 @@
-"""The ops as torch knows them: schema, fake tensors, autograd. The arithmetic is in the backends.
+"""Defines the ops as torch knows them: schema, fake tensors, autograd. Backends do the arithmetic.
 
 A DivergenceSpec travels as text, because an op's schema knows numbers and strings only. Ops form
 the gradient with the loss and keep it for the backward, which scales it. N tokens, V vocabulary,
@@ -20,7 +20,7 @@ from metal_ops.spec import DivergenceSpec
 
 
 class LogitsArguments(NamedTuple):
-    """What `divergence` takes."""
+    """Holds what `divergence` takes."""
 
     student: Tensor  # [N, V]
     teacher: Tensor  # [N, V]
@@ -32,7 +32,7 @@ class LogitsArguments(NamedTuple):
 
 
 class LogitsResult(NamedTuple):
-    """What `divergence` returns."""
+    """Holds what `divergence` returns."""
 
     loss: Tensor  # [N]
     stats: Tensor  # [NUM_STATS, N or 0]
@@ -67,7 +67,7 @@ divergence = register(
 def divergence_backward(
     upstream: Tensor, student: Tensor, teacher: Tensor, spec: str, backend: str
 ) -> Tensor:
-    """Gradient for the student logits [N, V]; rows whose upstream is 0 are skipped."""
+    """Compute the gradient for the student logits [N, V], without rows whose upstream is 0."""
     args = upstream, student, teacher, DivergenceSpec.from_text(spec)
     return run("backward", backend, student, teacher, *args)
 
@@ -99,7 +99,7 @@ differentiate(
 
 
 class WeightedArguments(NamedTuple):
-    """What `weighted_divergence` takes."""
+    """Holds what `weighted_divergence` takes."""
 
     student: Tensor  # [N, V]
     teacher: Tensor  # [N, V]
@@ -111,7 +111,7 @@ class WeightedArguments(NamedTuple):
 
 
 class WeightedResult(NamedTuple):
-    """What `weighted_divergence` returns."""
+    """Holds what `weighted_divergence` returns."""
 
     loss: Tensor  # []
     per_token: Tensor  # [N]
@@ -166,7 +166,7 @@ differentiate(
 
 
 class HiddenArguments(NamedTuple):
-    """What `hidden_divergence` takes."""
+    """Holds what `hidden_divergence` takes."""
 
     student: Tensor  # [N, H]
     teacher: Tensor  # [N, H]
@@ -177,7 +177,7 @@ class HiddenArguments(NamedTuple):
 
 
 class HiddenResult(NamedTuple):
-    """What `hidden_divergence` returns."""
+    """Holds what `hidden_divergence` returns."""
 
     loss: Tensor  # [N]
     grad: Tensor  # of the weighted losses, [N, H] or [0]
@@ -230,7 +230,7 @@ differentiate(
 
 
 class LinearArguments(NamedTuple):
-    """What `linear_divergence` takes; without a teacher_weight the student's head is shared."""
+    """Holds what `linear_divergence` takes; without teacher_weight both sides have one head."""
 
     student_hidden: Tensor  # [N, H]
     student_weight: Tensor  # [V, H]
@@ -253,7 +253,7 @@ class LinearArguments(NamedTuple):
     backend: str
 
     def student(self) -> Projection:
-        """The student's hidden states and head."""
+        """Return the student's hidden states and head."""
         return Projection(
             self.student_hidden,
             self.student_weight,
@@ -263,7 +263,7 @@ class LinearArguments(NamedTuple):
         )
 
     def teacher(self) -> Projection | Tensor:
-        """The teacher's hidden states and head, or hidden states alone for the student's head."""
+        """Return the teacher's hidden states and head, or the states alone for a shared head."""
         if self.teacher_weight is None:
             return self.teacher_hidden
         return Projection(
@@ -275,12 +275,12 @@ class LinearArguments(NamedTuple):
         )
 
     def needs(self) -> Needs:
-        """Which gradients are wanted."""
+        """Say which gradients are wanted."""
         return Needs(self.need_hidden, self.need_weight, self.need_bias)
 
 
 class LinearResult(NamedTuple):
-    """What `linear_divergence` returns; gradients are those of the loss."""
+    """Holds what `linear_divergence` returns; gradients are those of the loss."""
 
     loss: Tensor  # []
     per_token: Tensor  # soft and hard, [2, N]

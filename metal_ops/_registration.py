@@ -1,4 +1,4 @@
-"""How ops are registered with torch: arguments and results by name, in one place.
+"""Registers ops with torch, their arguments and results by name.
 
 An operator's schema is a flat list of tensors, numbers and strings. Here it is that of two
 NamedTuples, so that what computes, what allocates and what differentiates read fields by name.
@@ -26,7 +26,7 @@ TYPES: dict[Any, str] = {
 
 
 def schema_of(arguments: type[tuple[Any, ...]], result: type[tuple[Tensor, ...]]) -> str:
-    """The schema of an op that takes the fields of one NamedTuple and returns those of another."""
+    """Write the schema of an op that takes one NamedTuple's fields and returns another's."""
     taken = ", ".join(f"{TYPES[t]} {name}" for name, t in typing.get_type_hints(arguments).items())
     returned = ", ".join(TYPES[t] for t in typing.get_type_hints(result).values())
     return f"({taken}) -> ({returned})"
@@ -40,7 +40,7 @@ def register(
     compute: Callable[[Arguments], Result],
     allocate: Callable[[Arguments], Result],
 ) -> CustomOpDef:
-    """An op of torch.
+    """Make an op of torch from a function of named arguments.
 
     Args:
         name: with its namespace.
@@ -94,7 +94,7 @@ def differentiate(
 
 
 def scaled(grad: Tensor, upstream: Tensor) -> Tensor:
-    """Grad * upstream, in the memory of grad where nobody will ask for it again."""
+    """Multiply grad by upstream, in the memory of grad where nobody will ask for it again."""
     # a tensor of one element with dimensions takes part in type promotion, one without does not
     upstream = upstream.reshape([1] * grad.ndim) if upstream.ndim == 0 else upstream
     plain = type(grad) is Tensor and not torch.compiler.is_compiling()

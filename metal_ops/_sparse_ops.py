@@ -1,4 +1,4 @@
-"""The ops for a teacher known at a few entries; otherwise as `_ops`. K entries, n draws a token."""
+"""Defines the ops for a teacher known at K entries a token, as `_ops` does; n draws a token."""
 
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from metal_ops.spec import DivergenceSpec
 
 
 class SparseResult(NamedTuple):
-    """What both ops return."""
+    """Holds what both ops return."""
 
     loss: Tensor  # [N]
     grad: Tensor  # of the weighted losses, [N, V] or [0]
@@ -26,7 +26,7 @@ def _allocate(student: Tensor, want_grad: bool) -> SparseResult:
 
 
 class SparseArguments(NamedTuple):
-    """What `sparse_divergence` takes."""
+    """Holds what `sparse_divergence` takes."""
 
     student: Tensor  # [N, V]
     ids: Tensor  # [N, K]
@@ -77,7 +77,7 @@ differentiate(
 
 
 class SampledArguments(NamedTuple):
-    """What `sampled_divergence` takes; max_ratio may be inf."""
+    """Holds what `sampled_divergence` takes; max_ratio may be inf."""
 
     student: Tensor  # [N, V]
     ids: Tensor  # [N, K]

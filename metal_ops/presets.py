@@ -1,4 +1,4 @@
-"""The losses of other libraries as specs; `preset(name)` finds them.
+"""Names the losses of other libraries as specs; `preset(name)` finds them.
 
 Each takes the arguments of its source, in the convention of its source, and gives the divergence
 per token. How a library averages over tokens is named where it is not the mean over all of them.
@@ -204,7 +204,7 @@ NAMES = tuple(PRESETS)
 
 
 def preset(name: str, **arguments: float | int | str | None) -> DivergenceSpec:
-    """The spec of another library's loss, e.g. `preset("liger_jsd", beta=0.1)`.
+    """Return the spec of another library's loss, e.g. `preset("liger_jsd", beta=0.1)`.
 
     Args:
         name: a function of this module, whose docstring names the source.

@@ -1,4 +1,4 @@
-"""The ops in PyTorch, a block of tokens at a time: runs on every device torch has.
+"""Computes the ops in PyTorch, a block of tokens at a time, on every device torch has.
 
 Shapes: N tokens, V vocabulary, H hidden, K kept entries. Arithmetic is float32 for every input
 dtype (float64 for float64 input). Gradients are formed while a block is in cache.
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def unsupported(student: Tensor, teacher: Tensor) -> str | None:
-    """Why this backend cannot take these tensors, or None when it can."""
+    """Say why this backend cannot take these tensors, or None when it can."""
     for tensor in (student, teacher):
         if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
             return f"needs float16, bfloat16, float32 or float64, got {tensor.dtype}"
@@ -41,7 +41,7 @@ def forward(
     want_grad: bool,
     want_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss per token, statistics, and the gradient of the weighted loss.
+    """Compute loss per token, statistics, and the gradient of the weighted loss.
 
     Args:
         student: [N, V].
@@ -78,7 +78,7 @@ def forward(
 
 
 def backward(upstream: Tensor, student: Tensor, teacher: Tensor, spec: DivergenceSpec) -> Tensor:
-    """Gradient for the student logits, [N, V] in the dtype of `student`."""
+    """Compute the gradient for the student logits, [N, V] in the dtype of `student`."""
     grad = forward(student, teacher, upstream, spec, True, False)[2]
     assert grad is not None
     return grad
@@ -91,7 +91,7 @@ def sparse(
     spec: DivergenceSpec,
     want_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """(loss [N], gradient [N, V] or None) to a teacher known at a few entries.
+    """Return (loss [N], gradient [N, V] or None) to a teacher known at a few entries.
 
     As `forward`, but for the teacher: ids [N, K], log-probabilities [N, K] at the spec's
     temperature, and the log of the rest's mass [N].
@@ -126,7 +126,7 @@ def sparse(
 def hidden_states(
     student: Tensor, teacher: Tensor, kind: str, weights: Tensor | None, want_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(loss [N], gradient of the weighted losses [N, H] or None) of hidden states [N, H].
+    """Return (loss [N], gradient of the weighted losses [N, H] or None) of hidden states [N, H].
 
     As `forward`, for the kinds of `reference.hidden_divergence`.
     """

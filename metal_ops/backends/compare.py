@@ -1,4 +1,4 @@
-"""By how much the results of two correct backends may differ, for METAL_OPS_CHECK.
+"""Says by how much the results of two correct backends may differ, for METAL_OPS_CHECK.
 
 Shapes: N rows, V entries of a row. With eps that of float32 (float64 for float64) and x the range
 of a row's logits / temperature and a quarter of the largest (which is subtracted, for the most
@@ -38,7 +38,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Limits(NamedTuple):
-    """What the rows of one call allow, [N] each, float64."""
+    """Holds what the rows of one call allow, [N] each, float64."""
 
     k: Tensor
     loss_floor: Tensor  # of the divergence before scaling, where it need not be small
@@ -69,7 +69,7 @@ def _sparse_log_p(known: tuple[Tensor, ...], vocab: int) -> Tensor:
 
 
 class Sides(NamedTuple):
-    """Log-probabilities by category, x, and the largest probability of one entry; float64."""
+    """Holds log-probabilities by category, x, and an entry's largest probability; float64."""
 
     log_p: Tensor
     log_q: Tensor
@@ -286,7 +286,7 @@ def _top(x: Tensor) -> float:
 
 
 def difference(op: str, args: tuple[Any, ...], got: Any, want: Any) -> str | None:
-    """What a backend's result `got` of `op` has that `want`, the chunked one's, excludes."""
+    """Say what a backend's result `got` of `op` has that `want`, the chunked one's, excludes."""
     # not every device has float64
     args, got, want = tree_map_only(Tensor, Tensor.cpu, (args, got, want))
     if op == "linear":
@@ -304,7 +304,7 @@ def difference(op: str, args: tuple[Any, ...], got: Any, want: Any) -> str | Non
 
 
 def require_equal(op: str, backend: str, args: tuple[Any, ...], got: Any, want: Any) -> None:
-    """Nothing, if both results may be right.
+    """Return if both results may be right.
 
     Raises:
         RuntimeError: they may not; with op, backend, row and values.

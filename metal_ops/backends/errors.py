@@ -1,4 +1,4 @@
-"""What a kernel backend raises when the machine refuses a kernel."""
+"""Defines what a kernel backend raises when the machine refuses a kernel."""
 
 
 class KernelError(RuntimeError):

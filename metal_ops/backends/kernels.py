@@ -1,4 +1,4 @@
-"""From a kernel language's five functions over rows to the ops.
+"""Makes the ops of a kernel language's five functions over rows.
 
 Shapes: N rows, V vocabulary, K kept entries. Kernels read float32, float16 or bfloat16 rows that
 may be strided (the last dimension is contiguous), count in float32 and write in the dtype of `out`.
@@ -31,7 +31,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class HardTerm(NamedTuple):
-    """Cross-entropy's part of a gradient: share * (softmax(logits) - 1 at the label)."""
+    """Holds cross-entropy's part of a gradient: share * (softmax(logits) - 1 at the label)."""
 
     labels: Tensor  # [N] int64
     log_sum: Tensor  # [N] float32, of the logits at temperature 1
@@ -39,12 +39,12 @@ class HardTerm(NamedTuple):
 
 
 class Kernels(Protocol):
-    """What a backend implements. Nothing is read of a row that need not be."""
+    """Lists what a backend implements. Nothing is read of a row that need not be."""
 
     def forward(
         self, student: Tensor, teacher: Tensor, weights: Tensor, spec: DivergenceSpec
     ) -> Tensor:
-        """[NUM_VALUES or more, N] float32 over the full vocabulary, before token clips and scaling.
+        """Return [NUM_VALUES or more, N] float32 of the vocabulary, before token clips and scaling.
 
         What follows the NUM_VALUES rows is for the same backend's `backward`.
 
@@ -70,7 +70,7 @@ class Kernels(Protocol):
         ...
 
     def log_sums(self, logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-sum-exp of a row's logits / temperature, and that without the entries of `ids`.
+        """Return log-sum-exp of a row's logits / temperature, and that without the entries `ids`.
 
         Each [N] float32, -inf for a sum of nothing. ids [N, K] int32 ascend; those of V and
         above, at the end, name no entry.
@@ -89,7 +89,7 @@ class Kernels(Protocol):
     def hidden_states(
         self, student: Tensor, teacher: Tensor, weights: Tensor, kind: str, out: Tensor | None
     ) -> Tensor:
-        """Difference of hidden states [N, H], one dtype on both sides: [N] float32.
+        """Compute the difference of hidden states [N, H], one dtype on both sides: [N] float32.
 
         "mse" is sum(d^2) / H with d = s - t. "cosine" is 1 - s.t / (a b) with a = max(|s|, 1e-8),
         b = max(|t|, 1e-8), by the formulas of `blocks.hidden`, which lose nothing where s and t
@@ -100,7 +100,7 @@ class Kernels(Protocol):
 
 
 def unsupported(student: Tensor, teacher: Tensor) -> str | None:
-    """Why no kernel takes these tensors, or None."""
+    """Say why no kernel takes these tensors, or None."""
     for x in (student, teacher):
         if x.dtype not in DTYPES:
             return f"needs float32, float16 or bfloat16, got {x.dtype}"
@@ -128,7 +128,7 @@ def _log_probs(
 
 
 class _StudentSupport(NamedTuple):
-    """The student's side of a support."""
+    """Holds the student's side of a support."""
 
     logits: Tensor
     kept: KeptEntries
@@ -205,7 +205,7 @@ def forward(
     want_grad: bool,
     want_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`chunked.forward` by kernels."""
+    """Do `chunked.forward` by kernels."""
     dtype = student.dtype
     student, teacher = _one_dtype(student, teacher)
     weights = student.new_ones(len(student), dtype=torch.float32) if weights is None else weights
@@ -226,7 +226,7 @@ def forward(
 def backward(
     kernels: Kernels, upstream: Tensor, student: Tensor, teacher: Tensor, spec: DivergenceSpec
 ) -> Tensor:
-    """`chunked.backward` by kernels."""
+    """Do `chunked.backward` by kernels."""
     grad = forward(kernels, student, teacher, upstream, spec, True, False)[2]
     assert grad is not None
     return grad
@@ -240,7 +240,7 @@ def sparse(
     spec: DivergenceSpec,
     want_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """`chunked.sparse` by kernels."""
+    """Do `chunked.sparse` by kernels."""
     ids, log_probs, log_tail = teacher
     student = _with_rows(student)
     weights = student.new_ones(len(student), dtype=torch.float32) if weights is None else weights
@@ -262,7 +262,7 @@ def hidden_states(
     weights: Tensor | None,
     want_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """`chunked.hidden_states` by kernels."""
+    """Do `chunked.hidden_states` by kernels."""
     dtype = student.dtype
     student, teacher = _one_dtype(student, teacher)
     weights = student.new_ones(len(student), dtype=torch.float32) if weights is None else weights
@@ -287,7 +287,7 @@ def _cross_entropy(
 def _make_block_loss(
     kernels: Kernels, settings: LossSettings, tokens: int
 ) -> tuple[int, BlockLoss]:
-    """A whole chunk at a time."""
+    """Take a whole chunk at a time."""
     heads, spec, want_grad, want_stats = settings
     full = spec.support == "full"
 
@@ -333,7 +333,7 @@ def linear(
     needs: Needs,
     want_stats: bool,
 ) -> LossAndGradients:
-    """`chunked.linear`, the rows of a chunk by kernels."""
+    """Do `chunked.linear`, the rows of a chunk by kernels."""
     make_block_loss = partial(_make_block_loss, kernels)
     return from_hidden.linear(
         student, teacher, weights, hard, spec, needs, want_stats, make_block_loss

@@ -1,4 +1,4 @@
-"""What this machine is, in words: for messages and reports."""
+"""Says what this machine is, for messages and reports."""
 
 import functools
 import platform
@@ -10,14 +10,14 @@ import torch
 
 @functools.cache
 def system() -> str:
-    """The operating system with its version."""
+    """Name the operating system with its version."""
     release = platform.mac_ver()[0]
     return f"macOS {release}" if release else f"{platform.system()} {platform.release()}"
 
 
 @functools.cache
 def chip() -> str:
-    """The processor's name."""
+    """Name the processor."""
     if platform.system() == "Darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -30,7 +30,7 @@ def chip() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """The name of what the device's tensors live on."""
+    """Name what the device's tensors live on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "xpu":
@@ -41,5 +41,5 @@ def device_name(device: torch.device) -> str:
 
 
 def describe(device: torch.device) -> str:
-    """The versions and names that a report needs."""
+    """List the versions and names that a report needs."""
     return f"torch {torch.__version__}, {system()}, {device_name(device)}"

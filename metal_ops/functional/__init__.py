@@ -1,4 +1,4 @@
-"""The public ops: check the arguments, choose the backend, call it."""
+"""Offers the public ops, which check their arguments and call the backend that fits."""
 
 from metal_ops.functional._arguments import DivergenceStats, forbid_second_derivative
 from metal_ops.functional.head import Head, gather_shards

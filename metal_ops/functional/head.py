@@ -1,4 +1,4 @@
-"""The output head of a model: what makes logits of its hidden states."""
+"""Describes the output head of a model, which makes logits of its hidden states."""
 
 from dataclasses import dataclass, replace
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Head:
-    """An output head: logits = softcap * tanh(scale * linear(hidden) / softcap), or no softcap.
+    """Makes logits of hidden states: softcap * tanh(scale * linear(hidden) / softcap).
 
     Args:
         weight: [vocab, hidden].
@@ -23,24 +23,24 @@ class Head:
     softcap: float | None = None
 
     def first(self, size: int) -> "Head":
-        """The head of the first `size` entries of the vocabulary; its tensors are views."""
+        """Return the head of the first `size` entries of the vocabulary; its tensors are views."""
         whole = self.gathered()
         bias = None if whole.bias is None else whole.bias[:size]
         return replace(whole, weight=whole.weight[:size], bias=bias)
 
     def gathered(self) -> "Head":
-        """The head with whole tensors in place of DTensors, see `gather_shards`."""
+        """Return the head with whole tensors in place of DTensors, see `gather_shards`."""
         bias = None if self.bias is None else gather_shards(self.bias)
         return Head(gather_shards(self.weight), bias, self.logit_scale, self.softcap)
 
     def same_as(self, other: "Head") -> bool:
-        """Whether both are one head: the very same tensors, one scale, one softcap."""
+        """Say whether both are one head: the very same tensors, one scale, one softcap."""
         same = self.weight is other.weight and self.bias is other.bias
         return same and (self.logit_scale, self.softcap) == (other.logit_scale, other.softcap)
 
 
 def gather_shards(x: Tensor) -> Tensor:
-    """A DTensor gathered, its gradient averaged over the mesh; any other tensor as it is.
+    """Gather a DTensor, whose gradient is then averaged over the mesh; leave any other tensor.
 
     Under data parallelism (FSDP) every rank has tokens of its own and the average is the
     convention; where all ranks hold the same tokens (tensor parallelism) their gradients agree.

@@ -1,4 +1,4 @@
-"""Differences of hidden states."""
+"""Compares hidden states."""
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ def hidden_divergence(
     mask: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Difference between hidden states, per token.
+    """Compute the difference between hidden states, per token.
 
     Args:
         student: [..., hidden]; float32, bfloat16, float16 or float64.

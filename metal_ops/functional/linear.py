@@ -1,4 +1,4 @@
-"""Divergences from hidden states and heads: no logits of all tokens in memory."""
+"""Computes divergences from hidden states and heads, without logits of all tokens in memory."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from metal_ops.spec import DivergenceSpec
 
 
 class LinearTerms(NamedTuple):
-    """What `linear_divergence` returns.
+    """Holds what `linear_divergence` returns.
 
     loss is the scalar with a gradient. soft [N] and hard [N] are the divergence (with the spec's
     temperature scaling) and the cross-entropy per token, unweighted and without gradient; hard is
@@ -91,7 +91,7 @@ def linear_divergence(
     stats: bool = False,
     backend: str = "auto",
 ) -> LinearTerms:
-    """Weighted sum of divergences from hidden states, without [tokens, vocab] logits in memory.
+    """Sum weighted divergences from hidden states, without [tokens, vocab] logits in memory.
 
     With soft the divergence of `spec` and hard the cross-entropy of the labels at temperature 1:
 

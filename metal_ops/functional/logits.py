@@ -1,4 +1,4 @@
-"""Divergences from logits, per token or as one weighted sum."""
+"""Computes divergences from logits, per token or as one weighted sum."""
 
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from metal_ops.spec import DivergenceSpec
 
 
 class WeightedTerms(NamedTuple):
-    """What `weighted_divergence` returns.
+    """Holds what `weighted_divergence` returns.
 
     loss is the scalar with a gradient. per_token [...] is the divergence, unweighted and without
     gradient. stats are None if they were not asked for, and zero, like per_token, where the weight
@@ -62,7 +62,7 @@ def divergence(
     mask: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Divergence between two softmax distributions, per token.
+    """Compute the divergence between two softmax distributions, per token.
 
     Args:
         student_logits: [..., vocab]; float32, bfloat16, float16 or float64.
@@ -107,7 +107,7 @@ def divergence_with_stats(
     mask: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, DivergenceStats]:
-    """`divergence`, and both entropies, top-1 agreement and clipping from the same passes.
+    """Compute `divergence`, and entropies, top-1 agreement and clipping from the same passes.
 
     Arguments, errors and first result are those of `divergence`; the second holds [...] tensors.
     """
@@ -124,7 +124,7 @@ def weighted_divergence(
     stats: bool = False,
     backend: str = "auto",
 ) -> WeightedTerms:
-    """The sum of weights * divergence, whose gradient is formed in one go with the loss.
+    """Sum weights * divergence, and form the gradient in one go with the loss.
 
     The faster way to a scalar: nothing is left for the backward but to pass the gradient on.
 

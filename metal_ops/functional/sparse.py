@@ -1,4 +1,4 @@
-"""Divergences to a teacher of which a few entries are known."""
+"""Computes divergences to a teacher of which a few entries are known."""
 
 import functools
 import logging
@@ -111,7 +111,7 @@ def sparse_divergence(
     mask: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Divergence per token to a teacher of which a few entries are known.
+    """Compute the divergence per token to a teacher of which a few entries are known.
 
     Args:
         student_logits: [..., vocab]; float32, bfloat16, float16 or float64.

@@ -1,4 +1,4 @@
-"""What this machine has, and which backend takes what on it."""
+"""Says what this machine has, and which backend takes what on it."""
 
 import importlib.metadata
 import os
@@ -36,7 +36,7 @@ def _version(package: str) -> str | None:
 
 
 def devices() -> list[torch.device]:
-    """The accelerator, if there is one, and the CPU."""
+    """List the accelerator, if there is one, and the CPU."""
     found = [torch.device("cpu")]
     if torch.accelerator.is_available():
         accelerator = torch.accelerator.current_accelerator()
@@ -46,7 +46,7 @@ def devices() -> list[torch.device]:
 
 
 def versions() -> dict[str, Any]:
-    """What a report needs to be understood."""
+    """List what a report needs to be understood."""
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -96,7 +96,7 @@ def _choice(op: str, call: Callable[[], Tensor], probe: Tensor) -> tuple[str, di
 
 
 def choices(device: torch.device) -> dict[tuple[str, str], tuple[str, dict[str, str]]]:
-    """By (op, dtype): the backend that "auto" takes, and why not those before it."""
+    """Find by (op, dtype) the backend that "auto" takes, and why not those before it."""
     found = {}
     for dtype in DTYPES:
         if device.type == "mps" and dtype == torch.float64:

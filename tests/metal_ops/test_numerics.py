@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metal_ops import DivergenceSpec, reference
-from metal_ops.selftest.inputs import FAMILIES, untied, ways
+from metal_ops.selftest.inputs import FAMILIES, missing_rules, untied
 from metal_ops.selftest.numerics import (
     Exact,
     assert_matches_reference,
@@ -207,7 +207,7 @@ def supported(kind: str, beta: float) -> list[DivergenceSpec]:
     """A kind over the full vocabulary and over every support it may have."""
     found = [DivergenceSpec(kind, beta, 2.0, scaling) for scaling in ("none", "t2")]
     for support in SUPPORTS[1:]:
-        for missing in ways(kind, beta):
+        for missing in missing_rules(kind, beta):
             options = {"support": support, "top_k": 5, "missing": missing}
             found.append(DivergenceSpec(kind, beta, 2.0, "t2", **options))
     return found

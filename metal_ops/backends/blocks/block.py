@@ -1,4 +1,4 @@
-"""A block of rows from logits to loss and gradient, over the full vocabulary or a part of it."""
+"""Takes a block of rows from logits to loss and gradient, over all or some of the vocabulary."""
 
 from torch import Tensor
 
@@ -18,7 +18,7 @@ def block_divergence(
     out: Tensor | None = None,
     want_stats: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """(loss [rows], stats [NUM_STATS, rows] or None) of one block of logits [rows, V].
+    """Return (loss [rows], stats [NUM_STATS, rows] or None) of one block of logits [rows, V].
 
     The gradient of weight * loss, weight [rows], goes to `out`, which may be `student` itself.
     """

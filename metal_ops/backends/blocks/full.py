@@ -1,4 +1,4 @@
-"""A block of rows over the full vocabulary, in place on a few buffers.
+"""Computes a block of rows over the full vocabulary, in place on a few buffers.
 
 The usual kinds have a short path: two exponentials an entry and few passes over buffers that stay
 in cache. Rows whose loss it cannot give to full accuracy (teacher and student nearly agree, or
@@ -24,7 +24,7 @@ ShortPath = tuple[Tensor, Gradient]
 
 
 def _cross_entropy_gradient(loaded: LoadedRows) -> Gradient:
-    """Q - p."""
+    """Form q - p."""
 
     def gradient(factor: Tensor, out: Tensor) -> None:
         _, _, q, p, _ = loaded.buffers
@@ -93,7 +93,7 @@ SHORT_PATHS = {
 
 
 def _doubtful(loss: Tensor, offset: Tensor) -> Tensor | None:
-    """The rows [n] whose loss [rows, 1] the short path cannot give to full accuracy."""
+    """Find the rows [n] whose loss [rows, 1] the short path cannot give to full accuracy."""
     excess = loss.sub(offset.abs(), alpha=NEAR)
     low, high = (float(x) for x in torch.aminmax(excess))  # NaN if one is
     if low >= NEAR and high < torch.inf:
@@ -104,7 +104,7 @@ def _doubtful(loss: Tensor, offset: Tensor) -> Tensor | None:
 def full_divergence(
     loaded: LoadedRows, spec: DivergenceSpec, factor: Tensor | None, out: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """(loss, clipped) of the full vocabulary; the gradient times factor [rows] goes to out."""
+    """Return (loss, clipped) of all entries; `out` gets the gradient times factor [rows]."""
     cut = spec.clip is not None and spec.clip_level == "vocab_entry"
     short, gradient = None if cut else SHORT_PATHS.get(spec.kind), None
     if short is None:

@@ -1,4 +1,4 @@
-"""Differences of hidden states, a block of rows at a time, exact also where both sides agree.
+"""Compares hidden states, a block of rows at a time, exactly also where both sides agree.
 
 Shapes: n rows, H hidden. With d = s - t the mean square is sum(d^2) / H. The cosine distance is
 1 - u.v with u = s / a, v = t / b, a = max(|s|, NORM_MIN), b = max(|t|, NORM_MIN), which is
@@ -21,7 +21,7 @@ from metal_ops.reference import NORM_MIN
 
 
 class _Mix(NamedTuple):
-    """A row made of s, d and t: s * of_s + d * of_d + t * of_t, the factors [n, 1]."""
+    """Stands for a row made of s, d and t: s * of_s + d * of_d + t * of_t, the factors [n, 1]."""
 
     of_s: Tensor
     of_d: Tensor
@@ -40,7 +40,7 @@ def _mse(s: Tensor, t: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor | 
 
 
 def _short(norm: Tensor) -> Tensor:
-    """1 - |u|^2 of rows of length `norm`."""
+    """Compute 1 - |u|^2 of rows of length `norm`."""
     ratio = norm / NORM_MIN
     return torch.where(norm < NORM_MIN, (1 - ratio) * (1 + ratio), 0.0)
 
@@ -77,5 +77,5 @@ def _cosine(s: Tensor, t: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor
 def compare_hidden_states(
     s: Tensor, t: Tensor, kind: str, factor: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss [n], and factor * its gradient for s [n, H] if there is a factor [n]; one dtype."""
+    """Return the loss [n], and factor [n] * its gradient for s [n, H] if given; one dtype."""
     return (_mse if kind == "mse" else _cosine)(s, t, factor)

@@ -1,4 +1,4 @@
-"""From hidden states: logits of a chunk of tokens at a time, the gradients while they exist."""
+"""Projects hidden states a chunk of tokens at a time, and forms gradients while logits exist."""
 
 import functools
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from metal_ops.spec import DivergenceSpec
 
 
 class Projection(NamedTuple):
-    """Hidden states [N, H] and the head over them: [V, H], [V] or None, scale, softcap."""
+    """Holds hidden states [N, H] and the head over them: [V, H], [V] or None, scale, softcap."""
 
     hidden: Tensor
     weight: Tensor
@@ -28,21 +28,21 @@ class Projection(NamedTuple):
     softcap: float | None
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """Hidden [n, H] to [n, V], before scale and softcap."""
+        """Project hidden [n, H] to [n, V], before scale and softcap."""
         hidden = hidden.to(out.dtype)
         for rows, weight in head_slices(self.weight, out.dtype):
             torch.mm(hidden, weight.T, out=out[:, rows])
         return out if self.bias is None else out.add_(self.bias)
 
     def finish(self, logits: Tensor) -> Tensor:
-        """What the model does to its head's output: scale, then softcap * tanh(. / softcap)."""
+        """Do what the model does to its head's output: scale, then softcap * tanh(. / softcap)."""
         if self.logit_scale == 1.0 and self.softcap is None:
             return logits
         logits = logits.to(accumulator(logits)) * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def unfinish(self, grad: Tensor, finished: Tensor, out: Tensor) -> None:
-        """The gradient for what `finish` was given, from that for what it returned, to `out`.
+        """Write the gradient for what `finish` was given, from that for what it returned, to `out`.
 
         `grad` and `finished` are overwritten.
         """
@@ -52,19 +52,19 @@ class Projection(NamedTuple):
 
 
 class HardLabels(NamedTuple):
-    """Labels [N] int64 or None, and alpha, the share that they leave to the divergence."""
+    """Holds labels [N] int64 or None, and alpha, the share that they leave to the divergence."""
 
     labels: Tensor | None
     alpha: float
 
     def at(self, rows: slice) -> "HardLabels":
-        """The same of some tokens."""
+        """Take those of some tokens."""
         return self if self.labels is None else HardLabels(self.labels[rows], self.alpha)
 
     def add_cross_entropy(
         self, logits: Tensor, weight: Tensor, buffers: Buffers, grad: Tensor | None
     ) -> Tensor:
-        """Cross-entropy [rows] at temperature 1; its gradient is added to `grad`."""
+        """Compute the cross-entropy [rows] at temperature 1; add its gradient to `grad`."""
         assert self.labels is not None
         labels, (log_q, _, q, _, _) = self.labels[:, None], buffers.first(len(logits))
         log_q, q_sum = load_rows(logits, 1.0, log_q, q, True)
@@ -81,7 +81,7 @@ BlockLoss = Callable[[tuple[Tensor, Tensor], Tensor, HardLabels], Tensor]
 
 
 class LossSettings(NamedTuple):
-    """What is the same for all tokens, as a backend needs to know it."""
+    """Holds what is the same for all tokens, as a backend needs to know it."""
 
     heads: tuple[Projection, Projection]
     spec: DivergenceSpec
@@ -90,7 +90,7 @@ class LossSettings(NamedTuple):
 
 
 def torch_block_loss(settings: LossSettings, tokens: int) -> tuple[int, BlockLoss]:
-    """Rows a block, and its loss in PyTorch on buffers that stay in cache; for chunks of tokens."""
+    """Return the rows of a block, and its loss in PyTorch on buffers that stay in cache."""
     heads, spec, want_grad, want_stats = settings
     weight = heads[0].weight
     step = rows_per_block(weight, len(weight))
@@ -123,7 +123,7 @@ MakeBlockLoss = Callable[[LossSettings, int], tuple[int, BlockLoss]]
 
 
 class Needs(NamedTuple):
-    """Of what gradients are wanted."""
+    """Says which gradients are wanted."""
 
     hidden: bool
     weight: bool
@@ -131,7 +131,7 @@ class Needs(NamedTuple):
 
 
 class LossAndGradients(NamedTuple):
-    """What `linear` returns; gradients are those of the loss, None where they are not wanted."""
+    """Holds what `linear` returns; gradients of the loss are None where they are not wanted."""
 
     loss: Tensor  # []
     per_token: Tensor  # soft and hard, [2, N]
@@ -142,7 +142,7 @@ class LossAndGradients(NamedTuple):
 
 
 class _Gradients(NamedTuple):
-    """Of hidden states [N, H], head weight [V, H] and bias [V]; None where not wanted."""
+    """Holds those of hidden states [N, H], weight [V, H] and bias [V]; None where not wanted."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -173,7 +173,7 @@ def _linear(
     want_stats: bool,
     make_block_loss: MakeBlockLoss,
 ) -> LossAndGradients:
-    """`linear` where every token counts."""
+    """Do the work of `linear` where every token counts."""
     weight, dtype, shared = student.weight, accumulator(student.weight), isinstance(teacher, Tensor)
     num_tokens, vocab = len(weights), len(weight)
     values = weight.new_zeros(2 + NUM_STATS * want_stats, num_tokens, dtype=dtype)
@@ -224,7 +224,7 @@ def linear(
     want_stats: bool,
     make_block_loss: MakeBlockLoss = torch_block_loss,
 ) -> LossAndGradients:
-    """Sum of weights (alpha soft + (1 - alpha) hard) from hidden states, and its gradients.
+    """Sum weights (alpha soft + (1 - alpha) hard) from hidden states, and form its gradients.
 
     Args:
         student: hidden states and head.

@@ -1,4 +1,4 @@
-"""One block of rows: what every divergence shares. Loading, exact terms, clips, statistics."""
+"""Holds what every divergence of a block shares: loading, exact terms, clips, statistics."""
 
 import math
 from typing import NamedTuple
@@ -17,7 +17,7 @@ MODERATE = (math.exp(-40.0), math.exp(40.0))
 
 
 class Buffers(NamedTuple):
-    """Scratch of [rows, V] each, for one block after the other."""
+    """Holds scratch of [rows, V] each, for one block after the other."""
 
     log_q: Tensor
     log_p: Tensor
@@ -27,22 +27,22 @@ class Buffers(NamedTuple):
 
     @staticmethod
     def of(like: Tensor, rows: int, vocab: int) -> "Buffers":
-        """Buffers for blocks of up to `rows` rows, in the precision the op computes `like` in."""
+        """Allocate for blocks of up to `rows` rows, in the precision the op computes `like` in."""
         dtype = accumulator(like)
         return Buffers(*like.new_empty(NUM_BUFFERS, rows, vocab, dtype=dtype).unbind(0))
 
     def first(self, rows: int) -> "Buffers":
-        """The same memory for a block of `rows` rows."""
+        """Use the same memory for a block of `rows` rows."""
         return Buffers(*(x[:rows] for x in self))
 
 
 def accumulator(x: Tensor) -> torch.dtype:
-    """float32, or float64 for float64: what sums are kept in."""
+    """Return what sums are kept in: float32, or float64 for float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class LoadedRows(NamedTuple):
-    """Both sides: softmax is e / sum, log-softmax is log - log(sum); the sums are [rows, 1].
+    """Holds both sides: softmax is e / sum, log-softmax log - log(sum); the sums are [rows, 1].
 
     The logs are [rows, V], off by a constant a row; a log may be the logits themselves and is not
     to be written to. buffers.q and buffers.p hold the exponentials.
@@ -55,7 +55,7 @@ class LoadedRows(NamedTuple):
     p_sum: Tensor
 
     def pick(self, index: Tensor, kind: str) -> Probabilities:
-        """The rows of `index` ([n] int64), normalised; without logs for kinds that need none."""
+        """Normalise the rows of `index` ([n] int64), without logs for kinds that need none."""
         if kind in MIXTURES:
             q, p = self.buffers.q[index], self.buffers.p[index]
             return Probabilities(p.div_(self.p_sum[index]), q.div_(self.q_sum[index]), p[:0], q[:0])
@@ -68,7 +68,7 @@ class LoadedRows(NamedTuple):
 
 
 def _shifted(log: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(log, exp(log), sum) with log shifted in place to 0 at the largest."""
+    """Return (log, exp(log), sum) with log shifted in place to 0 at the largest."""
     log.sub_(log.amax(-1, keepdim=True))
     e = log.exp()
     return log, e, e.sum(-1, keepdim=True)
@@ -112,7 +112,7 @@ def load_rows(
 
 
 class ExactLoss(NamedTuple):
-    """A block by `terms`: loss, and whether an entry was clipped, [rows]; sum of h [rows, 1]."""
+    """Holds a block by `terms`: loss, whether an entry was clipped, [rows]; sum of h [rows, 1]."""
 
     loss: Tensor
     clipped: Tensor | None
@@ -121,7 +121,7 @@ class ExactLoss(NamedTuple):
 
 
 def exact_loss(row: Probabilities, spec: DivergenceSpec, whole: bool = False) -> ExactLoss:
-    """Loss and gradient for the student's scaled logits, before token clips and scaling.
+    """Compute loss and gradient for the student's scaled logits, before token clips and scaling.
 
     With `whole` the entries are summed as they are defined, although they need not add up to one.
     """
@@ -138,7 +138,7 @@ def exact_loss(row: Probabilities, spec: DivergenceSpec, whole: bool = False) ->
 
 
 def clip_tokens(loss: Tensor, spec: DivergenceSpec) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(loss, factor of its gradient, whether clipped) under a clip of whole tokens, each [rows]."""
+    """Clip whole tokens: (loss, factor of its gradient, whether it was clipped), each [rows]."""
     if spec.clip is None or spec.clip_level == "vocab_entry":
         return loss, None, None
     over = loss > spec.clip
@@ -154,7 +154,7 @@ def _entropy(log_e: Tensor, e: Tensor, total: Tensor, spare: Tensor) -> Tensor:
 
 
 def _agreement(log_q: Tensor, log_p: Tensor, spare: Tensor) -> Tensor:
-    """1 where both have a largest entry in common, [rows]."""
+    """Return 1 where both have a largest entry in common, [rows]."""
     # 1 but for the teacher's largest; written as numbers, which is several times faster than bools
     torch.ne(log_p, log_p.amax(-1, keepdim=True), out=spare)
     torch.sub(log_q, spare, alpha=torch.finfo(spare.dtype).max, out=spare)
@@ -162,7 +162,7 @@ def _agreement(log_q: Tensor, log_p: Tensor, spare: Tensor) -> Tensor:
 
 
 def row_statistics(loaded: LoadedRows) -> Tensor:
-    """[NUM_STATS, rows], nothing clipped yet."""
+    """Compute the statistics [NUM_STATS, rows], with nothing clipped yet."""
     (_, _, q, p, spare), log_q, q_sum, log_p, p_sum = loaded
     student = _entropy(log_q, q, q_sum, spare)
     teacher = _entropy(log_p, p, p_sum, spare)

@@ -1,4 +1,4 @@
-"""How many rows and tokens the chunked backend takes at a time, from the cache and the shape."""
+"""Says how many rows and tokens are taken at a time, from the cache and the shape."""
 
 import functools
 from collections.abc import Iterator, Mapping
@@ -27,12 +27,12 @@ def _capabilities() -> Mapping[str, Any]:
 
 
 def l2_bytes() -> int:
-    """Size of a core's level-2 cache; where torch does not know it, 1 MiB is assumed."""
+    """Return the size of a core's level-2 cache; 1 MiB where torch does not know it."""
     return _capabilities().get("l2_cache_size") or L2_DEFAULT
 
 
 def buffer_bytes(device: torch.device) -> int:
-    """Size of one [rows, V] buffer of a block, in bytes.
+    """Return the size of one [rows, V] buffer of a block, in bytes.
 
     A block works on four or five. On a CPU they should stay in cache, but shorter loops cost more
     in starting the threads: measured best is a buffer about as large as the level-2 caches in use.
@@ -43,13 +43,13 @@ def buffer_bytes(device: torch.device) -> int:
 
 
 def rows_per_block(x: Tensor, vocab: int) -> int:
-    """Rows of [*, vocab] whose buffers fit, at least one."""
+    """Count the rows of [*, vocab] whose buffers fit, at least one."""
     itemsize = 8 if x.dtype == torch.float64 else 4
     return max(1, buffer_bytes(x.device) // (itemsize * max(1, vocab)))
 
 
 class RowBlocks:
-    """The rows to compute, a block at a time: those whose weight is not zero."""
+    """Iterates over the rows to compute, whose weight is not zero, a block at a time."""
 
     def __init__(self, like: Tensor, weights: Tensor | None, vocab: int) -> None:
         self.step = rows_per_block(like, vocab)
@@ -70,12 +70,12 @@ class RowBlocks:
             yield slice(first, last + 1) if last - first + 1 == len(at) else at
 
     def gradient_like(self, x: Tensor) -> Tensor:
-        """Memory for a gradient of x; zeros where rows are skipped."""
+        """Allocate a gradient of x, with zeros where rows are skipped."""
         return torch.empty_like(x) if self.index is None else torch.zeros_like(x)
 
 
 def product_dtype(weight: Tensor) -> torch.dtype:
-    """In which the products with a head are formed: its own, unless the CPU has to emulate it.
+    """Return the dtype of products with a head: its own, unless the CPU has to emulate it.
 
     An x86 without instructions for bfloat16 or float16 takes several times as long for a product
     in these as for one in float32.
@@ -91,7 +91,7 @@ def product_dtype(weight: Tensor) -> torch.dtype:
 
 
 def head_slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of a head [V, H] in `dtype`: all at once, or converted a few at a time."""
+    """Yield the rows of a head [V, H] in `dtype`: all at once, or converted a few at a time."""
     if weight.dtype == dtype:
         yield slice(0, len(weight)), weight
         return
@@ -102,7 +102,7 @@ def head_slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Ten
 
 
 def tokens_per_chunk(hidden: Tensor, weight: Tensor) -> int:
-    """Tokens of [N, H] whose logits for a head [V, H] are held at a time, on one side."""
+    """Count the tokens of [N, H] whose logits for a head [V, H] are held at a time, on one side."""
     limit = CHUNK_BYTES.get(hidden.device.type, DEVICE_CHUNK_BYTES)
     tokens = limit // (product_dtype(weight).itemsize * max(1, weight.shape[0]))
     return min(max(tokens, MIN_TOKENS), MAX_TOKENS)

@@ -1,4 +1,4 @@
-"""A block of rows of which only some entries count, K of them, and perhaps the mass of the rest.
+"""Computes a block of rows of which K entries count, and perhaps the mass of the rest.
 
 The kept entries and the tail are categories [rows, K + 1] of which `terms` gives loss and
 gradient g. A kept logit's gradient is its category's; a tail logit has its share of the tail's.
@@ -16,7 +16,7 @@ from metal_ops.spec import DivergenceSpec
 
 
 class KeptEntries:
-    """The entries that count: ids [rows, K], of which those below 0 are padding."""
+    """Holds the entries that count: ids [rows, K], of which those below 0 are padding."""
 
     def __init__(self, ids: Tensor, vocab: int) -> None:
         self.vocab, self.valid = vocab, ids >= 0
@@ -26,14 +26,14 @@ class KeptEntries:
 
     @property
     def ascending(self) -> Tensor:
-        """The ids as kernels want them: [rows, K] int32 in order, padding last, as V."""
+        """Return the ids as kernels want them: [rows, K] int32 in order, padding last, as V."""
         ids = self.ids.masked_fill(~self.valid, self.vocab).to(torch.int32)
         return ids.sort(dim=-1).values
 
     def log_mass(
         self, log_e: Tensor, total: Tensor, spare: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities of the kept entries [rows, K] and of all others together [rows, 1].
+        """Return log-probabilities of the kept [rows, K] and of all others together [rows, 1].
 
         The others' shares of their mass are `spare` over the third result [rows, 1].
         """
@@ -48,7 +48,7 @@ class KeptEntries:
 
 
 def choose_entries(student: Tensor, teacher: Tensor, spec: DivergenceSpec) -> Tensor:
-    """Ids [rows, K] of the spec's support, -1 where both sides name an entry."""
+    """Return the ids [rows, K] of the spec's support, -1 where both sides name an entry."""
     k = min(spec.top_k or 0, student.shape[-1])
     if spec.support == "teacher_topk":
         return teacher.topk(k, dim=-1).indices
@@ -69,7 +69,7 @@ def support_divergence(
     factor: Tensor | None,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(loss, clipped) [rows] over the spec's support; the gradient times factor goes to out."""
+    """Return (loss, clipped) [rows] over the support; `out` gets the gradient times factor."""
     buffers = loaded.buffers
     kept = KeptEntries(choose_entries(student, teacher, spec), student.shape[-1])
     log_p = kept.log_mass(loaded.log_p, loaded.p_sum, buffers.spare)
@@ -77,7 +77,7 @@ def support_divergence(
 
 
 class CategoryLoss(NamedTuple):
-    """What the categories of a block of rows come to: loss, and its gradient times a factor."""
+    """Holds the loss of the categories of a block of rows, and its gradient times a factor."""
 
     loss: Tensor  # [rows]
     clipped: Tensor | None  # [rows]
@@ -93,7 +93,7 @@ def category_loss(
     spec: DivergenceSpec,
     factor: Tensor | None,
 ) -> CategoryLoss:
-    """From both sides' log-probabilities, [rows, K] of the kept and [rows, 1] of the tail."""
+    """Compute it from both sides' log-probabilities, kept [rows, K] and tail [rows, 1]."""
     if spec.missing == "tail":
         log_q_all, log_p_all = torch.cat(log_q, dim=-1), torch.cat(log_p, dim=-1)
     else:
@@ -123,7 +123,7 @@ def category_divergence(
     factor: Tensor | None,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`support_divergence` to the teacher's log-probabilities [rows, K] and tail [rows, 1]."""
+    """Do `support_divergence` to the teacher's log-probabilities [rows, K] and tail [rows, 1]."""
     buffers, spare = loaded.buffers, loaded.buffers.spare
     inside, tail, mass = kept.log_mass(loaded.log_q, loaded.q_sum, spare)
     weighed = category_loss(log_p, (inside, tail), spec, factor)

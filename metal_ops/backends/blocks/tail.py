@@ -1,4 +1,4 @@
-"""What draws from a sparse teacher's tail add to the tail as one category; see `reference.bregman`.
+"""Adds to a sparse teacher's tail what draws from it know; see `reference.bregman`.
 
 With p_t, q_t both sides' mass of the tail, a draw s is seen through the log of the ratio of its
 shares, l = log(q_s / q_t) - log(p_s / p_t), and through c = log(q_t / p_t): its term over p_s is a
@@ -20,7 +20,7 @@ LEAST = -60.0  # a smaller l counts as this one where terms would be 0 * inf: ex
 
 
 class TailDraws(NamedTuple):
-    """Of N tokens, n draws each: [N, n], but for the teacher's tail mass, [N]."""
+    """Holds n draws of each of N tokens: [N, n], but for the teacher's tail mass, [N]."""
 
     ids: Tensor
     log_probs: Tensor
@@ -28,19 +28,19 @@ class TailDraws(NamedTuple):
     log_tail: Tensor
 
     def of(self, at: slice | Tensor) -> "TailDraws":
-        """The draws of some tokens."""
+        """Take the draws of some tokens."""
         return TailDraws(*(x[at] for x in self))
 
 
 class Term(NamedTuple):
-    """b(l, c) and its two derivatives, each [rows, n]."""
+    """Holds b(l, c) and its two derivatives, each [rows, n]."""
 
     value: Tensor
     by_l: Tensor
     by_c: Tensor
 
     def plus(self, other: "Term", mine: float, theirs: float) -> "Term":
-        """The sum mine * self + theirs * other."""
+        """Sum mine * self + theirs * other."""
         return Term(*(mine * x + theirs * y for x, y in zip(self, other, strict=True)))
 
 

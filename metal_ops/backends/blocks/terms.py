@@ -1,4 +1,4 @@
-"""The terms of every divergence from p, q and log p - log q: exact also where p and q nearly agree.
+"""Computes the terms of every divergence, exactly also where p and q nearly agree.
 
 With f the entries of the sum and h = d f / d log q, a row's loss is sum(f) and its gradient for
 student logit k is (h_k - q_k sum(h)) / temperature. Written so that no difference of nearly equal
@@ -16,7 +16,7 @@ MIXTURES = ("jsd", "skew_kl", "skew_reverse_kl")  # functions of p and q, withou
 
 
 class Probabilities(NamedTuple):
-    """A block of rows, each [rows, V], normalised; the logs may be empty for MIXTURES."""
+    """Holds a block of rows, each [rows, V], normalised; the logs may be empty for MIXTURES."""
 
     p: Tensor
     q: Tensor
@@ -25,7 +25,7 @@ class Probabilities(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """f, what may be added to it, and h = d f / d log q.
+    """Holds f, what may be added to it, and h = d f / d log q.
 
     sum(f) = sum(f + zero), where the sum of `zero` vanishes on normalised rows and f + zero is
     small where p and q agree. A multiple of q in h has no effect on the gradient of a whole sum
@@ -123,7 +123,7 @@ def _alpha(row: Probabilities, order: float) -> Terms:
 
 
 def terms(row: Probabilities, spec: DivergenceSpec, whole: bool) -> Terms:
-    """The terms of a resolved spec's kind for a block of rows."""
+    """Compute the terms of a resolved spec's kind for a block of rows."""
     kind, beta = spec.kind, spec.beta
     if kind in ("forward_kl", "reverse_kl", "mixed_kl"):
         return _kl(row, {"forward_kl": 1.0, "reverse_kl": 0.0}.get(kind, beta), whole)

@@ -1,4 +1,4 @@
-"""Kernels in Metal for Apple GPUs, compiled when first used: `kernels`' functions over rows.
+"""Computes the ops by Metal kernels on Apple GPUs, which are compiled when first used.
 
 Needs nothing but torch: the texts in msl/ go to `torch.mps.compile_shader`. Nobody has run them on
 Apple hardware yet; what is known of them comes from executing the same texts on a CPU.
@@ -24,14 +24,14 @@ MAX_WIDTH = 2**31 - 1  # columns have 32 bits, and a step more must not wrap
 
 
 def _of(spec: DivergenceSpec, dtype: torch.dtype) -> tuple[Source, tuple[float, ...]]:
-    """The text for a resolved spec, and its numbers."""
+    """Find the text for a resolved spec, and its numbers."""
     bound = spec.clip if spec.clip_level == "vocab_entry" else None
     numbers = (1 / spec.temperature, spec.beta, 1 - spec.beta, math.inf if bound is None else bound)
     return Source("divergence", dtype, spec.kind, bound is not None), numbers
 
 
 class Metal:
-    """`kernels.Kernels`, whose docstrings hold."""
+    """Implements `kernels.Kernels`, whose docstrings hold."""
 
     def forward(
         self, student: Tensor, teacher: Tensor, weights: Tensor, spec: DivergenceSpec
@@ -112,7 +112,7 @@ linear = partial(kernels.linear, KERNELS)
 
 
 def unsupported(student: Tensor, teacher: Tensor) -> str | None:
-    """Why this backend cannot take these tensors, or None when it can."""
+    """Say why this backend cannot take these tensors, or None when it can."""
     where = host()
     for x in (student, teacher):
         if x.device.type != where.device:

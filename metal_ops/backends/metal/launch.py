@@ -1,4 +1,4 @@
-"""From the texts in msl/ to launched kernels: composes, compiles, checks every argument, launches.
+"""Composes the texts in msl/, compiles them, checks every argument and launches kernels.
 
 torch binds arguments by position and looks at no dtype, size or stride, so all of that is done
 here, by the parameters the text declares. Shapes: N rows of `width` entries.
@@ -27,7 +27,7 @@ MAX_THREADS = 2**32 - 1  # of a dispatch: positions in the grid have 32 bits
 
 
 class Host(NamedTuple):
-    """What compiles MSL and takes tensors of which device."""
+    """Names what compiles MSL, and the device whose tensors it takes."""
 
     compile_shader: Callable[[str], Any]
     device: str
@@ -37,13 +37,13 @@ _host = Host(getattr(torch.mps, "compile_shader", None), "mps")  # pyright: igno
 
 
 def host() -> Host:
-    """The host in use."""
+    """Return the host in use."""
     return _host
 
 
 @contextmanager
 def simulated(compile_shader: Callable[[str], Any]) -> Iterator[None]:
-    """Kernels for tensors on the CPU, compiled and run by another `torch.mps.compile_shader`."""
+    """Run kernels for tensors on the CPU, by another `torch.mps.compile_shader`."""
     global _host
     before, _host = _host, Host(compile_shader, "cpu")
     try:
@@ -53,7 +53,7 @@ def simulated(compile_shader: Callable[[str], Any]) -> Iterator[None]:
 
 
 class Source(NamedTuple):
-    """What names a text: a file of kernels, the dtype of the rows, and for divergences the kind."""
+    """Names a text: a file of kernels, the dtype of the rows, and for divergences the kind."""
 
     file: str
     dtype: torch.dtype
@@ -62,7 +62,7 @@ class Source(NamedTuple):
 
 
 def sources() -> Iterator[Source]:
-    """Every text there is."""
+    """Yield the source of every text there is."""
     for dtype in TYPES:
         for kind in KINDS:
             for entries in (False, True):
@@ -78,7 +78,7 @@ def _file(name: str) -> str:
 
 @functools.cache
 def text(source: Source) -> str:
-    """The MSL of a source, complete."""
+    """Compose the MSL of a source."""
     parts = [
         "#include <metal_stdlib>\nusing namespace metal;\n",
         f"using T = {TYPES[source.dtype]};\n",
@@ -94,7 +94,7 @@ def text(source: Source) -> str:
 
 
 class Parameter(NamedTuple):
-    """A buffer of a kernel."""
+    """Describes a buffer of a kernel."""
 
     type: str
     name: str
@@ -108,7 +108,7 @@ BUFFER = re.compile(r"(device|constant)( const)? (\w+)\* (\w+) \[\[buffer\(\d+\)
 
 @functools.cache
 def parameters(source: Source, kernel: str) -> tuple[Parameter, ...]:
-    """The buffers of a kernel, in order."""
+    """List the buffers of a kernel, in order."""
     declared = dict(KERNEL.findall(text(source)))[kernel]
     return tuple(
         Parameter(type_, name, space == "constant", space == "device" and not const)
@@ -117,7 +117,7 @@ def parameters(source: Source, kernel: str) -> tuple[Parameter, ...]:
 
 
 class Kernel(NamedTuple):
-    """A compiled kernel and the largest group it can run in."""
+    """Holds a compiled kernel and the largest group it can run in."""
 
     call: Callable[..., None]
     max_group: int
@@ -148,7 +148,7 @@ def _full_name(source: Source, kernel: str) -> str:
 
 
 def group_size(width: int, limit: int) -> int:
-    """Threads for a row: enough to read it in one step, if the limit allows; whole simdgroups."""
+    """Count threads for a row: enough to read it in one step within the limit; whole simdgroups."""
     simdgroups = -(-width // (READS * SIMD))
     return min(limit, SIMD * max(1, simdgroups))
 

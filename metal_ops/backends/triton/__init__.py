@@ -1,4 +1,4 @@
-"""The ops by Triton kernels: NVIDIA and AMD GPUs ("cuda" to torch), Intel GPUs ("xpu").
+"""Computes the ops by Triton kernels on NVIDIA and AMD ("cuda" to torch) and Intel GPUs ("xpu").
 
 With TRITON_INTERPRET=1, set before Triton is imported, tensors on the CPU are taken too, for tests:
 the interpreter is slower than the chunked backend by orders of magnitude.
@@ -34,7 +34,7 @@ def _interpreting() -> bool:
 
 
 def unsupported(student: Tensor, teacher: Tensor) -> str | None:
-    """Why this backend cannot take these tensors, or None when it can."""
+    """Say why this backend cannot take these tensors, or None when it can."""
     device = student.device
     if device.type not in DEVICES and not (device.type == "cpu" and _interpreting()):
         return f"needs a tensor on {' or '.join(DEVICES)}, got {device.type}"
@@ -122,7 +122,7 @@ def _launch(
 
 
 class _Triton:
-    """`kernels.Kernels` by Triton."""
+    """Implements `kernels.Kernels`, whose docstrings hold."""
 
     def forward(
         self, student: Tensor, teacher: Tensor, weights: Tensor, spec: DivergenceSpec

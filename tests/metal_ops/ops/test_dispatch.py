@@ -23,7 +23,7 @@ from metal_ops import (
 from metal_ops import _dispatch as dispatch
 from metal_ops.backends import chunked
 from metal_ops.backends.errors import KernelError
-from metal_ops.selftest.inputs import FAMILIES, sparse, untied, ways
+from metal_ops.selftest.inputs import FAMILIES, missing_rules, sparse, untied
 from metal_ops.spec import KINDS
 from tests.metal_ops.ops import torch_kernels
 
@@ -260,7 +260,7 @@ def test_a_correct_backend_passes(op, dtype, family, install, monkeypatch):
 def test_every_kind_passes(kind, family, install, monkeypatch):
     install(of=torch_kernels.MODULE)
     monkeypatch.setenv("METAL_OPS_CHECK", "1")
-    supports = [{"support": "union", "top_k": 5, "missing": m} for m in ways(kind)]
+    supports = [{"support": "union", "top_k": 5, "missing": m} for m in missing_rules(kind)]
     for dtype, shape in ((torch.float32, (4, 1023)), (torch.bfloat16, (5, 33))):
         for more in ({}, {"clip": 0.01}, {"clip": 0.1, "clip_level": "token"}, *supports):
             spec = DivergenceSpec(kind, 0.7, 2.0, "t2", **more)

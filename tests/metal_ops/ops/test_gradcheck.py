@@ -12,7 +12,7 @@ from metal_ops import (
     sparse_divergence,
     weighted_divergence,
 )
-from metal_ops.selftest.inputs import randn, sparse, ways
+from metal_ops.selftest.inputs import missing_rules, randn, sparse
 
 KINDS = [("forward_kl", 0.5), ("reverse_kl", 0.5)] + [("jsd", b) for b in (0.0, 0.1, 0.5, 0.9, 1.0)]
 KINDS += [("soft_ce", 0.5), ("tvd", 0.5), ("skew_kl", 0.0)]
@@ -34,7 +34,7 @@ def test_supports(kind, beta, support):
     student, teacher = (x.double() for x in randn(2, 6))
     weights = torch.tensor([0.5, 2.0], dtype=torch.float64)
     student.requires_grad_()
-    for missing in ways(kind, beta):
+    for missing in missing_rules(kind, beta):
         spec = DivergenceSpec(kind, beta, 2.0, "t2", support=support, top_k=3, missing=missing)
         assert gradcheck(lambda x, s=spec: divergence(x, teacher, s), (student,))
     spec = DivergenceSpec(kind, beta, 2.0, "t2", support=support, top_k=3)
@@ -48,7 +48,7 @@ def test_sparse_divergence(kind, beta):
     student, teacher = (x.double() for x in randn(2, 6))
     known = sparse(teacher, 3, 2.0, torch.float64)
     student.requires_grad_()
-    for missing in ways(kind, beta):
+    for missing in missing_rules(kind, beta):
         spec = DivergenceSpec(kind, beta, 2.0, "t2", missing=missing)
         assert gradcheck(lambda x, s=spec: sparse_divergence(x, known, s), (student,))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metal_ops import DivergenceSpec, sparse_divergence, weighted_divergence
-from metal_ops.selftest.inputs import FAMILIES, REAL_SHAPE, SHAPES, sparse, untied, ways
+from metal_ops.selftest.inputs import FAMILIES, REAL_SHAPE, SHAPES, missing_rules, sparse, untied
 from metal_ops.selftest.numerics import assert_matches_reference, exact, exact_sparse, unit_upstream
 from metal_ops.spec import KINDS
 from tests.metal_ops.ops import test_linear as linear
@@ -22,7 +22,7 @@ SCALES = [(0.3, 1.0, "none"), (0.7, 2.0, "t2")]
 
 def specs(kind: str, support: str = "full") -> list[DivergenceSpec]:
     """The kind at two betas and temperatures, with every legal way to treat the rest."""
-    top_k, missing = (None, ("tail",)) if support == "full" else (TOP_K, ways(kind))
+    top_k, missing = (None, ("tail",)) if support == "full" else (TOP_K, missing_rules(kind))
     return [
         DivergenceSpec(kind, *scale, support=support, top_k=top_k, missing=m)
         for scale in SCALES
@@ -154,7 +154,9 @@ def check_sparse(student: Tensor, teacher: Tensor, spec: DivergenceSpec, context
 @pytest.mark.parametrize("kind", KINDS)
 def test_sparse(kind, dtype, family):
     choices = [
-        DivergenceSpec(kind, *scale, missing=missing) for scale in SCALES for missing in ways(kind)
+        DivergenceSpec(kind, *scale, missing=missing)
+        for scale in SCALES
+        for missing in missing_rules(kind)
     ]
     for shape, spec in turns(choices, dtype, family):
         check_sparse(*draw(family, shape, dtype, spec), spec, (shape, spec))

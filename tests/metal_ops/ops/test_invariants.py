@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metal_ops import DivergenceSpec, divergence, divergence_with_stats
 from metal_ops.backends.blocks import sizes
-from metal_ops.selftest.inputs import ways
+from metal_ops.selftest.inputs import missing_rules
 from metal_ops.spec import KINDS, MISSING, SUPPORTS
 
 MANY = settings(deadline=None, max_examples=30, derandomize=True)
@@ -32,7 +32,7 @@ def specs(draw, missing: tuple[str, ...] = MISSING) -> DivergenceSpec:
         temperature_scaling=draw(st.sampled_from(["none", "t2"])),
         support=support,
         top_k=None if support == "full" else draw(st.integers(1, 8)),
-        missing=draw(st.sampled_from([m for m in missing if m in ways(kind, beta)])),
+        missing=draw(st.sampled_from([m for m in missing if m in missing_rules(kind, beta)])),
     )
 
 

@@ -62,11 +62,13 @@ def test_each_way_to_treat_a_support_has_its_turn():
         turns = {choices[(first + i) % len(choices)] for i in range(len(job.shapes))}
         specs.setdefault(job.op, set()).update((s.support, s.missing) for s in turns)
     supports = {
-        (s, m) for s in ("teacher_topk", "student_topk", "union") for m in cases.ways("jsd")
+        (s, m)
+        for s in ("teacher_topk", "student_topk", "union")
+        for m in cases.missing_rules("jsd")
     }
     for op in ("divergence", "weighted"):
         assert specs[op] == supports | {("full", "tail")}
-    assert specs["sparse"] == {("full", m) for m in cases.ways("jsd")}
+    assert specs["sparse"] == {("full", m) for m in cases.missing_rules("jsd")}
 
 
 def test_the_ops_pass():
