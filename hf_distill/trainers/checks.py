@@ -223,16 +223,6 @@ OF_BUILT_IN = (
     "clip",
     "taid",
 )
-    "divergence",
-    "temperature",
-    "temperature_scaling",
-    "beta",
-    "support",
-    "top_k",
-    "missing",
-    "clip",
-    "taid",
-]  # settings of the losses that the config makes
 
 
 def unused_anywhere(args: DistillConfig, own_loss: bool = False) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from hf_distill import HintCollator, CrossTokenizerCollator
+from hf_distill import CrossTokenizerCollator, HintCollator
 from hf_distill.data import alignment, cross_tokenizer_collator, sides
 from hf_distill.data.alignment import AlignmentError, AlignmentMeter
 from tests.hf_distill.trainers import models

@@ -9,7 +9,7 @@ from torch import Tensor
 from hf_distill.losses import SAMPLED_KINDS, SampledObjective, Terms, assert_finite, chunks
 from hf_distill.models.signals import Head, Signal
 from metal_ops import reference
-from tests.ops.watching import Watch
+from tests.metal_ops.ops.watching import Watch
 
 N, V, H = 7, 11, 8
 

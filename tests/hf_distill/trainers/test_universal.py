@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hf_distill import (
+    CrossTokenizerCollator,
     DistillConfig,
     DistillTrainer,
     HintCollator,
@@ -19,7 +20,6 @@ from hf_distill import (
     OPSDTrainer,
     RemoteTeacher,
     RoutedTeacher,
-    CrossTokenizerCollator,
     routed,
 )
 from hf_distill.cache import CachedTeacher, cache_teacher
