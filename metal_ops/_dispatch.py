@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metal_ops.backends import compare
+from metal_ops.backends import KERNEL_DEVICES, compare
 from metal_ops.backends.errors import KernelError
 from metal_ops.backends.machine import describe
 from metal_ops.spec import DivergenceSpec
@@ -59,13 +59,22 @@ def _log_choice(name: str, device: str, dtype: str, refused: str) -> None:
     logger.info("backend %s: %s tensors, %s%s", name, device, dtype, refused)
 
 
+def _elsewhere(name: str, device: str) -> str | None:
+    """Say why a backend has no kernels for a device, without asking it, or None."""
+    known = KERNEL_DEVICES.get(name, (device,))
+    if device in known or (name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    return f"needs tensors on {' or '.join(known)}, got {device}"
+
+
 def consider(
     name: str, student: Tensor, teacher: Tensor, failed: Mapping[str, str]
 ) -> tuple[str | None, dict[str, str]]:
     """Find the backend that takes the tensors (None for none), and reasons against those before."""
     reasons: dict[str, str] = {}
     for candidate in BACKENDS if name == "auto" else (name,):
-        reason = failed.get(candidate) or load(candidate).unsupported(student, teacher)
+        reason = failed.get(candidate) or _elsewhere(candidate, student.device.type)
+        reason = reason or load(candidate).unsupported(student, teacher)
         if reason is None:
             return candidate, reasons
         reasons[candidate] = reason

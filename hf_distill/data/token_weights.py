@@ -83,6 +83,9 @@ class TokenWeights:
         reasoning: the weight of tokens between the markers.
         markers: opening and closing, or None if tokens between them count like the others.
 
+    Attributes:
+        reads_texts: whether a token's weight depends on its class or its place.
+
     Raises:
         ValueError: there are classes or markers and no tokenizer.
     """
@@ -97,6 +100,7 @@ class TokenWeights:
         self._table: Tensor | None = None
         self._blocks: Blocks | None = None
         self._reasoning = reasoning
+        self.reads_texts = by_class is not None or markers is not None
         if by_class is None and markers is None:
             return
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -110,11 +114,6 @@ class TokenWeights:
             beyond = weights[[CLASSES.index("special")]]
             self._table = torch.cat([weights[token_classes(tokenizer)], beyond])
         self._blocks = None if markers is None else Blocks(tokenizer, *markers)
-
-    @property
-    def reads_texts(self) -> bool:
-        """Whether a token's weight depends on its class or its place."""
-        return self._table is not None or self._blocks is not None
 
     @property
     def reads_rows(self) -> bool:

@@ -1,7 +1,7 @@
 """DistillTrainer: a Trainer whose loss compares the student with a teacher."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hf_distill import losses
 from hf_distill.data import token_weights
 from hf_distill.data.alignment import AlignmentMeter
+from hf_distill.data.sides import TEACHER_OWN_TOKENS
 from hf_distill.data.token_classes import token_classes
 from hf_distill.losses import HiddenConfig, Loss, TaidConfig, Terms, Tokens
 from hf_distill.losses.hard_loss import HardLoss
@@ -47,8 +48,7 @@ class DistillTrainer(StepCollatingTrainer):
     cross-entropy of the labels (with `label_smoothing_factor` or `compute_loss_func`, that one; of
     a student whose own loss is another, its own). Both are summed and divided by the number of
     labelled tokens of the whole optimizer step. Where the models allow it, [rows, positions, vocab]
-    logits are never built. Of sequence classifiers, see
-    `classification.Classification`.
+    logits are never built. See `classification.Classification` for sequence classifiers.
 
     Args:
         model: the student; every argument but `teacher` is that of `Trainer`.
@@ -157,8 +157,7 @@ class DistillTrainer(StepCollatingTrainer):
         return CausalLM(run, settings, self._reader, hard_loss, size, self._num_ranks())
 
     def _collator_for(self, teacher: Teacher) -> Callable[[Any], Any]:
-        """Wraps the run's data collator in what the teacher needs."""
-        return teacher.collator
+        return teacher.collator  # wraps the run's data collator in what the teacher needs
 
     def _make_layers(self, run: Run) -> HiddenAlignment | None:
         """What compares hidden layers, or None."""
@@ -287,7 +286,8 @@ class DistillTrainer(StepCollatingTrainer):
         """Called with every batch before it is used."""
         if not self.task.shifts_labels:
             return
-        self._vocabulary.check(inputs)
+        if not self._has_plain_vocabulary(inputs):
+            self._vocabulary.check(inputs)
         if inputs.get("teacher_input_ids") is not None:
             self._alignment.add(inputs)
         if self._layers is not None:
@@ -296,7 +296,12 @@ class DistillTrainer(StepCollatingTrainer):
     def _signal(self, model: nn.Module, batch: Batch) -> Signal:
         """The teacher's, about the entries of the vocabulary that are used."""
         signal = cast(Teacher, self.teacher).signal(model, batch.teacher)
+        if self._has_plain_vocabulary(batch.inputs):
+            return signal
         return self._vocabulary.signal(signal, batch.inputs)
+
+    def _has_plain_vocabulary(self, inputs: Mapping[str, Any]) -> bool:
+        return self._vocabulary.is_plain and TEACHER_OWN_TOKENS not in inputs
 
     def _ask(self, inputs: dict[str, Any]) -> Signal:
         """The teacher's signal of a batch on its device, before the step's first loss."""
@@ -315,14 +320,6 @@ class DistillTrainer(StepCollatingTrainer):
         others = {**terms.others, **(batch.logged or {})}
         if others:
             meter.add(others)
-
-    def behaviour_log_probs(self, batch: dict[str, Tensor]) -> Tensor:
-        """[B, T] log-probabilities of a batch's scored tokens under the student as it is now.
-
-        See `losses.behaviour_log_probs`; the batch must be on the student's device.
-        """
-        self._vocabulary.check(batch)
-        return losses.behaviour_log_probs(self._reader, cast(nn.Module, self.model_wrapped), batch)
 
     def _num_ranks(self) -> int:
         """Processes with rows of their own, whose gradients are averaged."""

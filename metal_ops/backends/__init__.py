@@ -7,3 +7,8 @@ and `compare` says whether two backends agree.
 """
 
 __all__: list[str] = []  # a backend is imported when it is first asked for
+
+KERNEL_DEVICES = {"metal": ["mps"], "triton": ["cuda", "xpu"]}
+"""Device types that a backend's kernels run on; simulators add theirs."""
+
+__all__ = ["KERNEL_DEVICES"]

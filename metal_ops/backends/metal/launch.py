@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metal_ops.backends import KERNEL_DEVICES
 from metal_ops.backends.errors import KernelError
 from metal_ops.spec import KINDS
 
@@ -46,10 +47,12 @@ def simulated(compile_shader: Callable[[str], Any]) -> Iterator[None]:
     """Run kernels for tensors on the CPU, by another `torch.mps.compile_shader`."""
     global _host
     before, _host = _host, Host(compile_shader, "cpu")
+    KERNEL_DEVICES["metal"].append("cpu")
     try:
         yield
     finally:
         _host = before
+        KERNEL_DEVICES["metal"].remove("cpu")
 
 
 class Source(NamedTuple):

@@ -67,6 +67,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Backend]:
         backend = Backend(name, of, **functions)
         monkeypatch.setitem(sys.modules, backend.__name__, backend)
         monkeypatch.setattr(dispatch, "BACKENDS", (name, *dispatch.BACKENDS))
+        monkeypatch.setitem(dispatch.KERNEL_DEVICES, name, ["cpu"])
         return backend
 
     return put
