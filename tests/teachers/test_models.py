@@ -14,6 +14,7 @@ from hf_distill.heads import Head, Reader
 from hf_distill.losses import Objective
 from hf_distill.teachers import models as teacher_models
 from metal_ops import DivergenceSpec
+from metal_ops.backends import _chunks
 from tests.teachers.asking import IDS, PREDICTS, ROUNDING, SIDE, prepared, scored_logits
 from tests.trainers import models
 
@@ -58,15 +59,20 @@ def dense_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (WEIGHTS.double() * (soft + hard) / 2).sum()
 
 
+@pytest.mark.parametrize("product", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("refusal", [None, "the test asks for logits"])
-def test_a_teacher_in_16_bit_beside_a_student_in_32(refusal: str | None) -> None:
+def test_a_teacher_in_16_bit_beside_a_student_in_32(
+    refusal: str | None, product: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also as on a CPU with instructions for bfloat16, where the head's product is rounded to it."""
+    known = {"architecture": "x86_64", "avx512_bf16": product == torch.bfloat16}
+    monkeypatch.setattr(_chunks, "_capabilities", lambda: known)
     student = models.llama()
     teacher = prepared(ModelTeacher(models.llama(1).bfloat16()), student, refusal)
     signal = teacher.signal(student, SIDE)
     if refusal is None:
         assert signal.hidden.dtype == signal.head.weight.dtype == torch.bfloat16
-        # the loss multiplies the 16-bit numbers in float32
-        said = signal.hidden.double() @ signal.head.weight.double().T
+        said = (signal.hidden.to(product) @ signal.head.weight.to(product).T).double()
     else:
         assert signal.logits.dtype == torch.bfloat16
         said = signal.logits.double()
@@ -85,7 +91,7 @@ def test_a_teacher_in_16_bit_beside_a_student_in_32(refusal: str | None) -> None
     else:
         terms = objective.from_logits(reader.logits(student, SIDE), signal, TARGETS, WEIGHTS)
     (gradient,) = torch.autograd.grad(terms.loss, student.lm_head.weight)
-    # roundings of float32; the teacher's 16 bits are in both
+    # 16 eps of float32; the teacher's 16 bits are in both
     torch.testing.assert_close(terms.loss.double(), want, rtol=2e-6, atol=0)
     torch.testing.assert_close(gradient, expected, rtol=0, atol=2e-6)
     assert expected.abs().max() > 1e-2
