@@ -327,8 +327,8 @@ def test_gradients_reach_the_rows_that_are_kept() -> None:
     weight, bias = torch.randn(9, 4, requires_grad=True), torch.randn(9, requires_grad=True)
     signal = Signal(hidden=torch.randn(5, 4), head=Head(weight, bias, 2.0, 3.0))
     cut = without_padding(signal, 6)
-    # a narrower product may sum in another order: two sums of 5 terms whose sizes add up to 12.5 are
-    # 2 * 4 * 2^-24 * 12.5 = 6e-6 apart at most, and are doubled
+    # a narrower product may sum in another order: two sums of 5 terms whose sizes add up to 12.5
+    # are 2 * 4 * 2^-24 * 12.5 = 6e-6 apart at most, and are doubled
     torch.testing.assert_close(cut.dense(), signal.dense()[:, :6], rtol=0, atol=1.2e-5)
     assert cut.head.weight.data_ptr() == weight.data_ptr()
     cut.dense().sum().backward()
