@@ -76,8 +76,10 @@ def test_full_codecs(vocab: int, name: str, step: float) -> None:
     error = (read - log_p).abs()
     likely = log_p > -12
     assert float(error[likely].max()) < (step if name == "int8" else 12 * step)
+    # float32 log_softmax sums a row in 8 lanes or more: each adds V / 8 numbers to at most 1
+    torch.testing.assert_close(read.logsumexp(-1), torch.zeros(4), atol=vocab / 8 * 2**-24, rtol=0)
+    read = read.double().log_softmax(-1)
     assert float((log_p.exp() * (log_p - read)).sum(-1).abs().max()) < step**2 + 1e-4
-    torch.testing.assert_close(read.logsumexp(-1), torch.zeros(4), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("margin", [20.0, 26.0, 40.0, 90.0])
