@@ -113,7 +113,9 @@ def compose(case: Case, spec: DivergenceSpec, alpha: float) -> Composed:
     logits = (sides[0].detach(), sides[1].detach())
     one_hot = F.one_hot(case.labels, raw.shape[1]).double()
     ce = logits[0].softmax(-1) + one_hot
-    magnitude = alpha * exact(*logits, spec).grad_magnitude + (1 - alpha) * ce
+    # where float32 cannot tell the sign of p - q, the slope of the total variation may be off by q
+    free = exact(*(z.to(case.weights.dtype) for z in logits), spec)
+    magnitude = alpha * free.grad_magnitude + (1 - alpha) * ce
     magnitude = magnitude * weights[:, None] * case.scale[0]
     return Composed(loss, soft, hard, logits, grad_logits, magnitude, grads)
 
