@@ -34,7 +34,7 @@ test-slow: $(VENV)/.installed-test
 
 # every kind, dtype and width through the checked simulator, and mistakes planted in the kernels
 test-metal: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n auto -m 'slow or not slow' tests/metal tests/mslsim
+	$(BIN)/python -m pytest -n auto -m 'slow or not slow' tests/metal_ops/metal tests/metal_ops/mslsim
 
 # liger-kernel declares triton, which does not install everywhere; --no-deps keeps it out
 bench: $(VENV)/.installed-bench
@@ -46,7 +46,7 @@ bench: $(VENV)/.installed-bench
 
 # metal_ops as a source tree for kernel-builder, see CONTRIBUTING.md
 kernel: $(VENV)/.installed-test
-	$(BIN)/python -m tests.hub out/kernel
+	$(BIN)/python -m tests.metal_ops.hub out/kernel
 
 # the tables of fields, then the site in out/site; a broken link or anchor is an error
 docs: $(VENV)/.installed-docs

@@ -26,7 +26,8 @@ class Run:
         sharded: whether parameters lie in pieces on several processes (FSDP, DeepSpeed).
         losses: the loss at the ends of all schedules and between them: what holds for these holds
             at every step.
-        num_copies: processes that share the same rows (tensor, context and sequence parallelism).
+        num_copies: processes that share the same rows (tensor parallelism).
+        num_parts: processes that a row is split over (context and sequence parallelism).
     """
 
     args: Any
@@ -38,6 +39,7 @@ class Run:
     sharded: bool
     losses: Sequence[Loss]
     num_copies: int = 1
+    num_parts: int = 1
 
     @property
     def language_model(self) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Divergences between a student's and a teacher's softmax, fused with the work around them.
+"""Computes divergences of a student's and a teacher's softmax, fused with the work around them.
 
 The package is named after its Metal kernels; the same ops run on every device torch has.
 `python -m metal_ops` says what it takes on this machine, and tests and times it there. With
@@ -9,31 +9,37 @@ over; with METAL_OPS_CHECK=1 every result of a kernel is compared with the chunk
 from metal_ops._dispatch import available_backends
 from metal_ops.functional import (
     DivergenceStats,
+    Head,
+    LinearTerms,
     PowerSums,
     SparseTeacher,
     TailSamples,
+    WeightedTerms,
     divergence,
     divergence_with_stats,
     hidden_divergence,
     linear_divergence,
-    linear_divergence_with_stats,
     sparse_divergence,
     weighted_divergence,
 )
+from metal_ops.presets import preset
 from metal_ops.spec import DivergenceSpec
 
 __all__ = [
     "DivergenceSpec",
     "DivergenceStats",
+    "Head",
+    "LinearTerms",
     "PowerSums",
     "SparseTeacher",
     "TailSamples",
+    "WeightedTerms",
     "available_backends",
     "divergence",
     "divergence_with_stats",
     "hidden_divergence",
     "linear_divergence",
-    "linear_divergence_with_stats",
+    "preset",
     "sparse_divergence",
     "weighted_divergence",
 ]

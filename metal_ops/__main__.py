@@ -43,7 +43,7 @@ def _json_file(text: str) -> Path:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Describe the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m metal_ops",
         description="Without a command: what this machine has, and which backend runs each op.",
@@ -91,22 +91,22 @@ def make_parser() -> argparse.ArgumentParser:
 
 @contextmanager
 def _simulator(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """The Metal kernels on the CPU."""
+    """Run the Metal kernels on the CPU inside the block."""
     try:
-        compile_shader = importlib.import_module("tests.mslsim").compile_shader
+        compile_shader = importlib.import_module("tests.metal_ops.mslsim").compile_shader
     except ModuleNotFoundError as error:
-        if error.name not in ("tests", "tests.mslsim"):
+        if error.name not in ("tests", "tests.metal_ops", "tests.metal_ops.mslsim"):
             raise
         parser.error(
-            f"--backend {SIMULATOR} needs the simulator in tests/mslsim of a source checkout: "
-            "git clone hf-distill and run this command in its folder"
+            f"--backend {SIMULATOR} needs the simulator in tests/metal_ops/mslsim of a source "
+            "checkout: git clone hf-distill and run this command in its folder"
         )
     with importlib.import_module("metal_ops.backends.metal").simulated(compile_shader):
         yield
 
 
 def _wheres(options: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Where]:
-    """The devices to test the backend on."""
+    """Find the devices to test the backend on."""
     simulated = options.backend == SIMULATOR
     name = "metal" if simulated else options.backend
     devices = machine.devices() if options.device is None else [options.device]

@@ -3,7 +3,7 @@
 Two environment variables are read at every call; they are off if unset, empty or "0".
 METAL_OPS_STRICT=1: a kernel that cannot be compiled or launched raises, also under "auto".
 METAL_OPS_CHECK=1: the chunked backend repeats every call of another one, and results that differ
-by more than `backends._compare` allows raise. Slow, and with the memory of both.
+by more than `backends.compare` allows raise. Slow, and with the memory of both.
 """
 
 import functools
@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metal_ops.backends import _compare
-from metal_ops.backends._errors import KernelError
-from metal_ops.backends._machine import describe
+from metal_ops.backends import KERNEL_DEVICES, compare
+from metal_ops.backends.errors import KernelError
+from metal_ops.backends.machine import describe
 from metal_ops.spec import DivergenceSpec
 
 # the first that supports the tensors wins; each is a module of metal_ops.backends
@@ -30,7 +30,7 @@ logger = logging.getLogger("metal_ops")
 
 
 class Case(NamedTuple):
-    """Calls that need the same kernels, as far as is known outside of a backend."""
+    """Stands for all calls that need the same kernels, as far as is known outside of a backend."""
 
     op: str
     kind: str
@@ -44,7 +44,7 @@ _warned: set[tuple[str, str]] = set()  # (backend, kernel)
 
 
 def load(name: str) -> ModuleType:
-    """The backend's module; imported when first asked for.
+    """Import a backend's module when it is first asked for.
 
     Raises:
         ValueError: the name is unknown.
@@ -59,13 +59,22 @@ def _log_choice(name: str, device: str, dtype: str, refused: str) -> None:
     logger.info("backend %s: %s tensors, %s%s", name, device, dtype, refused)
 
 
+def _elsewhere(name: str, device: str) -> str | None:
+    """Say why a backend has no kernels for a device, without asking it, or None."""
+    known = KERNEL_DEVICES.get(name, (device,))
+    if device in known or (name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    return f"needs tensors on {' or '.join(known)}, got {device}"
+
+
 def consider(
     name: str, student: Tensor, teacher: Tensor, failed: Mapping[str, str]
 ) -> tuple[str | None, dict[str, str]]:
-    """The backend that takes the tensors, None for none, and the reasons against those before."""
+    """Find the backend that takes the tensors (None for none), and reasons against those before."""
     reasons: dict[str, str] = {}
     for candidate in BACKENDS if name == "auto" else (name,):
-        reason = failed.get(candidate) or load(candidate).unsupported(student, teacher)
+        reason = failed.get(candidate) or _elsewhere(candidate, student.device.type)
+        reason = reason or load(candidate).unsupported(student, teacher)
         if reason is None:
             return candidate, reasons
         reasons[candidate] = reason
@@ -75,7 +84,7 @@ def consider(
 def select(
     name: str, student: Tensor, teacher: Tensor, failed: Mapping[str, str] | None = None
 ) -> ModuleType:
-    """The named backend, or for "auto" the first that supports the tensors.
+    """Return the named backend, or for "auto" the first that supports the tensors.
 
     Args:
         name: "auto" or one of BACKENDS.
@@ -125,12 +134,12 @@ def _call(backend: ModuleType, op: str, args: tuple[Any, ...]) -> Any:
     want = getattr(load("chunked"), op)(*args) if check else None
     got = getattr(backend, op)(*args)
     if check:
-        _compare.require_equal(op, _label(backend), args, got, want)
+        compare.require_equal(op, _label(backend), args, got, want)
     return got
 
 
 def run(op: str, name: str, student: Tensor, teacher: Tensor, *args: Any) -> Any:
-    """The result of a backend's function `op` of `args`, on the backend that `select` gives.
+    """Call a backend's function `op` with `args`, on the backend that `select` gives.
 
     Where a kernel of a backend that "auto" took cannot be compiled or launched, the next backend
     does the work, in this call and in all like it, with one warning a kernel.
@@ -158,7 +167,7 @@ def run(op: str, name: str, student: Tensor, teacher: Tensor, *args: Any) -> Any
 
 
 def failures(functions: tuple[str, ...], student: Tensor) -> dict[str, str]:
-    """Backends whose kernels for these functions have failed in this process, and how."""
+    """Say which backends' kernels for these functions have failed in this process, and how."""
     return {
         name: text
         for case, found in _refusals.items()
@@ -169,6 +178,6 @@ def failures(functions: tuple[str, ...], student: Tensor) -> dict[str, str]:
 
 
 def available_backends(device: str | torch.device = "cpu") -> dict[str, str | None]:
-    """Every backend by name, with None if it takes float32 tensors of `device`, else the reason."""
+    """Map every backend to None if it takes float32 tensors of `device`, else to the reason."""
     probe = torch.empty(0, 1, device=device)
     return {name: load(name).unsupported(probe, probe) for name in BACKENDS}

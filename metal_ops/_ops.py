@@ -1,78 +1,73 @@
-"""Registration with torch: schema, fake tensors, autograd. The arithmetic is in the backends.
+"""Defines the ops as torch knows them: schema, fake tensors, autograd. Backends do the arithmetic.
 
 A DivergenceSpec travels as text, because an op's schema knows numbers and strings only. Ops form
-the gradient with the loss and keep it for the backward, which scales it.
+the gradient with the loss and keep it for the backward, which scales it. N tokens, V vocabulary,
+H hidden; what was not asked for is empty.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from metal_ops._dispatch import run
-from metal_ops.backends.chunked import NUM_STATS, Hard, Head, accumulator
+from metal_ops._registration import differentiate, register, scaled
+from metal_ops.backends.blocks.linear import HardLabels, Needs, Projection
+from metal_ops.backends.blocks.rows import NUM_STATS, accumulator
 from metal_ops.spec import DivergenceSpec
-
-
-def scaled(grad: Tensor, upstream: Tensor) -> Tensor:
-    """Grad * upstream, in the memory of grad where nobody will ask for it again."""
-    # a tensor of one element with dimensions takes part in type promotion, one without does not
-    upstream = upstream.reshape([1] * grad.ndim) if upstream.ndim == 0 else upstream
-    plain = type(grad) is Tensor and not torch.compiler.is_compiling()
-    internals: Any = torch._C
-    plain = plain and not internals._functorch.is_legacy_batchedtensor(upstream)
-    autograd = internals._autograd
-    if not plain or autograd._get_current_graph_task_keep_graph():  # retain_graph=True
-        return (grad * upstream).to(grad.dtype)
-    if grad.device.type == "cpu":
-        if upstream.numel() == 1 or (upstream.numel() and not any(upstream.stride())):
-            # one number for all, in place counts in full precision, and is not converted entry by
-            # entry, which takes ten times as long
-            upstream = upstream.flatten()[0]
-        if bool((upstream == 1).all()):
-            return grad
-    return grad.mul_(upstream)
-
 
 # --- logits, one loss a token
 
 
-@torch.library.custom_op("metal_ops::divergence", mutates_args=())
-def divergence(
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor | None,
-    spec: str,
-    want_grad: bool,
-    want_stats: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss [N], stats [NUM_STATS, N or 0], gradient of each row's loss [N, V] or [0])."""
-    args = student, teacher, mask, DivergenceSpec.from_text(spec), want_grad, want_stats
-    loss, stats, grad = run("forward", backend, student, teacher, *args)
-    return loss, stats, student.new_empty(0) if grad is None else grad
+class LogitsArguments(NamedTuple):
+    """Holds what `divergence` takes."""
+
+    student: Tensor  # [N, V]
+    teacher: Tensor  # [N, V]
+    mask: Tensor | None  # [N]
+    spec: str
+    want_grad: bool
+    want_stats: bool
+    backend: str
 
 
-@divergence.register_fake
-def _(
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor | None,
-    spec: str,
-    want_grad: bool,
-    want_stats: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    loss = student.new_empty(student.shape[0], dtype=accumulator(student))
-    stats = loss.new_empty(NUM_STATS, student.shape[0] if want_stats else 0)
-    return loss, stats, torch.empty_like(student) if want_grad else student.new_empty(0)
+class LogitsResult(NamedTuple):
+    """Holds what `divergence` returns."""
+
+    loss: Tensor  # [N]
+    stats: Tensor  # [NUM_STATS, N or 0]
+    grad: Tensor  # of each row's loss, [N, V] or [0]
+
+
+def _compute_logits(given: LogitsArguments) -> LogitsResult:
+    student, teacher, spec = given.student, given.teacher, DivergenceSpec.from_text(given.spec)
+    args = student, teacher, given.mask, spec, given.want_grad, given.want_stats
+    loss, stats, grad = run("forward", given.backend, student, teacher, *args)
+    return LogitsResult(loss, stats, student.new_empty(0) if grad is None else grad)
+
+
+def _allocate_logits(given: LogitsArguments) -> LogitsResult:
+    student, num_tokens = given.student, given.student.shape[0]
+    loss = student.new_empty(num_tokens, dtype=accumulator(student))
+    stats = loss.new_empty(NUM_STATS, num_tokens if given.want_stats else 0)
+    grad = torch.empty_like(student) if given.want_grad else student.new_empty(0)
+    return LogitsResult(loss, stats, grad)
+
+
+divergence = register(
+    "metal_ops::divergence",
+    LogitsArguments,
+    LogitsResult,
+    compute=_compute_logits,
+    allocate=_allocate_logits,
+)
 
 
 @torch.library.custom_op("metal_ops::divergence_backward", mutates_args=())
 def divergence_backward(
     upstream: Tensor, student: Tensor, teacher: Tensor, spec: str, backend: str
 ) -> Tensor:
-    """Gradient for the student logits [N, V]; rows whose upstream is 0 are skipped."""
+    """Compute the gradient for the student logits [N, V], without rows whose upstream is 0."""
     args = upstream, student, teacher, DivergenceSpec.from_text(spec)
     return run("backward", backend, student, teacher, *args)
 
@@ -82,219 +77,274 @@ def _(upstream: Tensor, student: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(student)
 
 
-def _save_divergence(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    student, teacher, mask, ctx.spec, ctx.formed, _, ctx.backend = inputs
-    ctx.save_for_backward(*((output[2],) if ctx.formed else (student, teacher, mask)))
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # zeros for the other outputs, one of them [N, V]
+def _save_logits(ctx: Any, given: LogitsArguments, result: LogitsResult) -> None:
+    ctx.spec, ctx.formed, ctx.backend = given.spec, given.want_grad, given.backend
+    recompute = given.student, given.teacher, given.mask
+    ctx.save_for_backward(*((result.grad,) if ctx.formed else recompute))
 
 
-def _divergence_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if upstream is None:
-        return (None,) * 7
+def _logits_gradients(ctx: Any, upstream: Tensor) -> dict[str, Tensor | None]:
     if ctx.formed:
-        grad = scaled(ctx.saved_tensors[0], upstream[:, None])
-    else:
-        student, teacher, mask = ctx.saved_tensors
-        upstream = upstream.contiguous() if mask is None else upstream * mask
-        grad = divergence_backward(upstream, student, teacher, ctx.spec, ctx.backend)
-    return (grad, *[None] * 6)
+        return {"student": scaled(ctx.saved_tensors[0], upstream[:, None])}
+    student, teacher, mask = ctx.saved_tensors
+    upstream = upstream.contiguous() if mask is None else upstream * mask
+    return {"student": divergence_backward(upstream, student, teacher, ctx.spec, ctx.backend)}
 
 
-divergence.register_autograd(_divergence_backward, setup_context=_save_divergence)
+differentiate(
+    divergence, LogitsArguments, LogitsResult, save=_save_logits, gradients=_logits_gradients
+)
 
 # --- logits, one loss in all
 
 
-@torch.library.custom_op("metal_ops::weighted_divergence", mutates_args=())
-def weighted_divergence(
-    student: Tensor,
-    teacher: Tensor,
-    weights: Tensor,
-    spec: str,
-    want_grad: bool,
-    want_stats: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss [], per token [N], stats [NUM_STATS, N or 0], gradient of loss [N, V] or [0])."""
-    args = student, teacher, weights, DivergenceSpec.from_text(spec), want_grad, want_stats
-    per_token, stats, grad = run("forward", backend, student, teacher, *args)
-    loss = (weights * per_token).sum()
-    return loss, per_token, stats, student.new_empty(0) if grad is None else grad
+class WeightedArguments(NamedTuple):
+    """Holds what `weighted_divergence` takes."""
+
+    student: Tensor  # [N, V]
+    teacher: Tensor  # [N, V]
+    weights: Tensor  # [N]
+    spec: str
+    want_grad: bool
+    want_stats: bool
+    backend: str
 
 
-@weighted_divergence.register_fake
-def _(
-    student: Tensor,
-    teacher: Tensor,
-    weights: Tensor,
-    spec: str,
-    want_grad: bool,
-    want_stats: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    per_token = student.new_empty(student.shape[0], dtype=accumulator(student))
-    stats = per_token.new_empty(NUM_STATS, student.shape[0] if want_stats else 0)
-    grad = torch.empty_like(student) if want_grad else student.new_empty(0)
-    return per_token.new_empty(()), per_token, stats, grad
+class WeightedResult(NamedTuple):
+    """Holds what `weighted_divergence` returns."""
 
+    loss: Tensor  # []
+    per_token: Tensor  # [N]
+    stats: Tensor  # [NUM_STATS, N or 0]
+    grad: Tensor  # of the loss, [N, V] or [0]
+
+
+def _compute_weighted(given: WeightedArguments) -> WeightedResult:
+    student, teacher, spec = given.student, given.teacher, DivergenceSpec.from_text(given.spec)
+    args = student, teacher, given.weights, spec, given.want_grad, given.want_stats
+    per_token, stats, grad = run("forward", given.backend, student, teacher, *args)
+    loss = (given.weights * per_token).sum()
+    return WeightedResult(loss, per_token, stats, student.new_empty(0) if grad is None else grad)
+
+
+def _allocate_weighted(given: WeightedArguments) -> WeightedResult:
+    student, num_tokens = given.student, given.student.shape[0]
+    per_token = student.new_empty(num_tokens, dtype=accumulator(student))
+    stats = per_token.new_empty(NUM_STATS, num_tokens if given.want_stats else 0)
+    grad = torch.empty_like(student) if given.want_grad else student.new_empty(0)
+    return WeightedResult(per_token.new_empty(()), per_token, stats, grad)
+
+
+weighted_divergence = register(
+    "metal_ops::weighted_divergence",
+    WeightedArguments,
+    WeightedResult,
+    compute=_compute_weighted,
+    allocate=_allocate_weighted,
+)
+
+
+def _save_weighted(ctx: Any, given: WeightedArguments, result: WeightedResult) -> None:
+    ctx.need, ctx.dtype = given.want_grad, given.student.dtype
+    ctx.save_for_backward(result.grad)
+
+
+def _weighted_gradients(ctx: Any, upstream: Tensor) -> dict[str, Tensor | None]:
+    (grad,) = ctx.saved_tensors
+    return {"student": scaled(grad, upstream).to(ctx.dtype) if ctx.need else None}
+
+
+differentiate(
+    weighted_divergence,
+    WeightedArguments,
+    WeightedResult,
+    save=_save_weighted,
+    gradients=_weighted_gradients,
+)
 
 # --- hidden states
 
 
-@torch.library.custom_op("metal_ops::hidden_divergence", mutates_args=())
-def hidden_divergence(
-    student: Tensor,
-    teacher: Tensor,
-    weights: Tensor | None,
-    kind: str,
-    want_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(loss [N], gradient of the weighted losses [N, H] or [0])."""
-    args = student, teacher, kind, weights, want_grad
-    loss, grad = run("hidden", backend, student, teacher, *args)
-    return loss, student.new_empty(0) if grad is None else grad
+class HiddenArguments(NamedTuple):
+    """Holds what `hidden_divergence` takes."""
+
+    student: Tensor  # [N, H]
+    teacher: Tensor  # [N, H]
+    weights: Tensor | None  # [N]
+    kind: str
+    want_grad: bool
+    backend: str
 
 
-@hidden_divergence.register_fake
-def _(
-    student: Tensor,
-    teacher: Tensor,
-    weights: Tensor | None,
-    kind: str,
-    want_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+class HiddenResult(NamedTuple):
+    """Holds what `hidden_divergence` returns."""
+
+    loss: Tensor  # [N]
+    grad: Tensor  # of the weighted losses, [N, H] or [0]
+
+
+def _compute_hidden(given: HiddenArguments) -> HiddenResult:
+    student, teacher = given.student, given.teacher
+    args = student, teacher, given.kind, given.weights, given.want_grad
+    loss, grad = run("hidden_states", given.backend, student, teacher, *args)
+    return HiddenResult(loss, student.new_empty(0) if grad is None else grad)
+
+
+def _allocate_hidden(given: HiddenArguments) -> HiddenResult:
+    student = given.student
     loss = student.new_empty(student.shape[0], dtype=accumulator(student))
-    return loss, torch.empty_like(student) if want_grad else student.new_empty(0)
+    grad = torch.empty_like(student) if given.want_grad else student.new_empty(0)
+    return HiddenResult(loss, grad)
 
 
-def _save_hidden(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    student, teacher, mask, ctx.kind, ctx.formed, ctx.backend = inputs
-    ctx.save_for_backward(*((output[1],) if ctx.formed else (student, teacher, mask)))
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+hidden_divergence = register(
+    "metal_ops::hidden_divergence",
+    HiddenArguments,
+    HiddenResult,
+    compute=_compute_hidden,
+    allocate=_allocate_hidden,
+)
 
 
-def _hidden_backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    if upstream is None:
-        return (None,) * 6
+def _save_hidden(ctx: Any, given: HiddenArguments, result: HiddenResult) -> None:
+    ctx.kind, ctx.formed, ctx.backend = given.kind, given.want_grad, given.backend
+    recompute = given.student, given.teacher, given.weights
+    ctx.save_for_backward(*((result.grad,) if ctx.formed else recompute))
+
+
+def _hidden_gradients(ctx: Any, upstream: Tensor) -> dict[str, Tensor | None]:
     if ctx.formed:
-        grad = scaled(ctx.saved_tensors[0], upstream[:, None])
-    else:
-        student, teacher, mask = ctx.saved_tensors
-        upstream = upstream.contiguous() if mask is None else upstream * mask
-        grad = hidden_divergence(student, teacher, upstream, ctx.kind, True, ctx.backend)[1]
-    return (grad, *[None] * 5)
+        return {"student": scaled(ctx.saved_tensors[0], upstream[:, None])}
+    student, teacher, mask = ctx.saved_tensors
+    upstream = upstream.contiguous() if mask is None else upstream * mask
+    again = {"kind": ctx.kind, "want_grad": True, "backend": ctx.backend}
+    _, grad = hidden_divergence(student, teacher, weights=upstream, **again)
+    return {"student": grad}
 
 
-hidden_divergence.register_autograd(_hidden_backward, setup_context=_save_hidden)
+differentiate(
+    hidden_divergence, HiddenArguments, HiddenResult, save=_save_hidden, gradients=_hidden_gradients
+)
 
 # --- hidden states and heads
 
 
-@torch.library.custom_op("metal_ops::linear_divergence", mutates_args=())
-def linear_divergence(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    weights: Tensor,
-    labels: Tensor | None,
-    student_scale: float,
-    student_softcap: float | None,
-    teacher_scale: float,
-    teacher_softcap: float | None,
-    alpha: float,
-    spec: str,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-    want_stats: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, soft and hard [2, N], stats, gradients of hidden, weight, bias; empty if unwanted)."""
-    student = Head(student_hidden, student_weight, student_bias, student_scale, student_softcap)
-    teacher = teacher_hidden
-    if teacher_weight is not None:
-        teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
+class LinearArguments(NamedTuple):
+    """Holds what `linear_divergence` takes; without teacher_weight both sides have one head."""
+
+    student_hidden: Tensor  # [N, H]
+    student_weight: Tensor  # [V, H]
+    student_bias: Tensor | None  # [V]
+    teacher_hidden: Tensor
+    teacher_weight: Tensor | None
+    teacher_bias: Tensor | None
+    weights: Tensor  # [N]
+    labels: Tensor | None  # [N]
+    student_scale: float
+    student_softcap: float | None
+    teacher_scale: float
+    teacher_softcap: float | None
+    alpha: float
+    spec: str
+    need_hidden: bool
+    need_weight: bool
+    need_bias: bool
+    want_stats: bool
+    backend: str
+
+    def student(self) -> Projection:
+        """Return the student's hidden states and head."""
+        return Projection(
+            self.student_hidden,
+            self.student_weight,
+            self.student_bias,
+            self.student_scale,
+            self.student_softcap,
+        )
+
+    def teacher(self) -> Projection | Tensor:
+        """Return the teacher's hidden states and head, or the states alone for a shared head."""
+        if self.teacher_weight is None:
+            return self.teacher_hidden
+        return Projection(
+            self.teacher_hidden,
+            self.teacher_weight,
+            self.teacher_bias,
+            self.teacher_scale,
+            self.teacher_softcap,
+        )
+
+    def needs(self) -> Needs:
+        """Say which gradients are wanted."""
+        return Needs(self.need_hidden, self.need_weight, self.need_bias)
+
+
+class LinearResult(NamedTuple):
+    """Holds what `linear_divergence` returns; gradients are those of the loss."""
+
+    loss: Tensor  # []
+    per_token: Tensor  # soft and hard, [2, N]
+    stats: Tensor  # [NUM_STATS, N or 0]
+    grad_hidden: Tensor
+    grad_weight: Tensor
+    grad_bias: Tensor
+
+
+def _compute_linear(given: LinearArguments) -> LinearResult:
     # autocast has been applied to the inputs; inside, products have the dtype the backend chose
-    with torch.autocast(student_hidden.device.type, enabled=False):
+    with torch.autocast(given.student_hidden.device.type, enabled=False):
         loss, per_token, stats, *grads = run(
             "linear",
-            backend,
-            student_hidden,
-            teacher_hidden,
-            student,
-            teacher,
-            weights,
-            Hard(labels, alpha),
-            DivergenceSpec.from_text(spec),
-            (need_hidden, need_weight, need_bias),
-            want_stats,
+            given.backend,
+            given.student_hidden,
+            given.teacher_hidden,
+            given.student(),
+            given.teacher(),
+            given.weights,
+            HardLabels(given.labels, given.alpha),
+            DivergenceSpec.from_text(given.spec),
+            given.needs(),
+            given.want_stats,
         )
     hidden, weight, bias = (loss.new_empty(0) if g is None else g for g in grads)
-    return loss, per_token, stats, hidden, weight, bias
+    return LinearResult(loss, per_token, stats, hidden, weight, bias)
 
 
-@linear_divergence.register_fake
-def _(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    weights: Tensor,
-    labels: Tensor | None,
-    student_scale: float,
-    student_softcap: float | None,
-    teacher_scale: float,
-    teacher_softcap: float | None,
-    alpha: float,
-    spec: str,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-    want_stats: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    num_tokens, vocab = student_hidden.shape[0], student_weight.shape[0]
-    loss = student_weight.new_empty((), dtype=accumulator(student_weight))
-    empty = loss.new_empty(0)
-    return (
+def _allocate_linear(given: LinearArguments) -> LinearResult:
+    hidden, weight, needs = given.student_hidden, given.student_weight, given.needs()
+    num_tokens = hidden.shape[0]
+    loss = weight.new_empty((), dtype=accumulator(weight))
+    return LinearResult(
         loss,
-        loss.new_empty(2, num_tokens),
-        loss.new_empty(NUM_STATS, num_tokens if want_stats else 0),
-        torch.empty_like(student_hidden) if need_hidden else empty,
-        loss.new_empty(student_weight.shape) if need_weight else empty.clone(),
-        loss.new_empty(vocab) if need_bias else empty.clone(),
+        per_token=loss.new_empty(2, num_tokens),
+        stats=loss.new_empty(NUM_STATS, num_tokens if given.want_stats else 0),
+        grad_hidden=torch.empty_like(hidden) if needs.hidden else loss.new_empty(0),
+        grad_weight=loss.new_empty(weight.shape if needs.weight else 0),
+        grad_bias=loss.new_empty(weight.shape[0] if needs.bias else 0),
     )
 
 
-def _save_scalar(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """For the ops whose first output is the loss and whose last are gradients of first inputs."""
-    linear = len(output) == 6
-    ctx.num_inputs = len(inputs)
-    ctx.needs = inputs[-5:-2] if linear else (inputs[4],)
-    ctx.dtypes = [None if x is None else x.dtype for x in inputs[: len(ctx.needs)]]
-    ctx.save_for_backward(*output[3:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
+linear_divergence = register(
+    "metal_ops::linear_divergence",
+    LinearArguments,
+    LinearResult,
+    compute=_compute_linear,
+    allocate=_allocate_linear,
+)
 
 
-def _scalar_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if upstream is None:
-        return (None,) * ctx.num_inputs
-    grads = [
-        scaled(grad, upstream).to(dtype) if need else None
-        for grad, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
-    ]
-    return (*grads, *[None] * (ctx.num_inputs - len(grads)))
+def _save_linear(ctx: Any, given: LinearArguments, result: LinearResult) -> None:
+    inputs = given.student_hidden, given.student_weight, given.student_bias
+    ctx.needs, ctx.dtypes = given.needs(), [None if x is None else x.dtype for x in inputs]
+    ctx.save_for_backward(result.grad_hidden, result.grad_weight, result.grad_bias)
 
 
-linear_divergence.register_autograd(_scalar_backward, setup_context=_save_scalar)
-weighted_divergence.register_autograd(_scalar_backward, setup_context=_save_scalar)
+def _linear_gradients(ctx: Any, upstream: Tensor) -> dict[str, Tensor | None]:
+    names = ("student_hidden", "student_weight", "student_bias")
+    saved = zip(names, ctx.needs, ctx.saved_tensors, ctx.dtypes, strict=True)
+    return {name: scaled(grad, upstream).to(dtype) for name, need, grad, dtype in saved if need}
+
+
+differentiate(
+    linear_divergence, LinearArguments, LinearResult, save=_save_linear, gradients=_linear_gradients
+)

@@ -1,127 +1,145 @@
-"""The ops for a teacher known at a few entries; otherwise as `_ops`."""
+"""Defines the ops for a teacher known at K entries a token, as `_ops` does; n draws a token."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from metal_ops._dispatch import run
-from metal_ops._ops import scaled
-from metal_ops.backends import _tail
-from metal_ops.backends._rows import accumulator, clip_tokens
+from metal_ops._registration import differentiate, register, scaled
+from metal_ops.backends.blocks.rows import accumulator, clip_tokens
+from metal_ops.backends.blocks.tail import TailDraws, add_tail_correction
 from metal_ops.spec import DivergenceSpec
 
 
-@torch.library.custom_op("metal_ops::sparse_divergence", mutates_args=())
-def sparse_divergence(
-    student: Tensor,
-    ids: Tensor,
-    log_probs: Tensor,
-    log_tail: Tensor,
-    weights: Tensor,
-    spec: str,
-    want_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(loss [N], gradient of the weighted losses [N, V] or [0])."""
-    known = ids, log_probs, log_tail
-    args = student, known, weights, DivergenceSpec.from_text(spec), want_grad
-    loss, grad = run("sparse", backend, student, log_probs, *args)
-    return loss, student.new_empty(0) if grad is None else grad
+class SparseResult(NamedTuple):
+    """Holds what both ops return."""
+
+    loss: Tensor  # [N]
+    grad: Tensor  # of the weighted losses, [N, V] or [0]
 
 
-@sparse_divergence.register_fake
-def _(
-    student: Tensor,
-    ids: Tensor,
-    log_probs: Tensor,
-    log_tail: Tensor,
-    weights: Tensor,
-    spec: str,
-    want_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _allocate(student: Tensor, want_grad: bool) -> SparseResult:
     loss = student.new_empty(student.shape[0], dtype=accumulator(student))
-    return loss, torch.empty_like(student) if want_grad else student.new_empty(0)
+    return SparseResult(loss, torch.empty_like(student) if want_grad else student.new_empty(0))
 
 
-def _save_sparse(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    student, ids, log_probs, log_tail, mask, ctx.spec, ctx.formed, ctx.backend = inputs
-    recompute = (student, ids, log_probs, log_tail, mask)
-    ctx.save_for_backward(*((output[1],) if ctx.formed else recompute))
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+class SparseArguments(NamedTuple):
+    """Holds what `sparse_divergence` takes."""
+
+    student: Tensor  # [N, V]
+    ids: Tensor  # [N, K]
+    log_probs: Tensor  # [N, K]
+    log_tail: Tensor  # [N]
+    weights: Tensor  # [N]
+    spec: str
+    want_grad: bool
+    backend: str
 
 
-def _sparse_backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    if upstream is None:
-        return (None,) * 8
+def _compute_sparse(given: SparseArguments) -> SparseResult:
+    student, known = given.student, (given.ids, given.log_probs, given.log_tail)
+    args = student, known, given.weights, DivergenceSpec.from_text(given.spec), given.want_grad
+    loss, grad = run("sparse", given.backend, student, given.log_probs, *args)
+    return SparseResult(loss, student.new_empty(0) if grad is None else grad)
+
+
+sparse_divergence = register(
+    "metal_ops::sparse_divergence",
+    SparseArguments,
+    SparseResult,
+    compute=_compute_sparse,
+    allocate=lambda given: _allocate(given.student, given.want_grad),
+)
+
+
+def _save_sparse(ctx: Any, given: SparseArguments, result: SparseResult) -> None:
+    ctx.spec, ctx.formed, ctx.backend = given.spec, given.want_grad, given.backend
+    recompute = given.student, given.ids, given.log_probs, given.log_tail, given.weights
+    ctx.save_for_backward(*((result.grad,) if ctx.formed else recompute))
+
+
+def _sparse_gradients(ctx: Any, upstream: Tensor) -> dict[str, Tensor | None]:
     if ctx.formed:
-        grad = scaled(ctx.saved_tensors[0], upstream[:, None])
-    else:
-        *inputs, mask = ctx.saved_tensors
-        grad = sparse_divergence(*inputs, upstream * mask, ctx.spec, True, ctx.backend)[1]
-    return (grad, *[None] * 7)
+        return {"student": scaled(ctx.saved_tensors[0], upstream[:, None])}
+    *inputs, mask = ctx.saved_tensors
+    again = {"spec": ctx.spec, "want_grad": True, "backend": ctx.backend}
+    _, grad = sparse_divergence(*inputs, weights=upstream * mask, **again)
+    return {"student": grad}
 
 
-sparse_divergence.register_autograd(_sparse_backward, setup_context=_save_sparse)
+differentiate(
+    sparse_divergence, SparseArguments, SparseResult, save=_save_sparse, gradients=_sparse_gradients
+)
 
 # --- and by draws from the others
 
 
-@torch.library.custom_op("metal_ops::sampled_divergence", mutates_args=())
-def sampled_divergence(
-    student: Tensor,
-    ids: Tensor,
-    log_probs: Tensor,
-    log_tail: Tensor,
-    draws: Tensor,
-    draw_log_probs: Tensor,
-    draw_log_weights: Tensor,
-    weights: Tensor,
-    spec: str,
-    max_ratio: float,
-    want_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """As sparse_divergence, with [N, n] draws from the tail; max_ratio may be inf."""
-    asked = DivergenceSpec.from_text(spec)
+class SampledArguments(NamedTuple):
+    """Holds what `sampled_divergence` takes; max_ratio may be inf."""
+
+    student: Tensor  # [N, V]
+    ids: Tensor  # [N, K]
+    log_probs: Tensor  # [N, K]
+    log_tail: Tensor  # [N]
+    draws: Tensor  # [N, n]
+    draw_log_probs: Tensor  # [N, n]
+    draw_log_weights: Tensor  # [N, n]
+    weights: Tensor  # [N]
+    spec: str
+    max_ratio: float
+    want_grad: bool
+    backend: str
+
+
+def _compute_sampled(given: SampledArguments) -> SparseResult:
+    student, weights, ratio = given.student, given.weights, given.max_ratio
+    asked = DivergenceSpec.from_text(given.spec)
     free = replace(asked, clip=None)  # a clip bounds the sum of both parts
-    known = ids, log_probs, log_tail
-    args = student, known, weights, free, want_grad
-    loss, grad = run("sparse", backend, student, log_probs, *args)
-    drawn = _tail.Draws(draws, draw_log_probs, draw_log_weights, log_tail)
-    _tail.add_correction(student, ids, drawn, weights, free, max_ratio, loss, grad)
+    known = given.ids, given.log_probs, given.log_tail
+    args = student, known, weights, free, given.want_grad
+    loss, grad = run("sparse", given.backend, student, given.log_probs, *args)
+    drawn = TailDraws(given.draws, given.draw_log_probs, given.draw_log_weights, given.log_tail)
+    add_tail_correction(student, given.ids, drawn, weights, free, ratio, loss, grad)
     loss, shrink, _ = clip_tokens(loss / asked.scale, asked)
     if grad is not None and shrink is not None:
         grad.mul_(shrink[:, None])
-    return loss * asked.scale, student.new_empty(0) if grad is None else grad
+    return SparseResult(loss * asked.scale, student.new_empty(0) if grad is None else grad)
 
 
-@sampled_divergence.register_fake
-def _(student: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    loss = student.new_empty(student.shape[0], dtype=accumulator(student))
-    return loss, torch.empty_like(student) if args[-2] else student.new_empty(0)
+sampled_divergence = register(
+    "metal_ops::sampled_divergence",
+    SampledArguments,
+    SparseResult,
+    compute=_compute_sampled,
+    allocate=lambda given: _allocate(given.student, given.want_grad),
+)
 
 
-def _save_sampled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *recompute, ctx.spec, ctx.max_ratio, ctx.formed, ctx.backend = inputs
-    ctx.save_for_backward(*((output[1],) if ctx.formed else recompute))
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+def _save_sampled(ctx: Any, given: SampledArguments, result: SparseResult) -> None:
+    ctx.spec, ctx.max_ratio = given.spec, given.max_ratio
+    ctx.formed, ctx.backend = given.want_grad, given.backend
+    known = given.ids, given.log_probs, given.log_tail
+    drawn = given.draws, given.draw_log_probs, given.draw_log_weights
+    recompute = given.student, *known, *drawn, given.weights
+    ctx.save_for_backward(*((result.grad,) if ctx.formed else recompute))
 
 
-def _sampled_backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    if upstream is None:
-        return (None,) * 12
+def _sampled_gradients(ctx: Any, upstream: Tensor) -> dict[str, Tensor | None]:
     if ctx.formed:
-        grad = scaled(ctx.saved_tensors[0], upstream[:, None])
-    else:
-        *inputs, mask = ctx.saved_tensors
-        settings = ctx.spec, ctx.max_ratio, True, ctx.backend
-        grad = sampled_divergence(*inputs, upstream * mask, *settings)[1]
-    return (grad, *[None] * 11)
+        return {"student": scaled(ctx.saved_tensors[0], upstream[:, None])}
+    *inputs, mask = ctx.saved_tensors
+    again = {"spec": ctx.spec, "want_grad": True, "backend": ctx.backend}
+    again["max_ratio"] = ctx.max_ratio
+    _, grad = sampled_divergence(*inputs, weights=upstream * mask, **again)
+    return {"student": grad}
 
 
-sampled_divergence.register_autograd(_sampled_backward, setup_context=_save_sampled)
+differentiate(
+    sampled_divergence,
+    SampledArguments,
+    SparseResult,
+    save=_save_sampled,
+    gradients=_sampled_gradients,
+)

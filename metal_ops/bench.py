@@ -1,4 +1,4 @@
-"""Times of a loss from logits on this machine, beside PyTorch's own ways to write it.
+"""Times a loss from logits on this machine, beside PyTorch's own ways to write it.
 
 Forward and backward of a weighted sum over tokens. GB/s is the traffic that no implementation
 avoids over the time: both sides' logits read once and the gradient written once, 3 N V itemsize
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from metal_ops import reference
-from metal_ops.backends._machine import describe
+from metal_ops.backends.machine import describe
 from metal_ops.functional import divergence, weighted_divergence
 from metal_ops.spec import DivergenceSpec
 
@@ -25,7 +25,7 @@ Step = Callable[[], object]
 
 
 class Case(NamedTuple):
-    """What is timed."""
+    """Says what is timed."""
 
     tokens: int
     vocab: int
@@ -34,7 +34,7 @@ class Case(NamedTuple):
 
 
 class Options(NamedTuple):
-    """On what, and how often."""
+    """Says on what, and how often."""
 
     device: torch.device
     backend: str
@@ -49,15 +49,14 @@ def _wait(device: torch.device) -> None:
 def losses(
     case: Case, backend: str, weights: Tensor
 ) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """The ways to write the sum of weights [N] times the divergence, by name."""
+    """Write the sum of weights [N] times the divergence in several ways, by name."""
     spec = DivergenceSpec(case.kind)
 
     def eager(x: Tensor, y: Tensor) -> Tensor:
         return (reference.divergence(x, y, spec) * weights).sum()
 
     def weighted(x: Tensor, y: Tensor) -> Tensor:
-        options = {"weights": weights, "want_stats": False, "backend": backend}
-        return weighted_divergence(x, y, spec, **options).loss
+        return weighted_divergence(x, y, spec, weights=weights, backend=backend).loss
 
     return {
         "weighted_divergence": weighted,
@@ -90,7 +89,7 @@ def _first_calls(steps: dict[str, Step]) -> None:
 
 
 def medians(steps: dict[str, Step], device: torch.device, repeats: int) -> dict[str, float]:
-    """Seconds of each step, which take turns."""
+    """Measure the seconds of each step, which take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
@@ -104,7 +103,7 @@ def medians(steps: dict[str, Step], device: torch.device, repeats: int) -> dict[
 
 
 def measure(case: Case, options: Options) -> dict[str, float]:
-    """Median seconds by name, with "copy" the last."""
+    """Measure median seconds by name, with "copy" the last."""
     torch.compiler.reset()  # after 8 cases torch.compile would give up and run the eager code
     generator = torch.Generator().manual_seed(0)
     student, teacher = (
@@ -124,7 +123,7 @@ def measure(case: Case, options: Options) -> dict[str, float]:
 
 
 def show(case: Case, seconds: dict[str, float]) -> None:
-    """A table of one case."""
+    """Print a table of one case."""
     ours = seconds["weighted_divergence"]
     dtype = str(case.dtype).removeprefix("torch.")
     element = case.tokens * case.vocab * case.dtype.itemsize / 1e9

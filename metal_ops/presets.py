@@ -1,4 +1,4 @@
-"""The losses of other libraries as specs; `DivergenceSpec.preset(name)` finds them here.
+"""Names the losses of other libraries as specs; `preset(name)` finds them.
 
 Each takes the arguments of its source, in the convention of its source, and gives the divergence
 per token. How a library averages over tokens is named where it is not the mean over all of them.
@@ -6,24 +6,10 @@ Defaults are those of the function named, or of its trainer where it has none. A
 dependency is named by the commit that was read.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from metal_ops.spec import DivergenceSpec
-
-NAMES = (
-    "opsd",
-    "opsd_clip",
-    "trl_gkd",
-    "trl_distillation",
-    "sdft",
-    "sdpo",
-    "liger_jsd",
-    "ms_swift_gkd",
-    "kdflow_jsd",
-    "nemo_mixed",
-    "distillkit_kl",
-    "hinton",
-)
 
 
 def opsd(beta: float = 0.5, temperature: float = 1.0, top_k: int | None = None) -> DivergenceSpec:
@@ -198,3 +184,36 @@ def _top_k(spec: DivergenceSpec, top_k: int | None) -> DivergenceSpec:
     if top_k is None:
         return spec
     return replace(spec, support="teacher_topk", top_k=top_k, missing="renormalise")
+
+
+PRESETS: dict[str, Callable[..., DivergenceSpec]] = {
+    "opsd": opsd,
+    "opsd_clip": opsd_clip,
+    "trl_gkd": trl_gkd,
+    "trl_distillation": trl_distillation,
+    "sdft": sdft,
+    "sdpo": sdpo,
+    "liger_jsd": liger_jsd,
+    "ms_swift_gkd": ms_swift_gkd,
+    "kdflow_jsd": kdflow_jsd,
+    "nemo_mixed": nemo_mixed,
+    "distillkit_kl": distillkit_kl,
+    "hinton": hinton,
+}
+NAMES = tuple(PRESETS)
+
+
+def preset(name: str, **arguments: float | int | str | None) -> DivergenceSpec:
+    """Return the spec of another library's loss, e.g. `preset("liger_jsd", beta=0.1)`.
+
+    Args:
+        name: a function of this module, whose docstring names the source.
+        **arguments: that function's, in the convention of the source.
+
+    Raises:
+        ValueError: the name is unknown.
+        TypeError: the preset has no such argument.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {NAMES}, got {name!r}")
+    return PRESETS[name](**arguments)

@@ -1,4 +1,4 @@
-"""What every op means, in plain PyTorch and in the dtype of the inputs."""
+"""Says what every op means, in plain PyTorch and in the dtype of the inputs."""
 
 import math
 
@@ -22,7 +22,7 @@ def _mix(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
 
 
 def entries(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
-    """The terms whose sum over the vocabulary is the divergence; p teacher, q student."""
+    """Compute the terms whose sum over the vocabulary is the divergence; p teacher, q student."""
     absent = (log_p == -math.inf) & (log_q == -math.inf)
     log_p, log_q = log_p.masked_fill(absent, 0.0), log_q.masked_fill(absent, 0.0)
     return _entries(log_p, log_q, kind, beta).masked_fill(absent, 0.0)
@@ -53,7 +53,7 @@ def _entries(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
 
 
 def support(student_logits: Tensor, teacher_logits: Tensor, spec: DivergenceSpec) -> Tensor:
-    """[..., vocab] bool: the entries that count."""
+    """Mark the entries that count, [..., vocab] bool."""
     kept = torch.zeros_like(student_logits, dtype=torch.bool)
     k = min(spec.top_k or 0, student_logits.shape[-1])
     if spec.support in ("teacher_topk", "union"):
@@ -64,7 +64,7 @@ def support(student_logits: Tensor, teacher_logits: Tensor, spec: DivergenceSpec
 
 
 def restrict(log_p: Tensor, kept: Tensor, missing: str) -> Tensor:
-    """Log-probabilities of the categories that are left of [..., vocab].
+    """Return log-probabilities of the categories that are left of [..., vocab].
 
     Entries that are not kept are -inf; "tail" appends the log of their mass as one category.
     """
@@ -78,7 +78,7 @@ def restrict(log_p: Tensor, kept: Tensor, missing: str) -> Tensor:
 
 
 def total(terms: Tensor, spec: DivergenceSpec) -> Tensor:
-    """The sum over the last dimension, clipped and scaled as the spec says."""
+    """Sum over the last dimension, clip and scale as the spec says."""
     if spec.clip is None:
         return spec.scale * terms.sum(-1)
     if spec.clip_level == "vocab_entry":
@@ -91,7 +91,7 @@ def total(terms: Tensor, spec: DivergenceSpec) -> Tensor:
 
 
 def divergence(student_logits: Tensor, teacher_logits: Tensor, spec: DivergenceSpec) -> Tensor:
-    """Divergence per token: [..., vocab] logits on both sides to [...] nats."""
+    """Compute the divergence per token: [..., vocab] logits on both sides to [...] nats."""
     spec = spec.resolved()
     log_q = torch.log_softmax(student_logits / spec.temperature, dim=-1)
     log_p = torch.log_softmax(teacher_logits / spec.temperature, dim=-1)
@@ -104,7 +104,7 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, spec: DivergenceS
 def sparse_divergence(
     student_logits: Tensor, ids: Tensor, log_probs: Tensor, log_tail: Tensor, spec: DivergenceSpec
 ) -> Tensor:
-    """Divergence per token to a teacher known at `ids` [..., K] only; ids < 0 are padding.
+    """Compute the divergence to a teacher known at `ids` [..., K] only; ids < 0 are padding.
 
     log_probs [..., K] are the teacher's at the spec's temperature, log_tail [...] the log of the
     mass it gives to all other entries.
@@ -128,7 +128,7 @@ def sparse_divergence(
 
 
 def slopes(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> tuple[Tensor, Tensor]:
-    """The derivatives of `entries` for p and for q; of soft_ce, those of the forward KL."""
+    """Return the derivatives of `entries` for p and q; of soft_ce, those of the forward KL."""
     ratio = log_p - log_q
     if kind in ("forward_kl", "soft_ce"):
         return ratio + 1, -ratio.exp()
@@ -161,7 +161,7 @@ def bregman(
     kind: str,
     beta: float,
 ) -> Tensor:
-    """What entries [..., n] of a tail lose when it becomes one category, log masses [..., 1].
+    """Say what entries [..., n] of a tail lose when it becomes one category, log masses [..., 1].
 
     An f-divergence is a sum of F(p, q), F convex and homogeneous of degree 1, so that with F_p and
     F_q its derivatives at the tail's masses the terms F(p, q) - p F_p - q F_q are never negative,
@@ -182,7 +182,7 @@ def tail_correction(
     spec: DivergenceSpec,
     max_ratio: float,
 ) -> Tensor:
-    """What draws from the tail add to `sparse_divergence` with missing "tail", [...], unclipped.
+    """Say what draws from the tail add to `sparse_divergence` with missing "tail", unclipped.
 
     draws: ids, the teacher's log-probabilities and log-weights, [..., n] each; ids < 0 are padding.
     max_ratio bounds the gradient of a draw, not its value.
@@ -210,19 +210,19 @@ def tail_correction(
 
 
 def entropy(logits: Tensor, temperature: float) -> Tensor:
-    """Entropy of softmax(logits / temperature): [..., vocab] to [...] nats."""
+    """Compute the entropy of softmax(logits / temperature): [..., vocab] to [...] nats."""
     log_p = torch.log_softmax(logits / temperature, dim=-1)
     return -_expect(log_p.exp(), log_p).sum(-1)
 
 
 def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None):
-    """Logits of an output head: [N, H] hidden states and [V, H] weight to [N, V]."""
+    """Apply an output head: [N, H] hidden states and [V, H] weight to logits [N, V]."""
     logits = torch.nn.functional.linear(hidden, weight, bias) * scale
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def hidden_divergence(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
-    """Difference of hidden states: [..., H] on both sides to [...]."""
+    """Compare hidden states: [..., H] on both sides to [...]."""
     if kind == "mse":
         return (student - teacher).square().mean(-1)
     lengths = [torch.linalg.vector_norm(x, dim=-1) for x in (student, teacher)]

@@ -1,4 +1,4 @@
-"""DivergenceSpec: one frozen value that names a loss completely."""
+"""Defines DivergenceSpec, one frozen value that names a loss completely."""
 
 import ast
 import functools
@@ -41,7 +41,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class DivergenceSpec:
-    """A divergence between teacher p and student q, both softmax(logits / temperature).
+    """Names a divergence between teacher p and student q, both softmax(logits / temperature).
 
     Args:
         kind: with a = beta,
@@ -129,36 +129,18 @@ class DivergenceSpec:
                 "to move mass off the support; use missing 'tail' or 'renormalise'"
             )
 
-    @classmethod
-    def preset(cls, name: str, **arguments: float | int | str | None) -> "DivergenceSpec":
-        """The spec of another library's loss, e.g. `preset("liger_jsd", beta=0.1)`.
-
-        Args:
-            name: a function of `metal_ops.presets`, whose docstring names the source.
-            **arguments: that function's, in the convention of the source.
-
-        Raises:
-            ValueError: the name is unknown.
-            TypeError: the preset has no such argument.
-        """
-        from metal_ops import presets  # noqa: PLC0415 - the presets build specs
-
-        if name not in presets.NAMES:
-            raise ValueError(f"preset must be one of {presets.NAMES}, got {name!r}")
-        return getattr(presets, name)(**arguments)
-
     @property
     def scale(self) -> float:
-        """What the divergence is multiplied by: temperature² under "t2", else 1."""
+        """Return what the divergence is multiplied by: temperature² under "t2", else 1."""
         return self.temperature**2 if self.temperature_scaling == "t2" else 1.0
 
     def resolved(self) -> "DivergenceSpec":
-        """The same loss with a kind at an end of beta's range named as the KL it stands for."""
+        """Return the same loss, with a kind at an end of beta's range as the KL it stands for."""
         kind = ENDS.get((self.kind, self.beta))
         return self if kind is None else replace(self, kind=kind)
 
     def to_text(self) -> str:
-        """The spec as a Python tuple in text: an op's schema knows numbers and strings only."""
+        """Write the spec as a Python tuple: an op's schema knows numbers and strings only."""
         return (
             f"({self.kind!r}, {self.beta!r}, {self.temperature!r}, {self.temperature_scaling!r}, "
             f"{self.clip!r}, {self.clip_level!r}, {self.support!r}, {self.top_k!r}, "
@@ -168,5 +150,5 @@ class DivergenceSpec:
     @staticmethod
     @functools.lru_cache(maxsize=256)
     def from_text(text: str) -> "DivergenceSpec":
-        """Inverse of `to_text`."""
+        """Read what `to_text` wrote."""
         return DivergenceSpec(*ast.literal_eval(text))

@@ -83,6 +83,9 @@ class TokenWeights:
         reasoning: the weight of tokens between the markers.
         markers: opening and closing, or None if tokens between them count like the others.
 
+    Attributes:
+        reads_texts: whether a token's weight depends on its class or its place.
+
     Raises:
         ValueError: there are classes or markers and no tokenizer.
     """
@@ -97,6 +100,7 @@ class TokenWeights:
         self._table: Tensor | None = None
         self._blocks: Blocks | None = None
         self._reasoning = reasoning
+        self.reads_texts = by_class is not None or markers is not None
         if by_class is None and markers is None:
             return
         if not isinstance(tokenizer, PreTrainedTokenizerBase):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from hf_distill.models.signals import Head, Signal
 from metal_ops import reference
-from metal_ops.functional.linear import local, once
+from metal_ops.functional import forbid_second_derivative
 
 CHUNK_ENTRIES = 2**24
 """Logits of a chunk: 64 MiB in float32."""
@@ -63,13 +63,10 @@ def log_probs(student: Signal, targets: Tensor, temperature: float = 1.0) -> Ten
 
 def projected(hidden: Tensor, head: Head) -> Iterator[tuple[Tensor, slice]]:
     """Logits [n, V] of hidden states [N, H], a chunk of tokens at a time, and which they are."""
-    weight, bias = _local(head)
+    whole = head.gathered()
+    weight, bias = whole.weight, whole.bias
     for at in chunks(len(hidden), len(weight)):
         yield reference.head(hidden[at], weight, bias, head.logit_scale, head.softcap), at
-
-
-def _local(head: Head) -> tuple[Tensor, Tensor | None]:
-    return local(head.weight), None if head.bias is None else local(head.bias)
 
 
 class _Sum(torch.autograd.Function):
@@ -170,9 +167,10 @@ def sum_over_chunks(
     """
     size = wide(weights.detach()).abs().amax() if len(weights) else wide(weights).new_ones(())
     size = torch.where(size > 0, size, 1.0)
-    weight, bias = (None, None) if head is None else _local(head)
+    whole = None if head is None else head.gathered()
+    weight, bias = (None, None) if whole is None else (whole.weight, whole.bias)
     width = width or (hidden.shape[1] if weight is None else len(weight))
-    trained = (None if x is None else once(x) for x in (hidden, weight, bias))
+    trained = (None if x is None else forbid_second_derivative(x) for x in (hidden, weight, bias))
     settings = (size, head, piece, width, torch.is_grad_enabled())
     return cast("tuple[Tensor, Tensor]", _Sum.apply(*trained, *settings))
 

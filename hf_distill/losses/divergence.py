@@ -10,9 +10,8 @@ from hf_distill.losses import chunks
 from hf_distill.losses.base import Loss, Terms, Tokens, mixed
 from hf_distill.losses.sparse_teacher import sparse_terms
 from hf_distill.models.signals import Signal
-from metal_ops import DivergenceSpec, weighted_divergence
-from metal_ops.functional import linear_divergence_with_stats
-from metal_ops.functional.linear import DivergenceStats
+from metal_ops import DivergenceSpec, linear_divergence, weighted_divergence
+from metal_ops.functional import DivergenceStats
 
 
 @dataclass
@@ -117,21 +116,16 @@ class DivergenceLoss(Loss):
             apart = not torch.equal(weights, tokens.weights)
         together = self.wants_hard and not apart
         fused, alpha = self._fused_weights(weights, together)
-        terms = linear_divergence_with_stats(
+        terms = linear_divergence(
             student.hidden,
-            student.head.weight,
+            student.head,
             teacher.hidden,
-            teacher.head.weight,
+            teacher.head,
             self.spec,
             weights=fused,
             labels=tokens.targets if together else None,
             alpha=alpha,
-            student_bias=student.head.bias,
-            teacher_bias=teacher.head.bias,
-            student_logit_scale=student.head.logit_scale,
-            teacher_logit_scale=teacher.head.logit_scale,
-            student_softcap=student.head.softcap,
-            teacher_softcap=teacher.head.softcap,
+            stats=True,
         )
         metrics = self._metrics(terms.soft, terms.stats)
         if together:
@@ -154,7 +148,8 @@ class DivergenceLoss(Loss):
     def _times(self, values: Tensor) -> Tensor:
         return values if self.factor == 1.0 else values * self.factor
 
-    def _metrics(self, per_token: Tensor, stats: DivergenceStats) -> dict[str, Tensor]:
+    def _metrics(self, per_token: Tensor, stats: DivergenceStats | None) -> dict[str, Tensor]:
+        assert stats is not None
         metrics = {"soft": self._times(per_token), **stats._asdict()}
         if self.spec.clip is None:
             del metrics["clipped"]
@@ -166,5 +161,6 @@ class DivergenceLoss(Loss):
         if teacher.sparse is not None:
             terms = sparse_terms(logits, teacher.sparse, teacher.tail, self.spec, weights)
         else:
-            terms = weighted_divergence(logits, teacher.dense(), self.spec, weights=weights)
+            dense = teacher.dense()
+            terms = weighted_divergence(logits, dense, self.spec, weights=weights, stats=True)
         return Terms(terms.loss, self._metrics(terms.per_token, terms.stats))

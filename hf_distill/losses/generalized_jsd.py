@@ -88,9 +88,7 @@ def generalized_jsd_loss(
             weights = weights / entries_per_token
         elif reduction == "batchmean" and mask is None:
             weights = counted / rows
-        loss = weighted_divergence(
-            student_logits, teacher_logits, spec, weights=weights, want_stats=False
-        ).loss
+        loss = weighted_divergence(student_logits, teacher_logits, spec, weights=weights).loss
         empty = reduction != "sum" and mask is not None
         return torch.where(total == 0, torch.nan, loss) if empty else loss
     if logits_are_probs:

@@ -145,7 +145,8 @@ class TaidLoss(DivergenceLoss):
         target = Signal(logits=taid_target(logits, known, self.t))
         terms = super().soft(logits, target, tokens)
         weights = tokens.soft_weights
-        at_end = weighted_divergence(logits.detach(), known, self.spec, weights=weights)
+        at_end = weighted_divergence(logits.detach(), known, self.spec, weights=weights, stats=True)
+        assert at_end.stats is not None
         metrics = {**terms.metrics, TEACHER_KL: at_end.per_token}
         metrics |= {k: v for k, v in at_end.stats._asdict().items() if k != "clipped"}
         return terms._replace(metrics=metrics)

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from hf_distill.data.sides import Side
 from hf_distill.models.layers import States, Watch
-from hf_distill.models.signals import Head, Signal
+from hf_distill.models.signals import Signal
 from hf_distill.models.structure import causal_lm, is_classifier, output_head
+from metal_ops import Head
 
 logger = logging.getLogger(__name__)
 

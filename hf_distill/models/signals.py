@@ -13,25 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_distill.models.layers import States
-from metal_ops import PowerSums, SparseTeacher, TailSamples, reference
-from metal_ops.functional.linear import local
+from metal_ops import Head, PowerSums, SparseTeacher, TailSamples, reference
 
 NO_ENTRY = -1  # padding of a sparse signal's ids
-
-
-@dataclass(frozen=True)
-class Head:
-    """An output head: logits = softcap * tanh(scale * linear(hidden) / softcap), or no softcap."""
-
-    weight: Tensor
-    bias: Tensor | None
-    logit_scale: float = 1.0
-    softcap: float | None = None
-
-    def first(self, size: int) -> "Head":
-        """The head of the first `size` entries of the vocabulary; its tensors are views."""
-        bias = None if self.bias is None else local(self.bias)[:size]
-        return replace(self, weight=local(self.weight)[:size], bias=bias)
 
 
 class TailRule(NamedTuple):
@@ -88,9 +72,8 @@ class Signal:
             )
         assert self.hidden is not None
         assert self.head is not None
-        h = self.head
-        bias = None if h.bias is None else local(h.bias)
-        return reference.head(self.hidden, local(h.weight), bias, h.logit_scale, h.softcap)
+        h = self.head.gathered()
+        return reference.head(self.hidden, h.weight, h.bias, h.logit_scale, h.softcap)
 
     def rows(self, at: slice) -> "Signal":
         """The signal about some of the scored tokens, one row for each of them.

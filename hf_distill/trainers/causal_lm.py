@@ -64,7 +64,8 @@ class CausalLM:
         around = config.by_class(), run.processing_class, config.reasoning
         weigh = TokenWeights(*around, config.around_reasoning())
         self.weighing = Weighing(weigh, config.entropy, vocab or vocab_size(run.language_model))
-        check_anchor(settings.anchor_weight, hard_loss.replaces)
+        self._own_loss = hard_loss.replaces
+        check_anchor(settings.anchor_weight, self._own_loss)
 
     def read(
         self, inputs: Mapping[str, Any], num_items: Tensor | int | None, num_averaged: int
@@ -87,10 +88,13 @@ class CausalLM:
         if self.hard_loss.look(model, batch.inputs):
             check_anchor(self.settings.anchor_weight, True)
             check_unweighted([self.weighing.known(batch.inputs)])
+        self._own_loss = self.hard_loss.replaces
         return not self.hard_loss.to_probe
 
     def signal(self, batch: Batch, ask: Ask) -> Signal:
         """What the teacher says, with the weights that depend on it."""
+        if not self.weighing.weighs(batch.inputs):
+            return ask()
         weighed, signal = self.weighing.of(batch.inputs, ask)
         batch.weights, batch.logged = weighed.weights, weighed.logged
         return signal
@@ -159,7 +163,7 @@ class CausalLM:
         return_outputs: bool,
     ) -> tuple[Terms, Any]:
         """Run the student; its outputs are formed only for who needs them."""
-        if not (return_outputs or self.hard_loss.replaces):
+        if not (return_outputs or self._own_loss):
             return self.student.run(model, batch.student, terms_of, at_head), None
         labels, side = batch.inputs["labels"], batch.student
         asked = self.hard_loss.arguments(labels, batch.num_items)
@@ -189,7 +193,7 @@ class CausalLM:
         weights = self.weighing.ahead(batches, place, ask)
         if all(each is None for each in weights):
             return None
-        if self.hard_loss.replaces:
+        if self._own_loss:
             check_unweighted(weights)
         return token_weights.total(batches, weights).to(device)
 
@@ -274,6 +278,10 @@ class Weighing:
         """The weights that `ahead` has found, or those that need no teacher."""
         kept = batch.get(KEPT)
         return self.weigh(batch) if kept is None else kept.weights
+
+    def weighs(self, batch: Mapping[str, Any]) -> bool:
+        """Whether some of a batch's tokens count more than others."""
+        return self.weigh.reads_texts or self.entropy > 0 or KEY in batch
 
     @staticmethod
     def was_asked(batch: Mapping[str, Any]) -> bool:

@@ -43,6 +43,7 @@ def check_setup(run: Run) -> None:
         teacher.check(run)
     if not run.is_classifier:
         _check_student(run.student)
+    _check_whole_rows(run)
 
 
 def _check_temperature(run: Run, teacher: Teacher) -> None:
@@ -115,21 +116,14 @@ def hidden_states_refusal(run: Run, own_hard_loss: bool) -> str | None:
     return None
 
 
-def check_whole_rows(config: TokenWeightsConfig, num_parts: int) -> None:
-    """Weights that depend on a whole row need it on each process.
-
-    Args:
-        config: of the weights.
-        num_parts: processes that a row is split over.
-
-    Raises:
-        ValueError: rows are split.
-    """
+def _check_whole_rows(run: Run) -> None:
+    """Weights that depend on a whole row need it on each process."""
+    config = cast(TokenWeightsConfig, run.args.token_weights)
     whole = config.entropy > 0 or config.around_reasoning() is not None
-    if whole and num_parts > 1:
+    if whole and run.num_parts > 1:
         raise ValueError(
             "token_weights.entropy and token_weights.reasoning need whole rows on each process, "
-            f"got rows that are split over {num_parts} (context or sequence parallelism)"
+            f"got rows that are split over {run.num_parts} (context or sequence parallelism)"
         )
 
 
@@ -217,9 +211,18 @@ def unused(args: OPSDConfig, has_environment: bool, own_teacher: bool) -> list[s
     return found
 
 
+# settings of the losses that the config makes
 OF_BUILT_IN = (
-    "divergence temperature temperature_scaling beta support top_k missing clip taid"
-).split()  # settings of the losses that the config makes
+    "divergence",
+    "temperature",
+    "temperature_scaling",
+    "beta",
+    "support",
+    "top_k",
+    "missing",
+    "clip",
+    "taid",
+)
 
 
 def unused_anywhere(args: DistillConfig, own_loss: bool = False) -> list[str]:

@@ -1,7 +1,7 @@
 """DistillTrainer: a Trainer whose loss compares the student with a teacher."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from hf_distill import losses
 from hf_distill.data import token_weights
 from hf_distill.data.alignment import AlignmentMeter
+from hf_distill.data.sides import TEACHER_OWN_TOKENS
 from hf_distill.data.token_classes import token_classes
-from hf_distill.data.token_weights import TokenWeightsConfig
 from hf_distill.losses import HiddenConfig, Loss, TaidConfig, Terms, Tokens
 from hf_distill.losses.hard_loss import HardLoss
 from hf_distill.losses.hidden_states import HiddenAlignment
@@ -28,7 +28,6 @@ from hf_distill.trainers import config_schedules
 from hf_distill.trainers.causal_lm import CausalLM
 from hf_distill.trainers.checks import (
     check_setup,
-    check_whole_rows,
     check_without_teacher,
     hidden_states_refusal,
     unused_anywhere,
@@ -49,8 +48,7 @@ class DistillTrainer(StepCollatingTrainer):
     cross-entropy of the labels (with `label_smoothing_factor` or `compute_loss_func`, that one; of
     a student whose own loss is another, its own). Both are summed and divided by the number of
     labelled tokens of the whole optimizer step. Where the models allow it, [rows, positions, vocab]
-    logits are never built. Of sequence classifiers, see
-    `classification.Classification`.
+    logits are never built. See `classification.Classification` for sequence classifiers.
 
     Args:
         model: the student; every argument but `teacher` is that of `Trainer`.
@@ -74,6 +72,7 @@ class DistillTrainer(StepCollatingTrainer):
 
     args: DistillConfig
     task: Task
+    _moves: bool = False  # whether a schedule does
 
     def __init__(
         self,
@@ -114,7 +113,8 @@ class DistillTrainer(StepCollatingTrainer):
             self.accelerator,
             self.is_fsdp_enabled or self.is_deepspeed_enabled,
             self._losses_of_run(),
-            self.get_tp_size() * self.get_cp_size() * self.get_sp_size(),
+            num_copies=self.get_tp_size(),
+            num_parts=self.get_cp_size() * self.get_sp_size(),
         )
 
     def _set_up(self, run: Run) -> None:
@@ -125,8 +125,6 @@ class DistillTrainer(StepCollatingTrainer):
         for text in unused_anywhere(self.args, self._own_loss is not None):
             logger.warning("a setting is not used: %s", text)
         check_setup(run)
-        config = cast(TokenWeightsConfig, self.args.token_weights)
-        check_whole_rows(config, self.get_cp_size() * self.get_sp_size())
         self._vocabulary = Vocabulary(run)
         refusal = hidden_states_refusal(run, hard_loss.replaces)
         self._reader = Reader("student", refusal, self._vocabulary.size)
@@ -159,8 +157,7 @@ class DistillTrainer(StepCollatingTrainer):
         return CausalLM(run, settings, self._reader, hard_loss, size, self._num_ranks())
 
     def _collator_for(self, teacher: Teacher) -> Callable[[Any], Any]:
-        """Wraps the run's data collator in what the teacher needs."""
-        return teacher.collator
+        return teacher.collator  # wraps the run's data collator in what the teacher needs
 
     def _make_layers(self, run: Run) -> HiddenAlignment | None:
         """What compares hidden layers, or None."""
@@ -183,7 +180,7 @@ class DistillTrainer(StepCollatingTrainer):
         self._meters = {training: TokenMeter(classes) for training in (True, False)}
         eos_token_id = getattr(self.processing_class, "eos_token_id", None)
         self._alignment = AlignmentMeter(end_token_ids(run.language_model, eos_token_id))
-        self._looked = False
+        self._looked, self._moves = False, bool(config_schedules.moving(self.args))
         self.add_callback(UpdateTeacher(run.teacher))
         if self.args.taid is not None and self._own_loss is None:
             self._taid = Taid(cast(TaidConfig, self.args.taid), self.accelerator)
@@ -196,7 +193,7 @@ class DistillTrainer(StepCollatingTrainer):
     @property
     def loss(self) -> Loss:
         """The loss of a token now: of every micro-batch of the next optimizer step."""
-        step = self.state.global_step
+        step = self.state.global_step if self._moves else 0
         if self._present is None or self._present[0] != step:
             self._present = step, self._loss_at(step)
         return self._present[1]
@@ -289,15 +286,22 @@ class DistillTrainer(StepCollatingTrainer):
         """Called with every batch before it is used."""
         if not self.task.shifts_labels:
             return
-        self._vocabulary.check(inputs)
-        self._alignment.add(inputs)
+        if not self._has_plain_vocabulary(inputs):
+            self._vocabulary.check(inputs)
+        if inputs.get("teacher_input_ids") is not None:
+            self._alignment.add(inputs)
         if self._layers is not None:
             self._layers.check(inputs)
 
     def _signal(self, model: nn.Module, batch: Batch) -> Signal:
         """The teacher's, about the entries of the vocabulary that are used."""
         signal = cast(Teacher, self.teacher).signal(model, batch.teacher)
+        if self._has_plain_vocabulary(batch.inputs):
+            return signal
         return self._vocabulary.signal(signal, batch.inputs)
+
+    def _has_plain_vocabulary(self, inputs: Mapping[str, Any]) -> bool:
+        return self._vocabulary.is_plain and TEACHER_OWN_TOKENS not in inputs
 
     def _ask(self, inputs: dict[str, Any]) -> Signal:
         """The teacher's signal of a batch on its device, before the step's first loss."""
@@ -316,14 +320,6 @@ class DistillTrainer(StepCollatingTrainer):
         others = {**terms.others, **(batch.logged or {})}
         if others:
             meter.add(others)
-
-    def behaviour_log_probs(self, batch: dict[str, Tensor]) -> Tensor:
-        """[B, T] log-probabilities of a batch's scored tokens under the student as it is now.
-
-        See `losses.behaviour_log_probs`; the batch must be on the student's device.
-        """
-        self._vocabulary.check(batch)
-        return losses.behaviour_log_probs(self._reader, cast(nn.Module, self.model_wrapped), batch)
 
     def _num_ranks(self) -> int:
         """Processes with rows of their own, whose gradients are averaged."""

@@ -13,7 +13,7 @@ from transformers.trainer_utils import has_length
 
 from hf_distill.data import sides
 from hf_distill.data.hint_collator import HintCollator
-from hf_distill.losses import ClipConfig, Loss, LossFunction
+from hf_distill.losses import ClipConfig, Loss, LossFunction, behaviour_log_probs
 from hf_distill.monitoring.completion_table import WriteTable
 from hf_distill.monitoring.preflight import check_empty_hint, warn_of_lost_context
 from hf_distill.rollouts import TellEngine
@@ -224,6 +224,14 @@ class OPSDTrainer(DistillTrainer):
                 else:
                     batch[BEHAVIOUR] = torch.tensor(values)
         return window
+
+    def behaviour_log_probs(self, batch: dict[str, Tensor]) -> Tensor:
+        """[B, T] log-probabilities of a batch's scored tokens under the student as it is now.
+
+        See `losses.behaviour_log_probs`; the batch must be on the student's device.
+        """
+        self._vocabulary.check(batch)
+        return behaviour_log_probs(self._reader, cast(nn.Module, self.model_wrapped), batch)
 
     def _read_metrics(self, training: bool) -> dict[str, float]:
         metrics = super()._read_metrics(training)

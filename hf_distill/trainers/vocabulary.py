@@ -34,6 +34,8 @@ class Vocabulary:
 
     Attributes:
         size: entries that are used, the first; None is all.
+        is_plain: whether both sides have one vocabulary, all of it used, so that only a batch with
+            tokens of the teacher's own would be wrong.
 
     Raises:
         ValueError: the vocabularies or tokenizers are not those of one run; the message names both.
@@ -48,6 +50,7 @@ class Vocabulary:
         self._needs_one: str | None = None
         self._is_one = False  # known to be the same
         self.size: int | None = None
+        self.is_plain = False
         if run.is_classifier:  # logits of classes
             return
         teachers = run.teachers
@@ -73,6 +76,7 @@ class Vocabulary:
             )
         self.size = self._shared(student, teachers)
         run.teacher.keep_vocab(self.size)
+        self.is_plain = self.size is None
 
     def _known(self, teachers: Sequence[Teacher]) -> list[PreTrainedTokenizerBase]:
         """The teachers' tokenizers, as far as they and the student's are known."""

@@ -1,1 +1,14 @@
-"""One module per backend; each defines `unsupported`, `forward`, `backward` and `linear`."""
+"""One module per backend: `chunked` in PyTorch, and kernels in `triton` and `metal`.
+
+Each defines `unsupported`, which says why it cannot take some tensors, and the functions of the
+ops: `forward` and `backward` of logits, `sparse`, `linear` and `hidden_states`. What the backends
+share lies beside them: `kernels` makes ops of kernels, `blocks` computes blocks of rows in PyTorch,
+and `compare` says whether two backends agree.
+"""
+
+__all__: list[str] = []  # a backend is imported when it is first asked for
+
+KERNEL_DEVICES = {"metal": ["mps"], "triton": ["cuda", "xpu"]}
+"""Device types that a backend's kernels run on; simulators add theirs."""
+
+__all__ = ["KERNEL_DEVICES"]

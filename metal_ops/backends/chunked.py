@@ -1,4 +1,4 @@
-"""The ops in PyTorch, a block of tokens at a time: runs on every device torch has.
+"""Computes the ops in PyTorch, a block of tokens at a time, on every device torch has.
 
 Shapes: N tokens, V vocabulary, H hidden, K kept entries. Arithmetic is float32 for every input
 dtype (float64 for float64 input). Gradients are formed while a block is in cache.
@@ -7,20 +7,18 @@ dtype (float64 for float64 input). Gradients are formed while a block is in cach
 import torch
 from torch import Tensor
 
-from metal_ops.backends import _block, _hidden, _support
-from metal_ops.backends._chunks import Blocks
-from metal_ops.backends._linear import Hard, Head, linear
-from metal_ops.backends._rows import NUM_STATS, Buffers, Loaded, accumulator, load
+from metal_ops.backends.blocks.block import block_divergence
+from metal_ops.backends.blocks.hidden import compare_hidden_states
+from metal_ops.backends.blocks.linear import linear
+from metal_ops.backends.blocks.rows import NUM_STATS, Buffers, LoadedRows, accumulator, load_rows
+from metal_ops.backends.blocks.sizes import RowBlocks
+from metal_ops.backends.blocks.support import KeptEntries, category_divergence
 from metal_ops.spec import DivergenceSpec
 
 __all__ = [
-    "NUM_STATS",
-    "Hard",
-    "Head",
-    "accumulator",
     "backward",
     "forward",
-    "hidden",
+    "hidden_states",
     "linear",
     "sparse",
     "unsupported",
@@ -28,7 +26,7 @@ __all__ = [
 
 
 def unsupported(student: Tensor, teacher: Tensor) -> str | None:
-    """Why this backend cannot take these tensors, or None when it can."""
+    """Say why this backend cannot take these tensors, or None when it can."""
     for tensor in (student, teacher):
         if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
             return f"needs float16, bfloat16, float32 or float64, got {tensor.dtype}"
@@ -43,7 +41,7 @@ def forward(
     want_grad: bool,
     want_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss per token, statistics, and the gradient of the weighted loss.
+    """Compute loss per token, statistics, and the gradient of the weighted loss.
 
     Args:
         student: [N, V].
@@ -58,7 +56,7 @@ def forward(
         the dtype of `student`, or None. All are zero where the weight is.
     """
     dtype, vocab = accumulator(student), student.shape[-1]
-    blocks = Blocks(student, weights, vocab)
+    blocks = RowBlocks(student, weights, vocab)
     loss = student.new_zeros(len(student), dtype=dtype)
     stats = student.new_zeros(NUM_STATS, len(student) if want_stats else 0, dtype=dtype)
     weights = torch.ones_like(loss) if weights is None else weights.to(dtype)
@@ -69,7 +67,7 @@ def forward(
         scratch = buffers
         if out is not None and out.dtype == dtype:
             scratch = buffers._replace(q=out)  # in cache when the gradient is written
-        loss[at], block = _block.divergence(
+        loss[at], block = block_divergence(
             student[at], teacher[at], spec, scratch, weights[at], out, want_stats
         )
         if block is not None:
@@ -80,7 +78,7 @@ def forward(
 
 
 def backward(upstream: Tensor, student: Tensor, teacher: Tensor, spec: DivergenceSpec) -> Tensor:
-    """Gradient for the student logits, [N, V] in the dtype of `student`."""
+    """Compute the gradient for the student logits, [N, V] in the dtype of `student`."""
     grad = forward(student, teacher, upstream, spec, True, False)[2]
     assert grad is not None
     return grad
@@ -93,13 +91,13 @@ def sparse(
     spec: DivergenceSpec,
     want_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """(loss [N], gradient [N, V] or None) to a teacher known at a few entries.
+    """Return (loss [N], gradient [N, V] or None) to a teacher known at a few entries.
 
     As `forward`, but for the teacher: ids [N, K], log-probabilities [N, K] at the spec's
     temperature, and the log of the rest's mass [N].
     """
     vocab = student.shape[-1]
-    blocks = Blocks(student, weights, vocab)
+    blocks = RowBlocks(student, weights, vocab)
     loss = student.new_zeros(len(student), dtype=accumulator(student))
     weights = torch.ones_like(loss) if weights is None else weights.to(loss.dtype)
     grad = blocks.gradient_like(student) if want_grad else None
@@ -107,14 +105,14 @@ def sparse(
     for at in blocks:
         logits, out = student[at], None if grad is None else grad[at]
         buffers = all_buffers.first(len(logits))
-        log_q, q_sum = load(logits, spec.temperature, buffers.log_q, buffers.q, True)
+        log_q, q_sum = load_rows(logits, spec.temperature, buffers.log_q, buffers.q, True)
         ids, log_probs, log_tail = (x[at] for x in teacher)
-        kept = _support.Kept(ids, vocab)
+        kept = KeptEntries(ids, vocab)
         inside = log_probs.to(loss.dtype).masked_fill(~kept.valid, -torch.inf)
-        value, _ = _support.categories(
+        value, _ = category_divergence(
             (inside, log_tail.to(loss.dtype)[:, None]),
             kept,
-            Loaded(buffers, log_q, q_sum, log_q, q_sum),
+            LoadedRows(buffers, log_q, q_sum, log_q, q_sum),
             spec,
             weights[at] * (spec.scale / spec.temperature),
             out,
@@ -125,24 +123,26 @@ def sparse(
     return loss, grad
 
 
-def hidden(
+def hidden_states(
     student: Tensor, teacher: Tensor, kind: str, weights: Tensor | None, want_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(loss [N], gradient of the weighted losses [N, H] or None) of hidden states [N, H].
+    """Return (loss [N], gradient of the weighted losses [N, H] or None) of hidden states [N, H].
 
     As `forward`, for the kinds of `reference.hidden_divergence`.
     """
     # a difference must not be rounded before it is formed: float64 if one side has it
     wide = torch.float64 in (student.dtype, teacher.dtype)
     inside = torch.float64 if wide else torch.float32
-    blocks = Blocks(student, weights, student.shape[-1])
+    blocks = RowBlocks(student, weights, student.shape[-1])
     loss = student.new_zeros(len(student), dtype=accumulator(student))
     grad = blocks.gradient_like(student) if want_grad else None
     if want_grad:
         weights = loss.new_ones(len(student)) if weights is None else weights
     for at in blocks:
         factor = None if grad is None or weights is None else weights[at].to(inside)
-        value, block = _hidden.block(student[at].to(inside), teacher[at].to(inside), kind, factor)
+        value, block = compare_hidden_states(
+            student[at].to(inside), teacher[at].to(inside), kind, factor
+        )
         loss[at] = value.to(loss.dtype)
         if grad is not None and block is not None:
             grad[at] = block.to(grad.dtype)

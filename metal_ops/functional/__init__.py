@@ -1,12 +1,9 @@
-"""The public ops: check the arguments, choose the backend, call it."""
+"""Offers the public ops, which check their arguments and call the backend that fits."""
 
-from metal_ops.functional._arguments import DivergenceStats
+from metal_ops.functional._arguments import DivergenceStats, forbid_second_derivative
+from metal_ops.functional.head import Head, gather_shards
 from metal_ops.functional.hidden import hidden_divergence
-from metal_ops.functional.linear import (
-    LinearTerms,
-    linear_divergence,
-    linear_divergence_with_stats,
-)
+from metal_ops.functional.linear import LinearTerms, linear_divergence
 from metal_ops.functional.logits import (
     WeightedTerms,
     divergence,
@@ -18,6 +15,7 @@ from metal_ops.functional.sparse_teacher import PowerSums, SparseTeacher, TailSa
 
 __all__ = [
     "DivergenceStats",
+    "Head",
     "LinearTerms",
     "PowerSums",
     "SparseTeacher",
@@ -25,9 +23,10 @@ __all__ = [
     "WeightedTerms",
     "divergence",
     "divergence_with_stats",
+    "forbid_second_derivative",
+    "gather_shards",
     "hidden_divergence",
     "linear_divergence",
-    "linear_divergence_with_stats",
     "sparse_divergence",
     "weighted_divergence",
 ]

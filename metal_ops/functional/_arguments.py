@@ -1,4 +1,4 @@
-"""What the public ops share: statistics, checks, and how gradients are asked for."""
+"""Holds what the public ops share: statistics, checks, and how gradients are asked for."""
 
 import math
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from metal_ops.spec import DivergenceSpec
 
 
 class DivergenceStats(NamedTuple):
-    """Per token, without gradient: what the passes over the vocabulary also know.
+    """Holds, per token and without gradient, what the passes over the vocabulary also know.
 
     Each field is [...] float32 (float64 for float64 input). Entropies are in nats, of the softmax
     at the spec's temperature; top1_agreement is 1 where both sides have the same largest logit;
@@ -23,8 +23,13 @@ class DivergenceStats(NamedTuple):
     clipped: Tensor
 
 
+def named_stats(values: Tensor, wanted: bool) -> DivergenceStats | None:
+    """Name the statistics of an op's [4, ...] tensor; None if they were not wanted."""
+    return DivergenceStats(*values.unbind(0)) if wanted else None
+
+
 def check_pair(student: Tensor, teacher: Tensor, names: str, last: str) -> None:
-    """One shape [..., last] and one device, or a ValueError that calls the two by `names`."""
+    """Check for one shape [..., last] and one device; errors call the two by `names`."""
     if student.shape != teacher.shape or student.ndim < 1 or student.shape[-1] == 0:
         raise ValueError(
             f"{names} must both be [..., {last}] with {last} > 0, got "
@@ -55,7 +60,7 @@ def needs_grad(x: Tensor) -> bool:
 
 
 def form_gradient(student: Tensor) -> bool:
-    """Whether to form the gradient with the loss, for an upstream gradient not known yet.
+    """Say whether to form the gradient with the loss, for an upstream gradient not known yet.
 
     A float16 or bfloat16 gradient would be rounded before and after the upstream is applied (and
     a float16 one may underflow before): it is computed in the backward instead.
@@ -63,10 +68,10 @@ def form_gradient(student: Tensor) -> bool:
     return needs_grad(student) and student.dtype in (torch.float32, torch.float64)
 
 
-def unit(
+def scale_for_float16(
     weights: Tensor, dtype: torch.dtype, spec: DivergenceSpec, alpha: float = 1.0
 ) -> tuple[Tensor, Tensor | float]:
-    """Weights and their unit: gradients formed with them fit into float16.
+    """Divide weights by a unit, which is returned too, so that gradients fit into float16.
 
     Towards both ends of beta a JSD fades, to beta (1 - beta) times a KL: in units of the weights
     alone its gradient would fade to zero, also for who divides by that again. The factor for it is
@@ -100,7 +105,7 @@ class _NoDerivative(torch.autograd.Function):
         )
 
 
-class _Once(torch.autograd.Function):
+class _DifferentiableOnce(torch.autograd.Function):
     """The identity of an input, whose gradient cannot be differentiated again."""
 
     @staticmethod
@@ -116,9 +121,9 @@ class _Once(torch.autograd.Function):
         return grad, None
 
 
-def once(x: Tensor) -> Tensor:
-    """x, with an error for second derivatives, which would silently lack those through the op."""
+def forbid_second_derivative(x: Tensor) -> Tensor:
+    """Return x, with an error for second derivatives, which would lack those through the op."""
     if not needs_grad(x) or torch.compiler.is_compiling():
         return x
     # an empty piece of x carries its place in the graph without its memory
-    return _Once.apply(x, x[..., :0].clone())
+    return _DifferentiableOnce.apply(x, x[..., :0].clone())

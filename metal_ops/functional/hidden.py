@@ -1,10 +1,15 @@
-"""Differences of hidden states."""
+"""Compares hidden states."""
 
 import torch
 from torch import Tensor
 
 from metal_ops import _ops
-from metal_ops.functional._arguments import check_pair, flat_mask, form_gradient, once
+from metal_ops.functional._arguments import (
+    check_pair,
+    flat_mask,
+    forbid_second_derivative,
+    form_gradient,
+)
 from metal_ops.reference import HIDDEN_KINDS
 
 
@@ -16,7 +21,7 @@ def hidden_divergence(
     mask: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Difference between hidden states, per token.
+    """Compute the difference between hidden states, per token.
 
     Args:
         student: [..., hidden]; float32, bfloat16, float16 or float64.
@@ -50,11 +55,11 @@ def hidden_divergence(
     shape, hidden = student.shape[:-1], student.shape[-1]
     mask = flat_mask(mask, shape)
     loss, _ = _ops.hidden_divergence(
-        once(student).reshape(-1, hidden),
-        teacher.detach().reshape(-1, hidden),
-        None if mask is None else mask.to(torch.float32),
-        kind,
-        form_gradient(student),
-        backend,
+        student=forbid_second_derivative(student).reshape(-1, hidden),
+        teacher=teacher.detach().reshape(-1, hidden),
+        weights=None if mask is None else mask.to(torch.float32),
+        kind=kind,
+        want_grad=form_gradient(student),
+        backend=backend,
     )
     return loss.view(shape)

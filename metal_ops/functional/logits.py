@@ -1,4 +1,4 @@
-"""Divergences from logits, per token or as one weighted sum."""
+"""Computes divergences from logits, per token or as one weighted sum."""
 
 from typing import NamedTuple
 
@@ -10,24 +10,26 @@ from metal_ops.functional._arguments import (
     DivergenceStats,
     check_logits,
     flat_mask,
+    forbid_second_derivative,
     form_gradient,
+    named_stats,
     needs_grad,
-    once,
-    unit,
+    scale_for_float16,
 )
 from metal_ops.spec import DivergenceSpec
 
 
 class WeightedTerms(NamedTuple):
-    """What `weighted_divergence` returns.
+    """Holds what `weighted_divergence` returns.
 
     loss is the scalar with a gradient. per_token [...] is the divergence, unweighted and without
-    gradient. stats are zero, like per_token, where the weight is zero.
+    gradient. stats are None if they were not asked for, and zero, like per_token, where the weight
+    is zero.
     """
 
     loss: Tensor
     per_token: Tensor
-    stats: DivergenceStats
+    stats: DivergenceStats | None
 
 
 def _divergence(
@@ -41,13 +43,13 @@ def _divergence(
     check_logits(student, teacher)
     shape = student.shape[:-1]
     per_token, stats, _ = _ops.divergence(
-        once(student).reshape(-1, student.shape[-1]),
-        teacher.detach().reshape(-1, teacher.shape[-1]),
-        flat_mask(mask, shape),
-        spec.resolved_text,
-        form_gradient(student),
-        want_stats,
-        backend,
+        student=forbid_second_derivative(student).reshape(-1, student.shape[-1]),
+        teacher=teacher.detach().reshape(-1, teacher.shape[-1]),
+        mask=flat_mask(mask, shape),
+        spec=spec.resolved_text,
+        want_grad=form_gradient(student),
+        want_stats=want_stats,
+        backend=backend,
     )
     return per_token.view(shape), stats.view(len(stats), *shape) if want_stats else stats
 
@@ -60,7 +62,7 @@ def divergence(
     mask: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Divergence between two softmax distributions, per token.
+    """Compute the divergence between two softmax distributions, per token.
 
     Args:
         student_logits: [..., vocab]; float32, bfloat16, float16 or float64.
@@ -105,7 +107,7 @@ def divergence_with_stats(
     mask: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, DivergenceStats]:
-    """`divergence`, and both entropies, top-1 agreement and clipping from the same passes.
+    """Compute `divergence`, and entropies, top-1 agreement and clipping from the same passes.
 
     Arguments, errors and first result are those of `divergence`; the second holds [...] tensors.
     """
@@ -119,10 +121,10 @@ def weighted_divergence(
     spec: DivergenceSpec,
     *,
     weights: Tensor,
-    want_stats: bool = True,
+    stats: bool = False,
     backend: str = "auto",
 ) -> WeightedTerms:
-    """The sum of weights * divergence, whose gradient is formed in one go with the loss.
+    """Sum weights * divergence, and form the gradient in one go with the loss.
 
     The faster way to a scalar: nothing is left for the backward but to pass the gradient on.
 
@@ -132,7 +134,7 @@ def weighted_divergence(
         spec: which divergence, at which temperature.
         weights: [...]; mask / num_items_in_batch in a trainer. No gradient. Nothing is computed
             for a token of weight 0.
-        want_stats: whether to compute the statistics; without, they are empty.
+        stats: whether to compute the statistics, which takes more passes over the logits.
         backend: as in `divergence`.
 
     Returns:
@@ -151,15 +153,19 @@ def weighted_divergence(
     if weights.shape != shape:
         raise ValueError(f"weights must be {list(shape)} as the tokens, got {list(weights.shape)}")
     wide = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
-    weights, size = unit(weights.detach().reshape(-1).to(wide), student_logits.dtype, spec)
-    loss, per_token, stats, _ = _ops.weighted_divergence(
-        once(student_logits).reshape(-1, vocab),
-        teacher_logits.detach().reshape(-1, vocab),
-        weights,
-        spec.resolved_text,
-        needs_grad(student_logits),
-        want_stats,
-        backend,
+    weights = weights.detach().reshape(-1).to(wide)
+    weights, size = scale_for_float16(weights, student_logits.dtype, spec)
+    found = _ops.WeightedResult(
+        *_ops.weighted_divergence(
+            student=forbid_second_derivative(student_logits).reshape(-1, vocab),
+            teacher=teacher_logits.detach().reshape(-1, vocab),
+            weights=weights,
+            spec=spec.resolved_text,
+            want_grad=needs_grad(student_logits),
+            want_stats=stats,
+            backend=backend,
+        )
     )
-    stats = stats.view(len(stats), *shape) if want_stats else stats
-    return WeightedTerms(loss * size, per_token.view(shape), DivergenceStats(*stats.unbind(0)))
+    values = found.stats.view(len(found.stats), *shape) if stats else found.stats
+    per_token = found.per_token.view(shape)
+    return WeightedTerms(found.loss * size, per_token, named_stats(values, stats))

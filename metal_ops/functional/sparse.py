@@ -1,15 +1,16 @@
-"""Divergences to a teacher of which a few entries are known."""
+"""Computes divergences to a teacher of which a few entries are known."""
 
 import functools
 import logging
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from metal_ops import _sparse_ops
-from metal_ops.functional._arguments import flat_mask, form_gradient, once
+from metal_ops.functional._arguments import flat_mask, forbid_second_derivative, form_gradient
 from metal_ops.functional.sparse_teacher import SparseTeacher, TailSamples
 from metal_ops.spec import DivergenceSpec
 
@@ -110,7 +111,7 @@ def sparse_divergence(
     mask: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Divergence per token to a teacher of which a few entries are known.
+    """Compute the divergence per token to a teacher of which a few entries are known.
 
     Args:
         student_logits: [..., vocab]; float32, bfloat16, float16 or float64.
@@ -177,7 +178,8 @@ def sparse_divergence(
     if mask is None:
         mask = torch.ones(shape.numel(), dtype=torch.bool, device=student_logits.device)
     settings = form_gradient(student_logits), backend
-    per_token, _ = _call(once(student_logits), teacher, drawn, mask, spec, max_ratio, settings)
+    student_logits = forbid_second_derivative(student_logits)
+    per_token = _call(student_logits, teacher, drawn, mask, spec, max_ratio, settings)
     return per_token.view(shape)
 
 
@@ -189,19 +191,29 @@ def _call(
     spec: DivergenceSpec,
     max_ratio: float | None,
     settings: tuple[bool, str],
-) -> tuple[Tensor, Tensor]:
-    """The op that fits, given [N, ...] tensors."""
+) -> Tensor:
+    """The losses [N] by the op that fits, given [N, ...] tensors."""
 
     def rows(x: Tensor) -> Tensor:
         return x.detach().reshape(len(mask), x.shape[-1])
 
-    known = rows(teacher.ids), rows(teacher.log_probs), teacher.log_tail.detach().reshape(-1)
-    student = student_logits.reshape(len(mask), student_logits.shape[-1])
-    weights, text = mask.to(torch.float32), spec.resolved_text
+    want_grad, backend = settings
+    known: dict[str, Any] = {
+        "student": student_logits.reshape(len(mask), student_logits.shape[-1]),
+        "ids": rows(teacher.ids),
+        "log_probs": rows(teacher.log_probs),
+        "log_tail": teacher.log_tail.detach().reshape(-1),
+        "weights": mask.to(torch.float32),
+        "spec": spec.resolved_text,
+        "want_grad": want_grad,
+        "backend": backend,
+    }
     if drawn is None:
-        return _sparse_ops.sparse_divergence(student, *known, weights, text, *settings)
-    bound = math.inf if max_ratio is None else float(max_ratio)
-    samples = (rows(x) for x in drawn)
+        return _sparse_ops.sparse_divergence(**known)[0]
     return _sparse_ops.sampled_divergence(
-        student, *known, *samples, weights, text, bound, *settings
-    )
+        **known,
+        draws=rows(drawn.ids),
+        draw_log_probs=rows(drawn.log_probs),
+        draw_log_weights=rows(drawn.log_weights),
+        max_ratio=math.inf if max_ratio is None else float(max_ratio),
+    )[0]

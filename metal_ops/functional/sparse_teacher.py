@@ -1,4 +1,4 @@
-"""What is known of a teacher of which a few entries a token are stored."""
+"""Holds what is known of a teacher of which a few entries a token are stored."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class TailSamples(NamedTuple):
-    """Entries drawn from a teacher's tail, the vocabulary without its known entries.
+    """Holds entries drawn from a teacher's tail, the vocabulary without its known entries.
 
     ids [..., n] int64: what was drawn, repeats allowed; below 0 there is no draw. log_probs
     [..., n]: the teacher's log-probabilities there. log_weights [..., n]: log(1 / (draws g(s))), g
@@ -23,7 +23,7 @@ class TailSamples(NamedTuple):
 
 
 class PowerSums(NamedTuple):
-    """What carries the mass of a tail to other temperatures.
+    """Carries the mass of a tail to other temperatures.
 
     orders: distinct numbers > 0 without 1, m of them. log_sums [..., m]: log of the sum over the
     tail of p^order, with p at the teacher's temperature. num_tail [...]: how many entries the tail
@@ -37,7 +37,7 @@ class PowerSums(NamedTuple):
 
 
 class SparseTeacher(NamedTuple):
-    """A teacher known at a few entries a token, from a cache or a server.
+    """Holds a teacher known at a few entries a token, from a cache or a server.
 
     ids [..., K] int64: distinct vocabulary entries; those below 0 are padding. log_probs [..., K]:
     the teacher's log-probabilities there, not renormalised. log_tail [...]: the log of the mass it
@@ -53,7 +53,7 @@ class SparseTeacher(NamedTuple):
     powers: PowerSums | None = None
 
     def rows(self, index: slice | Tensor) -> "SparseTeacher":
-        """The tokens that an index of the first dimension takes, in its order."""
+        """Return the tokens that an index of the first dimension takes, in its order."""
         samples, powers = self.samples, self.powers
         if samples is not None:
             samples = TailSamples(*(x[index] for x in samples))
@@ -64,7 +64,7 @@ class SparseTeacher(NamedTuple):
         return SparseTeacher(ids, log_probs, log_tail, self.temperature, samples, powers)
 
     def at(self, temperature: float) -> "SparseTeacher":
-        """The same teacher at another temperature, without `powers`.
+        """Return the same teacher at another temperature, without `powers`.
 
         With a = self.temperature / temperature, each probability p becomes p^a over the sum of
         p^a. The tail's part of the sum is read off its power sums: log S(a) is convex in a and

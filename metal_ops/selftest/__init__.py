@@ -1,1 +1,3 @@
-"""Inputs, exact numbers and the rule that compares: what `python -m metal_ops selftest` runs."""
+"""Holds inputs, exact numbers and the rule that compares for `python -m metal_ops selftest`."""
+
+__all__: list[str] = []  # import the module that is meant

@@ -1,4 +1,4 @@
-"""What the self-test runs: every op on inputs of every family, against float64 on the CPU.
+"""Runs every op on inputs of every family, against float64 on the CPU.
 
 A last row that does not count holds NaN and must leave nothing behind. N rows, V vocabulary.
 """
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metal_ops.functional import divergence as divergence_op
 from metal_ops.functional import (
+    Head,
     hidden_divergence,
     linear_divergence,
     sparse_divergence,
     weighted_divergence,
 )
+from metal_ops.functional import divergence as divergence_op
 from metal_ops.reference import HIDDEN_KINDS
 from metal_ops.selftest.hidden import exact_hidden
 from metal_ops.selftest.inputs import (
@@ -28,9 +29,9 @@ from metal_ops.selftest.inputs import (
     REAL_SHAPE,
     SHAPES,
     Pair,
+    missing_rules,
     sparse,
     untied,
-    ways,
 )
 from metal_ops.selftest.numerics import (
     C,
@@ -49,7 +50,7 @@ QUICK_SHAPES = ((4, 33), (3, 4097))
 
 
 class Where(NamedTuple):
-    """On what an op runs."""
+    """Says on what an op runs."""
 
     device: torch.device
     backend: str
@@ -57,12 +58,12 @@ class Where(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The backend as a report should call it."""
+        """Name the backend as a report should."""
         return f"{self.backend}, simulated" if self.simulated else self.backend
 
 
 class Job(NamedTuple):
-    """A few shapes of one kind of input for one op."""
+    """Names a few shapes of one kind of input for one op."""
 
     op: str
     kind: str
@@ -72,7 +73,7 @@ class Job(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What an op returned, and what the rule needs to judge it."""
+    """Holds what an op returned, and what the rule needs to judge it."""
 
     name: str
     actual: Tensor
@@ -82,7 +83,7 @@ class Comparison(NamedTuple):
     dtype: torch.dtype
 
     def judge(self) -> tuple[float, str]:
-        """The smallest c that accepts it, and what is wrong in words ("" for nothing)."""
+        """Return the smallest c that accepts it, and what is wrong in words ("" for nothing)."""
         actual, expected = self.actual.detach().cpu(), self.expected
         if actual.dtype != self.dtype or actual.shape != expected.shape:
             found = f"{actual.dtype} {tuple(actual.shape)}"
@@ -138,7 +139,7 @@ def _specs(kind: str) -> list[DivergenceSpec]:
     """Two betas and temperatures over the full vocabulary, and each support in each way."""
     specs = [DivergenceSpec(kind, *scale) for scale in SCALES]
     for i, (support, missing) in enumerate(
-        product(("teacher_topk", "student_topk", "union"), ways(kind))
+        product(("teacher_topk", "student_topk", "union"), missing_rules(kind))
     ):
         options = {"support": support, "top_k": TOP_K, "missing": missing}
         specs.append(DivergenceSpec(kind, *SCALES[i % 2], **options))
@@ -220,13 +221,13 @@ def _linear(student: Tensor, teacher: Tensor, spec: DivergenceSpec, where: Where
     head = student.T.contiguous().to(where.device).requires_grad_()
     loss = linear_divergence(
         hidden,
-        head,
+        Head(head),
         eye,
-        teacher.T.contiguous().to(where.device),
+        Head(teacher.T.contiguous().to(where.device)),
         spec,
         weights=weights.to(where.device),
         backend=where.backend,
-    )
+    ).loss
     grads = torch.autograd.grad(loss, (hidden, head))
     w, x = weights.double(), want.x_max
     total = (w * want.loss).sum(), (w * want.loss_magnitude).sum()
@@ -260,7 +261,7 @@ OPS = (*LOGIT_OPS, "hidden")
 
 
 def jobs(dtypes: tuple[torch.dtype, ...], quick: bool) -> list[Job]:
-    """All of them, or with `quick` one in twelve."""
+    """List all of them, or with `quick` one in twelve."""
     shapes = QUICK_SHAPES if quick else tuple(SHAPES)
     found = []
     for op in OPS:
@@ -279,22 +280,22 @@ def jobs(dtypes: tuple[torch.dtype, ...], quick: bool) -> list[Job]:
 
 
 def choices(job: Job) -> list[DivergenceSpec]:
-    """The specs that the job's shapes take turns with."""
+    """List the specs that the job's shapes take turns with."""
     if job.op == "sparse":
         return [
             DivergenceSpec(job.kind, *SCALES[i % 2], missing=missing)
-            for i, missing in enumerate(ways(job.kind))
+            for i, missing in enumerate(missing_rules(job.kind))
         ]
     return _specs(job.kind)
 
 
 def first_choice(job: Job) -> int:
-    """Where the turns begin: elsewhere for each dtype and family."""
+    """Say where the turns begin: elsewhere for each dtype and family."""
     return zlib.crc32(f"{job.dtype} {job.family}".encode())
 
 
 def run(job: Job, where: Where) -> Iterator[tuple[str, Comparison]]:
-    """The job's comparisons, each with its shape and spec in words."""
+    """Yield the job's comparisons, each with its shape and spec in words."""
     torch.manual_seed(zlib.crc32(repr(job).encode()))
     if job.op == "hidden":
         for shape in job.shapes:

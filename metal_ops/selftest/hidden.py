@@ -1,4 +1,4 @@
-"""Differences of hidden states in exact numbers, for the rule of `numerics`.
+"""Compares hidden states in exact numbers, for the rule of `numerics`.
 
 The cosine distance is one less a product: by this definition, which the ops avoid, with the
 products and their sums exact and the rest in fifty digits. N rows, H hidden.
@@ -87,7 +87,7 @@ def _sizes(s: Tensor, t: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def exact_hidden(student: Tensor, teacher: Tensor, kind: str) -> Exact:
-    """Value and gradient of [N, H] hidden states."""
+    """Compute value and gradient of [N, H] hidden states."""
     s, t = student.detach().double(), teacher.double()
     if kind == "mse":
         d = s - t

@@ -1,4 +1,4 @@
-"""Logits for the op tests: where the mass sits decides which mistakes show."""
+"""Draws logits for the op tests: where the mass sits decides which mistakes show."""
 
 from collections.abc import Callable
 
@@ -115,8 +115,8 @@ HIDDEN_FAMILIES: dict[str, Callable[[int, int], Pair]] = {
 }
 
 
-def ways(kind: str, beta: float = 0.5) -> tuple[str, ...]:
-    """What may become of the entries outside a kind's support."""
+def missing_rules(kind: str, beta: float = 0.5) -> tuple[str, ...]:
+    """List what may become of the entries outside a kind's support."""
     reverse = DivergenceSpec(kind, beta).resolved().kind in REVERSE
     return tuple(m for m in MISSING if not (reverse and m == "zero"))
 

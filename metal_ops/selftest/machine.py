@@ -1,4 +1,4 @@
-"""What this machine has, and which backend takes what on it."""
+"""Says what this machine has, and which backend takes what on it."""
 
 import importlib.metadata
 import os
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from metal_ops import _dispatch
-from metal_ops.backends._chunks import l2_bytes
-from metal_ops.backends._machine import chip, device_name, system
+from metal_ops.backends.blocks.sizes import l2_bytes
+from metal_ops.backends.machine import chip, device_name, system
 from metal_ops.functional import (
+    Head,
     SparseTeacher,
     divergence,
     hidden_divergence,
@@ -35,7 +36,7 @@ def _version(package: str) -> str | None:
 
 
 def devices() -> list[torch.device]:
-    """The accelerator, if there is one, and the CPU."""
+    """List the accelerator, if there is one, and the CPU."""
     found = [torch.device("cpu")]
     if torch.accelerator.is_available():
         accelerator = torch.accelerator.current_accelerator()
@@ -45,7 +46,7 @@ def devices() -> list[torch.device]:
 
 
 def versions() -> dict[str, Any]:
-    """What a report needs to be understood."""
+    """List what a report needs to be understood."""
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -69,7 +70,7 @@ def _calls(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], T
         "divergence": lambda: divergence(x, y, spec),
         "weighted": lambda: weighted_divergence(x, y, spec, weights=ones).loss,
         "sparse": lambda: sparse_divergence(x, known, spec),
-        "linear": lambda: linear_divergence(x, x, y, y, spec, weights=ones),
+        "linear": lambda: linear_divergence(x, Head(x), y, Head(y), spec, weights=ones).loss,
         "hidden": lambda: hidden_divergence(x, y, "cosine"),
     }
 
@@ -80,7 +81,7 @@ FUNCTIONS = {
     "weighted": ("forward",),
     "sparse": ("sparse",),
     "linear": ("linear",),
-    "hidden": ("hidden",),
+    "hidden": ("hidden_states",),
 }
 
 
@@ -95,7 +96,7 @@ def _choice(op: str, call: Callable[[], Tensor], probe: Tensor) -> tuple[str, di
 
 
 def choices(device: torch.device) -> dict[tuple[str, str], tuple[str, dict[str, str]]]:
-    """By (op, dtype): the backend that "auto" takes, and why not those before it."""
+    """Find by (op, dtype) the backend that "auto" takes, and why not those before it."""
     found = {}
     for dtype in DTYPES:
         if device.type == "mps" and dtype == torch.float64:

@@ -15,7 +15,7 @@ from torch import Tensor
 from metal_ops import DivergenceSpec, SparseTeacher
 
 # Rounding errors per term, in units of eps (1 + x_max) magnitude. Largest needed on a CPU, over
-# all dtypes, shapes, kinds and supports of tests/ops/test_values.py and test_grid.py: randn 3.7,
+# all dtypes, shapes, kinds and supports of test_values.py and test_grid.py in tests: randn 3.7,
 # near 2.5, peaked 1.7, planted 1.1, huge 0.7, shifted 1.3, 151 936 columns 3.5; linear_divergence
 # 1.8; the variants in test_numerics.py 3.7. (The total variation reaches C where a sign is
 # undecided: there the magnitude allows the whole jump.) The rest is room for other vector units

@@ -1,4 +1,4 @@
-"""Run the cases on a device and report: a table, the failures, one line of JSON."""
+"""Runs the cases on a device and reports: a table, the failures, one line of JSON."""
 
 import json
 import math
@@ -24,19 +24,19 @@ SHOWN = 20  # failures
 
 
 class Tally(NamedTuple):
-    """Of one op and dtype."""
+    """Counts comparisons of one op and dtype."""
 
     comparisons: int
     failures: int
     largest_c: float
 
     def plus(self, c: float, failed: bool) -> "Tally":
-        """With one comparison more."""
+        """Count one comparison more."""
         return Tally(self.comparisons + 1, self.failures + failed, max(self.largest_c, c))
 
 
 class Report(NamedTuple):
-    """Tallies by (op, dtype), and each failure in words."""
+    """Holds tallies by (op, dtype), and each failure in words."""
 
     where: Where
     tallies: dict[tuple[str, str], Tally]
@@ -59,7 +59,7 @@ def _strict() -> Iterator[None]:
 
 
 def dtypes_of(where: Where) -> tuple[torch.dtype, ...]:
-    """Those that the backend takes on the device."""
+    """List those that the backend takes on the device."""
     found = []
     for dtype in DTYPES:
         try:
@@ -84,7 +84,7 @@ def _results(job: Job, where: Where) -> Iterator[tuple[float, str]]:
 def run(
     where: Where, quick: bool, choose: Callable[[list[Job]], list[Job]] = lambda jobs: jobs
 ) -> Report:
-    """Every job of one device and backend, with a progress bar on a terminal."""
+    """Run every job of one device and backend, with a progress bar on a terminal."""
     start, tallies, failures = time.perf_counter(), {}, []
     jobs = choose(cases.jobs(dtypes_of(where), quick))
     with _strict():
@@ -99,12 +99,12 @@ def run(
 
 
 def passed(report: Report) -> bool:
-    """Whether something was compared and nothing failed."""
+    """Say whether something was compared and nothing failed."""
     return bool(report.tallies) and not report.failures
 
 
 def show(report: Report) -> None:
-    """The table, and the first failures."""
+    """Print the table, and the first failures."""
     where = report.where
     print(f"\n{where.device}, backend {where.name}, {report.seconds:.0f} s")
     print(f"{'op':12}{'dtype':10}{'compared':>10}{'failed':>8}{'largest c':>11}   (of {C:g})")
@@ -118,7 +118,7 @@ def show(report: Report) -> None:
 
 
 def as_json(reports: list[Report], quick: bool) -> str:
-    """One line with the versions and the largest c by device, op and dtype; null for infinite."""
+    """Write one line: versions, largest c by device, op and dtype (null for infinite)."""
     devices = []
     for report in reports:
         largest: dict[str, dict[str, float | None]] = {}

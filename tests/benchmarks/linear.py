@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from metal_ops import DivergenceSpec, linear_divergence
-from metal_ops.backends._chunks import product_dtype, tokens_per_chunk
+from metal_ops import DivergenceSpec, Head, linear_divergence
+from metal_ops.backends.blocks.sizes import product_dtype, tokens_per_chunk
 from metal_ops.selftest.numerics import definition
 from tests.benchmarks import timing
 from tests.benchmarks.divergence import BETAS, NO_LIGER, Liger, eager
@@ -29,7 +29,7 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 def ours(h: Tensor, w: Tensor, th: Tensor, tw: Tensor, kind: str) -> Tensor:
     weights = torch.full((len(h),), 1 / len(h), device=h.device)
-    return linear_divergence(h, w, th, tw, DivergenceSpec(kind), weights=weights)
+    return linear_divergence(h, Head(w), th, Head(tw), DivergenceSpec(kind), weights=weights).loss
 
 
 def naive(h: Tensor, w: Tensor, th: Tensor, tw: Tensor, kind: str) -> Tensor:

@@ -40,8 +40,10 @@ def test_both_teachers_from_one_start(tmp_path: Path, monkeypatch, capsys):
         assert [step for step, _ in result["ended"]] == [1, 2, 3, 4, 5, 6]
         assert result["first_report"] == {"step": 1, "fault": "entropy_collapse"}
     live, base = (results[name]["log_history"] for name in ("live", "base"))
-    assert live[0]["soft"] == base[0]["soft"]  # one start
-    assert live[-1]["soft"] != base[-1]["soft"]  # two teachers
+    # One start, two teachers. A live one's logits come out of one product with the student's: in
+    # another order of its sums they move by 1e-5, and a divergence of 0.003 by 0.08 of that.
+    assert live[0]["soft"] == pytest.approx(base[0]["soft"], abs=1e-6)
+    assert live[-1]["soft"] != pytest.approx(base[-1]["soft"], abs=1e-6)
     assert (tmp_path / "live_teacher.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "live_teacher.png").stat().st_size < 100_000
     printed = capsys.readouterr().out

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from metal_ops import DivergenceSpec, linear_divergence
+from metal_ops import DivergenceSpec, Head, linear_divergence
 from tests.hf_distill.distributed.launch import run_two
 
 pytestmark = pytest.mark.distributed
@@ -63,7 +63,11 @@ def compute(case: str, arguments: dict[str, Tensor | None]) -> Result:
     """Loss and gradients, whole on every process."""
     if case == "shared":
         arguments = arguments | {"teacher_weight": arguments["student_weight"]}
-    loss = linear_divergence(**arguments, spec=SPEC, alpha=0.5)  # pyright: ignore
+    given = dict(arguments)
+    student = Head(given.pop("student_weight"), given.pop("student_bias"))  # pyright: ignore
+    teacher = Head(given.pop("teacher_weight"))  # pyright: ignore
+    given |= {"student_head": student, "teacher_head": teacher}
+    loss = linear_divergence(**given, spec=SPEC, alpha=0.5).loss  # pyright: ignore
     (2 * loss).backward()
     out = {"loss": loss.detach()}
     for name, x in arguments.items():

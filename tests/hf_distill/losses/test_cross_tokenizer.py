@@ -11,7 +11,7 @@ from hf_distill.losses import CrossTokenizerLoss, Terms, Tokens, assert_finite, 
 from hf_distill.losses.cross_tokenizer import sorted_distance
 from hf_distill.models.signals import Head, Signal
 from metal_ops import SparseTeacher, reference
-from tests.ops.watching import Watch
+from tests.metal_ops.ops.watching import Watch
 
 N, H = 7, 8
 PAIRED = torch.tensor([1, 1, 0, 1, 0, 0, 1]).bool()

@@ -13,7 +13,7 @@ from hf_distill.losses import DivergenceLoss, Terms, Tokens, chunks, normalised_
 from hf_distill.losses.divergence import NEAREST_BETA
 from hf_distill.models.signals import Head, Signal, TailRule
 from metal_ops import DivergenceSpec, SparseTeacher, divergence, sparse_divergence
-from tests.ops.tails import sampled
+from tests.metal_ops.ops.tails import sampled
 
 N, V, H = 9, 31, 6
 TEMPERATURE = 1.5

@@ -16,7 +16,7 @@ from hf_distill.losses import (
 )
 from hf_distill.models.signals import Head, Signal
 from metal_ops import reference
-from tests.ops.watching import Watch
+from tests.metal_ops.ops.watching import Watch
 
 N, V, H = 7, 11, 8
 

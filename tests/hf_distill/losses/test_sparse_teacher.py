@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from hf_distill.losses import DivergenceLoss, SampledTokenLoss, Terms, Tokens, chunks
 from hf_distill.models.signals import Head, Signal, TailRule
 from metal_ops import DivergenceSpec, SparseTeacher, reference, sparse_divergence
-from tests.ops.tails import all_drawn, sampled, with_powers
-from tests.ops.watching import Watch
+from tests.metal_ops.ops.tails import all_drawn, sampled, with_powers
+from tests.metal_ops.ops.watching import Watch
 
 N, V, H = 7, 23, 5
 ORDERS = (0.5, 0.75, 2.0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_distill.losses import DivergenceLoss, TaidLoss, Terms, Tokens, chunks, taid_target
 from hf_distill.models.signals import Head, Signal
 from metal_ops import DivergenceSpec, SparseTeacher, reference
-from tests.ops.watching import Watch
+from tests.metal_ops.ops.watching import Watch
 
 N, V, H, TEACHER_H = 7, 23, 5, 9
 T = 1.7

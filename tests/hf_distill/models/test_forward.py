@@ -115,8 +115,8 @@ def test_the_signal_is_the_models_logits(family: str) -> None:
     assert signal.hidden.shape == (PREDICTS.sum(), 32)
     with torch.no_grad():
         want = model(input_ids=IDS, attention_mask=MASK).logits[PREDICTS]
-    # one matrix product more or less: a few roundings of logits of order 1
-    torch.testing.assert_close(signal.dense(), want, rtol=0, atol=2e-6)
+    # two sums of the head's 32 products, whose sizes add up to 4, in any orders: 2 * 31 * 2^-24 * 4
+    torch.testing.assert_close(signal.dense(), want, rtol=0, atol=1.5e-5)
 
 
 @pytest.mark.parametrize("case", ["LoRA on the head", "another class", "no head"])
@@ -126,7 +126,7 @@ def test_a_refused_model_is_read_by_its_logits(case: str) -> None:
     assert signal.hidden is None
     with torch.no_grad():
         want = model(input_ids=IDS, attention_mask=MASK).logits[PREDICTS]
-    torch.testing.assert_close(signal.logits, want, rtol=0, atol=2e-6)
+    torch.testing.assert_close(signal.logits, want, rtol=0, atol=1.5e-5)  # likewise
 
 
 def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,6 +15,7 @@ from hf_distill.models.forward import Reader
 from hf_distill.models.signals import Signal
 from hf_distill.teachers import model
 from metal_ops import DivergenceSpec
+from metal_ops.backends.blocks import sizes
 from tests.hf_distill.teachers.asking import IDS, PREDICTS, ROUNDING, SIDE, prepared, scored_logits
 from tests.hf_distill.trainers import models
 
@@ -59,15 +60,20 @@ def dense_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (WEIGHTS.double() * (soft + hard) / 2).sum()
 
 
+@pytest.mark.parametrize("product", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("refusal", [None, "the test asks for logits"])
-def test_a_teacher_in_16_bit_beside_a_student_in_32(refusal: str | None) -> None:
+def test_a_teacher_in_16_bit_beside_a_student_in_32(
+    refusal: str | None, product: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the head's product in float32, and rounded to bfloat16, as on CPUs that have it."""
+    known = {"architecture": "x86_64", "avx512_bf16": product == torch.bfloat16}
+    monkeypatch.setattr(sizes, "_capabilities", lambda: known)
     student = models.llama()
     teacher = prepared(ModelTeacher(models.llama(1).bfloat16()), student, refusal)
     signal = teacher.signal(student, SIDE)
     if refusal is None:
         assert signal.hidden.dtype == signal.head.weight.dtype == torch.bfloat16
-        # the loss multiplies the 16-bit numbers in float32
-        said = signal.hidden.double() @ signal.head.weight.double().T
+        said = (signal.hidden.to(product) @ signal.head.weight.to(product).T).double()
     else:
         assert signal.logits.dtype == torch.bfloat16
         said = signal.logits.double()
@@ -84,7 +90,7 @@ def test_a_teacher_in_16_bit_beside_a_student_in_32(refusal: str | None) -> None
 
     terms = reader.run(student, SIDE, read, at_head=refusal is None)
     (gradient,) = torch.autograd.grad(terms.loss, student.lm_head.weight)
-    # roundings of float32; the teacher's 16 bits are in both
+    # 16 eps of float32, of sums of 61 terms with logits up to 2; the teacher's 16 bits are in both
     torch.testing.assert_close(terms.loss.double(), want, rtol=2e-6, atol=0)
     torch.testing.assert_close(gradient, expected, rtol=0, atol=2e-6)
     assert expected.abs().max() > 1e-2

@@ -79,9 +79,10 @@ def test_with_a_few_entries_the_rest_is_one_category(remote: Ask, top_k: int) ->
     assert torch.equal(signal.sparse.ids, ids)
     q, p = with_tail(log_q, ids), with_tail(log_p, ids)
     assert bool((signal.sparse.log_tail <= 0).all())
-    # the rest is a difference from 1 in float32
+    # the rest is 1 less what float32 logs below 8 say, the differences of two numbers below 4:
+    # roundings of 2^-22 and twice 2^-23
     torch.testing.assert_close(
-        signal.sparse.log_tail.exp().double(), p[:, -1].exp(), rtol=0, atol=3e-7
+        signal.sparse.log_tail.exp().double(), p[:, -1].exp(), rtol=0, atol=5e-7
     )
     for kind, value in (("forward_kl", p.exp() * (p - q)), ("reverse_kl", q.exp() * (q - p))):
         terms, _ = losses(signal, DivergenceSpec(kind), alpha=1.0)

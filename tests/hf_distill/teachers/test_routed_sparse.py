@@ -11,7 +11,7 @@ from hf_distill.teachers import Teacher
 from metal_ops import DivergenceSpec, PowerSums, sparse_divergence
 from tests.hf_distill.teachers.asking import prepared
 from tests.hf_distill.trainers import models
-from tests.ops.tails import sampled, with_powers
+from tests.metal_ops.ops.tails import sampled, with_powers
 
 V = 19
 BATCH = models.Pad()(models.rows(5))

@@ -168,7 +168,8 @@ def test_a_tokens_weight_does_not_depend_on_its_neighbours(tmp_path: Path) -> No
 
     together = weights(rows(4))
     alone = torch.cat([weights([row]) for row in rows(4)])
-    torch.testing.assert_close(together, alone, rtol=1e-6, atol=0)
+    # logits are 1.5e-5 apart at most (tests.teachers.asking.ROUNDING); an entropy moves by less
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("reads", ["loss", "predictions"])

@@ -1,7 +1,7 @@
 """Runs that must end in the same weights, each beside a classical bug that must not.
 
-Every tolerance is some ten times the largest difference measured (float32, CPU, 2 to 4 AdamW steps
-of 1e-3); a run with the bug must differ by more than a hundred tolerances.
+The tolerance is what roundings of float32 gradients make of 2 to 4 AdamW steps of 1e-3, see
+`models.options`; a run with the bug must differ by more than a hundred tolerances.
 """
 
 import dataclasses

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_distill import OPSDConfig, OPSDTrainer
 from tests.hf_distill.trainers import models
-from tests.ops.watching import Watch
+from tests.metal_ops.ops.watching import Watch
 
 SUM_ERROR = 3e-6  # relative, of a float32 mean over some 40 tokens
 

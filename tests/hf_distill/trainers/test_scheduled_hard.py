@@ -34,6 +34,8 @@ def test_every_step_has_its_share_of_a_hard_loss_that_is_measured(
     found = logs(make(tmp_path, text))
     plain = {alpha: logs(make(tmp_path, alpha)) for alpha in (0.0, 0.5, 1.0)}
     for step, log in enumerate(found):
-        assert log["loss"] == plain[log["alpha"]][step]["loss"]
+        # alpha 1 throughout reads hidden states, a schedule logits: these are 1.5e-5 apart at most
+        # (tests.teachers.asking.ROUNDING), and a divergence's gradient adds up to at most 2
+        assert log["loss"] == pytest.approx(plain[log["alpha"]][step]["loss"], abs=3e-5)
         assert log["hard"] == plain[0.5][step]["hard"]
     assert sorted(log["alpha"] for log in found) == [0.0, 0.5, 1.0]

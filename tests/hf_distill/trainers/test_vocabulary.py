@@ -33,8 +33,6 @@ pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
 WORDS = models.tokenizer()
 IDS = num_ids(WORDS)
 STUDENT, TEACHER = models.VOCAB, 50
-# Two orders of summing float32 logits of order 1; weights move by 1e-3 a step
-SAME = {"rtol": 0, "atol": 3e-6}
 
 
 def unpadded(model: nn.Module) -> nn.Module:
@@ -66,6 +64,7 @@ def distil(folder: Path, student: Any, taught_by: Any, **changes: Any) -> Distil
     )
 
 
+# Two orders of summing float32 logits of order 1: 25 eps; weights move by 1e-3 a step
 def same_runs(one: DistillTrainer, other: DistillTrainer, tolerance: float = 3e-6) -> None:
     """`one` has padded vocabularies, `other` none."""
     before = models.weights(one.model)
@@ -327,11 +326,13 @@ def test_gradients_reach_the_rows_that_are_kept() -> None:
     weight, bias = torch.randn(9, 4, requires_grad=True), torch.randn(9, requires_grad=True)
     signal = Signal(hidden=torch.randn(5, 4), head=Head(weight, bias, 2.0, 3.0))
     cut = without_padding(signal, 6)
-    assert torch.equal(cut.dense(), signal.dense()[:, :6])
+    # a narrower product may sum in another order: two sums of 5 terms whose sizes add up to 12.5
+    # are 2 * 4 * 2^-24 * 12.5 = 6e-6 apart at most, and are doubled
+    torch.testing.assert_close(cut.dense(), signal.dense()[:, :6], rtol=0, atol=1.2e-5)
     assert cut.head.weight.data_ptr() == weight.data_ptr()
     cut.dense().sum().backward()
     for leaf in (weight, bias):
         assert leaf.grad[:6].abs().amin() > 0
         assert leaf.grad[6:].abs().max() == 0
     dense = without_padding(Signal(logits=signal.dense()), 6)
-    assert torch.equal(dense.logits, cut.dense())
+    assert torch.equal(dense.logits, signal.dense()[:, :6])

@@ -76,8 +76,10 @@ def test_full_codecs(vocab: int, name: str, step: float) -> None:
     error = (read - log_p).abs()
     likely = log_p > -12
     assert float(error[likely].max()) < (step if name == "int8" else 12 * step)
+    # float32 log_softmax sums a row in 8 lanes or more: each adds V / 8 numbers to at most 1
+    torch.testing.assert_close(read.logsumexp(-1), torch.zeros(4), atol=vocab / 8 * 2**-24, rtol=0)
+    read = read.double().log_softmax(-1)
     assert float((log_p.exp() * (log_p - read)).sum(-1).abs().max()) < step**2 + 1e-4
-    torch.testing.assert_close(read.logsumexp(-1), torch.zeros(4), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("margin", [20.0, 26.0, 40.0, 90.0])
@@ -143,7 +145,7 @@ def test_everything_is_divided_by_the_same_mass() -> None:
     shift = after.log_tail - before.log_tail
     assert float(shift.max()) < -5e-3
     assert float((after.log_probs.exp().sum(-1) + after.log_tail.exp() - 1).abs().max()) < 1e-6
-    close = {"atol": 2e-6, "rtol": 0}
+    close = {"atol": 2e-6, "rtol": 0}  # four float32 logs below 16, each rounded by 2^-21
     moved = after.samples.log_probs - before.samples.log_probs
     torch.testing.assert_close(moved, shift[:, None].expand_as(moved), **close)
     torch.testing.assert_close(after.samples.log_weights, before.samples.log_weights, **close)
