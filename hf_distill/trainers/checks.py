@@ -217,9 +217,18 @@ def unused(args: OPSDConfig, has_environment: bool, own_teacher: bool) -> list[s
     return found
 
 
-OF_BUILT_IN = (
-    "divergence temperature temperature_scaling beta support top_k missing clip taid"
-).split()  # settings of the losses that the config makes
+# settings of the losses that the config makes
+OF_BUILT_IN = [
+    "divergence",
+    "temperature",
+    "temperature_scaling",
+    "beta",
+    "support",
+    "top_k",
+    "missing",
+    "clip",
+    "taid",
+]
 
 
 def unused_anywhere(args: DistillConfig, own_loss: bool = False) -> list[str]:

@@ -49,8 +49,7 @@ class DistillTrainer(StepCollatingTrainer):
     cross-entropy of the labels (with `label_smoothing_factor` or `compute_loss_func`, that one; of
     a student whose own loss is another, its own). Both are summed and divided by the number of
     labelled tokens of the whole optimizer step. Where the models allow it, [rows, positions, vocab]
-    logits are never built. Of sequence classifiers, see
-    `classification.Classification`.
+    logits are never built. Of sequence classifiers, see `classification.Classification`.
 
     Args:
         model: the student; every argument but `teacher` is that of `Trainer`.
@@ -226,13 +225,9 @@ class DistillTrainer(StepCollatingTrainer):
         batch = self._read(model, inputs, num_items_in_batch)
         teacher = self.task.signal(batch, lambda: self._signal(model, batch))
         tokens = self.task.tokens(batch, model.training)
-        terms, outputs = self.task.run(
-            model,
-            batch,
-            lambda student: self._terms(student, teacher, tokens),
-            teacher.logits is None,
-            return_outputs,
-        )
+        terms_of = lambda student: self._terms(student, teacher, tokens)
+        at_head = teacher.logits is None
+        terms, outputs = self.task.run(model, batch, terms_of, at_head, return_outputs)
         self._note(terms, batch, tokens, model.training)
         return (terms.loss, outputs) if return_outputs else terms.loss
 
