@@ -36,7 +36,7 @@ from helpers.comparison import Comparison, ComparisonArguments
 from helpers.launch import start_missing_processes
 from hf_distill import DistillConfig, ModelTeacher
 from hf_distill.cache import HeadSamples
-from hf_distill.losses.hidden_states import HiddenConfig
+from hf_distill.losses import HiddenConfig
 from hf_distill.teachers import Teacher
 
 # what an arm changes in the config

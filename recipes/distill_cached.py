@@ -31,8 +31,8 @@ from helpers.comparison import Comparison, ComparisonArguments
 from helpers.launch import start_missing_processes
 from hf_distill import CachedTeacher, DistillConfig, ModelTeacher
 from hf_distill.cache import HeadSamples, TopK
-from hf_distill.data.sides import Side
-from hf_distill.models.signals import Signal
+from hf_distill.data import Side
+from hf_distill.models import Signal
 from hf_distill.teachers import Teacher
 
 ARMS = ("sft", "live", "cache", "renorm", "renorm_both")

@@ -28,9 +28,8 @@ from helpers import story_dialogues, word_problems
 from helpers.accuracy import Accuracy
 from helpers.launch import start_missing_processes
 from hf_distill import HintCollator, OPSDConfig, OPSDTrainer
-from hf_distill.data.episodes import Episode
-from hf_distill.rollouts import end_token_ids, generate
-from hf_distill.rollouts.environments import play
+from hf_distill.data import Episode
+from hf_distill.rollouts import end_token_ids, generate, play
 
 
 @dataclass

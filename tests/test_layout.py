@@ -1,6 +1,7 @@
 """Properties of the tree itself: sizes, first lines, who imports whom."""
 
 import ast
+import importlib
 import subprocess
 from pathlib import Path
 
@@ -14,6 +15,9 @@ SOURCES = sorted(
     p for d in ("metal_ops", "hf_distill", "recipes") for p in (ROOT / d).rglob("*.py")
 )
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
+RECIPES = sorted((ROOT / "recipes").rglob("*.py"))
+WINGS = ("cache", "data", "losses", "models", "rollouts", "teachers")
+FACES = ("hf_distill", *(f"hf_distill.{wing}" for wing in WINGS))  # what recipes may import
 
 
 def tracked() -> set[str]:
@@ -23,17 +27,28 @@ def tracked() -> set[str]:
     return {name for name in listed.splitlines() if (ROOT / name).exists()}
 
 
+def imported(tree: ast.AST) -> dict[str, set[str]]:
+    """The modules that a file imports, and the names that it takes from each."""
+    found = {a.name: set() for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.setdefault(node.module, set()).update(alias.name for alias in node.names)
+    return found
+
+
 @pytest.mark.parametrize("path", SOURCES + TESTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_file_is_short(path: Path):
     assert len(path.read_text().splitlines()) < 400
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_recipes_use_the_public_package(path: Path):
-    tree = ast.parse(path.read_text())
-    names = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
-    names |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    assert not [n for n in names if n.split(".")[0] in ("metal_ops", "recipes")]
+    found = imported(ast.parse(path.read_text()))
+    assert not [name for name in found if name.split(".")[0] in ("metal_ops", "recipes")]
+    own = {name for name in found if name.split(".")[0] == "hf_distill"}
+    assert own <= set(FACES)
+    for face in own:
+        assert found[face] <= set(importlib.import_module(face).__all__), face
 
 
 @pytest.mark.parametrize("package", [hf_distill, metal_ops], ids=lambda p: p.__name__)

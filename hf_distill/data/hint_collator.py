@@ -27,13 +27,10 @@ from hf_distill.data.hints import (
 from hf_distill.data.rendering import DROPPED, TRUNCATED, Made
 
 SHOWN_TOKENS = 8
-
 TRUNCATIONS = ("error", "hint")
 
 Given = TypeVar("Given")
-
 Result = TypeVar("Result")
-
 Hints = Hint | str | Callable[[Row], str | None] | Sequence[Hint]
 
 

@@ -13,9 +13,9 @@ from hf_distill.losses.base import (
     Tokens,
     as_loss,
     assert_finite,
-    behaviour_log_probs,
     step_terms,
 )
+from hf_distill.losses.behaviour import behaviour_log_probs
 from hf_distill.losses.cross_tokenizer import UNIVERSAL, CrossTokenizerLoss
 from hf_distill.losses.divergence import ClipConfig, DivergenceLoss, normalised_jsd
 from hf_distill.losses.entropy import entropy_share

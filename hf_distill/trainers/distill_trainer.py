@@ -223,13 +223,9 @@ class DistillTrainer(StepCollatingTrainer):
         batch = self._read(model, inputs, num_items_in_batch)
         teacher = self.task.signal(batch, lambda: self._signal(model, batch))
         tokens = self.task.tokens(batch, model.training)
-        terms, outputs = self.task.run(
-            model,
-            batch,
-            lambda student: self._terms(student, teacher, tokens),
-            teacher.logits is None,
-            return_outputs,
-        )
+        terms_of = lambda student: self._terms(student, teacher, tokens)
+        at_head = teacher.logits is None
+        terms, outputs = self.task.run(model, batch, terms_of, at_head, return_outputs)
         self._note(terms, batch, tokens, model.training)
         return (terms.loss, outputs) if return_outputs else terms.loss
 

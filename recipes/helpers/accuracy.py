@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from helpers.math_tasks import Row, Task
 from hf_distill import HintCollator
-from hf_distill.data.batches import unpad
+from hf_distill.data import unpad
 from hf_distill.rollouts import generate
 
 Z_95 = 1.959964  # standard normal quantile of 97.5 %

@@ -9,7 +9,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from helpers import math_tasks
 from hf_distill import DistillConfig, DistillTrainer, HintCollator
-from hf_distill.models.forward import kept_rng
+from hf_distill.models import kept_rng
 from hf_distill.teachers import Teacher
 
 

@@ -296,7 +296,7 @@ def test_renormalised_entries_are_all_there_is(checkpoint: Path, gsm8k: Path, tm
     batch = collator(rows)
     signals = []
     for cached in (plain, renormalised):
-        cached.check(config.divergence_spec(), collator.tokenizer)
+        cached.check_spec(config.divergence_spec(), collator.tokenizer)
         side = student_side(CachedCollator(collator, cached)(rows))
         signals.append(cached.signal(teacher, side).sparse)
     whole, alone = signals

@@ -9,9 +9,9 @@ from typing import Any
 
 import error_turns
 import pytest
-import story_dialogues as stories
 from transformers import AutoModelForCausalLM
 
+from helpers import story_dialogues as stories
 from helpers import word_problems
 from hf_distill import Attempt, HintCollator
 from hf_distill.data.episodes import Episode

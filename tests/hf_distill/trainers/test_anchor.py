@@ -13,6 +13,7 @@ from hf_distill.data.anchor_rows import has_anchor, joined
 from hf_distill.data.batches import unpad
 from hf_distill.data.sides import Side, student_side
 from tests.hf_distill.trainers import models
+from tests.hf_distill.trainers.reading import ReadsLogits
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
 
@@ -49,12 +50,11 @@ class Anchored(OPSDTrainer):
         return [b | a | {"anchor_count": total} for b, a in zip(batches, made, strict=True)], count
 
 
-class ReadsLogits(Anchored):
-    def _hidden_states_refusal(self) -> str:
-        return "the test asks for logits"
+class AnchoredReadsLogits(ReadsLogits, Anchored):
+    pass
 
 
-KINDS = pytest.mark.parametrize("kind", [Anchored, ReadsLogits])
+KINDS = pytest.mark.parametrize("kind", [Anchored, AnchoredReadsLogits])
 
 
 def make(

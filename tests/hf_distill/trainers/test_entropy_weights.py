@@ -359,8 +359,8 @@ def test_what_they_cannot_be_combined_with(tmp_path: Path, monkeypatch: pytest.M
     trainer = weighted(tmp_path)
     batch = Weighted()(rows()[:4])
     with pytest.raises(ValueError, match=r"need input_ids as the labels, got shape \[4, 3\]"):
-        trainer._weighing.weigh(batch | {"input_ids": batch["input_ids"][:, :3]})
-    trainer._weighing.entropy = 1.0
+        trainer.task.weighing.weigh(batch | {"input_ids": batch["input_ids"][:, :3]})
+    trainer.task.weighing.entropy = 1.0
     ask = trainer.teacher.signal
     monkeypatch.setattr(trainer, "_ask", lambda _: ask(trainer.model, cut(batch)))
     with pytest.raises(ValueError, match=r"each of the student's \d+ scored tokens, got \d+"):

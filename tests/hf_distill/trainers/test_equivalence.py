@@ -5,7 +5,6 @@ The tolerance is what roundings of float32 gradients make of 2 to 4 AdamW steps 
 """
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
-from hf_distill import DistillConfig, DistillTrainer, ModelTeacher, OPSDConfig, OPSDTrainer, losses
-from hf_distill.models import forward
+from hf_distill import DistillConfig, DistillTrainer, ModelTeacher, OPSDConfig, OPSDTrainer
+from hf_distill.losses import DivergenceLoss, Terms, Tokens
+from hf_distill.models import Signal, forward
 from hf_distill.models.forward import Reader
 from tests.hf_distill.trainers import models
+from tests.hf_distill.trainers.reading import ReadsLogits
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
 
@@ -151,35 +152,30 @@ def test_padding_side_does_not_change_the_weights(
     assert_same(right, left, run(models.Pad("left", 17)))
 
 
-class ReadsLogits(DistillTrainer):
-    def _hidden_states_refusal(self) -> str:
-        return "the test asks for logits"
-
-
-class NoTemperatureInHidden(losses.Objective):
-    def from_hidden(self, *args: Any) -> Any:
+class NoTemperatureInHidden(DivergenceLoss):
+    def __call__(self, student: Signal, teacher: Signal, tokens: Tokens) -> Terms:
+        assert student.hidden is not None
         spec = dataclasses.replace(self.spec, temperature=1.0)
-        return losses.Objective(spec, self.alpha).from_hidden(*args)
+        return DivergenceLoss(spec, self.alpha)(student, teacher, tokens)
 
 
 class NoTemperature(DistillTrainer):
     @property
-    def objective(self) -> losses.Objective:
-        return NoTemperatureInHidden(super().objective.spec, super().objective.alpha)
+    def loss(self) -> DivergenceLoss:
+        return NoTemperatureInHidden(super().loss.spec, super().loss.alpha)
 
 
 @pytest.fixture
-def paths(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The form in which each micro-batch reached the objective."""
+def paths(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The form in which each micro-batch reached the loss."""
     taken: list[str] = []
-    for name in ("from_hidden", "from_logits"):
-        original = getattr(losses.Objective, name)
+    original = DivergenceLoss.__call__
 
-        def noted(self: Any, *args: Any, _name: str = name, _original: Any = original) -> Any:
-            taken.append(_name)
-            return _original(self, *args)
+    def noted(self: Any, student: Signal, *args: Any) -> Terms:
+        taken.append("logits" if student.hidden is None else "hidden")
+        return original(self, student, *args)
 
-        monkeypatch.setattr(losses.Objective, name, noted)
+    monkeypatch.setattr(DivergenceLoss, "__call__", noted)
     return taken
 
 
@@ -209,7 +205,7 @@ def test_hidden_states_and_logits_give_the_same_weights(
         )
 
     hidden, logits = run(DistillTrainer), run(ReadsLogits)
-    assert paths == ["from_hidden", "from_logits"]
+    assert paths == ["hidden", "logits"]
     assert_same(hidden, logits, run(NoTemperature))
 
 

@@ -28,12 +28,14 @@ ROW = {"prompt": "What is 1 + 2 ?", "hint": "Hint : 3", "completion": "The answe
 
 def distill(folder: Path, *, data: Any = None, **changes: Any) -> DistillTrainer:
     model, teacher = changes.pop("model", None), changes.pop("teacher", models.llama(1))
+    extra = {k: changes.pop(k) for k in ("compute_loss_func",) if k in changes}
     return DistillTrainer(
         models.llama() if model is None else model,
         DistillConfig(**models.options(folder, **changes)),
         models.Pad(),
         models.rows() if data is None else data,
         teacher=teacher,
+        **extra,
     )
 
 
@@ -249,8 +251,8 @@ def test_an_infinite_divergence_is_named(tmp_path: Path) -> None:
 
 
 def test_an_infinite_hard_loss_is_not_blamed_on_the_teacher(tmp_path: Path) -> None:
-    trainer = distill(tmp_path, alpha=0.5)
-    trainer.compute_loss_func = lambda *_args, **_kwargs: torch.tensor(float("nan"))
+    no_number = lambda *_args, **_kwargs: torch.tensor(float("nan"))
+    trainer = distill(tmp_path, alpha=0.5, compute_loss_func=no_number)
     with pytest.raises(FloatingPointError) as caught:
         trainer.compute_loss(trainer.model, models.Pad()(models.rows(4)))
     assert "infinite at 0 tokens" not in str(caught.value)

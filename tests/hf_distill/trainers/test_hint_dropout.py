@@ -20,7 +20,6 @@ from hf_distill import (
 )
 from hf_distill.cache import CachedTeacher, cache_teacher
 from hf_distill.data.hint_collator import DROPPED, TRUNCATED
-from hf_distill.teachers import routed
 from tests.hf_distill.trainers import models
 from tests.hf_distill.trainers.test_preflight import BY_ITSELF
 
@@ -106,9 +105,7 @@ def distill(folder: Path, plan: dict[str, Any], **changes: Any) -> Distill:
     changes.setdefault("remove_unused_columns", False)
     args = DistillConfig(**models.options(folder, **changes))
     student, teacher = models.llama(**NOISE), routes()
-    return Distill(
-        student, args, routed(collator(**plan), teacher), data(), data()[:6], teacher=teacher
-    )
+    return Distill(student, args, collator(**plan), data(), data()[:6], teacher=teacher)
 
 
 SETUPS: dict[str, Callable[..., Any]] = {

@@ -9,17 +9,13 @@ from torch import Tensor
 
 from hf_distill import OPSDConfig, OPSDTrainer
 from tests.hf_distill.trainers import models
+from tests.hf_distill.trainers.reading import OPSDReadsLogits
 from tests.metal_ops.ops.watching import Watch
 
 SUM_ERROR = 3e-6  # relative, of a float32 mean over some 40 tokens
 
 
-class ReadsLogits(OPSDTrainer):
-    def _hidden_states_refusal(self) -> str:
-        return "the test asks for logits"
-
-
-KINDS = pytest.mark.parametrize("kind", [OPSDTrainer, ReadsLogits])
+KINDS = pytest.mark.parametrize("kind", [OPSDTrainer, OPSDReadsLogits])
 
 
 def make(

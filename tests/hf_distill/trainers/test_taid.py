@@ -19,8 +19,11 @@ from hf_distill import (
     RoutedTeacher,
     cache_teacher,
 )
-from hf_distill.losses.taid import Taid, TaidConfig
+from hf_distill.losses import Terms, Tokens
+from hf_distill.losses.taid import Taid, TaidConfig, TaidLoss
+from hf_distill.models import Signal
 from tests.hf_distill.trainers import classifying, models
+from tests.hf_distill.trainers.reading import only_logits
 from tests.hf_distill.trainers.test_taid_rule import PUSHED, by_hand
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
@@ -49,23 +52,29 @@ def test_the_rule_reads_the_soft_loss_of_each_step(tmp_path: Path) -> None:
     assert ts(trainer)[3] - (0.5 + 0.45 * 3 / 6) > 0.01  # ahead of the linear target
 
 
-class SeesObjective(DistillTrainer):
+class SeesLoss(DistillTrainer):
     """Keeps what each forward was compared by."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.seen: list[tuple[bool, Any]] = []
+        self.seen: list[tuple[bool, TaidLoss]] = []
 
-    def _present_objective(self, training: bool) -> Any:
-        objective = super()._present_objective(training)
-        self.seen.append((training, objective))
-        return objective
+    def token_loss(self, student: Signal, teacher: Signal, tokens: Tokens) -> Terms:
+        original = TaidLoss.__call__
+
+        def noted(loss: TaidLoss, *signals: Any) -> Terms:
+            self.seen.append((self.model.training, loss))
+            return original(loss, *signals)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TaidLoss, "__call__", noted)
+            return super().token_loss(student, teacher, tokens)
 
 
 def test_micro_batches_have_one_t_and_evaluation_the_teacher(tmp_path: Path) -> None:
     trainer = distill(
         tmp_path,
-        kind=SeesObjective,
+        kind=SeesLoss,
         taid=PUSHED,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
@@ -76,7 +85,7 @@ def test_micro_batches_have_one_t_and_evaluation_the_teacher(tmp_path: Path) -> 
     trainer.train()
     logged = ts(trainer)
     assert len(set(logged)) == 3
-    seen = [(training, objective.t) for training, objective in trainer.seen]
+    seen = [(training, loss.t) for training, loss in trainer.seen]
     assert seen == [pair for t in logged for pair in ((True, t), (True, t), (False, 1.0))]
 
 
@@ -118,17 +127,13 @@ def test_evaluation_reports_the_kl_to_the_teacher(tmp_path: Path) -> None:
     assert "eval_taid_teacher_kl" not in metrics[0]
 
 
-def logits_only(trainer: DistillTrainer) -> str:
-    return "the test asks for logits"
-
-
 @pytest.mark.parametrize("form", ["hidden", "logits"])
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
 def test_at_its_end_it_is_the_run_with_the_forward_kl(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, alpha: float
 ) -> None:
     if form == "logits":
-        monkeypatch.setattr(DistillTrainer, "_hidden_states_refusal", logits_only)
+        only_logits(monkeypatch)
 
     def run(**changes: Any) -> dict[str, torch.Tensor]:
         trainer = distill(tmp_path, alpha=alpha, **changes)
@@ -145,7 +150,7 @@ def test_at_its_start_the_soft_loss_moves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     if form == "logits":
-        monkeypatch.setattr(DistillTrainer, "_hidden_states_refusal", logits_only)
+        only_logits(monkeypatch)
 
     def moved(t_start: float) -> float:
         trainer = distill(tmp_path, alpha=1.0, taid={"t_start": t_start}, max_steps=1)
@@ -166,7 +171,7 @@ def test_hidden_states_and_logits_give_the_same_run(
         return models.weights(trainer.model), ts(trainer)
 
     hidden = run()
-    monkeypatch.setattr(DistillTrainer, "_hidden_states_refusal", logits_only)
+    only_logits(monkeypatch)
     logits = run()
     assert models.difference(hidden[0], logits[0]) < 2e-6
     assert hidden[1] == pytest.approx(logits[1], abs=1e-6)
@@ -293,10 +298,11 @@ def test_teachers_that_know_a_few_entries_are_refused(tmp_path: Path) -> None:
     cache_teacher(models.llama(1), rows, tmp_path / "cache", data_collator=models.Pad())
     cached = CachedTeacher(tmp_path / "cache")
     remote = RemoteTeacher("http://localhost:1", "tiny", 4)
+    words = "^taid reads .* of the whole vocabulary, of which a (Cached|Remote)Teacher knows some"
     several = RoutedTeacher({"live": ModelTeacher(models.llama(1)), "cached": cached}, "by")
     for teacher in (cached, remote, several):
         args = DistillConfig(**models.options(tmp_path, taid={}, temperature=1.0))
-        with pytest.raises(ValueError, match=r"taid mixes .*, got a (Cached|Remote)Teacher"):
+        with pytest.raises(ValueError, match=words):
             DistillTrainer(models.llama(), args, models.Pad(), rows, teacher=teacher)
     remote.close()
 
@@ -304,7 +310,7 @@ def test_teachers_that_know_a_few_entries_are_refused(tmp_path: Path) -> None:
 def test_schedules_and_t_move_together(tmp_path: Path) -> None:
     trainer = distill(
         tmp_path,
-        kind=SeesObjective,
+        kind=SeesLoss,
         taid=PUSHED,
         max_steps=4,
         alpha="linear:1.0->0.2@4",

@@ -14,6 +14,7 @@ from hf_distill import DistillConfig, DistillTrainer, OPSDConfig, OPSDTrainer
 from hf_distill.data.token_classes import CLASSES, token_classes
 from hf_distill.data.token_weights import TokenWeights, total
 from tests.hf_distill.trainers import models
+from tests.hf_distill.trainers.reading import ReadsLogits
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
 
@@ -36,11 +37,6 @@ class Weighted(models.Pad):
     def __call__(self, batch: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
         made = super().__call__(batch)
         return made | {"token_weights": self.weigh(made["labels"].clamp_min(0))}
-
-
-class ReadsLogits(DistillTrainer):
-    def _hidden_states_refusal(self) -> str:
-        return "the test asks for logits"
 
 
 KINDS = pytest.mark.parametrize("kind", [DistillTrainer, ReadsLogits])

@@ -19,7 +19,6 @@ from hf_distill import (
     RemoteTeacher,
     RemoteTeacherError,
     RoutedTeacher,
-    routed,
 )
 from hf_distill.cache import CachedTeacher, Full, HeadSamples, TopK, cache_teacher
 from hf_distill.models.signals import Head, Signal, without_padding
@@ -215,7 +214,7 @@ def test_routed_teachers_of_several_sizes(tmp_path: Path) -> None:
 
     def run(student: Any, one: Any, other: Any) -> DistillTrainer:
         routes = RoutedTeacher({"a": one, "b": other}, "who")
-        collator = routed(HintCollator(WORDS, ()), routes)
+        collator = HintCollator(WORDS, ())
         return distil(tmp_path, student, routes, collator=collator, data=data)
 
     padded = run(models.llama(), teacher(1, 50), teacher(2, 55))

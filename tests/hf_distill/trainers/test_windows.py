@@ -12,7 +12,7 @@ from hf_distill.data.episodes import Episode
 from hf_distill.data.token_classes import CLASSES
 from hf_distill.losses import behaviour_log_probs
 from tests.hf_distill.trainers import models
-from tests.hf_distill.trainers.test_opsd import Watched
+from tests.hf_distill.trainers.test_opsd_trainer import Watched
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
 

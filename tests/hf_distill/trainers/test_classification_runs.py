@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from hf_distill import DistillTrainer, ModelTeacher, RoutedTeacher, SelfTeacher, routed
+from hf_distill import DistillTrainer, ModelTeacher, RoutedTeacher, SelfTeacher
 from tests.hf_distill.trainers import classifying, models
 from tests.hf_distill.trainers.classifying import SUM_ERROR, by_hand, close, said
 
@@ -103,10 +103,12 @@ def test_lora(tmp_path: Path, kind: str) -> None:
         # the adapters and the new head are not in the teacher, also when they are trained
         assert logs[1]["soft"] > 1e-3
         assert logs[1]["teacher_entropy"] != logs[1]["student_entropy"]
-        batch = {k: torch.tensor([v]) for k, v in classifying.rows(1)[0].items() if k != "label"}
-        side = trainer._classification._read(batch).side
+        row = classifying.rows(1)[0]
+        batch = {k: torch.tensor([v]) for k, v in row.items() if k != "label"}
+        batch["labels"] = torch.tensor([row["label"]])
+        side = trainer.task.read(batch, None, 1).student
         signal = trainer.teacher.signal(trainer.model, side)
-        want = said(classifying.bert(), classifying.rows(1)[0]).float()
+        want = said(classifying.bert(), row).float()
         torch.testing.assert_close(signal.logits[0], want, rtol=0, atol=1e-5)
     trainer.save_model(str(tmp_path / "end"))
 
@@ -117,8 +119,7 @@ def test_each_row_asks_its_own_teacher(tmp_path: Path) -> None:
         row["domain"] = "ab"[i % 3 > 0]
     models_of = {"a": classifying.bert(1), "b": classifying.bert(2)}
     teacher = RoutedTeacher({k: ModelTeacher(v) for k, v in models_of.items()}, column="domain")
-    collator = routed(classifying.collator(), teacher)
-    settings = {"max_steps": 1, "per_device_train_batch_size": 8, "data_collator": collator}
+    settings = {"max_steps": 1, "per_device_train_batch_size": 8}
     trainer = classifying.trainer(tmp_path, teacher=teacher, data=data, **settings)
     trainer.train()
     parts = [

@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset
 
 from hf_distill import Attempt, Feedback, Hint, HintCollator, OPSDConfig, OPSDTrainer
 from tests.hf_distill.trainers import models
-from tests.hf_distill.trainers.test_opsd import Watched, rows_of
+from tests.hf_distill.trainers.test_opsd_trainer import Watched, rows_of
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
 

@@ -24,6 +24,7 @@ from hf_distill.cache import CachedTeacher, HeadSamples, TemperatureOutOfRange, 
 from hf_distill.cache.codecs import Sampled
 from hf_distill.cache.errors import UnsupportedDivergence
 from tests.hf_distill.trainers import models
+from tests.hf_distill.trainers.reading import ReadsLogits
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
 
@@ -48,11 +49,6 @@ def opsd(folder: Path, **changes: Any) -> OPSDTrainer:
         models.problems(),
         processing_class=models.tokenizer(),
     )
-
-
-class ReadsLogits(DistillTrainer):
-    def _hidden_states_refusal(self) -> str:
-        return "the test asks for logits"
 
 
 def logs(trainer: DistillTrainer) -> list[dict[str, float]]:
@@ -287,8 +283,8 @@ def test_schedules_are_written_as_texts_and_read_again(given: dict[str, Any]) ->
     assert {name: made.to_sanitized_dict()[name] for name in TEXTS} == TEXTS
     again = config(**{name: written[name] for name in TEXTS})
     for step in (0, 500, 2000):
-        assert again.objective(step) == made.objective(step)
-    assert made.objective(500).alpha == 0.75
+        assert again.loss_at(step) == made.loss_at(step)
+    assert made.loss_at(500).alpha == 0.75
     assert made.divergence_spec(500).temperature == 2.5
 
 
@@ -351,7 +347,7 @@ def test_a_cache_must_have_every_temperature(tmp_path: Path) -> None:
 
 def test_what_is_checked_of_a_schedule_has_its_ends_and_what_lies_between() -> None:
     made = config(divergence="jsd", beta="linear:0->1@4", temperature="linear:1->3@4")
-    found = {(x.spec.resolved().kind, x.spec.temperature) for x in made.objectives()}
+    found = {(x.spec.resolved().kind, x.spec.temperature) for x in made.losses()}
     kinds = ("forward_kl", "jsd", "reverse_kl")
     assert found == {(kind, temperature) for kind in kinds for temperature in (1.0, 2.0, 3.0)}
 

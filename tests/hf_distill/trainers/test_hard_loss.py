@@ -13,16 +13,12 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from hf_distill import DistillConfig, DistillTrainer, OPSDConfig, OPSDTrainer
 from hf_distill.losses import hard_loss
 from tests.hf_distill.trainers import models
+from tests.hf_distill.trainers.reading import ReadsLogits
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
 
 TOLERANCE = 2e-6  # of weights after steps of 1e-3; measured: at most 3e-7
 BUG_FACTOR = 100
-
-
-class ReadsLogits(DistillTrainer):
-    def _hidden_states_refusal(self) -> str:
-        return "the test asks for logits"
 
 
 def focal(
@@ -202,7 +198,7 @@ def test_plain_models_keep_the_fused_path(
     monkeypatch.setattr(trainer._reader, "at_head", lambda *x: (heads.append(x), at_head(*x))[1])
     trainer.train()
     assert len(heads) == 2
-    assert not trainer.has_own_hard_loss()
+    assert not trainer.task.hard_loss.replaces
     assert "the model's own" not in caplog.text
 
 
@@ -212,13 +208,13 @@ def test_plain_models_in_bfloat16_keep_it_too(tmp_path: Path, family: str) -> No
     student, teacher = (models.FAMILIES[family](seed).bfloat16() for seed in (0, 1))
     trainer = DistillTrainer(student, args, models.Pad(), models.rows(), teacher=teacher)
     trainer.train()
-    assert not trainer.has_own_hard_loss()
+    assert not trainer.task.hard_loss.replaces
 
 
 def test_lora_students_are_looked_into(tmp_path: Path) -> None:
     for make, found in ((models.llama, False), (on_the_instance, True)):
         trainer = distil(tmp_path, models.lora(make()), max_steps=1)
-        assert trainer.has_own_hard_loss() == found
+        assert trainer.task.hard_loss.replaces == found
 
 
 @pytest.mark.parametrize("own", OWN)
@@ -226,7 +222,7 @@ def test_at_alpha_one_there_is_no_hard_loss(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, own: str
 ) -> None:
     trainer = distil(tmp_path, OWN[own](), alpha=1.0, max_steps=1)
-    assert not trainer.has_own_hard_loss()
+    assert not trainer.task.hard_loss.replaces
     assert "the model's own" not in caplog.text
 
 
@@ -251,7 +247,7 @@ def test_a_registered_loss_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     found = distil(tmp_path, make(), max_steps=1)
     expected = distil(tmp_path, on_the_instance(), max_steps=1)
-    assert found.has_own_hard_loss()
+    assert found.task.hard_loss.replaces
     assert found.state.log_history[0]["loss"] == expected.state.log_history[0]["loss"]
 
 
@@ -296,7 +292,7 @@ def test_a_micro_batch_without_labels(tmp_path: Path) -> None:
 
 def test_two_tokens_are_enough_to_look(tmp_path: Path) -> None:
     trainer = distil(tmp_path, OWN["penalty"](), max_steps=1)
-    look = hard_loss.HardLoss(trainer)
+    look = trainer._make_hard_loss(trainer._run)
     short = torch.tensor([[5]])
     look.look(trainer.model, {"input_ids": short})
     assert not look.replaces  # nothing can be said of one token; the next batch is asked

@@ -9,17 +9,13 @@ import torch
 from hf_distill import DistillConfig, DistillTrainer, HintCollator, OPSDConfig, OPSDTrainer
 from hf_distill.losses import SAMPLED_KINDS
 from tests.hf_distill.trainers import models
+from tests.hf_distill.trainers.reading import ReadsLogits
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
 
 TOLERANCE = 2e-6  # of weights after three steps of 1e-3; measured: 1e-7
 SUM_ERROR = 5e-6  # relative, of a float32 mean over some 40 tokens, exponential in k3
 UNKNOWN = {"student_entropy", "teacher_entropy", "top1_agreement"}
-
-
-class ReadsLogits(DistillTrainer):
-    def _hidden_states_refusal(self) -> str:
-        return "the test asks for logits"
 
 
 KINDS = pytest.mark.parametrize("kind", [DistillTrainer, ReadsLogits])

@@ -14,14 +14,10 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from hf_distill import DistillConfig, DistillTrainer
 from hf_distill.data.sides import student_side
 from tests.hf_distill.trainers import models
+from tests.hf_distill.trainers.reading import ReadsLogits
 
 METRICS = {"soft", "hard", "student_entropy", "teacher_entropy", "top1_agreement", "tokens"}
 SUM_ERROR = 2e-6  # relative, of a float32 mean over some 40 tokens and 61 entries; measured: 1.7e-7
-
-
-class ReadsLogits(DistillTrainer):
-    def _hidden_states_refusal(self) -> str:
-        return "the test asks for logits"
 
 
 KINDS = pytest.mark.parametrize("kind", [DistillTrainer, ReadsLogits])

@@ -8,7 +8,7 @@ import pytest
 
 from hf_distill import DistillConfig, DistillTrainer
 from tests.hf_distill.trainers import classifying, models
-from tests.hf_distill.trainers.test_hard_losses import WithPenalty, of_class
+from tests.hf_distill.trainers.test_hard_loss import WithPenalty, of_class
 
 
 def classifier(folder: Path, alpha: Any) -> DistillTrainer:

@@ -15,15 +15,11 @@ from hf_distill.data.sides import predicts_from_index, predicts_from_labels
 from hf_distill.losses.hidden_states import FILE
 from hf_distill.teachers import RoutedTeacher
 from tests.hf_distill.trainers import models
+from tests.hf_distill.trainers.reading import ReadsLogits
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
 
 STEP_ERROR = 5e-6  # relative, of float32 sums over some 40 tokens; measured: 6e-7
-
-
-class ReadsLogits(DistillTrainer):
-    def _hidden_states_refusal(self) -> str:
-        return "the test asks for logits"
 
 
 def student(**changes: Any) -> nn.Module:
@@ -96,7 +92,7 @@ def test_value_and_gradient_are_those_of_the_formula(
     per_token = by_hand(model, teacher().double(), batch, kind, [(1, 2), (3, 5)])
     (0.7 * per_token.mean()).backward()
     assert loss.item() - base.item() == pytest.approx(0.7 * per_token.mean().item(), rel=1e-5)
-    assert trainer._mean_meters[False].read(trainer.accelerator)["hidden"] == pytest.approx(
+    assert trainer._meters[False].read(trainer.accelerator)["hidden"] == pytest.approx(
         per_token.mean().item(), rel=STEP_ERROR
     )
     grads = dict(plain.model.named_parameters())
@@ -119,7 +115,7 @@ def test_hinted_contexts_are_matched_by_their_index_maps(tmp_path: Path) -> None
     assert batch["teacher_input_ids"].shape[1] > batch["input_ids"].shape[1]  # hints are there
     trainer.compute_loss(trainer.model, dict(batch))
     want = by_hand(models.llama(), models.llama(), batch, "mse", [(1, 1)]).mean().item()
-    found = trainer._mean_meters[False].read(trainer.accelerator)["hidden"]
+    found = trainer._meters[False].read(trainer.accelerator)["hidden"]
     assert want > 1e-3
     assert found == pytest.approx(want, rel=STEP_ERROR)
 
@@ -240,7 +236,7 @@ def test_attention_transfer_is_the_divergence_of_the_maps(tmp_path: Path, heads:
     want = torch.stack(total).mean()
     assert want > 0.02
     assert (loss - base).item() == pytest.approx(0.3 * want.item(), rel=1e-4)
-    assert trainer._mean_meters[False].read(trainer.accelerator)["attention"] == pytest.approx(
+    assert trainer._meters[False].read(trainer.accelerator)["attention"] == pytest.approx(
         want.item(), rel=STEP_ERROR
     )
 

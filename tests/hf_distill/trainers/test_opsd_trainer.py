@@ -1,5 +1,6 @@
 """OPSDTrainer: what is generated from, what is trained on, how often, and in which order."""
 
+import importlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_distill import HintCollator, OPSDConfig, OPSDTrainer, rollouts
+from hf_distill import HintCollator, OPSDConfig, OPSDTrainer
 from hf_distill.trainers.opsd_trainer import RepeatSampler
 from tests.hf_distill.trainers import models
 
@@ -31,14 +32,15 @@ class Watched(OPSDTrainer):
 def generated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list, list, int]]:
     """(prompts, completions, seed) of every call of `generate`."""
     calls: list[tuple[list, list, int]] = []
-    original = rollouts.generation.generate
+    module = importlib.import_module("hf_distill.rollouts.generate")  # its function has its name
+    original = module.generate
 
     def noted(model: Any, prompts: Any, **settings: Any) -> Any:
         completions = original(model, prompts, **settings)
         calls.append((prompts, completions, settings["seed"]))
         return completions
 
-    monkeypatch.setattr(rollouts.generation, "generate", noted)
+    monkeypatch.setattr(module, "generate", noted)
     return calls
 
 
