@@ -26,6 +26,7 @@ class Run:
         sharded: whether parameters lie in pieces on several processes (FSDP, DeepSpeed).
         losses: the loss at the ends of all schedules and between them: what holds for these holds
             at every step.
+        own_loss: whether the loss is the user's, and not one that the config names.
         num_copies: processes that share the same rows (tensor parallelism).
         num_parts: processes that a row is split over (context and sequence parallelism).
     """
@@ -38,6 +39,7 @@ class Run:
     accelerator: Accelerator
     sharded: bool
     losses: Sequence[Loss]
+    own_loss: bool = False
     num_copies: int = 1
     num_parts: int = 1
 

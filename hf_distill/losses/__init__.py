@@ -4,14 +4,11 @@ from hf_distill.losses.base import (
     ANCHOR_NAME,
     IMPORTANCE_NAMES,
     Anchor,
-    FunctionLoss,
     Importance,
     Loss,
-    LossFunction,
     LossSettings,
     Terms,
     Tokens,
-    as_loss,
     assert_finite,
     step_terms,
 )
@@ -19,6 +16,7 @@ from hf_distill.losses.behaviour import behaviour_log_probs
 from hf_distill.losses.cross_tokenizer import UNIVERSAL, CrossTokenizerLoss
 from hf_distill.losses.divergence import ClipConfig, DivergenceLoss, normalised_jsd
 from hf_distill.losses.entropy import entropy_share
+from hf_distill.losses.function import FunctionLoss, LossFunction, as_loss
 from hf_distill.losses.generalized_jsd import generalized_jsd_loss
 from hf_distill.losses.hidden_states import (
     HIDDEN_LOSSES,

@@ -20,6 +20,7 @@ from hf_distill.models.signals import Signal
 
 IMPORTANCE_NAMES = ("importance_ratio", "importance_clipped")
 ANCHOR_NAME = "anchor"
+TAKEN_NAMES = frozenset(("soft", "hard", "loss", "tokens", "rows", ANCHOR_NAME, *IMPORTANCE_NAMES))
 
 PerToken = Tensor | tuple[Tensor, Mapping[str, Tensor]]
 """What `Loss.per_token` returns: the losses [n], or these and metrics [n] by name."""
@@ -113,6 +114,9 @@ class Loss:
     a chunk of tokens at a time, its gradients are formed while the logits of the chunk exist, and
     the cross-entropy of the labels is added. A loss with a fused operation overrides `__call__`.
 
+    A trainer works with a copy of the loss that it is given, the same one in the whole run: what
+    `per_token` keeps on `self` stays there, and is read at `trainer.loss`.
+
     Attributes:
         alpha: share of the soft loss, in [0, 1]. In a trainer it is that of the config.
         measures_hard: whether the cross-entropy is computed although alpha is 1, as where other
@@ -121,6 +125,8 @@ class Loss:
         of_tokens: whether it means tokens of a text, so that a classifier's classes have none.
         chunks_logits: whether logits of all tokens, where the model gives them, are given to `soft`
             in chunks as well; False for operations that form no second tensor of their size.
+        copies_logits: whether `soft` makes many copies of its logits, as plain PyTorch does, so
+            that it is given fewer tokens at a time.
     """
 
     alpha: float = 1.0
@@ -128,6 +134,7 @@ class Loss:
     needs_dense: ClassVar[bool] = True
     of_tokens: ClassVar[bool] = False
     chunks_logits: ClassVar[bool] = True
+    copies_logits: ClassVar[bool] = True
 
     def per_token(
         self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor
@@ -137,19 +144,23 @@ class Loss:
         Args:
             student_logits: [n, V] in the dtype of the model, with a gradient.
             teacher_logits: [n, V] without one.
-            targets: [n] int64, the labels.
+            targets: [n] int64, the labels; of a classifier -100 where a row has none.
 
         Returns:
-            [n] in any unit, or that and a mapping of metrics [n] by name.
+            [n] in any unit, or that and a mapping of metrics [n] by name. A NaN is no value.
         """
         raise NotImplementedError(f"{type(self).__name__} must override per_token or soft")
 
     def with_share(self: AnyLoss, alpha: float, measures_hard: bool) -> AnyLoss:
         """The same loss with another share of the soft part."""
         other = copy.copy(self)
-        object.__setattr__(other, "alpha", alpha)
-        object.__setattr__(other, "measures_hard", measures_hard)
+        other.set_share(alpha, measures_hard)
         return other
+
+    def set_share(self, alpha: float, measures_hard: bool) -> None:
+        """Set the share of the soft part, also of a frozen dataclass."""
+        object.__setattr__(self, "alpha", alpha)
+        object.__setattr__(self, "measures_hard", measures_hard)
 
     @property
     def wants_hard(self) -> bool:
@@ -183,15 +194,26 @@ class Loss:
             said = teacher.dense()
         found = self.per_token(logits, said, tokens.targets)
         value, metrics = found if isinstance(found, tuple) else (found, {})
-        for name, each in (("a loss", value), *metrics.items()):
-            if each.shape != tokens.targets.shape:
-                raise ValueError(
-                    f"{name} must have the shape [{len(tokens.targets)}], one value a token, got "
-                    f"{list(each.shape)} from {self!r}"
-                )
+        self._check_returned(value, metrics, len(tokens.targets))
         value, weights = chunks.wide(value), tokens.soft_weights
         value = torch.where(weights == 0, 0.0, value)  # a token without weight may be infinite
         return Terms((weights * value).sum(), {"soft": value, **metrics})
+
+    def _check_returned(self, value: Any, metrics: Mapping[str, Any], num_tokens: int) -> None:
+        """Check what `per_token` returns."""
+        for name, each in (("a loss", value), *metrics.items()):
+            got = list(each.shape) if isinstance(each, Tensor) else type(each).__name__
+            if got != [num_tokens]:
+                raise ValueError(
+                    f"{name} must have the shape [{num_tokens}], one value a token, got {got} "
+                    f"from {self!r}"
+                )
+        taken = sorted(TAKEN_NAMES & metrics.keys())
+        if taken:
+            raise ValueError(
+                f"metrics must have other names than what a trainer logs itself, got {taken} from "
+                f"{self!r}"
+            )
 
     def __call__(self, student: Signal, teacher: Signal, tokens: Tokens) -> Terms:
         """The terms of N tokens.
@@ -214,16 +236,17 @@ class Loss:
 
         def piece(logits: Tensor, at: slice) -> Terms:
             own = tokens.rows(at)
-            terms = self.soft(logits, teacher.rows(at), own)
             if not self.wants_hard:
-                return terms
+                return self.soft(logits, teacher.rows(at), own)
+            # before the soft loss, which may change its logits in place
             hard = F.cross_entropy(chunks.wide(logits), own.targets, reduction="none")
+            terms = self.soft(logits, teacher.rows(at), own)
             loss = mixed(self.alpha, terms.loss, (own.weights * hard).sum())
             return terms._replace(loss=loss, metrics={**terms.metrics, "hard": hard})
 
         assert student.hidden is not None
         largest = torch.maximum(tokens.weights.abs(), tokens.soft_weights.abs())
-        width = max(student.vocab or 0, teacher.vocab or 0)
+        width = self._width(student, teacher, student.hidden.device)
         return _summed(piece, student.hidden, student.head, largest, width)
 
     def _from_logits(self, student: Signal, teacher: Signal, tokens: Tokens) -> Terms:
@@ -234,7 +257,7 @@ class Loss:
             def piece(part: Tensor, at: slice) -> Terms:
                 return self.soft(part, teacher.rows(at), tokens.rows(at))
 
-            width = max(logits.shape[-1], teacher.vocab or 0)
+            width = self._width(student, teacher, logits.device)
             terms = _summed(piece, logits, None, tokens.soft_weights, width)
         else:
             terms = self.soft(logits, teacher, tokens)
@@ -244,6 +267,11 @@ class Loss:
         hard_sum = hard_sum if student.own_loss is None else student.own_loss
         loss = mixed(self.alpha, terms.loss, hard_sum)
         return terms._replace(loss=loss, metrics={**terms.metrics, "hard": hard})
+
+    def _width(self, student: Signal, teacher: Signal, device: torch.device) -> int:
+        """Entries that a chunk is to hold for each token."""
+        width = max(student.vocab or 0, teacher.vocab or 0)
+        return chunks.width_of_copies(width, device) if self.copies_logits else width
 
 
 def _summed(
@@ -258,6 +286,11 @@ def _summed(
 
     def stacked(logits: Tensor, at: slice) -> tuple[Tensor, Tensor]:
         terms = piece(logits, at)
+        if at.start and names[0] != [*terms.metrics]:
+            raise ValueError(
+                "the metrics of all chunks of tokens must have the same names, got "
+                f"{names[0]} and {[*terms.metrics]}"
+            )
         names[0][:], names[1][:] = terms.metrics, terms.evidence
         values = [*terms.metrics.values(), *terms.evidence.values()]
         dtype = terms.loss.dtype
@@ -270,41 +303,6 @@ def _summed(
         dict(zip(names[0], metrics, strict=True)),
         dict(zip(names[1], evidence, strict=True)),
     )
-
-
-LossFunction = Callable[[Tensor, Tensor, Tensor], PerToken]
-
-
-class FunctionLoss(Loss):
-    """A loss from a function of (student_logits, teacher_logits, targets), see `Loss.per_token`."""
-
-    def __init__(self, function: LossFunction) -> None:
-        self.function = function
-
-    def per_token(
-        self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor
-    ) -> PerToken:
-        """What the function returns."""
-        return self.function(student_logits, teacher_logits, targets)
-
-    def __repr__(self) -> str:
-        return getattr(self.function, "__name__", repr(self.function))
-
-
-def as_loss(loss: Loss | LossFunction) -> Loss:
-    """A `Loss` from one, or from a function of logits.
-
-    Raises:
-        TypeError: it is neither.
-    """
-    if isinstance(loss, Loss):
-        return loss
-    if isinstance(loss, type) or not callable(loss):
-        raise TypeError(
-            "loss must be a function of (student_logits, teacher_logits, targets) or an instance "
-            f"of a subclass of hf_distill.losses.Loss, got {loss!r}"
-        )
-    return FunctionLoss(loss)
 
 
 def assert_finite(terms: Terms) -> None:
@@ -321,15 +319,21 @@ def assert_finite(terms: Terms) -> None:
         bad = 0 if values is None else int((~torch.isfinite(values)).sum())
         if values is not None and bad:
             named.append(f"{side} logits are NaN at {bad} of {len(values)} tokens")
-    soft = terms.metrics.get("soft")
-    infinite = 0 if soft is None else int((~torch.isfinite(soft)).sum())
-    if soft is not None and infinite and not named:
-        named = [
-            f"the divergence is infinite at {infinite} of {len(soft)} tokens "
-            "(the teacher gives a token probability 0)"
-        ]
+    if not named and "soft" in terms.metrics:
+        built_in = bool(terms.evidence) or "teacher_entropy" in terms.metrics
+        named = _odd_soft(terms.metrics["soft"], built_in)
     cause = " and ".join(named) or "the hard loss is not finite"
     raise FloatingPointError(f"the loss must be finite, got {terms.loss.item()}: {cause}")
+
+
+def _odd_soft(soft: Tensor, built_in: bool) -> list[str]:
+    """What is wrong with soft losses of tokens, if something is."""
+    count, bad, infinite = len(soft), int(soft.isnan().sum()), int(soft.isinf().sum())
+    if built_in and infinite:
+        zero = "the teacher gives a token probability 0"
+        return [f"the divergence is infinite at {infinite} of {count} tokens ({zero})"]
+    kinds = (("NaN", bad), ("infinite", infinite))
+    return [f"the soft loss is {kind} at {odd} of {count} tokens" for kind, odd in kinds if odd]
 
 
 def _corrected(student: Signal, tokens: Tokens) -> tuple[Tokens, dict[str, Tensor]]:

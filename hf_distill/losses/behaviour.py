@@ -1,4 +1,4 @@
-"""What the student says of completions when it has sampled them, before steps move it."""
+"""What the student says of the tokens that it has sampled, for steps that use them again."""
 
 import torch
 from torch import Tensor, nn

@@ -17,6 +17,15 @@ from metal_ops.functional import forbid_second_derivative
 CHUNK_ENTRIES = 2**24
 """Logits of a chunk: 64 MiB in float32."""
 
+COPIES_ON_CPU = 4
+"""What a chunk is divided by there where a loss makes a dozen copies of its logits.
+
+The fused operations hold up to 96 MiB of logits of each side on a CPU, 512 MiB elsewhere.
+"""
+
+MOST_TOKENS = 128
+"""Of a chunk of such a loss: a product of more is hardly faster, and needs memory for them all."""
+
 Piece = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 """From the logits [n, V] of the tokens of a slice to their loss [] and values [k, n]."""
 
@@ -34,6 +43,12 @@ def chunks(num_tokens: int, vocab: int) -> Iterator[slice]:
     step = max(1, CHUNK_ENTRIES // vocab)
     for start in range(0, max(num_tokens, 1), step):
         yield slice(start, min(start + step, num_tokens))
+
+
+def width_of_copies(vocab: int, device: torch.device) -> int:
+    """Entries that a chunk is to hold for a token, for a loss that copies its logits many times."""
+    copies = COPIES_ON_CPU if device.type == "cpu" else 1
+    return max(vocab * copies, CHUNK_ENTRIES // MOST_TOKENS)
 
 
 def gathered(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:

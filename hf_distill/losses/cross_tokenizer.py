@@ -91,6 +91,7 @@ class CrossTokenizerLoss(Loss):
     """
 
     of_tokens: ClassVar[bool] = True
+    copies_logits: ClassVar[bool] = False
 
     alpha: float = 1.0
     temperature: float = 1.0

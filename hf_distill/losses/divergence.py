@@ -84,6 +84,7 @@ class DivergenceLoss(Loss):
 
     needs_dense: ClassVar[bool] = False
     chunks_logits: ClassVar[bool] = False  # the operation forms no second tensor of their size
+    copies_logits: ClassVar[bool] = False
 
     spec: DivergenceSpec
     alpha: float = 1.0

@@ -79,6 +79,7 @@ class SampledTokenLoss(Loss):
 
     of_tokens: ClassVar[bool] = True
     chunks_logits: ClassVar[bool] = False  # one log-softmax, like the cross-entropy's
+    copies_logits: ClassVar[bool] = False
 
     kind: str
     alpha: float = 1.0

@@ -84,6 +84,7 @@ class Watchdog(TrainerCallback, ExportableState):
         self.reported: dict[str, float] = {}
         self.num_logs = 0
         self.vocab: int | None = None  # entries of the logits that are used; None: all
+        self.signed = False  # whether soft may be negative, so that its size is what signals
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint, as transformers' `ExportableState` wants it."""
@@ -162,6 +163,8 @@ class Watchdog(TrainerCallback, ExportableState):
             apart = scene.anneals and check.metric in ENTROPIES and check.limit != "uniform"
             if given is None or value is None or apart or not self._applies(check, logs):
                 continue
+            if check.metric == "soft" and self.signed:
+                value = abs(value)
             if check.limit not in WITHOUT_START:
                 value, at = self._against_start(check.metric, scene)
             bound = BOUNDS[check.limit](given, at)
@@ -183,7 +186,8 @@ class Watchdog(TrainerCallback, ExportableState):
 
     def _applies(self, check: Check, logs: Mapping[str, float]) -> bool:
         if check.fault == "zero_gradient":
-            return logs.get("soft", 0.0) > (self.limits.dead_signal or 0.0)
+            soft = logs.get("soft", 0.0)
+            return (abs(soft) if self.signed else soft) > (self.limits.dead_signal or 0.0)
         if check.fault == "teacher_unsure":  # rows from data may differ without any fault
             return "completion_length" in logs
         return check.fault not in SETTLED or self.num_logs > self.window
@@ -253,7 +257,7 @@ def make_watchdog(run: Run, vocab: int | None) -> tuple[Watchdog | None, Probe |
     if config.action == "off":
         return None, None
     watchdog = (without_text_limits(config) if run.is_classifier else config).make()
-    watchdog.vocab = vocab
+    watchdog.vocab, watchdog.signed = vocab, run.own_loss
     if run.sharded:
         logger.info("the watchdog does not probe the teacher: parameters are sharded")
         return watchdog, None

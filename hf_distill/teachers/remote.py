@@ -11,9 +11,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hf_distill.data.sides import Side
+from hf_distill.losses import DivergenceLoss
 from hf_distill.models import structure
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import causal_lm
+from hf_distill.run import Run
 from hf_distill.teachers.base import Teacher
 from hf_distill.teachers.vllm_client import Completions, RemoteTeacherError, TopK
 from metal_ops import SparseTeacher
@@ -96,6 +98,21 @@ class RemoteTeacher(Teacher):
     def close(self) -> None:
         """Close the connections to the server."""
         self._server.close()
+
+    def check(self, run: Run) -> None:
+        """Check that the run's divergences read entries that the server gives.
+
+        Raises:
+            ValueError: a support asks for entries that the student chooses, or for more of them.
+        """
+        for spec in (loss.spec for loss in run.losses if isinstance(loss, DivergenceLoss)):
+            chosen = spec.support not in ("full", "teacher_topk")
+            if chosen or (spec.top_k or 0) > self.top_k:
+                raise ValueError(
+                    f"a RemoteTeacher knows its own {self.top_k} best entries of a token, which "
+                    f"serve the supports 'full' and 'teacher_topk' up to them, got "
+                    f"{spec.support!r} with top_k {spec.top_k}"
+                )
 
     def prepare(self, accelerator: Accelerator, student: nn.Module, refusal: str | None) -> None:
         """Ask the server for the same tokens twice.

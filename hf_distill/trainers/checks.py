@@ -1,9 +1,11 @@
 """What must hold before a run begins, and settings that a run does not read."""
 
+import copy
 import dataclasses
 import logging
 import os
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, cast
 
 from peft import PeftModel
@@ -13,11 +15,10 @@ from hf_distill.data.hint_schedule import plan_of
 from hf_distill.data.token_weights import TokenWeightsConfig
 from hf_distill.losses import (
     ClipConfig,
-    CrossTokenizerLoss,
-    DivergenceLoss,
     Loss,
-    SampledTokenLoss,
+    LossFunction,
     TaidLoss,
+    as_loss,
 )
 from hf_distill.models.structure import causal_lm, check_kind
 from hf_distill.rollouts.config import RolloutConfig
@@ -30,6 +31,31 @@ from hf_distill.trainers.opsd_config import OPSDConfig
 logger = logging.getLogger(__name__)
 
 
+def own_loss(loss: Loss | LossFunction, args: DistillConfig) -> Loss:
+    """The user's loss as a trainer keeps it: a copy, with the share of the config at each step.
+
+    Raises:
+        TypeError: see `losses.as_loss`.
+        ValueError: it has a share of its own.
+    """
+    made = as_loss(loss)
+    if made.alpha != Loss.alpha:
+        raise ValueError(
+            "the alpha of a loss is the share of the soft loss, which a trainer takes from its "
+            f"config, got {made.alpha} in {made!r} and {args.alpha} in the config: set it there, "
+            "or give an attribute of your own another name"
+        )
+    return copy.copy(made)
+
+
+def losses_of_run(args: DistillConfig, own: Loss | None) -> Sequence[Loss]:
+    """The losses at the ends of all schedules and between them, see `Run`."""
+    if own is None:
+        return tuple(args.losses())
+    ends = config_schedules.bounds(args, "alpha")
+    return [own.with_share(alpha, args.measures_hard) for alpha in ends]
+
+
 def check_setup(run: Run) -> None:
     """Check a run before its teacher is prepared.
 
@@ -38,8 +64,8 @@ def check_setup(run: Run) -> None:
     """
     _check_processes(run)
     for teacher in run.teachers:
-        _check_temperature(run, teacher)
         _check_dense(run, teacher)
+        _check_temperature(run, teacher)
         teacher.check(run)
     if not run.is_classifier:
         _check_student(run.student)
@@ -49,7 +75,7 @@ def check_setup(run: Run) -> None:
 def _check_temperature(run: Run, teacher: Teacher) -> None:
     given = config_schedules.bounds(run.args, "temperature")
     known = teacher.temperature
-    if known is not None and given != (known, known):
+    if known is not None and not run.own_loss and given != (known, known):
         raise ValueError(
             f"a {type(teacher).__name__}'s log-probabilities are at temperature {known:g}: set "
             f"temperature={known}, got {run.args.temperature}"
@@ -70,11 +96,9 @@ def _check_dense(run: Run, teacher: Teacher) -> None:
 
 
 def _named(run: Run, loss: Loss) -> str:
-    if isinstance(loss, TaidLoss):
-        return "taid"
-    if isinstance(loss, DivergenceLoss | SampledTokenLoss | CrossTokenizerLoss):
-        return f"divergence {run.args.divergence!r}"
-    return f"the loss {loss!r}"
+    if run.own_loss:
+        return f"the loss {loss!r}"
+    return "taid" if isinstance(loss, TaidLoss) else f"divergence {run.args.divergence!r}"
 
 
 def check_anchor(anchor_weight: float, own_hard_loss: bool) -> None:
@@ -223,6 +247,9 @@ OF_BUILT_IN = (
     "clip",
     "taid",
 )
+
+LOSS_SETTINGS = attrgetter("alpha", *OF_BUILT_IN)
+"""Of a config, what the loss of a step is made of."""
 
 
 def unused_anywhere(args: DistillConfig, own_loss: bool = False) -> list[str]:

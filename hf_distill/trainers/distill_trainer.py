@@ -1,7 +1,7 @@
 """DistillTrainer: a Trainer whose loss compares the student with a teacher."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -27,9 +27,12 @@ from hf_distill.teachers import Teacher, UpdateTeacher, as_teacher
 from hf_distill.trainers import config_schedules
 from hf_distill.trainers.causal_lm import CausalLM
 from hf_distill.trainers.checks import (
+    LOSS_SETTINGS,
     check_setup,
     check_without_teacher,
     hidden_states_refusal,
+    losses_of_run,
+    own_loss,
     unused_anywhere,
 )
 from hf_distill.trainers.classification import check_classifier, make_classification
@@ -61,13 +64,13 @@ class DistillTrainer(StepCollatingTrainer):
             be None if alpha is 0: this is then a plain `Trainer`.
         loss: your own soft loss in place of the divergence of the args: a function of
             (student_logits [n, V], teacher_logits [n, V], targets [n]) that returns [n], or a
-            `hf_distill.losses.Loss`.
+            `hf_distill.losses.Loss`, of which the trainer takes a copy.
         **kwargs: the other arguments of `Trainer`.
 
     Raises:
         ValueError: the teacher is missing, or its vocabulary is not the student's, or the set-up is
             one that the loss cannot be right in; the message says which.
-        TypeError: args is not a `DistillConfig`.
+        TypeError: args is not a `DistillConfig`, or loss is neither a function nor a `Loss`.
     """
 
     args: DistillConfig
@@ -91,8 +94,8 @@ class DistillTrainer(StepCollatingTrainer):
         if not isinstance(args, DistillConfig):
             raise TypeError(f"args must be a DistillConfig, got {type(args).__name__}")
         config_schedules.check_teacher(args, teacher is not None)
-        self._own_loss = None if loss is None else losses.as_loss(loss)
-        self._present: tuple[int, Loss] | None = None
+        self._own_loss = None if loss is None else own_loss(loss, args)
+        self._present: tuple[Any, Loss] | None = None  # and what it is made of
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
         )
@@ -112,7 +115,8 @@ class DistillTrainer(StepCollatingTrainer):
             given_collator(self.data_collator),
             self.accelerator,
             self.is_fsdp_enabled or self.is_deepspeed_enabled,
-            self._losses_of_run(),
+            losses_of_run(self.args, self._own_loss),
+            own_loss=self._own_loss is not None,
             num_copies=self.get_tp_size(),
             num_parts=self.get_cp_size() * self.get_sp_size(),
         )
@@ -122,7 +126,7 @@ class DistillTrainer(StepCollatingTrainer):
         if run.is_classifier:
             check_classifier(run)
         hard_loss = self._make_hard_loss(run)
-        for text in unused_anywhere(self.args, self._own_loss is not None):
+        for text in unused_anywhere(self.args, run.own_loss):
             logger.warning("a setting is not used: %s", text)
         check_setup(run)
         self._vocabulary = Vocabulary(run)
@@ -180,7 +184,7 @@ class DistillTrainer(StepCollatingTrainer):
         self._meters = {training: TokenMeter(classes) for training in (True, False)}
         eos_token_id = getattr(self.processing_class, "eos_token_id", None)
         self._alignment = AlignmentMeter(end_token_ids(run.language_model, eos_token_id))
-        self._looked, self._moves = False, bool(config_schedules.moving(self.args))
+        self._looked = False
         self.add_callback(UpdateTeacher(run.teacher))
         if self.args.taid is not None and self._own_loss is None:
             self._taid = Taid(cast(TaidConfig, self.args.taid), self.accelerator)
@@ -193,22 +197,19 @@ class DistillTrainer(StepCollatingTrainer):
     @property
     def loss(self) -> Loss:
         """The loss of a token now: of every micro-batch of the next optimizer step."""
-        step = self.state.global_step if self._moves else 0
-        if self._present is None or self._present[0] != step:
-            self._present = step, self._loss_at(step)
+        # a search for hyperparameters changes settings between its runs
+        made_of = LOSS_SETTINGS(self.args), self.state.global_step if self._moves else 0
+        if self._present is None or self._present[0] != made_of:
+            self._moves = bool(config_schedules.moving(self.args))
+            self._present = made_of, self._loss_at(self.state.global_step)
         return self._present[1]
 
     def _loss_at(self, step: int) -> Loss:
         if self._own_loss is None:
             return self.args.loss_at(step)
         alpha = config_schedules.value_at(self.args, "alpha", step)
-        return self._own_loss.with_share(alpha, self.args.measures_hard)
-
-    def _losses_of_run(self) -> Sequence[Loss]:
-        if self._own_loss is None:
-            return tuple(self.args.losses())
-        ends = config_schedules.bounds(self.args, "alpha")
-        return [self._own_loss.with_share(x, self.args.measures_hard) for x in ends]
+        self._own_loss.set_share(alpha, self.args.measures_hard)
+        return self._own_loss
 
     def compute_loss(
         self,

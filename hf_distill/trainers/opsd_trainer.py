@@ -111,7 +111,7 @@ class OPSDTrainer(DistillTrainer):
         )
         self.rollouts = self._make_rollouts(environment) if args.on_policy else None
         clip = cast(ClipConfig, args.clip)
-        if clip.bound is not None and clip.level == "vocab_entry":
+        if loss is None and clip.bound is not None and clip.level == "vocab_entry":
             logger.warning(
                 "clip bound %g at vocab_entry can lower tokens that the teacher wants raised; "
                 "level 'token_rescale' keeps the gradient's direction",

@@ -59,11 +59,12 @@ class Vocabulary:
             self._different = self._check_crossing(collator, teachers, student)
             _warn_of_temperature(run, student)
             return
-        divergence = run.args.divergence
+        used = "a loss of your own" if run.own_loss else f"divergence {run.args.divergence!r}"
         if collator is not None:
             one, other = (collator.student_tokenizer, collator.teacher_tokenizer)
             raise ValueError(
-                f"a CrossTokenizerCollator needs divergence {UNIVERSAL!r}, got {divergence!r} with "
+                f"a CrossTokenizerCollator needs divergence {UNIVERSAL!r}, got "
+                f"{used.removeprefix('divergence ')} with "
                 f"{tokenizers.described(one)} and {tokenizers.described(other)}"
             )
         for theirs in self._known(teachers):
@@ -71,8 +72,7 @@ class Vocabulary:
             tokenizers.check_same(
                 self._tokenizer,
                 theirs,
-                f"student and teacher must have one tokenizer for divergence {divergence!r} "
-                f"({OWN})",
+                f"student and teacher must have one tokenizer for {used} ({OWN})",
             )
         self.size = self._shared(student, teachers)
         run.teacher.keep_vocab(self.size)
