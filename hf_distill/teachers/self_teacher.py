@@ -105,7 +105,7 @@ class SelfTeacher(Teacher):
             itself, so of a LoRA adapter A and B are averaged apart, and the product of the averages
             is not the average of the products. "lora_scale" is the student with the effect of its
             LoRA adapters times `lora_scale`. "live" is the student at this step, without gradient.
-            With hints it tends to collapse, see docs/pages/teachers.md.
+            With hints it tends to collapse.
         ema_decay: the decay of the "ema" average per optimizer step, in [0, 1).
         lora_scale: the share of the adapters' effect that "lora_scale" has, in [0, 1]: 0 is the
             base, and 1 is live. It is a number, or a schedule over optimizer steps such as
