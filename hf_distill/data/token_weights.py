@@ -58,8 +58,8 @@ class TokenWeightsConfig:
     markers: list[str] = field(
         default_factory=lambda: ["<think>", "</think>"],
         metadata={
-            "help": "The two texts that enclose reasoning. They must differ, and do not count as "
-            "reasoning themselves."
+            "help": "The two texts that enclose reasoning. They must differ, and they do not count "
+            "as reasoning themselves."
         },
     )
 
