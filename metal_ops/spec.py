@@ -54,22 +54,24 @@ class DivergenceSpec:
             "skew_reverse_kl": KL(q || (1 - a) p + a q).
             "mixed_kl": a KL(p || q) + (1 - a) KL(q || p).
             "alpha": Amari's alpha divergence, (1 - sum p^a q^(1-a)) / (a (1 - a)).
-        beta: the a above, in [0, 1]; the kinds without an a ignore it. At 0 and 1 the JSD itself is
-            zero; as in GKD, "jsd" then means forward KL (0) or reverse KL (1). "alpha" tends to the
+        beta: the a above, in [0, 1]. The kinds without an a ignore it. At 0 and 1 the JSD itself is
+            zero. As in GKD, "jsd" then means forward KL (0) or reverse KL (1). "alpha" tends to the
             reverse KL at 0 and to the forward KL at 1. The skewed kinds need beta < 1.
-        temperature: > 0, applied to both sides.
+        temperature: the temperature that is applied to both sides, greater than 0.
         temperature_scaling: "t2" multiplies the divergence by temperature², which keeps the size
             of the gradients (Hinton et al. 2015, section 2); "none" leaves it.
         support: the vocabulary entries that count: "full", or the top_k of the teacher
-            ("teacher_topk"), of the student ("student_topk") or of either ("union"). The choice
-            of the entries has no gradient.
-        top_k: how many, >= 1; None for "full".
-        missing: what becomes of the entries outside the support. "tail" keeps their mass as one
-            more category, whose optimum is p = q; "renormalise" divides both sides by their mass
-            on the support; "zero" drops the terms. A sparse teacher uses it whatever the support.
-        clip: None, or a bound > 0 in nats, applied before the temperature scaling.
-        clip_level: what `clip` bounds. "vocab_entry" cuts every entry of the sum, as the OPSD
-            release does; a clipped token's gradient can then point away from the teacher. "token"
+            ("teacher_topk"), of the student ("student_topk") or of either ("union"). The choice of
+            the entries has no gradient.
+        top_k: the number of entries of a support, at least 1. None for "full".
+        missing: says what happens to the entries outside the support. "tail" keeps their mass as
+            one more category, whose optimum is p = q. "renormalise" divides both sides by their
+            mass on the support. "zero" drops the terms. A sparse teacher uses it whatever the
+            support.
+        clip: a bound in nats, greater than 0, which is applied before the temperature scaling. None
+            means that nothing is clipped.
+        clip_level: says what `clip` bounds. "vocab_entry" cuts every entry of the sum, as the OPSD
+            release does. A clipped token's gradient can then point away from the teacher. "token"
             cuts the token's sum, whose gradient is then zero. "token_rescale" also bounds the
             token's value, by scaling the token by min(1, clip / value) with the factor held
             constant in the gradient, which keeps its direction.

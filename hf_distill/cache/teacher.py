@@ -49,14 +49,18 @@ class CachedTeacher(Teacher):
 
     Args:
         path: the cache's folder, or a URL that fsspec knows.
-        tail: how a loss reads what lies outside the stored entries: "auto" takes draws where there
-            are some and one category else; "sampled"; "bucket", one category; "renorm", nothing,
-            which is biased. See `metal_ops.sparse_divergence`.
-        max_ratio: largest weight of a draw, >= 1, see there; None for no limit.
-        verify: which checksums are compared: "lazy", of a shard when it is first read; "full", of
-            all now; "size", none.
-        teacher: the model or the name that must have been cached, or None for any.
-        copies: see `CacheReader`.
+        tail: says how a loss reads what lies outside the stored entries. "auto" uses draws where
+            there are some, and one category otherwise. "sampled" uses draws, "bucket" uses one
+            category, and "renorm" leaves the rest out, which is biased. See
+            `metal_ops.sparse_divergence`.
+        max_ratio: the largest weight of a draw, at least 1. None means no limit. See
+            `metal_ops.sparse_divergence`.
+        verify: says which checksums are compared: "lazy" compares that of a shard when it is first
+            read, "full" compares all of them now, and "size" compares none.
+        teacher: the model or the name that must have been cached. With None, any teacher is
+            accepted.
+        copies: the folder for copies of a remote cache's shards. None is `hf_distill` under
+            HF_HOME.
 
     Attributes:
         manifest: what is in the cache.

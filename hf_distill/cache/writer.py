@@ -276,22 +276,24 @@ def cache_teacher(
     processes or another batch size.
 
     Args:
-        model: a causal LM, a name for `from_pretrained`, or a `ModelTeacher` (which loads names in
-            a dtype or quantized). A model is afterwards as it was, but on the accelerator.
-        dataset: rows by number.
+        model: a causal LM, a name for `from_pretrained`, or a `ModelTeacher`, which can load a name
+            in a dtype or quantized. A model is left as it was, but on the accelerator.
+        dataset: the rows, which are read by their numbers.
         path: the cache's folder, on this machine.
-        codec: what is stored: a codec, or the name of one with its defaults; None is
+        codec: says what is stored: a codec, or the name of one with its defaults. None is
             `HeadSamples()`.
-        data_collator: the one of the training; None chooses by the columns, see
-            `default_collator`. With hints, it is the hinted teacher that is cached.
-        processing_class: the tokenizer; None takes the collator's, or that of the teacher's name.
+        data_collator: the data collator of the training. None chooses one by the columns, see
+            `default_collator`. If the collator has hints, the hinted teacher is cached.
+        processing_class: the tokenizer. None takes that of the collator or of the teacher's name.
             Logits of ids that it does not have are padding of the vocabulary, and are left out.
-        batch_size: rows in a forward of the teacher, at most.
-        shard_rows: rows in a shard; None chooses shards of about 64 MiB.
-        seed: of draws, >= 0; each row has its own random numbers.
-        overwrite: whether to delete a cache of something else in the folder.
-        verify: how shards of an earlier run are checked: "size", or "full" for their sha256 too.
-        teacher_revision: of the repository of a name; of a model, as it is to be recorded.
+        batch_size: the maximum number of rows in one forward of the teacher.
+        shard_rows: the number of rows in a shard. None chooses shards of about 64 MiB.
+        seed: the seed of the draws, at least 0. Each row has its own random numbers.
+        overwrite: whether a cache of something else in the folder is deleted.
+        verify: says how shards of an earlier run are checked: "size" compares their sizes, and
+            "full" their sha256 too.
+        teacher_revision: the revision of the repository of a name. For a model, it is only
+            recorded.
 
     Returns:
         The manifest.

@@ -24,14 +24,16 @@ class CrossTokenizerCollator:
     completion tokens have labels.
 
     Args:
-        student_tokenizer: of the student.
-        teacher_tokenizer: of the teacher.
-        prompt_column: column of the prompt, text or chat messages.
-        completion_column: column of the completion, text or messages.
-        max_prompt_length: tokens of either side's context, in its own tokens, or None for no limit.
-        max_completion_length: the same for the completion.
-        chat_template_kwargs: passed to the student's chat template.
-        teacher_chat_template_kwargs: passed to the teacher's.
+        student_tokenizer: the tokenizer of the student.
+        teacher_tokenizer: the tokenizer of the teacher.
+        prompt_column: the column that holds the prompt, which is text or chat messages.
+        completion_column: the column that holds the completion, which is text or messages.
+        max_prompt_length: the maximum number of tokens of each side's context, in its own tokens.
+            None means no limit.
+        max_completion_length: the maximum number of tokens of each side's completion, in its own
+            tokens. None means no limit.
+        chat_template_kwargs: arguments that are passed to the student's chat template.
+        teacher_chat_template_kwargs: arguments that are passed to the teacher's chat template.
 
     Attributes:
         columns: what it reads of a row.

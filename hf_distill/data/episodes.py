@@ -14,13 +14,14 @@ class Attempt:
     """What an environment sees of an episode.
 
     Args:
-        row: the data's columns.
-        messages: prompt, replies and the environment's messages so far; the last is the reply to
-            judge. Empty if the prompt is text.
-        text: of the last reply, without special tokens.
+        row: the row of the data.
+        messages: the prompt, and the replies and the environment's messages so far. The last one is
+            the reply to judge. It is empty if the prompt is text.
+        text: the last reply as text, without special tokens.
         ended: whether the reply ended with an end token.
-        turn: replies before this one.
-        group: attempts at the same row in one step have the same number, others another.
+        turn: the number of replies before this one.
+        group: a number that is the same for all attempts at one row in one step, and different for
+            others.
     """
 
     row: Row

@@ -43,25 +43,25 @@ class HintCollator:
     the chat template for messages; nothing is decoded and tokenised again.
 
     Args:
-        tokenizer: with a chat template if prompts are messages.
-        hint: a `Hint`, or its text: a column, a template or a function of the row; or several.
-        prompt_column: column of the prompt.
-        completion_column: column of the completion. A text completion gets the end token appended
-            if it lacks it; it is scored like every other token.
-        scored: which replies of a completion of messages are scored: "all"; "hinted", the first
-            behind each hint; "after_hint", all behind the first.
-        max_prompt_length: tokens of the student's context, or None for no limit.
-        max_hint_length: tokens that the hints add to the teacher's row, or None; a number, or, with
-            truncation "hint", a schedule such as "linear:64->8@500", rounded down.
-        max_completion_length: tokens of a completion from the data, or None.
-        truncation: what happens to hints over their budget: "error", or "hint", which cuts the end
-            of the longest until they fit, and counts (`hints_truncated` in the trainer's log).
-            Prompts and completions are never cut. Hints that cannot be cut to a scheduled length
-            are left out.
-        hint_dropout: share of the rows, in [0, 1], whose teacher reads what the student reads, all
-            hints left out, while the same tokens are scored; a number, or a schedule over optimizer
-            steps. In training only.
-        chat_template_kwargs: passed to the chat template on both sides (enable_thinking, tools).
+        tokenizer: the student's tokenizer. It needs a chat template if prompts are messages.
+        hint: a `Hint`, or its text (a column, a template or a function of the row), or several.
+        prompt_column: the column that holds the prompt.
+        completion_column: the column that holds the completion. If a text completion lacks the end
+            token, the end token is appended. It is scored like every other token.
+        scored: says which replies of a completion of messages are scored: "all" scores all,
+            "hinted" the first behind each hint, and "after_hint" all behind the first hint.
+        max_prompt_length: the most tokens that the student's context may have. None means no limit.
+        max_hint_length: the most tokens that the hints may add to the teacher's row, or None. With
+            truncation "hint" it may be a schedule such as "linear:64->8@500", rounded down.
+        max_completion_length: the most tokens that a completion from the data may have, or None.
+        truncation: says what happens to hints over their budget: "error" raises an error, and
+            "hint" cuts the end of the longest hint until all fit, and counts them as
+            `hints_truncated` in the trainer's log. Prompts and completions are never cut. Hints
+            that cannot be cut to a scheduled length are left out.
+        hint_dropout: the share of the rows, in [0, 1], whose hints are all left out in training, so
+            that the teacher reads what the student reads, while the same tokens are scored. It is a
+            number, or a schedule over optimizer steps.
+        chat_template_kwargs: arguments of the chat template on both sides (enable_thinking, tools).
 
     Raises:
         ValueError: an argument is unknown or out of range. When a batch is made: a column is
@@ -129,7 +129,7 @@ class HintCollator:
         """Both sides of some rows, without the hints that the step drops."""
         if self.hint_plan is not None:
             raise ValueError(
-                f"{self.hint_plan.refusal()}: give this collator, or `routed` of it, to a trainer, "
+                f"{self.hint_plan.refusal()}: give this collator, or one around it, to a trainer, "
                 "or make batches with collator.at(step)"
             )
         made = [self._in_row(i, make, each) for i, each in enumerate(given)]

@@ -20,19 +20,21 @@ class Hint:
     """What the teacher is told, and where.
 
     Args:
-        text: a column's name; or a template with columns in braces ("The answer is {answer}."); or
-            a function from the row to the text, which may be None for a row without this hint.
-        where: "user" appends the hint to a user message (after a text prompt), "system" adds it to
-            the system message, which is made if there is none (before a text prompt) and then
-            takes the place of one that the chat template writes by itself; "before" and
-            "after" make it a message of its own beside message `turn`.
-        separator: between the hint and the text it joins.
+        text: names a column, or is a template with columns in braces ("The answer is {answer}."),
+            or a function from the row to the text. The function may return None for a row without
+            this hint.
+        where: says where the hint stands. "user" appends it to a user message (after a text
+            prompt). "system" adds it to the system message (before a text prompt). If there is no
+            system message, one is made, which takes the place of one that the chat template writes
+            by itself. "before" and "after" make it a message of its own beside message `turn`.
+        separator: the text between the hint and the message that it joins.
         turn: the message that "user", "before" and "after" mean, counted over prompt and
-            completion, from the end if negative: a number, a column that holds it, or a function
-            of the row. None is the last user message of the prompt; for "before" and "after" the
-            last message of the prompt.
-        role: of a message of its own.
-        optional: a row whose columns are None has no such hint; otherwise that is an error.
+            completion, and from the end if negative. It is a number, a column that contains it, or
+            a function of the row. None means the last user message of the prompt, or for "before"
+            and "after" the last message of the prompt.
+        role: the role of a hint that is a message of its own.
+        optional: whether a row in which one of the hint's columns is None has no such hint.
+            Otherwise such a row raises an error.
 
     Raises:
         ValueError: `where` is unknown, or `turn` is given for "system".

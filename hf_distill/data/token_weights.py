@@ -25,22 +25,42 @@ class TokenWeightsConfig:
         ValueError: a number is negative or not finite, or markers are not two different texts.
     """
 
-    special: float = field(default=1.0, metadata={"help": "Special tokens, >= 0."})
-    number: float = field(default=1.0, metadata={"help": "Digits without a letter, >= 0."})
-    punctuation: float = field(default=1.0, metadata={"help": "No letter and no digit, >= 0."})
-    space: float = field(default=1.0, metadata={"help": "Only whitespace, >= 0."})
-    word: float = field(default=1.0, metadata={"help": "The rest, >= 0."})
+    special: float = field(
+        default=1.0, metadata={"help": "The weight of special tokens, at least 0."}
+    )
+    number: float = field(
+        default=1.0,
+        metadata={"help": "The weight of tokens that contain a digit and no letter, at least 0."},
+    )
+    punctuation: float = field(
+        default=1.0,
+        metadata={
+            "help": "The weight of tokens that contain neither a letter nor a digit, at least 0."
+        },
+    )
+    space: float = field(
+        default=1.0, metadata={"help": "The weight of tokens that are only whitespace, at least 0."}
+    )
+    word: float = field(
+        default=1.0, metadata={"help": "The weight of all other tokens, at least 0."}
+    )
     entropy: float = field(
         default=0.0,
         metadata={
-            "help": "A token counts 1 + entropy * H / ln V times, >= 0; H is the teacher's entropy "
-            "there at temperature 1 in nats, V the number of logits."
+            "help": "A token counts 1 + entropy * H / ln V times, where H is the teacher's entropy "
+            "at the token, at temperature 1 and in nats, and V is the number of logits. It must be "
+            "at least 0."
         },
     )
-    reasoning: float = field(default=1.0, metadata={"help": "Tokens between the markers, >= 0."})
+    reasoning: float = field(
+        default=1.0, metadata={"help": "The weight of the tokens between the markers, at least 0."}
+    )
     markers: list[str] = field(
         default_factory=lambda: ["<think>", "</think>"],
-        metadata={"help": "Two different texts, around reasoning; they do not belong to it."},
+        metadata={
+            "help": "The two texts that enclose reasoning. They must differ, and they do not count "
+            "as reasoning themselves."
+        },
     )
 
     def __post_init__(self) -> None:

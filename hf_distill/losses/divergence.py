@@ -22,12 +22,20 @@ class ClipConfig:
         ValueError: a value is out of range.
     """
 
-    bound: float | None = field(default=None, metadata={"help": "In nats, > 0; None is no clip."})
+    bound: float | None = field(
+        default=None,
+        metadata={
+            "help": "The limit of the soft loss in nats, greater than 0. With None, nothing is "
+            "clipped."
+        },
+    )
     level: str = field(
         default="vocab_entry",
         metadata={
-            "help": "What is bounded: vocab_entry as in the OPSD release (can reverse gradients), "
-            "token, or token_rescale (keeps their direction)."
+            "help": "Says what is limited: vocab_entry cuts each entry of the sum over the "
+            "vocabulary, as the OPSD release does, and can reverse gradients. token cuts the loss "
+            "of a token, whose gradient is then 0. token_rescale scales it down to the bound and "
+            "keeps the direction of its gradient."
         },
     )
 

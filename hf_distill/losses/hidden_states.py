@@ -34,13 +34,17 @@ class HiddenConfig:
     """
 
     loss: str = field(
-        default="mse", metadata={"help": "Of hidden states: mse, cosine or l1, mean over layers."}
+        default="mse",
+        metadata={
+            "help": "Chooses how hidden states are compared: mse, cosine or l1. The hidden loss is "
+            "the mean over layers."
+        },
     )
     attention_weight: float = field(
         default=0.0,
         metadata={
-            "help": "Weight, >= 0, of KL(teacher || student) of the same layers' attention maps; "
-            "needs attn_implementation='eager'."
+            "help": "The weight, at least 0, of KL(teacher||student) of the attention maps of the "
+            "same layers. It requires attn_implementation='eager'."
         },
     )
 

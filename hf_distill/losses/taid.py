@@ -28,18 +28,29 @@ class TaidConfig:
         ValueError: a value is out of range, or one that is not read was changed.
     """
 
-    t_start: float = field(default=0.4, metadata={"help": "t at the first step, in [0, t_end]."})
-    t_end: float = field(default=1.0, metadata={"help": "The largest t, in (0, 1]."})
+    t_start: float = field(
+        default=0.4, metadata={"help": "The value of t at the first step, in [0, t_end]."}
+    )
+    t_end: float = field(default=1.0, metadata={"help": "The largest value of t, in (0, 1]."})
     step_size: float = field(
         default=5e-4,
-        metadata={"help": "The most that a step adds beside the linear way, per 1 - t, in [0, 1]."},
+        metadata={
+            "help": "The most by which one step may move t ahead of its linear progress, as a "
+            "share of 1 - t, in [0, 1]."
+        },
     )
     momentum: float = field(
-        default=0.99, metadata={"help": "Decay of the average change of the loss, in [0, 1)."}
+        default=0.99,
+        metadata={
+            "help": "The decay of the moving average of the loss's relative change, in [0, 1)."
+        },
     )
     adaptive: bool = field(
         default=True,
-        metadata={"help": "False: t is linear in the progress of training, and that alone."},
+        metadata={
+            "help": "Whether t also follows the loss. With False, t is linear in the progress of "
+            "training."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -9,8 +9,11 @@ from typing import Any
 MOST_SEVERE = 10.0  # a value that should not be 0 may be 0
 
 
+NOT_WATCHED = " With None, the fault is not watched."
+
+
 def _limit(default: float, text: str) -> Any:
-    return field(default=default, metadata={"help": f"{text} None: not watched."})
+    return field(default=default, metadata={"help": f"{text}{NOT_WATCHED}"})
 
 
 @dataclass
@@ -22,38 +25,56 @@ class Limits:
     """
 
     teacher_uniform: float | None = _limit(
-        0.1, "Least ln V - teacher_entropy, as a share of ln V / temperature²."
+        0.1, "ln V - teacher_entropy must be at least this share of ln V / temperature²."
     )
     teacher_unsure: float | None = _limit(
         1.4,
-        "Largest teacher_entropy on sampled completions, in multiples of its start (and 0.02 "
-        "nats).",
+        "teacher_entropy on sampled completions must be at most this many times its start. A rise "
+        "of up to 0.02 nats is never a fault.",
     )
     teacher_moves: float | None = _limit(
-        0.1, "Largest JSD of a live teacher from its start, as a share of that to the student then."
+        0.1,
+        "The JSD of a live teacher from its start must be at most this share of the JSD between "
+        "teacher and student at the start.",
     )
-    dead_signal: float | None = _limit(1e-6, "Least soft loss after the first logs, nats a token.")
-    zero_gradient: float | None = _limit(1e-8, "Least grad_norm while the soft loss is not 0.")
+    dead_signal: float | None = _limit(
+        1e-6, "The soft loss must be at least this many nats per token after the first logs."
+    )
+    zero_gradient: float | None = _limit(
+        1e-8, "grad_norm must be at least this while the soft loss is not 0."
+    )
     ema_still: float | None = _limit(
-        1e-5, "Least movement of an average, as a share of the student's."
+        1e-5, "A moving average must move by at least this share of the student's movement."
     )
     ema_same: float | None = _limit(
-        1e-5, "Least distance of an average from the student, as a share of the student's way."
+        1e-5,
+        "A moving average must stay at least this far from the student, as a share of the "
+        "student's movement.",
     )
-    teacher_follows: float | None = _limit(1e-4, "Largest JSD of a frozen teacher from its start.")
-    too_long: float | None = _limit(2.0, "Largest completion_length, in multiples of its start.")
-    too_short: float | None = _limit(0.5, "Least completion_length, in multiples of its start.")
-    endless: float | None = _limit(0.2, "Largest fall of completion_ended below its start.")
-    hint_copied: float | None = _limit(0.5, "Largest rise of hint_overlap above its start.")
+    teacher_follows: float | None = _limit(
+        1e-4, "The JSD of a frozen teacher from its start must be at most this many nats."
+    )
+    too_long: float | None = _limit(
+        2.0, "completion_length must be at most this many times its start."
+    )
+    too_short: float | None = _limit(
+        0.5, "completion_length must be at least this many times its start."
+    )
+    endless: float | None = _limit(
+        0.2, "completion_ended must not fall by more than this below its start."
+    )
+    hint_copied: float | None = _limit(
+        0.5, "hint_overlap must not rise by more than this above its start."
+    )
     entropy_collapse: float | None = _limit(
-        0.1, "Least student_entropy, in multiples of its start."
+        0.1, "student_entropy must be at least this many times its start."
     )
     entropy_explosion: float | None = _limit(
         0.3,
-        "Largest student_entropy, as a share of the way from its start to ln V; a start above 0.8 "
-        "ln V is not watched.",
+        "student_entropy must not go further than this share of the way from its start to ln V. A "
+        "start above 0.8 ln V is not watched.",
     )
-    clipped: float | None = _limit(0.5, "Largest share of clipped tokens.")
+    clipped: float | None = _limit(0.5, "At most this share of the tokens may be clipped.")
 
     def __post_init__(self) -> None:
         """Check the values where they are given."""

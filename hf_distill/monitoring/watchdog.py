@@ -217,10 +217,17 @@ class WatchdogConfig(Limits):
 
     action: str = field(
         default="warn",
-        metadata={"help": "At a fault: warn, stop (ends the training), raise, or off."},
+        metadata={
+            "help": "Says what happens at a fault: warn logs a warning, stop also ends the "
+            "training, raise raises an error, and off turns the watchdog off."
+        },
     )
     window: int = field(
-        default=3, metadata={"help": "Logs whose median is a start or a present value, >= 1."}
+        default=3,
+        metadata={
+            "help": "The number of logs whose median is the start, or the present value, of a "
+            "metric, at least 1."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -15,52 +15,74 @@ class RolloutConfig:
     """
 
     temperature: float = field(
-        default=0.7, metadata={"help": "Of sampling, >= 0; 0 is greedy. Not the loss's."}
+        default=0.7,
+        metadata={
+            "help": "The temperature of sampling, at least 0, where 0 is greedy. It is not the "
+            "temperature of the loss."
+        },
     )
     num_completions: int = field(
         default=1,
-        metadata={"help": "Completions of each prompt, >= 1; must divide the rows of a batch."},
+        metadata={
+            "help": "The number of completions that are sampled for each prompt, at least 1. It "
+            "must divide the number of rows of a batch."
+        },
     )
     max_turns: int = field(
-        default=8, metadata={"help": "Replies of a dialogue with an environment, >= 1."}
+        default=8,
+        metadata={
+            "help": "The maximum number of replies in a dialogue with an environment, at least 1."
+        },
     )
     steps_per_rollout: int = field(
-        default=1, metadata={"help": "Optimizer steps taken on each batch of completions, >= 1."}
+        default=1,
+        metadata={
+            "help": "The number of optimizer steps that are taken on each batch of completions, at "
+            "least 1."
+        },
     )
     on_policy_fraction: float = field(
         default=1.0,
         metadata={
-            "help": "Share of rollouts in [0, 1] that are sampled; the others take the data's "
-            "completions (lambda of GKD)."
+            "help": "The share of rollouts that are sampled, in [0, 1]. The others take the data's "
+            "completions. This is lambda in GKD."
         },
     )
     generation_kwargs: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "More fields of GenerationConfig; with vllm, of SamplingParams."},
+        metadata={
+            "help": "Sets more fields of GenerationConfig or, with the engine vllm, of "
+            "SamplingParams."
+        },
     )
     batch_size: int | None = field(
         default=None,
-        metadata={"help": "Prompts of one call of `generate`, >= 1; None is all of a rollout."},
+        metadata={
+            "help": "The number of prompts in one call of `generate`, at least 1. With None, one "
+            "call samples the whole rollout."
+        },
     )
     engine: str = field(
         default="generate",
         metadata={
-            "help": "generate, continuous (Transformers' continuous batching) or vllm (TRL's)."
+            "help": "Chooses what samples the completions: generate, continuous (Transformers' "
+            "continuous batching) or vllm (through TRL)."
         },
     )
     engine_kwargs: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "Options of the engine: fields of ContinuousBatchingConfig, or arguments of "
-            "TRL's VLLMGeneration (mode, ...)."
+            "help": "Sets options of the engine: fields of ContinuousBatchingConfig, or arguments "
+            "of TRL's VLLMGeneration such as mode."
         },
     )
 
     importance_clip: float | None = field(
         default=None,
         metadata={
-            "help": "Largest weight of a reused token: its soft loss counts as often as the "
-            "student has become more likely to write it, at most so often, > 0; None is off."
+            "help": "Limits the weight of a reused token. Its soft loss counts as many times as "
+            "the student has become more likely to write it, but at most this many times. It must "
+            "be greater than 0, and None turns it off."
         },
     )
 

@@ -13,10 +13,11 @@ class Feedback:
     """What an environment says to an attempt.
 
     Args:
-        messages: the dialogue's next messages, to which the student replies; empty ends it.
-        columns: what hints may read as if it were in the row: a verifier's error, the number of a
-            wrong turn. "score" also ranks the attempts of a group: the best other one above 0 is
-            the column "sibling".
+        messages: the dialogue's next messages, to which the student replies. The dialogue ends if
+            there are none.
+        columns: values that hints can read as if they were in the row, such as a verifier's error
+            or the number of a wrong turn. "score" also ranks the attempts of a group: the best
+            other one above 0 becomes the column "sibling".
     """
 
     messages: Messages = field(default_factory=list)

@@ -133,12 +133,15 @@ class ModelTeacher(Teacher):
     """Another causal LM or sequence classifier, frozen. Its dtype need not be the student's.
 
     Args:
-        model: a model, or what `AutoModelForCausalLM.from_pretrained` takes, or, if its config
-            says that it is a classifier, `AutoModelForSequenceClassification.from_pretrained`.
-        dtype: to load a name in, such as "bfloat16"; None leaves it to `from_pretrained`.
-        quantization: "8bit" or "4bit" to quantize a name's weights with bitsandbytes, or None.
-        tokenizer: of the model, which is compared with the student's; None is the one that lies
-            beside a name's weights, and unknown for a model.
+        model: a model, or what `AutoModelForCausalLM.from_pretrained` takes. If the config of a
+            name says that it is a classifier, `AutoModelForSequenceClassification.from_pretrained`
+            loads it.
+        dtype: the dtype in which a name is loaded, such as "bfloat16". None leaves it to
+            `from_pretrained`.
+        quantization: "8bit" or "4bit" quantizes a name's weights with bitsandbytes. None does not
+            quantize them.
+        tokenizer: the tokenizer of the model, which is compared with the student's. If it is None,
+            the one beside a name's weights is used, and that of a model object is not known.
         **from_pretrained_kwargs: more arguments of `from_pretrained` for a name.
 
     Raises:

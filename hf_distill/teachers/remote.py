@@ -41,17 +41,21 @@ class RemoteTeacher(Teacher):
     one of them, so that what is known does not depend on what was sampled.
 
     Args:
-        url: of the server up to the version, such as "http://localhost:8000/v1".
-        model: the name that the server knows it by.
-        top_k: entries per token, >= 1. The server must allow as many (`--max-logprobs`).
-        timeout: seconds without an answer after which a request has failed; > 0.
-        retries: how often a request is sent again after a failed connection or a status 429, 500,
-            502, 503 or 504; >= 0.
-        backoff: seconds before the first of them, doubled for each next one; >= 0.
-        num_threads: requests at a time, >= 1.
-        api_key_env: the environment variable that holds the server's key, or None for no key.
-        vocab_size: logits per token of the server's model, padding included, which the endpoint
-            does not say; None is the student's.
+        url: the URL of the server up to the version, such as "http://localhost:8000/v1".
+        model: the name by which the server knows the model.
+        top_k: the number of entries that are asked for per token, at least 1. The server must allow
+            as many (`--max-logprobs`).
+        timeout: the number of seconds without an answer after which a request has failed, greater
+            than 0.
+        retries: the number of times that a request is sent again after a failed connection or a
+            status 429, 500, 502, 503 or 504, at least 0.
+        backoff: the number of seconds before a request is sent again for the first time, at least
+            0. It doubles each time.
+        num_threads: the number of requests that are sent at the same time, at least 1.
+        api_key_env: the environment variable that contains the server's key. None means that there
+            is no key.
+        vocab_size: the number of logits per token of the server's model, padding included, which
+            the endpoint does not say. None means as many as the student has.
 
     Attributes:
         temperature: 1, at which the server's log-probabilities are taken; the loss's must be the

@@ -26,8 +26,9 @@ class RoutedTeacher(Teacher):
     `teachers`. A trainer makes its data collator add it.
 
     Args:
-        teachers: by name: models, names for `from_pretrained`, or teachers.
-        column: of the data, which holds one of these names.
+        teachers: the teachers by name. Each one is a model, a name for `from_pretrained`, or a
+            teacher.
+        column: the column of the data that contains one of these names.
 
     Attributes:
         vocab: entries of the vocabulary that are read of each teacher, the first; None is all. The

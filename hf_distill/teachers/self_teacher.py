@@ -99,16 +99,17 @@ class SelfTeacher(Teacher):
     """The student itself, as it was or as it is.
 
     Args:
-        kind: "base" is the student before training: its adapters switched off, at no extra weights,
-            or a frozen copy where the whole model is trained. "ema" is an exponential moving
-            average of the trainable parameters, each by itself: of a LoRA adapter A and B are
-            averaged apart, and the product of the averages is not the average of the products.
-            "lora_scale" is the student with the effect of its LoRA adapters times `lora_scale`.
-            "live" is the student at this step, without gradient; with hints it tends to collapse,
-            see docs/pages/teachers.md.
-        ema_decay: per optimizer step, in [0, 1), for "ema".
-        lora_scale: in [0, 1], for "lora_scale": 0 is the base, 1 is live. A number, or a schedule
-            over optimizer steps such as "linear:0.0->1.0@100".
+        kind: "base" is the student before training: its adapters are switched off, which needs no
+            extra weights, or a frozen copy is kept if the whole model is trained. "ema" is an
+            exponential moving average of the trainable parameters. It averages each parameter by
+            itself, so of a LoRA adapter A and B are averaged apart, and the product of the averages
+            is not the average of the products. "lora_scale" is the student with the effect of its
+            LoRA adapters times `lora_scale`. "live" is the student at this step, without gradient.
+            With hints it tends to collapse.
+        ema_decay: the decay of the "ema" average per optimizer step, in [0, 1).
+        lora_scale: the share of the adapters' effect that "lora_scale" has, in [0, 1]: 0 is the
+            base, and 1 is live. It is a number, or a schedule over optimizer steps such as
+            "linear:0.0->1.0@100".
 
     Raises:
         ValueError: an argument is out of range.
@@ -271,13 +272,17 @@ class SelfTeacherConfig:
     """
 
     ema_decay: float = field(
-        default=0.995, metadata={"help": "Decay per optimizer step of teacher ema, in [0, 1)."}
+        default=0.995,
+        metadata={
+            "help": "The decay of the ema teacher's moving average per optimizer step, in [0, 1)."
+        },
     )
     lora_scale: float | str = field(
         default=0.5,
         metadata={
-            "help": "Share of the adapters' effect that teacher lora_scale has, in [0, 1]; a "
-            "number, or a schedule such as 'linear:0.0->1.0@100' (from, to, optimizer steps)."
+            "help": "The share of the adapters' effect that the lora_scale teacher has, in [0, 1]. "
+            "It is a number, or a schedule such as 'linear:0.0->1.0@100' (from, to, optimizer "
+            "steps)."
         },
     )
 

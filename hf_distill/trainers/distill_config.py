@@ -32,7 +32,7 @@ from metal_ops import DivergenceSpec
 
 @dataclass
 class DistillConfig(TrainingArguments):
-    """TrainingArguments and what defines the objective, alpha * soft + (1 - alpha) * hard.
+    """TrainingArguments and what defines the loss, alpha * soft + (1 - alpha) * hard.
 
     temperature, alpha, beta and hidden_weight are numbers or follow the optimizer steps, as a
     `Schedule` or its text ("linear:4.0->1.0@1000"). A group (`clip`) is its dataclass, a mapping
@@ -41,84 +41,108 @@ class DistillConfig(TrainingArguments):
     """
 
     temperature: Value = field(
-        default=2.0, metadata={"help": "Softmax temperature of both sides in the soft loss, > 0."}
+        default=2.0,
+        metadata={
+            "help": "The softmax temperature of both sides in the soft loss. It must be greater "
+            "than 0."
+        },
     )
     alpha: Value = field(
         default=0.5,
-        metadata={"help": "Share of the soft loss in [0, 1]; the rest is cross-entropy."},
+        metadata={
+            "help": "The share of the soft loss, in [0, 1]. The rest is the cross-entropy of the "
+            "labels."
+        },
     )
     divergence: str = field(
         default="forward_kl",
         metadata={
-            "help": "forward_kl = KL(teacher||student), reverse_kl, jsd (with beta), another kind "
-            "of metal_ops.DivergenceSpec; policy_gradient or k3, of the tokens alone; or uld, for "
-            "another tokenizer's teacher."
+            "help": "Chooses the soft loss: forward_kl, which is KL(teacher||student), reverse_kl, "
+            "jsd (with beta) or another kind of metal_ops.DivergenceSpec. policy_gradient and k3 "
+            "read the scored tokens alone, and uld compares with a teacher of another tokenizer."
         },
     )
     beta: Value = field(
         default=0.5,
         metadata={
-            "help": "Weight of the teacher in the JSD's mixture, in [0, 1]; 0 and 1 mean forward "
-            "and reverse KL, as in GKD. On a schedule the JSD is divided by beta (1 - beta)."
+            "help": "The weight of the teacher in the mixture of the JSD, in [0, 1]. As in GKD, 0 "
+            "means the forward and 1 the reverse KL divergence. If beta follows a schedule, the "
+            "JSD is divided by beta (1 - beta)."
         },
     )
     temperature_scaling: str = field(
         default="t2",
         metadata={
             "help": "'t2' multiplies the soft loss by temperature², so that its gradients keep "
-            "their size beside the hard loss; 'none' does not."
+            "their size beside the hard loss. 'none' leaves it as it is."
         },
     )
     support: str = field(
         default="full",
         metadata={
-            "help": "Entries of the vocabulary that the divergence reads: full, teacher_topk, "
-            "student_topk, or union (the top_k of both)."
+            "help": "The entries of the vocabulary that the divergence reads: full reads all, "
+            "teacher_topk and student_topk read the top_k most probable ones of that side, and "
+            "union reads the top_k of both."
         },
     )
     top_k: int | None = field(
         default=None,
-        metadata={"help": "Entries of a token, >= 1; needs another support than full."},
+        metadata={
+            "help": "The number of entries that each token reads, at least 1. It requires a "
+            "support other than full."
+        },
     )
     missing: str = field(
         default="tail",
         metadata={
-            "help": "What becomes of the entries outside the support: tail (one entry with their "
-            "mass), renormalise, or zero."
+            "help": "Says what happens to the entries outside the support: tail keeps their mass "
+            "as one more entry, renormalise divides both sides by their mass on the support, and "
+            "zero drops the terms."
         },
     )
     clip: ClipConfig | str | dict[str, Any] | None = field(
-        default=None, metadata={"help": "A bound on the soft loss: bound, level."}
+        default=None,
+        metadata={"help": "Limits the soft loss. The group has the fields bound and level."},
     )
     token_weights: TokenWeightsConfig | str | dict[str, Any] | None = field(
         default=None,
         metadata={
-            "help": "How much tokens count: special, number, punctuation, space, word, entropy, "
-            "reasoning, markers."
+            "help": "Says how much each token counts. The group has the fields special, number, "
+            "punctuation, space, word, entropy, reasoning and markers."
         },
     )
     hidden_layers: list[Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Layers whose hidden states are compared: 'uniform', 'last', student layers "
-            "such as [6, 12], or pairs [[6, 12], [12, 24]] (student, teacher); None is none."
+            "help": "The layers whose hidden states are compared: 'uniform', 'last', layers of the "
+            "student such as [6, 12], or pairs [[6, 12], [12, 24]] of student and teacher. With "
+            "None, no layers are compared."
         },
     )
     hidden_weight: Value = field(
-        default=0.1, metadata={"help": "Weight of the hidden loss, >= 0; needs hidden_layers."}
+        default=0.1,
+        metadata={"help": "The weight of the hidden loss, at least 0. It requires hidden_layers."},
     )
     hidden: HiddenConfig | str | dict[str, Any] | None = field(
-        default=None, metadata={"help": "How layers are compared: loss, attention_weight."}
+        default=None,
+        metadata={
+            "help": "Says how layers are compared. The group has the fields loss and "
+            "attention_weight."
+        },
     )
     watchdog: WatchdogConfig | str | dict[str, Any] | None = field(
         default=None,
-        metadata={"help": "What happens at faults: action, window, and a limit per fault."},
+        metadata={
+            "help": "Says what happens when a fault is noticed. The group has the fields action "
+            "and window, and a limit for each fault."
+        },
     )
     taid: TaidConfig | str | dict[str, Any] | None = field(
         default=None,
         metadata={
-            "help": "TAID, a target between student and teacher: t_start, t_end, step_size, "
-            "momentum, adaptive; {} takes the defaults, None is off."
+            "help": "Puts a moving target between student and teacher (TAID). The group has the "
+            "fields t_start, t_end, step_size, momentum and adaptive. {} takes their defaults, and "
+            "None turns TAID off."
         },
     )
 

@@ -18,60 +18,84 @@ class OPSDConfig(DistillConfig):
     """DistillConfig with the defaults of on-policy self-distillation, and its own settings."""
 
     temperature: Value = field(
-        default=1.0, metadata={"help": "Softmax temperature of both sides in the loss, > 0."}
+        default=1.0,
+        metadata={
+            "help": "The softmax temperature of both sides in the loss. It must be greater than 0."
+        },
     )
     alpha: Value = field(
         default=1.0,
         metadata={
-            "help": "Share of the soft loss in [0, 1]; the rest is the completions' cross-entropy."
+            "help": "The share of the soft loss, in [0, 1]. The rest is the cross-entropy of the "
+            "completions."
         },
     )
     divergence: str = field(
         default="jsd",
         metadata={
-            "help": "jsd, forward_kl = KL(teacher||student), reverse_kl, another kind of "
-            "metal_ops.DivergenceSpec, or policy_gradient or k3, of the tokens alone."
+            "help": "Chooses the soft loss: jsd, forward_kl, which is KL(teacher||student), "
+            "reverse_kl or another kind of metal_ops.DivergenceSpec. policy_gradient and k3 read "
+            "the scored tokens alone."
         },
     )
     temperature_scaling: str = field(
-        default="none", metadata={"help": "'none' is the convention of OPSD and TRL; or 't2'."}
+        default="none",
+        metadata={
+            "help": "'none' is the convention of OPSD and TRL. 't2' multiplies the soft loss by "
+            "temperature²."
+        },
     )
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "False: the collator reads hints from any column."}
+        default=False,
+        metadata={"help": "With False, the data collator can read hints from any column."},
     )
     teacher: str = field(
         default="base",
         metadata={
-            "help": "base: the model before training (adapters off, or a frozen copy); ema: a "
-            "moving average; lora_scale: the model with weaker adapters; live: the model as it is, "
-            "which tends to collapse."
+            "help": "Chooses the self-teacher: base is the model before training (adapters "
+            "switched off, or a frozen copy), ema is a moving average of its trained parameters, "
+            "lora_scale is the model with weaker adapters, and live is the model as it is, which "
+            "tends to collapse."
         },
     )
     on_policy: bool = field(
         default=True,
-        metadata={"help": "Sample completions from the student; False takes them from the data."},
+        metadata={
+            "help": "Whether completions are sampled from the student. With False, they are taken "
+            "from the data."
+        },
     )
     max_completion_length: int = field(
-        default=256, metadata={"help": "Tokens of a sampled completion, >= 1."}
+        default=256,
+        metadata={"help": "The maximum number of tokens of a sampled completion, at least 1."},
     )
     self_teacher: SelfTeacherConfig | str | dict[str, Any] | None = field(
         default=None,
-        metadata={"help": "How the teacher follows the student: ema_decay, lora_scale."},
+        metadata={
+            "help": "Says how the teacher follows the student. The group has the fields ema_decay "
+            "and lora_scale."
+        },
     )
     rollout: RolloutConfig | str | dict[str, Any] | None = field(
         default=None,
-        metadata={"help": "Sampling: temperature, steps_per_rollout, engine, batch_size, ..."},
+        metadata={
+            "help": "Says how completions are sampled and used. The group has fields such as "
+            "temperature, num_completions, steps_per_rollout, engine and batch_size."
+        },
     )
     anchor_weight: float = field(
         default=0.0,
         metadata={
-            "help": "Weight, >= 0, of the mean cross-entropy of the data's own completions beside "
-            "the loss of the sampled ones; needs on_policy."
+            "help": "The weight, at least 0, of the mean cross-entropy of the data's own "
+            "completions, which is added to the loss of the sampled ones. It requires on_policy."
         },
     )
     log_completions: int = field(
         default=0,
-        metadata={"help": "Sampled rows shown per log, >= 0; with 0 none are collected either."},
+        metadata={
+            "help": "The number of sampled rows that are shown at each log, at least 0. With 0, no "
+            "rows are collected either."
+        },
     )
 
     def __post_init__(self) -> None:

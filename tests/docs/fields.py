@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_distill import DistillConfig, OPSDConfig
-from hf_distill.monitoring.faults import CHECKS
+from hf_distill.monitoring.faults import CHECKS, NOT_WATCHED
 from metal_ops import presets
 
 ROOT = Path(__file__).parent.parent.parent
@@ -120,7 +120,7 @@ def _of_faults() -> str:
         (
             f"`{x.fault}`",
             f"`{x.metric}`",
-            _cell(limits[x.fault].metadata["help"].removesuffix(" None: not watched.")),
+            _cell(limits[x.fault].metadata["help"].removesuffix(NOT_WATCHED)),
             f"`{limits[x.fault].default!r}`",
             _sentence(f"{x.text}."),
         )

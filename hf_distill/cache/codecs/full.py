@@ -29,7 +29,7 @@ class Full:
     [T]: the smallest log-probability, less the largest. R is the number of real entries.
 
     Args:
-        format: "fp16" or "int8".
+        format: "fp16" stores 16 bits per entry, and "int8" stores 8.
 
     Raises:
         ValueError: format is another.

@@ -15,13 +15,14 @@ class HeadSamples(SparseCodec):
     temperature in the range. About 185 bytes a token for a vocabulary of 150,000.
 
     Args:
-        top_k: entries of the head, at most 255.
-        top_p: the head ends once it holds this mass; None for always top_k entries.
-        num_samples: draws from the tail.
-        num_exact: log-probabilities in 16 bits; those after them have 8, see `packing.pack_head`.
-        temperature: at which the log-probabilities are taken.
-        temperature_range: smallest and largest temperature of a loss. A wide one puts the draws
-            where a hot softmax has its mass, which makes the loss at 1 noisier.
+        top_k: the number of entries of the head, at most 255.
+        top_p: ends the head once it holds this mass. None means that it always has top_k entries.
+        num_samples: the number of draws from the tail.
+        num_exact: the number of log-probabilities that are stored in 16 bits. Those after them have
+            8, see `packing.pack_head`.
+        temperature: the temperature at which the log-probabilities are taken.
+        temperature_range: the smallest and the largest temperature of a loss. A wide range puts the
+            draws where a hot softmax has its mass, which makes the loss at 1 noisier.
 
     Raises:
         ValueError: a number is out of range.

@@ -16,9 +16,9 @@ class Sampled(SparseCodec):
     one tail of mass 1: a decoded teacher has no head.
 
     Args:
-        num_samples: draws per token, 1 to 255.
-        temperature: at which the log-probabilities are taken.
-        temperature_range: smallest and largest temperature of a loss.
+        num_samples: the number of draws per token, 1 to 255.
+        temperature: the temperature at which the log-probabilities are taken.
+        temperature_range: the smallest and the largest temperature of a loss.
 
     Raises:
         ValueError: a number is out of range.

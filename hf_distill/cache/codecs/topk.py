@@ -14,11 +14,12 @@ class TopK(SparseCodec):
     more, to the temperatures in the range.
 
     Args:
-        top_k: entries of the head, 1 to 255.
-        top_p: the head ends once it holds this mass; None for always top_k entries.
-        num_exact: log-probabilities in 16 bits; those after them have 8, see `packing.pack_head`.
-        temperature: at which the log-probabilities are taken.
-        temperature_range: smallest and largest temperature of a loss.
+        top_k: the number of entries of the head, 1 to 255.
+        top_p: ends the head once it holds this mass. None means that it always has top_k entries.
+        num_exact: the number of log-probabilities that are stored in 16 bits. Those after them have
+            8, see `packing.pack_head`.
+        temperature: the temperature at which the log-probabilities are taken.
+        temperature_range: the smallest and the largest temperature of a loss.
 
     Raises:
         ValueError: a number is out of range.

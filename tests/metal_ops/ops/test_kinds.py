@@ -24,7 +24,7 @@ NEW = ("soft_ce", "tvd", "skew_kl", "skew_reverse_kl", "mixed_kl", "alpha")
 
 
 def by_probabilities(p: Tensor, q: Tensor, kind: str, a: float) -> Tensor:
-    """The definitions of the README's table, [N], for probabilities above zero."""
+    """The definitions of the table in docs/pages/losses.md, [N], for probabilities above zero."""
 
     def kl(x: Tensor, y: Tensor) -> Tensor:
         return (x * (x / y).log()).sum(-1)
