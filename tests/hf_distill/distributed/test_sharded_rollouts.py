@@ -1,4 +1,4 @@
-"""Rollouts of a model whose parameters lie in pieces on two processes: the tokens of a whole one."""
+"""Rollouts of a model in pieces on two processes: the tokens of a whole one."""
 
 from pathlib import Path
 from typing import Any
