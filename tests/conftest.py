@@ -1,5 +1,6 @@
 """No network, one thread, and random numbers that depend on the names of test and file alone."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the Hugging Face libraries read it when imported
@@ -26,6 +27,26 @@ def seed(request: pytest.FixtureRequest) -> None:
     value = zlib.crc32(name.encode())
     random.seed(value)
     torch.manual_seed(value)
+
+
+def _set_aside() -> None:
+    """Collections to come pass over everything that is there now.
+
+    The Trainer collects before each run. Over the imported libraries and ten thousand collected
+    tests that takes three times as long as the run of a tiny model itself.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    _set_aside()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def libraries() -> None:
+    """Those that the tests of the module before have imported when they needed them."""
+    _set_aside()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

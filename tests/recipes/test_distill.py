@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import distill
 import distill_cached
@@ -17,6 +18,7 @@ from helpers.students import keep_layers
 from hf_distill import CachedTeacher, DistillConfig, HintCollator
 from hf_distill.cache import CachedCollator
 from hf_distill.data.sides import student_side
+from tests.processes import main_of, run_two
 
 ROOT = Path(distill.__file__).parent.parent
 FEW = [
@@ -319,30 +321,32 @@ def test_schedules_and_weights_of_tokens_are_left_to_the_arms_with_a_teacher(run
     assert settings["token_weights"]["number"] == 2.0
 
 
+def torchrun(folder: Path, *arguments: object) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2]
+    command += ["--master_port", 29533, distill.__file__, *arguments]
+    done = subprocess.run(
+        list(map(str, command)), cwd=folder, capture_output=True, text=True, timeout=900,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
 @pytest.mark.distributed
+@pytest.mark.parametrize("launcher", [None, pytest.param(torchrun, marks=pytest.mark.slow)])
 def test_two_processes_train_and_write_what_one_does(
-    run, tmp_path: Path, checkpoint: Path, gsm8k: Path
+    run, tmp_path: Path, checkpoint: Path, gsm8k: Path, launcher: Any
 ):
     given = ["--arms", "sft", "cache", "--max_steps", 2, "--num_eval", 6]
     one = run(distill, tmp_path / "one", *given)["arms"]
     two = tmp_path / "two"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2]
-    command += [
-        "--master_port",
-        29533,
-        distill.__file__,
-        "--teacher_name_or_path",
-        checkpoint,
-        "--dataset",
-        gsm8k,
-    ]
-    command += ["--output_dir", two, *FEW, *given, "--per_device_train_batch_size", 2]
-    done = subprocess.run(
-        list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=900,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("| sft ") == 1  # the table is printed once
+    source = ["--teacher_name_or_path", checkpoint, "--dataset", gsm8k, "--output_dir", two]
+    words = [*source, *FEW, *given, "--per_device_train_batch_size", 2]
+    if launcher is None:
+        printed = run_two(tmp_path / "processes", main_of, "distill", *words)
+    else:
+        printed = launcher(tmp_path, *words)
+    assert printed.count("| sft ") == 1  # the table is printed once
     found = json.loads((two / "results.json").read_text())["arms"]
     for name in ("sft", "cache"):
         points = found[name]["0"]["heldout"]

@@ -1,6 +1,7 @@
 """The recipe end to end, in miniature: what it measures, writes and saves."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -103,18 +104,33 @@ def test_two_processes_end_in_the_weights_of_one(tmp_path: Path, checkpoint: Pat
     assert difference(one, other) > 1e-5
 
 
-def test_gsm8k_with_lora_under_accelerate_launch(tmp_path: Path, checkpoint: Path, gsm8k: Path):
+@pytest.mark.parametrize("launched", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_gsm8k_with_lora(
+    tmp_path: Path,
+    checkpoint: Path,
+    gsm8k: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    launched: bool,
+):
+    """In this process, and under `accelerate launch`."""
     config = tmp_path / "settings.yaml"
     config.write_text("max_steps: 2\nper_device_train_batch_size: 2\nlora_r: 4\nuse_peft: true\n")
     source = ["--model_name_or_path", checkpoint, "--dataset", gsm8k]
-    errors = launch(tmp_path, 1, "--config", config, *source, "--output_dir", tmp_path / "out")
+    words = ["--config", config, *source, "--output_dir", tmp_path / "out"]
+    if launched:
+        logged = launch(tmp_path, 1, *words)
+    else:
+        with caplog.at_level(logging.INFO):
+            run(monkeypatch, *FEW, *words)
+        logged = caplog.text
     found = results(tmp_path / "out")
     losses = [entry["loss"] for entry in found["log_history"] if "loss" in entry]
     assert len(losses) == 2
     assert all(0 < loss < 100 for loss in losses)
     assert found["config"]["max_steps"] == 2
     assert found["task"] == "gsm8k"
-    assert "teacher base: the student with its adapters off" in errors
+    assert "teacher base: the student with its adapters off" in logged
     base = AutoModelForCausalLM.from_pretrained(checkpoint)
     adapted = PeftModel.from_pretrained(base, tmp_path / "out")
     trained = [p for n, p in adapted.named_parameters() if "lora_B" in n]

@@ -35,7 +35,7 @@ def test_asked_processes(command: str, expected: int):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_every_process_starts(tmp_path: Path, processes: int):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(recipes=str(RECIPES)))

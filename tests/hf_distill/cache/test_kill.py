@@ -1,6 +1,5 @@
 """Writers that are killed with SIGKILL: what goes on is, byte for byte, what was not stopped."""
 
-import multiprocessing
 import random
 import time
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ import pytest
 
 from hf_distill.cache import CacheIncomplete, CacheReader
 from hf_distill.cache.shard import sidecar_name
+from tests import processes
 from tests.hf_distill.cache import caches, writing
 from tests.hf_distill.cache.writing import BEGUN, COUNT, DONE, RENAMED, SHARDS
 
@@ -41,10 +41,7 @@ def _child(
 
 @pytest.fixture(scope="module")
 def context() -> Any:
-    """Starts processes that have the libraries imported."""
-    made = multiprocessing.get_context("forkserver")
-    made.set_forkserver_preload([writing.__name__])
-    return made
+    return processes.context()
 
 
 def start(

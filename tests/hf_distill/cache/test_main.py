@@ -15,6 +15,7 @@ from hf_distill.__main__ import main
 from hf_distill.cache import CacheReader, fingerprints
 from tests.hf_distill.cache import caches
 from tests.hf_distill.trainers import models
+from tests.processes import run_two
 
 ROOT = Path(__file__).parents[3]
 SETTINGS = ["--codec", "topk", "--codec_settings", '{"top_k": 5}', "--shard_rows", "4"]
@@ -123,13 +124,12 @@ def test_without_a_command_it_says_what_there_is(capsys: pytest.CaptureFixture[s
     assert "cache" in printed
 
 
-@pytest.mark.distributed
-def test_two_processes_of_accelerate_write_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+def launch(arguments: list[str]) -> str:
     launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     port = ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command = [sys.executable, "-m", *launch, *port, "-m", "hf_distill"]
     done = subprocess.run(
-        [*command, *arguments(folder, tmp_path / "two")],
+        [*command, *arguments],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -138,8 +138,17 @@ def test_two_processes_of_accelerate_write_the_same_bytes(folder: Path, tmp_path
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
-    assert "tokens/s" in done.stderr
-    assert "bytes/token" in done.stderr
+    return done.stderr
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("launched", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_processes_write_the_same_bytes(folder: Path, tmp_path: Path, launched: bool) -> None:
+    """Of a process group, and of `accelerate launch`."""
+    words = arguments(folder, tmp_path / "two")
+    printed = launch(words) if launched else run_two(tmp_path / "processes", main, words)
+    assert "tokens/s" in printed
+    assert "bytes/token" in printed
     main(arguments(folder, tmp_path / "one"))
     assert caches.contents(tmp_path / "two") == caches.contents(tmp_path / "one")
     sidecars = [path.read_text() for path in sorted((tmp_path / "two").glob("shards/*.json"))]

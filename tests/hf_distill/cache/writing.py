@@ -14,6 +14,7 @@ import torch
 import torch.distributed
 
 from hf_distill.cache import HeadSamples
+from tests import processes
 from tests.hf_distill.cache import caches
 from tests.hf_distill.trainers import models
 
@@ -51,19 +52,11 @@ def tell_renames(tell: Callable[[str], Any]) -> None:
     os.replace = renamed
 
 
-def join(folder: Path, rank: int) -> None:
-    """Be one of two processes, which meet in a file."""
-    names = ("RANK", "LOCAL_RANK")
-    os.environ |= dict.fromkeys(names, str(rank)) | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    meeting = f"file://{folder.with_name(folder.name + '.meeting')}"
-    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
-
-
 def write(folder: Path, rank: int | None, tell: Callable[[str], Any]) -> None:
     """Write the cache, from where it is; in one process or as a rank of two."""
     torch.set_num_threads(1)
     if rank is not None:
-        join(folder, rank)
+        processes.join(folder.with_name(folder.name + ".meeting"), rank)
     model, tokenizer = models.llama(), models.tokenizer()
     tell(BEGUN)
     caches.write(

@@ -1,10 +1,5 @@
-"""A head cut over two processes gives the loss and the gradients of a whole one.
+"""A head cut over two processes gives the loss and the gradients of a whole one."""
 
-Run as a script it is one of the processes: `python -m` this module, FOLDER and RANK.
-"""
-
-import sys
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from metal_ops import DivergenceSpec, Head, linear_divergence
-from tests.hf_distill.distributed.launch import run_two
+from tests.processes import run_two
 
 pytestmark = pytest.mark.distributed
 
@@ -84,7 +79,8 @@ def compute(case: str, arguments: dict[str, Tensor | None]) -> Result:
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Result]]:
     """The results of each process; they meet in a file and write to files of their own."""
     folder = tmp_path_factory.mktemp("dtensor")
-    return run_two("tests.hf_distill.distributed.test_dtensor_head", folder)
+    run_two(folder, of_a_process, folder)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 def same(got: Result, want: Result) -> None:
@@ -113,21 +109,10 @@ def test_gradients_of_other_tokens_are_averaged(two_processes):
         same(results[case], own | {"student_weight": mean})
 
 
-def main() -> None:
-    folder, rank = Path(sys.argv[1]), int(sys.argv[2])
-    torch.set_num_threads(1)
-    meeting = f"file://{folder / 'meeting'}"
-    torch.distributed.init_process_group(
-        "gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    results = {}
+def of_a_process(folder: Path) -> None:
+    rank, results = torch.distributed.get_rank(), {}
     for case in CASES:
         arguments = make(case, rank)
         cut(case, arguments)
         results[case] = compute(case, arguments)
     torch.save(results, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,5 @@
-"""Rollouts of a model whose parameters lie in pieces on two processes: the tokens of a whole one.
+"""Rollouts of a model in pieces on two processes: the tokens of a whole one."""
 
-Run as a script it is one of the processes: `python -m` this module, FOLDER and RANK.
-"""
-
-import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from hf_distill.rollouts import generate
 from hf_distill.rollouts.continuous_batching import refusal
 from hf_distill.rollouts.sampling import is_sharded
-from tests.hf_distill.distributed.launch import run_two
 from tests.hf_distill.trainers import models
+from tests.processes import run_two
 
 pytestmark = pytest.mark.distributed
 
@@ -92,7 +87,8 @@ def run(kind: str, rank: int) -> dict[str, Any]:
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process found; they meet in a file and write to files of their own."""
     folder = tmp_path_factory.mktemp("sharded")
-    return run_two("tests.hf_distill.distributed.test_sharded_rollouts", folder)
+    run_two(folder, of_a_process, folder)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -121,16 +117,6 @@ def test_other_numbers_of_calls_are_an_error_and_no_deadlock(
         assert "they would make [1, 2] calls" in results[kind]["error"]
 
 
-def main() -> None:
-    folder, rank = Path(sys.argv[1]), int(sys.argv[2])
-    torch.set_num_threads(1)
-    meeting = f"file://{folder / 'meeting'}"
-    torch.distributed.init_process_group(
-        "gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
+def of_a_process(folder: Path) -> None:
+    rank = torch.distributed.get_rank()
     torch.save({kind: run(kind, rank) for kind in KINDS}, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,5 @@
 """Runs that are killed with SIGKILL, and go on as if they had not been, bit for bit."""
 
-import multiprocessing
 import random
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from transformers import trainer_utils
 from hf_distill.trainers import checkpoints
 from tests.hf_distill.trainers import killing, models
 from tests.hf_distill.trainers.killing import DONE, LOG, Stop
+from tests.processes import context
 
 ROOT = Path(__file__).parents[3]
 STEPS = 5
@@ -27,10 +27,7 @@ def _child(folder: Path, setup: str, stop: Stop | None, sender: Connection) -> N
 
 @pytest.fixture(scope="module")
 def processes() -> Any:
-    """Starts processes that have the libraries imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([killing.__name__])
-    return context
+    return context()
 
 
 def start(processes: Any, folder: Path, setup: str, stop: Stop | None = None) -> None:
