@@ -25,6 +25,7 @@ from hf_distill.cache.errors import (
 from hf_distill.cache.fingerprints import Collator
 from hf_distill.cache.reader import CacheReader
 from hf_distill.cache.shard import Row
+from hf_distill.data.cross_tokenizer_collator import find_cross_tokenizer_collator
 from hf_distill.data.hint_schedule import plan_of
 from hf_distill.data.sides import TEACHER_STORED, Side, student_side, teacher_side
 from hf_distill.losses import DivergenceLoss
@@ -159,7 +160,9 @@ class CachedTeacher(Teacher):
                 f"{low:g} to {high:g}: write it with a temperature_range that has 1"
             )
         specs = [each.spec for each in run.losses if isinstance(each, DivergenceLoss)]
-        tokenizer = run.processing_class
+        crossing = find_cross_tokenizer_collator(run.collator)
+        # of two tokenizers the teacher's is the one that its rows were written with
+        tokenizer = run.processing_class if crossing is None else crossing.teacher_tokenizer
         # with alpha 0 it is measured
         for spec in dict.fromkeys(specs):
             self.check_spec(spec, tokenizer)

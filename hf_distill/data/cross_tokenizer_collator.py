@@ -116,6 +116,13 @@ class CrossTokenizerCollator:
             raise ValueError(f"for the {side}: {error}") from error
 
 
+def find_cross_tokenizer_collator(collator: Any) -> CrossTokenizerCollator | None:
+    """Find the `CrossTokenizerCollator` that a collator is, or has inside."""
+    while collator is not None and not isinstance(collator, CrossTokenizerCollator):
+        collator = getattr(collator, "collator", None)
+    return collator
+
+
 def _padded(rows: Sequence[Rendered], pad_token_id: int) -> tuple[Tensor, Tensor]:
     """input_ids and attention_mask, padded on the right."""
     ones = [[1] * len(row.ids) for row in rows]

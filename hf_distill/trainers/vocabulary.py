@@ -8,7 +8,10 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase
 
 from hf_distill.data import sides
-from hf_distill.data.cross_tokenizer_collator import CrossTokenizerCollator
+from hf_distill.data.cross_tokenizer_collator import (
+    CrossTokenizerCollator,
+    find_cross_tokenizer_collator,
+)
 from hf_distill.losses import UNIVERSAL, CrossTokenizerLoss
 from hf_distill.models import signals, structure, tokenizers
 from hf_distill.models.signals import Signal
@@ -43,7 +46,7 @@ class Vocabulary:
     """
 
     def __init__(self, run: Run) -> None:
-        collator = _cross_tokenizer_collator(run.collator)
+        collator = find_cross_tokenizer_collator(run.collator)
         self._tokenizer = run.tokenizer
         self._crosses = isinstance(run.losses[0], CrossTokenizerLoss)
         self._different: str | None = None
@@ -213,13 +216,6 @@ class Vocabulary:
                 f"{what} needs student and teacher to have one tokenizer, whose tokens stand at "
                 f"the same places, got {self._different}"
             )
-
-
-def _cross_tokenizer_collator(collator: Any) -> CrossTokenizerCollator | None:
-    """The collator, or the one inside."""
-    while collator is not None and not isinstance(collator, CrossTokenizerCollator):
-        collator = getattr(collator, "collator", None)
-    return collator
 
 
 def _both(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str:
