@@ -30,6 +30,7 @@ from hf_distill.cache.fingerprints import SideRow
 from hf_distill.cache.manifest import MANIFEST, Manifest, config_hash
 from hf_distill.cache.progress import finish
 from hf_distill.cache.shard import Row, write_shard
+from tests import processes
 
 ROWS, SHARD_ROWS = 11, 3
 LAST = "shards/shard-00003"
@@ -159,6 +160,9 @@ def test_a_reader_is_pickled_by_its_path(cache: Path) -> None:
     assert (again.path, again.verify) == (str(cache), "size")
 
 
+SPAWN = pytest.param("spawn", marks=pytest.mark.slow)  # pickles the same, and imports everything
+
+
 class Rows(Dataset):
     def __init__(self, found: CacheReader) -> None:
         self.found = found
@@ -171,10 +175,11 @@ class Rows(Dataset):
         return i, float(row.arrays["x"].sum())
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", "forkserver", SPAWN])
 def test_workers_read_for_themselves(cache: Path, method: str) -> None:
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"no {method} here")
+    processes.context()  # a server that has the libraries imported
     found = CacheReader(cache)
     found.match(side_row(0))  # the parent has a shard open
     loader = DataLoader(
