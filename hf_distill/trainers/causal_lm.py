@@ -64,8 +64,7 @@ class CausalLM:
         around = config.by_class(), run.processing_class, config.reasoning
         weigh = TokenWeights(*around, config.around_reasoning())
         self.weighing = Weighing(weigh, config.entropy, vocab or vocab_size(run.language_model))
-        self._own_loss = hard_loss.replaces
-        check_anchor(settings.anchor_weight, self._own_loss)
+        check_anchor(settings.anchor_weight, hard_loss.replaces)
 
     def read(
         self, inputs: Mapping[str, Any], num_items: Tensor | int | None, num_averaged: int
@@ -88,7 +87,6 @@ class CausalLM:
         if self.hard_loss.look(model, batch.inputs):
             check_anchor(self.settings.anchor_weight, True)
             check_unweighted([self.weighing.known(batch.inputs)])
-        self._own_loss = self.hard_loss.replaces
         return not self.hard_loss.to_probe
 
     def signal(self, batch: Batch, ask: Ask) -> Signal:
@@ -163,7 +161,7 @@ class CausalLM:
         return_outputs: bool,
     ) -> tuple[Terms, Any]:
         """Run the student; its outputs are formed only for who needs them."""
-        if not (return_outputs or self._own_loss):
+        if not (return_outputs or self.hard_loss.replaces):
             return self.student.run(model, batch.student, terms_of, at_head), None
         labels, side = batch.inputs["labels"], batch.student
         asked = self.hard_loss.arguments(labels, batch.num_items)
@@ -193,7 +191,7 @@ class CausalLM:
         weights = self.weighing.ahead(batches, place, ask)
         if all(each is None for each in weights):
             return None
-        if self._own_loss:
+        if self.hard_loss.replaces:
             check_unweighted(weights)
         return token_weights.total(batches, weights).to(device)
 

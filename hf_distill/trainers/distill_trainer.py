@@ -148,8 +148,7 @@ class DistillTrainer(StepCollatingTrainer):
             run.language_model,
             wanted=self.args.measures_hard and not run.is_classifier,
             sharded=run.sharded,
-            compute_loss_func=self.compute_loss_func,
-            label_smoother=self.label_smoother,
+            users=lambda: (self.compute_loss_func, self.label_smoother),
             shifts_labels=not run.is_classifier,
             accepts_count=self.model_accepts_loss_kwargs,  # the Trainer has looked
         )
