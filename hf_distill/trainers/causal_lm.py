@@ -63,7 +63,9 @@ class CausalLM:
         config = cast(TokenWeightsConfig, run.args.token_weights)
         around = config.by_class(), run.processing_class, config.reasoning
         weigh = TokenWeights(*around, config.around_reasoning())
-        self.weighing = Weighing(weigh, config.entropy, vocab or vocab_size(run.language_model))
+        self.weighing = TokenWeighing(
+            weigh, config.entropy, vocab or vocab_size(run.language_model)
+        )
         check_anchor(settings.anchor_weight, hard_loss.replaces)
 
     def read(
@@ -114,7 +116,7 @@ class CausalLM:
         labels = inputs["anchor_labels"]
         anchor_targets = sides.targets(labels, sides.predicts_from_labels(labels))
         factor = self.settings.anchor_weight * self._num_ranks / inputs["anchor_count"]
-        batch.student = anchor_rows.joined(batch.student, inputs)
+        batch.student = anchor_rows.join_anchor_rows(batch.student, inputs)
         anchor = Anchor(anchor_targets, torch.ones_like(anchor_targets) * factor)
         return tokens._replace(anchor=anchor)
 
@@ -193,7 +195,7 @@ class CausalLM:
             return None
         if self.hard_loss.replaces:
             check_unweighted(weights)
-        return token_weights.total(batches, weights).to(device)
+        return token_weights.total_weight(batches, weights).to(device)
 
     def named(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """As they are."""
@@ -206,7 +208,7 @@ REASONING_SHARE, ENTROPY_FACTOR = "reasoning_share", "entropy_factor"
 
 
 @dataclass
-class Weighed:
+class WeighedBatch:
     """What is known of a micro-batch.
 
     weights: [B, T] float32 aligned with the labels, or None if every token counts as one. logged:
@@ -224,7 +226,7 @@ class Weighed:
         return signal
 
 
-class Weighing:
+class TokenWeighing:
     """Weights that need nothing but the batch, and those that need the teacher.
 
     Args:
@@ -287,7 +289,7 @@ class Weighing:
         kept = batch.get(KEPT)
         return kept is not None and kept.signal is not None
 
-    def of(self, batch: Mapping[str, Any], ask: Ask) -> tuple[Weighed, Signal]:
+    def of(self, batch: Mapping[str, Any], ask: Ask) -> tuple[WeighedBatch, Signal]:
         """Of a placed batch; the teacher is asked now if it was not."""
         kept = batch.get(KEPT)
         signal = None if kept is None else kept.take()
@@ -296,14 +298,14 @@ class Weighing:
             kept = None if self.entropy > 0 else kept
         return self._weighed(batch, signal) if kept is None else kept, signal
 
-    def _weighed(self, batch: Mapping[str, Any], signal: Signal | None) -> Weighed:
+    def _weighed(self, batch: Mapping[str, Any], signal: Signal | None) -> WeighedBatch:
         inside = self.weigh.in_reasoning(batch)
         weights = self.weigh(batch, inside)
         predicts = sides.predicts_from_labels(batch["labels"])
         logged: dict[str, Tensor] = {}
         if inside is not None:
             logged[REASONING_SHARE] = sides.targets(inside, predicts).float()
-        made = Weighed(weights, logged, signal)
+        made = WeighedBatch(weights, logged, signal)
         if signal is None or not self.entropy > 0:
             return made
         factor = self._entropy_factor(signal, int(predicts.sum()))
