@@ -37,7 +37,7 @@ def unsupported(student: Tensor, teacher: Tensor) -> str | None:
     """Say why this backend cannot take these tensors, or None when it can."""
     device = student.device
     if device.type not in DEVICES and not (device.type == "cpu" and _interpreting()):
-        return f"needs a tensor on {' or '.join(DEVICES)}, got {device.type}"
+        return f"needs tensors on {' or '.join(DEVICES)}, got {device.type}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if device.type == "cuda" and torch.version.hip is None:

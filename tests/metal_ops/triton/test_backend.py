@@ -29,15 +29,15 @@ def test_takes_what_the_kernels_read():
 
 def test_refuses_the_cpu_without_the_interpreter(monkeypatch):
     monkeypatch.delenv(interpreter.NAME, raising=False)
-    assert triton.unsupported(X, X) == "needs a tensor on cuda or xpu, got cpu"
+    assert triton.unsupported(X, X) == "needs tensors on cuda or xpu, got cpu"
     monkeypatch.setenv(interpreter.NAME, "0")
-    assert triton.unsupported(X, X) == "needs a tensor on cuda or xpu, got cpu"
+    assert triton.unsupported(X, X) == "needs tensors on cuda or xpu, got cpu"
 
 
 def test_refuses_other_devices():
     x = X.to("meta")
-    assert triton.unsupported(x, x) == "needs a tensor on cuda or xpu, got meta"
-    assert triton.unsupported(on("mps"), on("mps")) == "needs a tensor on cuda or xpu, got mps"
+    assert triton.unsupported(x, x) == "needs tensors on cuda or xpu, got meta"
+    assert triton.unsupported(on("mps"), on("mps")) == "needs tensors on cuda or xpu, got mps"
 
 
 def test_refuses_without_triton(monkeypatch):
