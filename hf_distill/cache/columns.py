@@ -37,17 +37,17 @@ def _replaced(like: SparseTeacher, columns: Mapping[str, Tensor]) -> SparseTeach
     return like._replace(**own, samples=samples, powers=powers)
 
 
-def chosen(teacher: SparseTeacher, at: Tensor) -> SparseTeacher:
+def select_tokens(teacher: SparseTeacher, at: Tensor) -> SparseTeacher:
     """Some of its tokens, [n] int64, in that order."""
     return _replaced(teacher, {name: x[at] for name, x in _columns(teacher)})
 
 
-def moved(teacher: SparseTeacher, device: torch.device) -> SparseTeacher:
+def move_to_device(teacher: SparseTeacher, device: torch.device) -> SparseTeacher:
     """The teacher on a device."""
     return _replaced(teacher, {name: x.to(device) for name, x in _columns(teacher)})
 
 
-def padded(teacher: SparseTeacher, lengths: list[int]) -> dict[str, Tensor]:
+def pad_tokens(teacher: SparseTeacher, lengths: list[int]) -> dict[str, Tensor]:
     """Its columns with the tokens of each row in a row of their own: [B, C, ...], and `counts`."""
     counts = torch.tensor(lengths)
     inside = torch.arange(int(counts.max()) if lengths else 0) < counts[:, None]
@@ -58,8 +58,8 @@ def padded(teacher: SparseTeacher, lengths: list[int]) -> dict[str, Tensor]:
     return found
 
 
-def unpadded(columns: Mapping[str, Tensor], like: SparseTeacher) -> SparseTeacher:
-    """The teacher of which `padded` made columns; `like` says of which kind it is."""
+def unpad_tokens(columns: Mapping[str, Tensor], like: SparseTeacher) -> SparseTeacher:
+    """The teacher of which `pad_tokens` made columns; `like` says of which kind it is."""
     width = columns["log_tail"].shape[1]
     counts = columns[COUNTS]
     inside = torch.arange(width, device=counts.device) < counts[:, None]

@@ -16,7 +16,7 @@ from hf_distill.cache.codecs import Arrays, Codec
 from hf_distill.cache.fingerprints import Collator, Data, SideRow
 from hf_distill.cache.shard import Row
 from hf_distill.data import batches
-from hf_distill.data.hint_schedule import plan_of
+from hf_distill.data.hint_schedule import hint_schedule_of
 from hf_distill.data.sides import Side
 from hf_distill.losses import chunks
 from hf_distill.models.forward import PROBE_TOKENS, Reader, evaluating
@@ -49,7 +49,7 @@ class RowEncoder:
 
     def __post_init__(self) -> None:
         """Rows must be the same whenever they are made."""
-        plan = plan_of(self.collator)
+        plan = hint_schedule_of(self.collator)
         if plan is not None:
             raise ValueError(
                 f"a cache holds one answer for each row, and {plan.refusal()}: cache without that, "

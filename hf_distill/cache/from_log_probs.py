@@ -201,7 +201,7 @@ def _selection(tokens: Sequence[vllm_client.TopK], top_k: int, vocab: int) -> Se
 
     It is a lower bound of the teacher's.
     """
-    ids, log_probs, log_tail = remote.columns(tokens, top_k, vocab)
+    ids, log_probs, log_tail = remote.top_k_columns(tokens, top_k, vocab)
     known = torch.cat([log_probs, log_tail[:, None]], dim=-1)
     total = known.exp().sum(-1)
     if len(total) and float((total - 1).abs().max()) > MASS_TOLERANCE:

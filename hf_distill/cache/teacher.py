@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_distill.cache import fingerprints
 from hf_distill.cache.codecs import Codec, make_codec
-from hf_distill.cache.columns import chosen, moved, padded, unpadded
+from hf_distill.cache.columns import move_to_device, pad_tokens, select_tokens, unpad_tokens
 from hf_distill.cache.errors import (
     CacheCorrupt,
     TeacherMismatch,
@@ -26,7 +26,7 @@ from hf_distill.cache.fingerprints import Collator
 from hf_distill.cache.reader import CacheReader
 from hf_distill.cache.shard import Row
 from hf_distill.data.cross_tokenizer_collator import find_cross_tokenizer_collator
-from hf_distill.data.hint_schedule import plan_of
+from hf_distill.data.hint_schedule import hint_schedule_of
 from hf_distill.data.sides import TEACHER_STORED, Side, student_side, teacher_side
 from hf_distill.losses import DivergenceLoss
 from hf_distill.models.signals import Signal, TailRule
@@ -146,7 +146,7 @@ class CachedTeacher(Teacher):
             ValueError: hints depend on the step, or the loss reads every token's log-probability.
             TemperatureOutOfRange, UnsupportedDivergence, TokenizerMismatch: see `check_spec`.
         """
-        plan = plan_of(run.collator)
+        plan = hint_schedule_of(run.collator)
         if plan is not None:
             raise ValueError(
                 "a cached teacher knows its rows with the hints of the writing, and "
@@ -258,7 +258,7 @@ class CachedTeacher(Teacher):
         """
         device = side.predicts.device
         if side.stored is not None and isinstance(self._like, SparseTeacher):
-            return self._signal(unpadded(side.stored, self._like), device)
+            return self._signal(unpad_tokens(side.stored, self._like), device)
         found, _ = self._read(side)
         return self._signal(found, device)
 
@@ -267,7 +267,7 @@ class CachedTeacher(Teacher):
             return Signal(logits=found.to(device))
         if self.rule.tail in ("bucket", "renorm"):
             found = found._replace(samples=None)
-        return Signal(sparse=moved(found, device), tail=self.rule)
+        return Signal(sparse=move_to_device(found, device), tail=self.rule)
 
     def _read(self, side: Side) -> tuple[SparseTeacher | Tensor, list[int]]:
         """The teacher of a side's scored tokens, on the CPU, and how many each row has."""
@@ -280,7 +280,7 @@ class CachedTeacher(Teacher):
         parts = [at + start for (_, at), start in zip(matches, starts, strict=False)]
         at = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts]))
         if len(at) != starts[-1]:  # not all tokens that were scored at the writing are now
-            found = found[at] if isinstance(found, Tensor) else chosen(found, at)
+            found = found[at] if isinstance(found, Tensor) else select_tokens(found, at)
         return found, [len(row.positions) for row in wanted]
 
     def _decoded(self, rows: Sequence[Row]) -> SparseTeacher | Tensor:
@@ -298,7 +298,7 @@ class CachedTeacher(Teacher):
             return {}  # [tokens, vocab] is read where it is used, not sent from a worker
         found, lengths = self._read(teacher_side(batch, student_side(batch)))
         assert isinstance(found, SparseTeacher)
-        return padded(found, lengths)
+        return pad_tokens(found, lengths)
 
 
 class CachedCollator:

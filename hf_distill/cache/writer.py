@@ -37,7 +37,7 @@ from hf_distill.cache.shard import write_shard
 from hf_distill.models.forward import Reader
 from hf_distill.models.structure import causal_lm, vocab_size
 from hf_distill.models.tokenizers import num_ids
-from hf_distill.teachers import ModelTeacher, Teacher, place
+from hf_distill.teachers import ModelTeacher, Teacher, place_model
 
 logger = logging.getLogger(__name__)
 
@@ -311,7 +311,7 @@ def cache_teacher(
     tokenizer = _tokenizer(model, processing_class, data_collator, teacher_revision)
     teacher = _teacher(model, teacher_revision)
     device = cast(torch.device, state.device)
-    place(teacher, device)
+    place_model(teacher, device)
     vocab, real_vocab = _vocabulary(teacher, tokenizer)
     encoder = Encoder(
         data=dataset,

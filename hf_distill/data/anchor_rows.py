@@ -35,7 +35,7 @@ def has_anchor(batch: Mapping[str, Any]) -> bool:
     return bool(found)
 
 
-def joined(student: Side, batch: Mapping[str, Any]) -> Side:
+def join_anchor_rows(student: Side, batch: Mapping[str, Any]) -> Side:
     """The student's side with the anchor's rows below, padded on the right to one width.
 
     The N scored tokens of the student's rows come first, then the M of the anchor's.

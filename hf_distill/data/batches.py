@@ -21,25 +21,31 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tenso
     return torch.tensor(padded, dtype=torch.long).view(len(rows), width)
 
 
+def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask, [B, T] int64 each, padded on the left, for completions to be generated."""
+    ones = [[1] * len(row) for row in rows]
+    return pad(rows, pad_token_id, side="left"), pad(ones, 0, side="left")
+
+
 def unpad(ids: Tensor, mask: Tensor) -> list[list[int]]:
     """The rows of a padded batch [B, T], without the positions where mask is 0."""
     return [row[keep].tolist() for row, keep in zip(ids, mask.bool(), strict=True)]
 
 
-class Rendered(NamedTuple):
+class TokenRow(NamedTuple):
     """A row of token ids, and the positions of those that are scored, in order."""
 
     ids: Sequence[int]
     scored: Sequence[int]
 
 
-def completed(context: Sequence[int], completion: Sequence[int]) -> Rendered:
+def append_completion(context: Sequence[int], completion: Sequence[int]) -> TokenRow:
     """A context with its completion behind it, which is scored."""
     start = len(context)
-    return Rendered([*context, *completion], range(start, start + len(completion)))
+    return TokenRow([*context, *completion], range(start, start + len(completion)))
 
 
-def _rows(rows: Sequence[Rendered], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
+def _rows(rows: Sequence[TokenRow], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
     """(input_ids, attention_mask, completion_index), padded on the right."""
     mask = pad([[1] * len(row.ids) for row in rows], 0)
     index = pad([row.scored for row in rows], NO_TOKEN)
@@ -67,14 +73,14 @@ def build_batch(
         completion tokens in their row, padded with -1.
     """
     student, teacher = (
-        [completed(a, b) for a, b in zip(contexts, completions, strict=True)]
+        [append_completion(a, b) for a, b in zip(contexts, completions, strict=True)]
         for contexts in (prompts, teacher_prompts)
     )
     return build_rows(student, teacher, pad_token_id)
 
 
 def build_rows(
-    student: Sequence[Rendered], teacher: Sequence[Rendered], pad_token_id: int
+    student: Sequence[TokenRow], teacher: Sequence[TokenRow], pad_token_id: int
 ) -> dict[str, Tensor]:
     """`build_batch` from whole rows, whose scored tokens may lie anywhere but at the first place.
 

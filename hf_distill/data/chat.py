@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import cast
 
-from hf_distill.data.batches import Rendered
-from hf_distill.data.hints import Messages, Placed
+from hf_distill.data.batches import TokenRow
+from hf_distill.data.hints import Messages, PlacedHint
 
 SCORED = ("all", "hinted", "after_hint")
 
@@ -13,7 +13,7 @@ Template = Callable[[Messages, bool], list[int]]
 
 
 def scored_messages(
-    messages: Messages, num_prompt: int, hints: Sequence[Placed], scored: str
+    messages: Messages, num_prompt: int, hints: Sequence[PlacedHint], scored: str
 ) -> list[int]:
     """Assistant messages of a dialogue's completion that count, ascending.
 
@@ -35,7 +35,9 @@ def scored_messages(
     return sorted(i for i in found if i is not None)
 
 
-def continuation(messages: Messages, template: Template, eos_token_id: int | None) -> list[int]:
+def ids_between_replies(
+    messages: Messages, template: Template, eos_token_id: int | None
+) -> list[int]:
     """Token ids between the end token of a reply and the next reply: messages, then its prompt.
 
     They do not depend on the dialogue before them: the messages are rendered behind a stand-in for
@@ -56,12 +58,12 @@ def continuation(messages: Messages, template: Template, eos_token_id: int | Non
     return ids[ends[ends_of_opening - 1] + 1 :]
 
 
-def splice(
+def join_replies(
     between: Sequence[Sequence[int]],
     replies: Sequence[Sequence[int]],
     scored: Sequence[bool],
     eos_token_id: int | None,
-) -> Rendered:
+) -> TokenRow:
     """A row from what stands in front of each reply, and the replies as they were sampled.
 
     A reply that was cut off gets an end token, unscored, if something follows.
@@ -75,12 +77,12 @@ def splice(
         if counts:
             at += range(len(ids), len(ids) + len(reply))
         ids += reply
-    return Rendered(ids, at)
+    return TokenRow(ids, at)
 
 
-def render(
+def render_dialogue(
     messages: Messages, scored: Sequence[int], template: Template, eos_token_id: int | None
-) -> Rendered:
+) -> TokenRow:
     """The dialogue up to its last scored message, with the places of the scored messages' tokens.
 
     A message ends at its last end token: what a template writes behind it is the next context's.
@@ -114,4 +116,4 @@ def render(
                 f"message {i} otherwise once others follow it: score one message a row"
             )
     at = [position for part, start in spans for position in range(start, len(part))]
-    return Rendered(ids, at)
+    return TokenRow(ids, at)

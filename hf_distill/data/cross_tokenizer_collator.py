@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_distill.data import alignment, batches, sides
-from hf_distill.data.batches import Rendered
+from hf_distill.data.batches import TokenRow
 from hf_distill.data.hint_collator import HintCollator
 from hf_distill.data.hints import Row
 from hf_distill.data.sides import IGNORE_INDEX, NO_TOKEN
@@ -109,7 +109,7 @@ class CrossTokenizerCollator:
         return batch
 
     @staticmethod
-    def _rendered(collator: HintCollator, side: str, rows: Sequence[Row]) -> Sequence[Rendered]:
+    def _rendered(collator: HintCollator, side: str, rows: Sequence[Row]) -> Sequence[TokenRow]:
         try:
             return collator.without_hints(rows, completed=True)[0]
         except ValueError as error:
@@ -123,13 +123,13 @@ def find_cross_tokenizer_collator(collator: Any) -> CrossTokenizerCollator | Non
     return collator
 
 
-def _padded(rows: Sequence[Rendered], pad_token_id: int) -> tuple[Tensor, Tensor]:
+def _padded(rows: Sequence[TokenRow], pad_token_id: int) -> tuple[Tensor, Tensor]:
     """input_ids and attention_mask, padded on the right."""
     ones = [[1] * len(row.ids) for row in rows]
     return batches.pad([row.ids for row in rows], pad_token_id), batches.pad(ones, 0)
 
 
-def runs(positions: list[int]) -> list[list[int]]:
+def consecutive_runs(positions: list[int]) -> list[list[int]]:
     """Ascending positions, cut where they are not consecutive."""
     found: list[list[int]] = []
     for at in positions:
@@ -150,7 +150,7 @@ def pair_positions(student: list[int], teacher: list[int]) -> list[int]:
         student: positions of the student's scored tokens, ascending; a gap ends a reply.
         teacher: those of the teacher's.
     """
-    one, other = runs(student), runs(teacher)
+    one, other = consecutive_runs(student), consecutive_runs(teacher)
     if len(one) != len(other):
         one, other = [student], [teacher]
     return [

@@ -10,27 +10,32 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_distill.data import batches, rendering
-from hf_distill.data.batches import Rendered
-from hf_distill.data.chat import SCORED, continuation, render, scored_messages, splice
+from hf_distill.data.batches import TokenRow
+from hf_distill.data.chat import (
+    SCORED,
+    ids_between_replies,
+    join_replies,
+    render_dialogue,
+    scored_messages,
+)
 from hf_distill.data.episodes import Episode
-from hf_distill.data.hint_schedule import HintPlan, Value
+from hf_distill.data.hint_schedule import HintSchedule, Value
 from hf_distill.data.hints import (
     Hint,
     Messages,
-    Placed,
+    PlacedHint,
     Prompt,
     Row,
     check_before,
-    insert_all,
-    placed,
+    insert_hints,
+    place_hint,
 )
-from hf_distill.data.rendering import DROPPED, TRUNCATED, Made
+from hf_distill.data.rendering import DROPPED, TRUNCATED, RenderedSides
 
 SHOWN_TOKENS = 8
 TRUNCATIONS = ("error", "hint")
 
 Given = TypeVar("Given")
-Result = TypeVar("Result")
 Hints = Hint | str | Callable[[Row], str | None] | Sequence[Hint]
 
 
@@ -98,7 +103,7 @@ class HintCollator:
         self.prompt_column = prompt_column
         self.completion_column = completion_column
         self.max_prompt_length = max_prompt_length
-        plan = HintPlan.of(hint_dropout, max_hint_length, truncation)
+        plan = HintSchedule.of(hint_dropout, max_hint_length, truncation)
         if plan.depends_on_step and not self.hints:
             raise ValueError(f"{plan.refusal()}, and there are no hints")
         self.hint_plan = plan if plan.depends_on_step else None
@@ -125,20 +130,22 @@ class HintCollator:
         fixed._leaves_out = plan.length_changes
         return fixed
 
-    def _all(self, make: Callable[[Given], Made], given: Sequence[Given]) -> list[Made]:
+    def _all(
+        self, make: Callable[[Given], RenderedSides], given: Sequence[Given]
+    ) -> list[RenderedSides]:
         """Both sides of some rows, without the hints that the step drops."""
         if self.hint_plan is not None:
             raise ValueError(
                 f"{self.hint_plan.refusal()}: give this collator, or one around it, to a trainer, "
                 "or make batches with collator.at(step)"
             )
-        made = [self._in_row(i, make, each) for i, each in enumerate(given)]
+        made = [rendering.in_row(i, make, each) for i, each in enumerate(given)]
         if self._draw is None:
             return made
         dropped = self._draw([each.student.ids for each in made])
         return [x.without_hints() if drop else x for x, drop in zip(made, dropped, strict=True)]
 
-    def _batch(self, made: Sequence[Made]) -> dict[str, Tensor]:
+    def _batch(self, made: Sequence[RenderedSides]) -> dict[str, Tensor]:
         students, teachers = [x.student for x in made], [x.teacher for x in made]
         return self._with_count(batches.build_rows(students, teachers, self.pad_token_id), made)
 
@@ -148,13 +155,9 @@ class HintCollator:
         Returns:
             rows: the list; prompt_ids, prompt_mask: [B, T] int64, padded on the left.
         """
-        prompts = [self._in_row(i, self._prompt, row) for i, row in enumerate(rows)]
-        ones = [[1] * len(ids) for ids in prompts]
-        return {
-            "prompt_ids": batches.pad(prompts, self.pad_token_id, side="left"),
-            "prompt_mask": batches.pad(ones, 0, side="left"),
-            "rows": list(rows),
-        }
+        prompts = [rendering.in_row(i, self._prompt, row) for i, row in enumerate(rows)]
+        ids, mask = batches.pad_left(prompts, self.pad_token_id)
+        return {"prompt_ids": ids, "prompt_mask": mask, "rows": list(rows)}
 
     def from_episodes(
         self, episodes: Sequence[Episode]
@@ -170,8 +173,8 @@ class HintCollator:
     def next_context(self, episode: Episode) -> list[int]:
         """The student's ids up to its next reply, behind what an environment has said."""
         between = self._between(episode.messages, episode.replies(), last=True)
-        nothing = [False] * len(between)
-        return list(splice(between, [*episode.completions, []], nothing, self.eos_token_id).ids)
+        replies, nothing = [*episode.completions, []], [False] * len(between)
+        return list(join_replies(between, replies, nothing, self.eos_token_id).ids)
 
     def text(self, ids: Sequence[int]) -> str:
         """A completion to be read, without special tokens."""
@@ -188,14 +191,13 @@ class HintCollator:
         sides = ([x.student.ids for x in made], [x.teacher.ids for x in made])
         batch = {}
         for name, ids in zip(("prompt", "teacher_prompt"), sides, strict=True):
-            batch[f"{name}_ids"] = batches.pad(ids, self.pad_token_id, side="left")
-            ones = [[1] * len(row) for row in ids]
-            batch[f"{name}_mask"] = batches.pad(ones, 0, side="left")
+            padded = batches.pad_left(ids, self.pad_token_id)
+            batch[f"{name}_ids"], batch[f"{name}_mask"] = padded
         return self._with_count(batch, made)
 
     def without_hints(
         self, rows: Sequence[Row], completed: bool = False
-    ) -> tuple[list[Rendered], list[Rendered]]:
+    ) -> tuple[list[TokenRow], list[TokenRow]]:
         """Student's and teacher's rows as if there were no hints, to compare the two sides.
 
         Args:
@@ -205,7 +207,7 @@ class HintCollator:
         """
         bare = self._without_hints()
         make = bare._row if completed else bare._with_tail
-        made = [self._in_row(i, make, row) for i, row in enumerate(rows)]
+        made = [rendering.in_row(i, make, row) for i, row in enumerate(rows)]
         return [x.student for x in made], [x.teacher for x in made]
 
     def _without_hints(self) -> "HintCollator":
@@ -218,13 +220,15 @@ class HintCollator:
         batch = self._without_hints()(rows)
         return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
 
-    def _with_tail(self, row: Row) -> Made:
+    def _with_tail(self, row: Row) -> RenderedSides:
         end = [] if self.eos_token_id is None else [self.eos_token_id]
         tail = [*self._prompt(row)[-SHOWN_TOKENS:], *end]
         prompt = row[self.prompt_column]
         return self._episode(Episode(row, prompt, completions=[tail], texts=[self.text(tail)]))
 
-    def _with_count(self, batch: dict[str, Tensor], made: Sequence[Made]) -> dict[str, Tensor]:
+    def _with_count(
+        self, batch: dict[str, Tensor], made: Sequence[RenderedSides]
+    ) -> dict[str, Tensor]:
         if self.truncation == "hint":
             batch[TRUNCATED] = torch.tensor([x.truncated for x in made])
         if self._leaves_out or self._draw is not None:
@@ -260,13 +264,6 @@ class HintCollator:
         )
         return encoded["input_ids"]
 
-    @staticmethod
-    def _in_row(i: int, make: Callable[[Given], Result], row: Given) -> Result:
-        try:
-            return make(row)
-        except ValueError as error:
-            raise ValueError(f"row {i} of the batch: {error}") from error
-
     def _column(self, row: Row, column: str) -> Any:
         if row.get(column) is None:
             raise ValueError(f"there is no {column!r}; the row has {sorted(row)}")
@@ -276,35 +273,35 @@ class HintCollator:
         rendered = [(hint, hint.render(row)) for hint in self.hints]
         return [(hint, text) for hint, text in rendered if text is not None]
 
-    def _placed(self, row: Row, messages: Messages, num_prompt: int) -> list[Placed]:
-        return [placed(h, row, text, messages, num_prompt) for h, text in self._rendered(row)]
+    def _placed(self, row: Row, messages: Messages, num_prompt: int) -> list[PlacedHint]:
+        return [place_hint(h, row, text, messages, num_prompt) for h, text in self._rendered(row)]
 
     def _prompt(self, row: Row) -> list[int]:
         """The student's context."""
         prompt = self._column(row, self.prompt_column)
         ids = self.context_ids(prompt)
-        rendering.check(prompt, "prompt", len(ids), self.max_prompt_length)
+        rendering.check_length(prompt, "prompt", len(ids), self.max_prompt_length)
         return ids
 
-    def _contexts(self, row: Row) -> Made:
+    def _contexts(self, row: Row) -> RenderedSides:
         """Both contexts; nothing is scored yet."""
         prompt, ids = self._column(row, self.prompt_column), self._prompt(row)
         if isinstance(prompt, str):
-            hints = [Placed(hint, text, 0) for hint, text in self._rendered(row)]
+            hints = [PlacedHint(hint, text, 0) for hint, text in self._rendered(row)]
         else:
             hints = self._placed(row, prompt, len(prompt))
 
-        def teacher(hints: Sequence[Placed]) -> Rendered:
+        def teacher(hints: Sequence[PlacedHint]) -> TokenRow:
             shown = prompt
             if not isinstance(prompt, str):
-                return Rendered(self.context_ids(insert_all(prompt, hints).messages), [])
+                return TokenRow(self.context_ids(insert_hints(prompt, hints).messages), [])
             for hint, text, _ in hints:
                 shown = hint.insert(shown, text)
-            return Rendered(self.context_ids(shown), [])
+            return TokenRow(self.context_ids(shown), [])
 
-        return self._fit(prompt, Rendered(ids, []), hints, teacher)
+        return self._fit(prompt, TokenRow(ids, []), hints, teacher)
 
-    def _row(self, row: Row) -> Made:
+    def _row(self, row: Row) -> RenderedSides:
         """Both rows, from a row with a completion."""
         prompt = self._column(row, self.prompt_column)
         completion = self._column(row, self.completion_column)
@@ -316,8 +313,8 @@ class HintCollator:
         eos = self.eos_token_id
         ids = cast(list[int], self.tokenizer(completion, add_special_tokens=False)["input_ids"])
         ids = ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
-        rendering.check(prompt, "completion", len(ids), self.max_completion_length)
-        student, teacher = (batches.completed(side.ids, ids) for side in made[:2])
+        rendering.check_length(prompt, "completion", len(ids), self.max_completion_length)
+        student, teacher = (batches.append_completion(side.ids, ids) for side in made[:2])
         return made._replace(student=student, teacher=teacher)
 
     def _between(self, messages: Messages, replies: Sequence[int], last: bool) -> list[list[int]]:
@@ -326,15 +323,15 @@ class HintCollator:
         pieces = [self.context_ids(messages[: ends[0]])]
         for start, end in pairwise(ends):
             between = messages[start + 1 : end]
-            pieces.append(continuation(between, self._template, self.eos_token_id))
+            pieces.append(ids_between_replies(between, self._template, self.eos_token_id))
         return pieces
 
-    def _episode(self, episode: Episode) -> Made:
+    def _episode(self, episode: Episode) -> RenderedSides:
         """Both rows, from a dialogue that the student has written."""
         row, prompt = episode.seen(), episode.prompt
         if isinstance(prompt, str):
             made, ids = self._contexts(row), episode.completions[0]
-            one, other = (batches.completed(side.ids, ids) for side in made[:2])
+            one, other = (batches.append_completion(side.ids, ids) for side in made[:2])
             if self.scored != "all" and not made.hints and not made.dropped:
                 one, other = one._replace(scored=[]), other._replace(scored=[])
             return made._replace(student=one, teacher=other)
@@ -344,17 +341,17 @@ class HintCollator:
         chosen = scored_messages(messages, len(prompt), hints, self.scored)
         counts = [reply in chosen for reply in replies]
 
-        def rendered(messages: Messages, replies: Sequence[int]) -> Rendered:
+        def rendered(messages: Messages, replies: Sequence[int]) -> TokenRow:
             between = self._between(messages, replies, last=False)
-            return splice(between, episode.completions, counts, self.eos_token_id)
+            return join_replies(between, episode.completions, counts, self.eos_token_id)
 
-        def teacher(hints: Sequence[Placed]) -> Rendered:
-            hinted = insert_all(messages, hints)
+        def teacher(hints: Sequence[PlacedHint]) -> TokenRow:
+            hinted = insert_hints(messages, hints)
             return rendered(hinted.messages, [hinted.moved[i] for i in replies])
 
         return self._fit(prompt, rendered(messages, replies), hints, teacher)
 
-    def _dialogue(self, row: Row, prompt: Prompt, completion: Messages) -> Made:
+    def _dialogue(self, row: Row, prompt: Prompt, completion: Messages) -> RenderedSides:
         if isinstance(prompt, str):
             raise ValueError("a text prompt needs a text completion")
         messages = [*prompt, *completion]
@@ -366,34 +363,36 @@ class HintCollator:
                 f"{[m['role'] for m in completion]} and {len(hints)} hints"
             )
         check_before(hints, replies[-1])
-        student = render(messages, replies, self._template, self.eos_token_id)
+        student = render_dialogue(messages, replies, self._template, self.eos_token_id)
         length = len(self.context_ids(prompt))
-        rendering.check(prompt, "prompt", length, self.max_prompt_length)
-        rendering.check(prompt, "completion", len(student.ids) - length, self.max_completion_length)
+        rendering.check_length(prompt, "prompt", length, self.max_prompt_length)
+        rendering.check_length(
+            prompt, "completion", len(student.ids) - length, self.max_completion_length
+        )
 
-        def teacher(hints: Sequence[Placed]) -> Rendered:
-            hinted = insert_all(messages, hints)
+        def teacher(hints: Sequence[PlacedHint]) -> TokenRow:
+            hinted = insert_hints(messages, hints)
             moved = [hinted.moved[i] for i in replies]
-            return render(hinted.messages, moved, self._template, self.eos_token_id)
+            return render_dialogue(hinted.messages, moved, self._template, self.eos_token_id)
 
         return self._fit(prompt, student, hints, teacher)
 
     def _fit(
         self,
         prompt: Prompt,
-        student: Rendered,
-        hints: list[Placed],
-        teacher: Callable[[Sequence[Placed]], Rendered],
-    ) -> Made:
+        student: TokenRow,
+        hints: list[PlacedHint],
+        teacher: Callable[[Sequence[PlacedHint]], TokenRow],
+    ) -> RenderedSides:
         """Both rows, with hints short enough for their budget."""
         made, budget = teacher(hints), self.max_hint_length
         added = len(made.ids) - len(student.ids)
         if budget is None or added <= budget or self.truncation == "error":
-            rendering.check(prompt, "hint", added, budget)
-            return Made(student, made, False, [hint.text for hint in hints])
-        fitted = rendering.fitted(student, hints, teacher, budget, self.tokenizer)
+            rendering.check_length(prompt, "hint", added, budget)
+            return RenderedSides(student, made, False, [hint.text for hint in hints])
+        fitted = rendering.fit_hints(student, hints, teacher, budget, self.tokenizer)
         added = len(fitted.teacher.ids) - len(student.ids)
         if added > budget and self._leaves_out:
             return fitted.without_hints()
-        rendering.check(prompt, "hint", added, budget)
+        rendering.check_length(prompt, "hint", added, budget)
         return fitted

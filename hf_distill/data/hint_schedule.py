@@ -16,7 +16,7 @@ Value = float | str | Schedule
 
 
 @dataclass(frozen=True)
-class Draw:
+class HintDropout:
     """Which rows of an optimizer step lose their hints.
 
     A row's fate follows from its ids and these numbers alone. No random state is read or moved, and
@@ -45,7 +45,7 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class HintPlan:
+class HintSchedule:
     """A collator's settings that can depend on the optimizer step.
 
     Attributes:
@@ -57,13 +57,13 @@ class HintPlan:
     length: Schedule | None
 
     @staticmethod
-    def of(hint_dropout: Value, max_hint_length: Value | None, truncation: str) -> "HintPlan":
+    def of(hint_dropout: Value, max_hint_length: Value | None, truncation: str) -> "HintSchedule":
         """The plan of a `HintCollator`.
 
         Raises:
             ValueError: a value is out of range, or a length changes that hints are not cut to.
         """
-        plan = HintPlan(
+        plan = HintSchedule(
             Schedule.parse(hint_dropout),
             None if max_hint_length is None else Schedule.parse(max_hint_length),
         )
@@ -99,9 +99,9 @@ class HintPlan:
         """Tokens that hints may add after `step` optimizer steps; None is no limit."""
         return None if self.length is None else math.floor(round(self.length.at(step), DIGITS))
 
-    def draw(self, step: int, seed: int) -> Draw | None:
+    def draw(self, step: int, seed: int) -> HintDropout | None:
         """Which rows of a training step lose their hints; None if no step drops any."""
-        return Draw(self.dropout.at(step), seed, step) if self.drops else None
+        return HintDropout(self.dropout.at(step), seed, step) if self.drops else None
 
     def values(self, step: int, training: bool) -> dict[str, float]:
         """What is logged of a step: the values that are not fixed. Evaluation drops no hints."""
@@ -125,7 +125,7 @@ def _range(schedule: Schedule) -> str:
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
-def plan_of(collator: Any) -> HintPlan | None:
+def hint_schedule_of(collator: Any) -> HintSchedule | None:
     """The plan of a `HintCollator`, or of the one inside of a collator; None if rows need no step.
 
     Args:
@@ -133,16 +133,16 @@ def plan_of(collator: Any) -> HintPlan | None:
     """
     while collator is not None:
         plan = getattr(collator, "hint_plan", None)
-        if isinstance(plan, HintPlan):
+        if isinstance(plan, HintSchedule):
             return plan
         collator = getattr(collator, "collator", None)
     return None
 
 
-def collator_at(collator: Any, step: int, seed: int | None) -> Any:
+def collator_at_step(collator: Any, step: int, seed: int | None) -> Any:
     """A collator with a plan, as it is at an optimizer step: see `HintCollator.at`."""
-    if isinstance(getattr(collator, "hint_plan", None), HintPlan):
+    if isinstance(getattr(collator, "hint_plan", None), HintSchedule):
         return collator.at(step, seed)
     outer = copy.copy(collator)
-    outer.collator = collator_at(collator.collator, step, seed)
+    outer.collator = collator_at_step(collator.collator, step, seed)
     return outer

@@ -136,10 +136,10 @@ class Hint:
                 )
             parts = (prompt, text) if self.where == "user" else (text, prompt)
             return self.separator.join(parts)
-        return insert_all(prompt, [placed(self, {}, text, prompt, len(prompt))]).messages
+        return insert_hints(prompt, [place_hint(self, {}, text, prompt, len(prompt))]).messages
 
 
-class Placed(NamedTuple):
+class PlacedHint(NamedTuple):
     """A hint for one dialogue: its text, and the message it concerns (0 for the system's)."""
 
     hint: Hint
@@ -152,20 +152,20 @@ class Placed(NamedTuple):
         return self.at + (self.hint.where == "after")
 
 
-class Hinted(NamedTuple):
+class HintedMessages(NamedTuple):
     """A dialogue with its hints; message i of the one without is now message moved[i]."""
 
     messages: Messages
     moved: list[int]
 
 
-def placed(hint: Hint, row: Row, text: str, messages: Messages, num_prompt: int) -> Placed:
+def place_hint(hint: Hint, row: Row, text: str, messages: Messages, num_prompt: int) -> PlacedHint:
     """The hint with its message looked up: see `Hint.index`."""
     at = 0 if hint.where == "system" else hint.index(row, messages, num_prompt)
-    return Placed(hint, text, at)
+    return PlacedHint(hint, text, at)
 
 
-def check_before(hints: Sequence[Placed], reply: int) -> None:
+def check_before(hints: Sequence[PlacedHint], reply: int) -> None:
     """Each hint must stand before a reply that is scored; the last of these is message `reply`.
 
     Raises:
@@ -189,7 +189,7 @@ def _appended(message: dict[str, Any], text: str) -> dict[str, Any]:
     raise ValueError(f"a hint needs a message with content to append to, got {message!r}")
 
 
-def insert_all(messages: Messages, hints: Sequence[Placed]) -> Hinted:
+def insert_hints(messages: Messages, hints: Sequence[PlacedHint]) -> HintedMessages:
     """The dialogue with all hints; `messages` is left as it is, also its indices' meaning."""
     before: list[Messages] = [[] for _ in messages]
     after: list[Messages] = [[] for _ in messages]
@@ -211,4 +211,4 @@ def insert_all(messages: Messages, hints: Sequence[Placed]) -> Hinted:
         result += before[i]
         moved.append(len(result))
         result += [message, *after[i]]
-    return Hinted(result, moved)
+    return HintedMessages(result, moved)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hf_distill.data.token_classes import UNDECODED, texts
+from hf_distill.data.token_classes import UNDECODED, token_texts
 
 _PLAIN = (*range(33, 127), *range(161, 173), *range(174, 256))
 _OTHERS = sorted(set(range(256)) - set(_PLAIN))
@@ -55,11 +55,11 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
     added = set(cast("dict[int, Any]", tokenizer.added_tokens_decoder))
     anchor = _anchor(vocab, {*tokenizer.all_special_ids, *added})
     before = [] if anchor is None else [anchor]
-    (start,) = texts(tokenizer, [before])
+    (start,) = token_texts(tokenizer, [before])
     ids = sorted(set(vocab.values()))
     tokens = cast("list[str]", tokenizer.convert_ids_to_tokens(ids))
     pieces = [b""] * (max(ids, default=-1) + 1)
-    behind = texts(tokenizer, [[*before, i] for i in ids])
+    behind = token_texts(tokenizer, [[*before, i] for i in ids])
     for i, token, text in zip(ids, tokens, behind, strict=True):
         text = text.removeprefix(start)
         # a byte of a character is shown as a stand-in or, by ByT5, not at all
@@ -68,7 +68,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
     return pieces
 
 
-class Blocks:
+class ReasoningSpans:
     """Finds the tokens between an opening and a closing marker.
 
     The rules, for a row read from left to right:

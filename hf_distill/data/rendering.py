@@ -1,12 +1,12 @@
 """A row of both sides as token ids, with hints that are cut to fit a budget."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from hf_distill.data.batches import Rendered
-from hf_distill.data.hints import Placed, Prompt
+from hf_distill.data.batches import TokenRow
+from hf_distill.data.hints import PlacedHint, Prompt
 
 SHOWN_CHARACTERS = 60  # of a prompt in an error
 
@@ -14,21 +14,37 @@ SHOWN_CHARACTERS = 60  # of a prompt in an error
 TRUNCATED, DROPPED = "teacher_hint_truncated", "teacher_hint_dropped"
 
 
-class Made(NamedTuple):
+Given = TypeVar("Given")
+Result = TypeVar("Result")
+
+
+class RenderedSides(NamedTuple):
     """Both sides of a row."""
 
-    student: Rendered
-    teacher: Rendered
+    student: TokenRow
+    teacher: TokenRow
     truncated: bool  # whether hints were
     hints: Sequence[str] = ()  # as they stand in the teacher's row
     dropped: bool = False  # whether they were left out, all of them
 
-    def without_hints(self) -> "Made":
+    def without_hints(self) -> "RenderedSides":
         """The same tokens scored, and the teacher reads what the student reads."""
-        return Made(self.student, self.student, truncated=False, dropped=bool(self.hints))
+        return RenderedSides(self.student, self.student, truncated=False, dropped=bool(self.hints))
 
 
-def check(prompt: Prompt, what: str, length: int, budget: int | None) -> None:
+def in_row(i: int, make: Callable[[Given], Result], row: Given) -> Result:
+    """Make something of row `i` of a batch, whose number an error then names.
+
+    Raises:
+        ValueError: what is made of it raises one.
+    """
+    try:
+        return make(row)
+    except ValueError as error:
+        raise ValueError(f"row {i} of the batch: {error}") from error
+
+
+def check_length(prompt: Prompt, what: str, length: int, budget: int | None) -> None:
     """A row's prompt, hint or completion (`what`) must have at most `budget` tokens.
 
     Raises:
@@ -42,13 +58,13 @@ def check(prompt: Prompt, what: str, length: int, budget: int | None) -> None:
         )
 
 
-def fitted(
-    student: Rendered,
-    hints: Sequence[Placed],
-    teacher: Callable[[Sequence[Placed]], Rendered],
+def fit_hints(
+    student: TokenRow,
+    hints: Sequence[PlacedHint],
+    teacher: Callable[[Sequence[PlacedHint]], TokenRow],
     budget: int,
     tokenizer: PreTrainedTokenizerBase,
-) -> Made:
+) -> RenderedSides:
     """Both sides of a row whose hints are over their budget, cut until they fit.
 
     The teacher's side is still too long if nothing is left to cut.
@@ -62,16 +78,16 @@ def fitted(
     """
     made = teacher(hints)
     while (excess := len(made.ids) - len(student.ids) - budget) > 0:
-        shorter = shortened(hints, excess, tokenizer)
+        shorter = shorten_hints(hints, excess, tokenizer)
         if shorter is None:
             break
         hints, made = shorter, teacher(shorter)
-    return Made(student, made, True, [hint.text for hint in hints])
+    return RenderedSides(student, made, True, [hint.text for hint in hints])
 
 
-def shortened(
-    hints: Sequence[Placed], excess: int, tokenizer: PreTrainedTokenizerBase
-) -> list[Placed] | None:
+def shorten_hints(
+    hints: Sequence[PlacedHint], excess: int, tokenizer: PreTrainedTokenizerBase
+) -> list[PlacedHint] | None:
     """The hints with `excess` tokens less at the end of the longest, or None if it has no more.
 
     At least a token of the hint stays at each call. A template can change how a text is tokenised,

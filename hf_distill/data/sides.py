@@ -103,6 +103,6 @@ def has_own_tokens(batch: Mapping[str, Any]) -> bool:
     return batch.get(TEACHER_OWN_TOKENS) is not None
 
 
-def paired(batch: Mapping[str, Any]) -> Tensor:
+def paired_tokens(batch: Mapping[str, Any]) -> Tensor:
     """[N] bool: which of the student's scored tokens have a teacher's token beside them."""
     return (batch["teacher_completion_index"] >= 0)[batch["completion_index"] >= 0]

@@ -35,7 +35,7 @@ def class_of(text: str) -> int:
     return NUMBER if any(character.isalnum() for character in text) else PUNCTUATION
 
 
-def texts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> list[str]:
+def token_texts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> list[str]:
     """The text of each row of ids, special tokens included.
 
     Decoding, not the vocabulary's own strings, turns byte-level and SentencePiece spellings
@@ -55,7 +55,7 @@ def _table(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> Tensor:
     """[largest id + 1] int64; ids that the tokenizer leaves out are special."""
     ids = sorted(set(tokenizer.get_vocab().values()) - special)
     table = torch.full((max([*ids, *special], default=-1) + 1,), SPECIAL)
-    alone = texts(tokenizer, [[i] for i in ids])
+    alone = token_texts(tokenizer, [[i] for i in ids])
     table[ids] = torch.tensor([class_of(text) for text in alone], dtype=torch.long)
     return table
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hf_distill.data.reasoning_spans import Blocks
+from hf_distill.data.reasoning_spans import ReasoningSpans
 from hf_distill.data.sides import IGNORE_INDEX
 from hf_distill.data.token_classes import CLASSES, token_classes
 
@@ -118,7 +118,7 @@ class TokenWeights:
         markers: tuple[str, str] | None = None,
     ) -> None:
         self._table: Tensor | None = None
-        self._blocks: Blocks | None = None
+        self._blocks: ReasoningSpans | None = None
         self._reasoning = reasoning
         self.reads_texts = by_class is not None or markers is not None
         if by_class is None and markers is None:
@@ -133,7 +133,7 @@ class TokenWeights:
             # the last entry is for all ids that the tokenizer does not have
             beyond = weights[[CLASSES.index("special")]]
             self._table = torch.cat([weights[token_classes(tokenizer)], beyond])
-        self._blocks = None if markers is None else Blocks(tokenizer, *markers)
+        self._blocks = None if markers is None else ReasoningSpans(tokenizer, *markers)
 
     @property
     def reads_rows(self) -> bool:
@@ -200,7 +200,7 @@ class TokenWeights:
         return weights
 
 
-def total(batches: Sequence[Any], weights: Sequence[Tensor | None]) -> Tensor:
+def total_weight(batches: Sequence[Any], weights: Sequence[Tensor | None]) -> Tensor:
     """[] float32: the sum of the weights of all tokens that are scored (never a row's first).
 
     A batch without weights counts its labelled tokens.

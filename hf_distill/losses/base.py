@@ -195,7 +195,7 @@ class Loss:
         found = self.per_token(logits, said, tokens.targets)
         value, metrics = found if isinstance(found, tuple) else (found, {})
         self._check_returned(value, metrics, len(tokens.targets))
-        value, weights = chunks.wide(value), tokens.soft_weights
+        value, weights = chunks.at_least_float32(value), tokens.soft_weights
         value = torch.where(weights == 0, 0.0, value)  # a token without weight may be infinite
         return Terms((weights * value).sum(), {"soft": value, **metrics})
 
@@ -239,7 +239,7 @@ class Loss:
             if not self.wants_hard:
                 return self.soft(logits, teacher.rows(at), own)
             # before the soft loss, which may change its logits in place
-            hard = F.cross_entropy(chunks.wide(logits), own.targets, reduction="none")
+            hard = F.cross_entropy(chunks.at_least_float32(logits), own.targets, reduction="none")
             terms = self.soft(logits, teacher.rows(at), own)
             loss = mixed(self.alpha, terms.loss, (own.weights * hard).sum())
             return terms._replace(loss=loss, metrics={**terms.metrics, "hard": hard})

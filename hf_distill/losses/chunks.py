@@ -30,12 +30,12 @@ Piece = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 """From the logits [n, V] of the tokens of a slice to their loss [] and values [k, n]."""
 
 
-def wide(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """X in float32, or in float64 if it is."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def chunks(num_tokens: int, vocab: int) -> Iterator[slice]:
+def token_chunks(num_tokens: int, vocab: int) -> Iterator[slice]:
     """The tokens, some at a time: their logits have about CHUNK_ENTRIES entries.
 
     No tokens are one chunk, so that what is measured has its names.
@@ -51,9 +51,9 @@ def width_of_copies(vocab: int, device: torch.device) -> int:
     return max(vocab * copies, CHUNK_ENTRIES // MOST_TOKENS)
 
 
-def gathered(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+def target_log_probs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probabilities [n] of the targets under softmax(logits [n, V] / temperature)."""
-    log_probs = torch.log_softmax(wide(logits) / temperature, dim=-1)
+    log_probs = torch.log_softmax(at_least_float32(logits) / temperature, dim=-1)
     return log_probs.gather(-1, targets[:, None]).squeeze(-1)
 
 
@@ -70,17 +70,20 @@ def log_probs(student: Signal, targets: Tensor, temperature: float = 1.0) -> Ten
         [N] float32 (float64 for float64 logits), in nats, at most 0.
     """
     if student.hidden is None or student.head is None:
-        return gathered(student.dense(), targets, temperature)
+        return target_log_probs(student.dense(), targets, temperature)
     hidden, head = student.hidden, student.head
-    parts = [gathered(logits, targets[at], temperature) for logits, at in projected(hidden, head)]
+    parts = [
+        target_log_probs(logits, targets[at], temperature)
+        for logits, at in projected_chunks(hidden, head)
+    ]
     return torch.cat(parts)
 
 
-def projected(hidden: Tensor, head: Head) -> Iterator[tuple[Tensor, slice]]:
+def projected_chunks(hidden: Tensor, head: Head) -> Iterator[tuple[Tensor, slice]]:
     """Logits [n, V] of hidden states [N, H], a chunk of tokens at a time, and which they are."""
     whole = head.gathered()
     weight, bias = whole.weight, whole.bias
-    for at in chunks(len(hidden), len(weight)):
+    for at in token_chunks(len(hidden), len(weight)):
         yield reference.head(hidden[at], weight, bias, head.logit_scale, head.softcap), at
 
 
@@ -102,12 +105,14 @@ class _Sum(torch.autograd.Function):
         inputs = (hidden, weight, bias)
         needs = [want_grad and x is not None and x.requires_grad for x in inputs]
         sums = [  # over chunks: in float32
-            torch.zeros_like(x, dtype=wide(x[:0]).dtype) if x is not None and need else None
+            torch.zeros_like(x, dtype=at_least_float32(x[:0]).dtype)
+            if x is not None and need
+            else None
             for x, need in zip(inputs, needs, strict=True)
         ]
         weight, bias = _leaf(weight, needs[1]), _leaf(bias, needs[2])
         total, values = size.new_zeros(()), []
-        for at in chunks(len(hidden), width):
+        for at in token_chunks(len(hidden), width):
             part = hidden[at].detach().requires_grad_(needs[0])
             with torch.set_grad_enabled(any(needs)):
                 logits = part if head is None else _projected(part, weight, bias, head)
@@ -180,7 +185,11 @@ def sum_over_chunks(
         Each chunk is projected once; its gradients are formed at once, and those of the head are
         summed in float32. A second derivative is an error.
     """
-    size = wide(weights.detach()).abs().amax() if len(weights) else wide(weights).new_ones(())
+    size = (
+        at_least_float32(weights.detach()).abs().amax()
+        if len(weights)
+        else at_least_float32(weights).new_ones(())
+    )
     size = torch.where(size > 0, size, 1.0)
     whole = None if head is None else head.gathered()
     weight, bias = (None, None) if whole is None else (whole.weight, whole.bias)
@@ -203,11 +212,11 @@ def cross_entropy(student: Signal, targets: Tensor, weights: Tensor) -> tuple[Te
         The sum, [], with a gradient; the cross-entropies [N] in nats, without.
     """
     if student.hidden is None or student.head is None:
-        hard = F.cross_entropy(wide(student.dense()), targets, reduction="none")
+        hard = F.cross_entropy(at_least_float32(student.dense()), targets, reduction="none")
         return (weights * hard).sum(), hard.detach()
 
     def piece(logits: Tensor, at: slice) -> tuple[Tensor, Tensor]:
-        per_token = -gathered(logits, targets[at])
+        per_token = -target_log_probs(logits, targets[at])
         return (weights[at] * per_token).sum(), per_token[None]
 
     loss, values = sum_over_chunks(student.hidden, student.head, piece, weights)

@@ -45,7 +45,7 @@ UNIVERSAL = "uld"
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    return torch.log_softmax(chunks.wide(logits) / temperature, dim=-1)
+    return torch.log_softmax(chunks.at_least_float32(logits) / temperature, dim=-1)
 
 
 def _entropy(log_probs: Tensor) -> Tensor:

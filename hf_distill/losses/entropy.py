@@ -14,12 +14,12 @@ from hf_distill.models.signals import Signal
 def _logits(signal: Signal) -> Iterator[Tensor]:
     """[n, V] of some tokens at a time."""
     if signal.logits is not None:
-        for at in chunks.chunks(*signal.logits.shape):
+        for at in chunks.token_chunks(*signal.logits.shape):
             yield signal.logits[at]
         return
     assert signal.hidden is not None
     assert signal.head is not None
-    for logits, _ in chunks.projected(signal.hidden, signal.head):
+    for logits, _ in chunks.projected_chunks(signal.hidden, signal.head):
         yield logits
 
 
@@ -40,8 +40,10 @@ def teacher_entropy(signal: Signal) -> Tensor:
     """
     if signal.sparse is not None:
         known = signal.sparse.at(1.0)
-        return known_entropy(known, chunks.wide(known.log_probs[:0]).dtype)
-    parts = [torch.special.entr(chunks.wide(x).softmax(-1)).sum(-1) for x in _logits(signal)]
+        return known_entropy(known, chunks.at_least_float32(known.log_probs[:0]).dtype)
+    parts = [
+        torch.special.entr(chunks.at_least_float32(x).softmax(-1)).sum(-1) for x in _logits(signal)
+    ]
     return torch.cat(parts)
 
 

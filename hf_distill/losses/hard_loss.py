@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 ROUNDING = 1e-5  # relative, of a float32 mean of a few cross-entropies and of other orders of sums
 
+UsersLoss = Callable[..., Tensor] | None
+
 
 class _Found(NamedTuple):
     """Why the loss is the model's own; whether it ignores the count of tokens it is given."""
@@ -81,8 +83,7 @@ class HardLoss:
         wanted: whether a hard loss is computed at some step, and may be the model's own. A
             classifier's own loss is always the hard one; of it only that of the user is looked for.
         sharded: whether parameters lie in pieces, so that the model cannot be probed.
-        compute_loss_func: of the `Trainer`, or None.
-        label_smoother: of the `Trainer`, or None.
+        users: gives the `compute_loss_func` and the `label_smoother` that the `Trainer` has now.
         shifts_labels: whether labels are those of the next tokens.
         accepts_count: whether the model's forward takes `num_items_in_batch`.
     """
@@ -93,12 +94,11 @@ class HardLoss:
         *,
         wanted: bool,
         sharded: bool,
-        compute_loss_func: Callable[..., Tensor] | None,
-        label_smoother: Callable[..., Tensor] | None,
+        users: Callable[[], tuple[UsersLoss, UsersLoss]],
         shifts_labels: bool,
         accepts_count: bool,
     ) -> None:
-        self.compute_loss_func, self.label_smoother = compute_loss_func, label_smoother
+        self._users = users
         self._shifts_labels, self._accepts_count = shifts_labels, accepts_count
         self._found: _Found | None = None
         wanted = wanted and not self._is_users()
@@ -108,7 +108,7 @@ class HardLoss:
             self._note(_Found(reason))
 
     def _is_users(self) -> bool:
-        return self.label_smoother is not None or self.compute_loss_func is not None
+        return any(each is not None for each in self._users())
 
     @property
     def replaces(self) -> bool:
@@ -167,10 +167,11 @@ class HardLoss:
             labels: of the batch.
             num_items: labelled tokens (a classifier's rows) of the step, or None for this batch's.
         """
-        if self.compute_loss_func is not None:
-            return self.compute_loss_func(outputs, labels, num_items_in_batch=num_items)
-        if self.label_smoother is not None:
-            return self.label_smoother(outputs, labels, self._shifts_labels, num_items)
+        compute_loss_func, label_smoother = self._users()
+        if compute_loss_func is not None:
+            return compute_loss_func(outputs, labels, num_items_in_batch=num_items)
+        if label_smoother is not None:
+            return label_smoother(outputs, labels, self._shifts_labels, num_items)
         if self._found is None:
             return None
         if num_items is None or self._model_counts(num_items):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hf_distill.losses.base import Terms, Tokens
 from hf_distill.models.forward import kept_rng
-from hf_distill.models.layers import Watch, blocks, match_layers
+from hf_distill.models.layers import LayerWatcher, decoder_blocks, match_layers
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import causal_lm
 from metal_ops import hidden_divergence
@@ -150,12 +150,14 @@ class HiddenAlignment:
             )
         self.student, source = causal_lm(model), causal_lm(other)
         self.settings = settings
-        self.pairs = match_layers(layers, len(blocks(self.student)), len(blocks(source)))
+        self.pairs = match_layers(
+            layers, len(decoder_blocks(self.student)), len(decoder_blocks(source))
+        )
         attends = settings.attention_weight > 0
         if attends:
             for name, lm in (("student", self.student), ("teacher", source)):
                 _check_attention(name, lm)
-        self.watch = Watch("student", [pair.student for pair in self.pairs], attends)
+        self.watch = LayerWatcher("student", [pair.student for pair in self.pairs], attends)
         teacher.watch([pair.teacher for pair in self.pairs], attends)
         self.projections = self._make_projections(_width(self.student), _width(source), seed)
         if self.projections is not None and sharded:

@@ -102,8 +102,8 @@ class SampledTokenLoss(Loss):
     def soft(self, logits: Tensor, teacher: Signal, tokens: Tokens) -> Terms:
         """The loss of n sampled tokens; `advantage` is a metric of its own."""
         with torch.no_grad():
-            log_p = chunks.gathered(teacher.dense(), tokens.targets, self.temperature)
-        log_q = chunks.gathered(logits, tokens.targets, self.temperature)
+            log_p = chunks.target_log_probs(teacher.dense(), tokens.targets, self.temperature)
+        log_q = chunks.target_log_probs(logits, tokens.targets, self.temperature)
         log_p, weights = log_p.to(log_q.dtype), tokens.soft_weights
         # a token without weight may be infinite
         held = torch.where(weights == 0, log_q.detach(), log_p)

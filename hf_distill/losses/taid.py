@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from hf_distill.losses.base import Loss, Terms, Tokens
-from hf_distill.losses.chunks import wide
+from hf_distill.losses.chunks import at_least_float32
 from hf_distill.losses.divergence import DivergenceLoss
 from hf_distill.models.signals import Signal
 from metal_ops import weighted_divergence
@@ -91,7 +91,7 @@ def taid_target(logits: Tensor, teacher_logits: Tensor, t: float) -> Tensor:
         return logits.detach()
     if t == 1.0:
         return teacher_logits
-    return (1 - t) * wide(logits) + t * wide(teacher_logits)
+    return (1 - t) * at_least_float32(logits) + t * at_least_float32(teacher_logits)
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def next_state(config: TaidConfig, state: TaidState, loss: float, progress: floa
     return TaidState(min(config.t_end, max(linear, pushed)), momentum, loss)
 
 
-class Taid(TrainerCallback):
+class TaidCallback(TrainerCallback):
     """Follows a run: sums the soft loss of each optimizer step and moves t behind it.
 
     Args:

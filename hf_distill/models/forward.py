@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_distill.data.sides import Side
-from hf_distill.models.layers import States, Watch
+from hf_distill.models.layers import LayerWatcher, States
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import causal_lm, is_classifier, output_head
 from metal_ops import Head
@@ -118,7 +118,7 @@ def _close(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
 
 
 @torch.no_grad()
-def probe(lm: nn.Module, input_ids: Tensor) -> tuple[float, float | None] | str:
+def probe_head(lm: nn.Module, input_ids: Tensor) -> tuple[float, float | None] | str:
     """(logit scale, softcap) found by running the model on [1, positions] ids, or a refusal."""
     refusal = _head_refusal(lm)
     if refusal is not None:
@@ -155,7 +155,7 @@ class Reader:
 
     def __init__(self, name: str, refusal: str | None = None, vocab: int | None = None) -> None:
         self.name, self.vocab = name, vocab
-        self.watch = Watch(name)  # layers whose states a signal has
+        self.watch = LayerWatcher(name)  # layers whose states a signal has
         self._refusal = refusal
         self._post: tuple[float, float | None] | None = None
 
@@ -183,7 +183,7 @@ class Reader:
             return "the batch has no input_ids"
         mask = inputs.get("attention_mask")
         row = ids[0] if mask is None or mask.ndim != 2 else ids[0][mask[0].bool()]
-        return probe(lm, row[None, :PROBE_TOKENS])
+        return probe_head(lm, row[None, :PROBE_TOKENS])
 
     def forward_inputs(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
         """The inputs, with the cache off and positions counted from each row's first real token.

@@ -17,7 +17,7 @@ NAMED = ("uniform", "last")
 FORMS = f"{NAMED}, a list of student layers such as [6, 12], or of pairs [[6, 12], [12, 24]]"
 
 
-class Pair(NamedTuple):
+class LayerPair(NamedTuple):
     """A layer of the student and the layer of the teacher that it is compared with, from 1."""
 
     student: int
@@ -59,7 +59,7 @@ def _number(layer: int, count: int, whose: str) -> int:
     return found
 
 
-def match_layers(layers: str | list[Any], num_student: int, num_teacher: int) -> list[Pair]:
+def match_layers(layers: str | list[Any], num_student: int, num_teacher: int) -> list[LayerPair]:
     """The pairs of layers that are compared.
 
     Args:
@@ -73,20 +73,20 @@ def match_layers(layers: str | list[Any], num_student: int, num_teacher: int) ->
         ValueError: a layer does not exist.
     """
     if layers == "last":
-        return [Pair(num_student, num_teacher)]
+        return [LayerPair(num_student, num_teacher)]
     chosen: Any = range(1, num_student + 1) if layers == "uniform" else layers
     pairs = []
     for entry in chosen:
         if isinstance(entry, Sequence):
             student = _number(entry[0], num_student, "student")
-            pairs.append(Pair(student, _number(entry[1], num_teacher, "teacher")))
+            pairs.append(LayerPair(student, _number(entry[1], num_teacher, "teacher")))
         else:
             student = _number(entry, num_student, "student")
-            pairs.append(Pair(student, _partner(student, num_student, num_teacher)))
+            pairs.append(LayerPair(student, _partner(student, num_student, num_teacher)))
     return pairs
 
 
-def blocks(lm: nn.Module) -> nn.ModuleList:
+def decoder_blocks(lm: nn.Module) -> nn.ModuleList:
     """The blocks of a Transformers model, in order.
 
     Raises:
@@ -114,7 +114,7 @@ class States(NamedTuple):
     attention: tuple[Tensor, ...] = ()
 
 
-class Seen:
+class LayerStates:
     """What hooks have taken in one forward pass."""
 
     def __init__(self, layers: Sequence[int], attention: bool, name: str) -> None:
@@ -155,7 +155,7 @@ class Seen:
                 self._attention[layer] = value.transpose(1, 2)[predicts]
 
 
-class Watch:
+class LayerWatcher:
     """Takes the states of chosen layers while a model runs; the others' are not kept.
 
     Args:
@@ -168,18 +168,18 @@ class Watch:
         self.name, self.layers, self.attention = name, tuple(layers), attention
 
     @contextmanager
-    def on(self, lm: nn.Module, predicts: Tensor) -> Iterator[Seen]:
+    def on(self, lm: nn.Module, predicts: Tensor) -> Iterator[LayerStates]:
         """Inside the block the model is watched.
 
         Args:
             lm: the Transformers model itself.
             predicts: [B, T] bool, N are true.
         """
-        seen = Seen(self.layers, self.attention, self.name)
+        seen = LayerStates(self.layers, self.attention, self.name)
         if not self.layers:
             yield seen
             return
-        every = blocks(lm)
+        every = decoder_blocks(lm)
         with ExitStack() as stack:
             for layer in set(self.layers):
                 block = every[layer - 1]

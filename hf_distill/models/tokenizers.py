@@ -8,13 +8,13 @@ def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def described(tokenizer: PreTrainedTokenizerBase) -> str:
+def describe(tokenizer: PreTrainedTokenizerBase) -> str:
     """A tokenizer in words: where it is from, its class and its number of ids."""
     kind = type(tokenizer).__name__
     return f"{str(tokenizer.name_or_path)!r} ({kind}, {num_ids(tokenizer)} ids)"
 
 
-def difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
+def first_difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
     """The first token, in the order of ids, that two tokenizers do not give one id; or None."""
     if one is other:
         return None
@@ -41,6 +41,6 @@ def check_same(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, rul
     Raises:
         ValueError: naming both tokenizers and the first token in which they differ.
     """
-    found = difference(one, other)
+    found = first_difference(one, other)
     if found is not None:
-        raise ValueError(f"{rule}, got {described(one)} and {described(other)}: {found}")
+        raise ValueError(f"{rule}, got {describe(one)} and {describe(other)}: {found}")

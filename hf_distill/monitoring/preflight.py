@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from hf_distill.data.batches import Rendered, pad, unpad
+from hf_distill.data.batches import TokenRow, pad, unpad
 from hf_distill.data.sides import Side
 from hf_distill.models.forward import Reader, evaluating, kept_rng
 from hf_distill.models.structure import unwrap
@@ -35,7 +35,7 @@ class EmptyHintError(ValueError):
     """Without a hint the teacher does not say what the student says."""
 
 
-def _side(rows: Sequence[Rendered], fill: int, padding: str, device: torch.device) -> Side:
+def _side(rows: Sequence[TokenRow], fill: int, padding: str, device: torch.device) -> Side:
     width = max(len(row.ids) for row in rows)
     predicts = torch.zeros(len(rows), width, dtype=torch.bool)
     for i, row in enumerate(rows):
@@ -53,13 +53,13 @@ def _apart(one: Tensor, other: Tensor) -> float:
     return float(divergence(one, other, DivergenceSpec("jsd")).max())
 
 
-def _few(row: Rendered) -> Rendered:
+def _few(row: TokenRow) -> TokenRow:
     """The row with its first and last scored tokens only: a completion's logits can be large."""
     scored = [position for position in row.scored if position > 0]
-    return Rendered(row.ids, sorted({*scored[:FEW], *scored[-FEW:]}))
+    return TokenRow(row.ids, sorted({*scored[:FEW], *scored[-FEW:]}))
 
 
-def _check_contexts(student: Sequence[Rendered], teacher: Sequence[Rendered]) -> None:
+def _check_contexts(student: Sequence[TokenRow], teacher: Sequence[TokenRow]) -> None:
     for i, (one, other) in enumerate(zip(student, teacher, strict=True)):
         if list(one.ids) == list(other.ids):
             continue
@@ -84,7 +84,7 @@ class _Checked:
     """
 
     def __init__(
-        self, model: nn.Module, rows: Sequence[Rendered], pad_token_id: int, in_16_bit: bool
+        self, model: nn.Module, rows: Sequence[TokenRow], pad_token_id: int, in_16_bit: bool
     ) -> None:
         self.model, self.rows, self.pad_token_id = model, rows, pad_token_id
         self.bare = unwrap(model)
@@ -188,8 +188,8 @@ class _Checked:
 def check_empty_hint(
     model: nn.Module,
     teacher: SelfTeacher,
-    student_rows: Sequence[Rendered],
-    teacher_rows: Sequence[Rendered],
+    student_rows: Sequence[TokenRow],
+    teacher_rows: Sequence[TokenRow],
     pad_token_id: int,
     in_16_bit: bool = False,
 ) -> float:
@@ -223,7 +223,7 @@ def check_empty_hint(
     return found
 
 
-def lost_context(
+def find_lost_context(
     student: Sequence[int], teacher: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, str] | None:
     """The first text of the student's row that the teacher's has not, and what it has instead.
@@ -259,7 +259,7 @@ def warn_of_lost_context(
         return
     rows = [unpad(batch[ids][:num_rows], batch[mask][:num_rows]) for ids, mask in sides]
     for i, (student, teacher) in enumerate(zip(*rows, strict=True)):
-        lost = lost_context(student, teacher, tokenizer)
+        lost = find_lost_context(student, teacher, tokenizer)
         if lost is not None:
             logger.warning(
                 "context: the teacher must read what the student reads, and the hint; row %d of "

@@ -4,7 +4,7 @@ from hf_distill.rollouts.config import RolloutConfig
 from hf_distill.rollouts.engines import ENGINES, Engine, TellEngine, check_engine, make_engine
 from hf_distill.rollouts.environments import Environment, Feedback, play
 from hf_distill.rollouts.generate import GenerateEngine, generate
-from hf_distill.rollouts.sampling import Sampling, cut, end_token_ids
+from hf_distill.rollouts.sampling import Sampling, cut_at_end_token, end_token_ids
 
 __all__ = [
     "ENGINES",
@@ -16,7 +16,7 @@ __all__ = [
     "Sampling",
     "TellEngine",
     "check_engine",
-    "cut",
+    "cut_at_end_token",
     "end_token_ids",
     "generate",
     "make_engine",

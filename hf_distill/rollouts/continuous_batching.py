@@ -15,7 +15,7 @@ from transformers import ContinuousBatchingConfig
 from hf_distill.models.forward import evaluating, kept_rng
 from hf_distill.models.structure import causal_lm, unwrap
 from hf_distill.rollouts.generate import generation_config, manual_seed
-from hf_distill.rollouts.sampling import Sampling, cut, end_token_ids, is_sharded
+from hf_distill.rollouts.sampling import Sampling, cut_at_end_token, end_token_ids, is_sharded
 
 # Of prompts in one forward, and of a page. Without flash attention a mask of [tokens of a forward,
 # tokens of the cache] is kept; flash attention's kernels want whole pages of 256.
@@ -42,7 +42,7 @@ def _attention_refusal(lm: Any) -> str | None:
     return None
 
 
-def refusal(model: nn.Module) -> str | None:
+def continuous_batching_refusal(model: nn.Module) -> str | None:
     """Why continuous batching cannot sample from a model, or None.
 
     Args:
@@ -122,7 +122,7 @@ class ContinuousEngine:
             ValueError: continuous batching cannot sample from this model; the message says why.
             RuntimeError: it failed on a prompt.
         """
-        reason = refusal(model)
+        reason = continuous_batching_refusal(model)
         if reason is not None:
             raise ValueError(f"engine 'continuous' cannot sample from this model: {reason}")
         lm: Any = causal_lm(model)
@@ -138,7 +138,7 @@ class ContinuousEngine:
         finally:
             if lm.config._attn_implementation != attention:
                 lm.set_attn_implementation(attention)
-        return [cut(output, end_ids) for output in outputs]
+        return [cut_at_end_token(output, end_ids) for output in outputs]
 
     def weights_changed(self) -> None:
         """Nothing: it samples from the model itself."""

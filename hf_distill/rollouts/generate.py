@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from hf_distill.data.batches import pad
 from hf_distill.models.forward import evaluating, kept_rng
 from hf_distill.models.structure import causal_lm, unwrap
-from hf_distill.rollouts.sampling import Sampling, cut, end_token_ids, is_sharded
+from hf_distill.rollouts.sampling import Sampling, cut_at_end_token, end_token_ids, is_sharded
 
 
 @contextmanager
@@ -151,7 +151,9 @@ def generate(
                 input_ids=ids, attention_mask=mask, generation_config=config, **options
             )
             completions = output[:, ids.shape[1] :].tolist()
-            found |= {i: cut(row, end_ids) for i, row in zip(rows, completions, strict=True)}
+            found |= {
+                i: cut_at_end_token(row, end_ids) for i, row in zip(rows, completions, strict=True)
+            }
     return [found[i] for i in range(len(prompts))]
 
 

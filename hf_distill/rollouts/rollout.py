@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 EVAL_STEP = 10**9  # eval rollouts draw from seeds that no training step uses
 
 
-class Window(NamedTuple):
+class RolloutWindow(NamedTuple):
     """Micro-batches, and the episodes that they were made of; none if they are the data's."""
 
     episodes: list[list[Episode]]
@@ -86,7 +86,7 @@ class Rollouts:
         step: int,
         resumed: list[list[dict[str, Any]]] | None,
         collator: HintCollator,
-    ) -> Window:
+    ) -> RolloutWindow:
         """The window that begins at a step, or that a checkpoint holds the episodes of.
 
         Args:
@@ -102,7 +102,7 @@ class Rollouts:
             self._sampled.add(torch.tensor([sampled]))
         if not sampled:
             made = [self._routed(collator(x), x) for x in rows]
-            return Window([], made)
+            return RolloutWindow([], made)
         if resumed is None:
             if not self.is_first_step(step):
                 logger.warning(
@@ -123,7 +123,7 @@ class Rollouts:
             self._compare_with_hints(episodes)
             if self.table is not None:
                 self._tabulate(self.table, step, found, episodes)
-        return Window(episodes, found)
+        return RolloutWindow(episodes, found)
 
     def _episodes(
         self, batches: list[dict[str, Any]], size: int | None = None

@@ -34,7 +34,7 @@ def end_token_ids(model: nn.Module, eos_token_id: int | None) -> list[int]:
     return sorted({i for i in (*ids, eos_token_id) if i is not None})
 
 
-def cut(completion: Sequence[int], end_ids: Sequence[int]) -> list[int]:
+def cut_at_end_token(completion: Sequence[int], end_ids: Sequence[int]) -> list[int]:
     """The ids up to and with the first end token; all of them if there is none."""
     for position, token in enumerate(completion):
         if token in end_ids:

@@ -15,7 +15,7 @@ from trl.import_utils import is_vllm_available
 
 from hf_distill.models.forward import kept_rng
 from hf_distill.rollouts.generate import manual_seed
-from hf_distill.rollouts.sampling import Sampling, cut, end_token_ids, is_sharded
+from hf_distill.rollouts.sampling import Sampling, cut_at_end_token, end_token_ids, is_sharded
 
 # What the engine itself gives to TRL
 GIVEN = (
@@ -153,4 +153,7 @@ class VLLMEngine:
             _, completions, *_ = self._vllm.generate(rows, images=None, num_generations=1)
         if len(completions) != number:
             raise RuntimeError(f"vLLM returned {len(completions)} completions of {number} prompts")
-        return [cut(completion, self._end_ids) for completion in completions[: len(prompts)]]
+        return [
+            cut_at_end_token(completion, self._end_ids)
+            for completion in completions[: len(prompts)]
+        ]

@@ -1,7 +1,7 @@
 """Teachers: objects that read the teacher's side of a batch. The trainer does not know which."""
 
 from hf_distill.teachers.base import Teacher, UpdateTeacher
-from hf_distill.teachers.model import ModelTeacher, as_teacher, place
+from hf_distill.teachers.model import ModelTeacher, as_teacher, place_model
 from hf_distill.teachers.remote import RemoteTeacher
 from hf_distill.teachers.routed import RoutedCollator, RoutedTeacher
 from hf_distill.teachers.self_teacher import SelfTeacher, SelfTeacherConfig, adapters_off
@@ -19,5 +19,5 @@ __all__ = [
     "UpdateTeacher",
     "adapters_off",
     "as_teacher",
-    "place",
+    "place_model",
 ]

@@ -23,7 +23,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from hf_distill.data.sides import Side
 from hf_distill.models.forward import Reader
-from hf_distill.models.layers import Watch
+from hf_distill.models.layers import LayerWatcher
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import (
     CLASSIFIER,
@@ -104,7 +104,7 @@ def _loaded(
     return AutoModelForCausalLM.from_pretrained(name, **arguments)
 
 
-def place(model: nn.Module, device: torch.device) -> None:
+def place_model(model: nn.Module, device: torch.device) -> None:
     """Move a model to a device, unless it was loaded onto one, or quantized there."""
     placed = getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)
     if not placed:
@@ -207,7 +207,7 @@ class ModelTeacher(Teacher):
                 "the teacher must not be the student's own object, which is frozen with it: use "
                 "SelfTeacher, or a copy"
             )
-        place(self.model, accelerator.device)
+        place_model(self.model, accelerator.device)
         self._reader = Reader("teacher", refusal)
 
     def watched_model(self, student: nn.Module) -> nn.Module:
@@ -216,7 +216,7 @@ class ModelTeacher(Teacher):
 
     def watch(self, layers: Sequence[int], attention: bool) -> None:
         """Signals have these layers' states from now on, see `hf_distill.models.layers`."""
-        self._reader.watch = Watch("teacher", layers, attention)
+        self._reader.watch = LayerWatcher("teacher", layers, attention)
 
     def signal(self, student: nn.Module, side: Side) -> Signal:
         """The frozen model's view of its side of the batch."""

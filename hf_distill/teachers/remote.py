@@ -195,7 +195,7 @@ class RemoteTeacher(Teacher):
     def signal(self, student: nn.Module, side: Side) -> Signal:
         """The server's log-probabilities of the scored tokens' positions, and the mass of the rest.
 
-        See `columns` for the rest.
+        See `top_k_columns` for the rest.
 
         Raises:
             ValueError: the side has inputs that a server cannot be sent, or scores the first token
@@ -216,13 +216,13 @@ class RemoteTeacher(Teacher):
         return Signal(sparse=self._sparse(tokens, side.predicts.device))
 
     def _sparse(self, tokens: Sequence[TopK], device: torch.device) -> SparseTeacher:
-        ids, log_probs, log_tail = columns(tokens, self.top_k, self._vocab)
+        ids, log_probs, log_tail = top_k_columns(tokens, self.top_k, self._vocab)
         return SparseTeacher(
             ids.to(device), log_probs.float().to(device), log_tail.float().to(device)
         )
 
 
-def columns(tokens: Sequence[TopK], top_k: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
+def top_k_columns(tokens: Sequence[TopK], top_k: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
     """Ids [N, K] int64 and log-probabilities [N, K], descending, and log of the rest [N]; float64.
 
     The rest of a token is 1 less its entries, but at most what entries as small as the least of

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hf_distill.data.sides import Side
 from hf_distill.models.forward import Reader, evaluating
-from hf_distill.models.layers import Watch
+from hf_distill.models.layers import LayerWatcher
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import unwrap
 from hf_distill.schedules import Schedule
@@ -171,7 +171,7 @@ class SelfTeacher(Teacher):
 
     def watch(self, layers: Sequence[int], attention: bool) -> None:
         """Signals have these layers' states from now on, see `hf_distill.models.layers`."""
-        self._reader.watch = Watch("teacher", layers, attention)
+        self._reader.watch = LayerWatcher("teacher", layers, attention)
 
     def signal(self, student: nn.Module, side: Side) -> Signal:
         """The teacher's view of its side of the batch."""

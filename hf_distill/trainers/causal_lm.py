@@ -63,9 +63,10 @@ class CausalLM:
         config = cast(TokenWeightsConfig, run.args.token_weights)
         around = config.by_class(), run.processing_class, config.reasoning
         weigh = TokenWeights(*around, config.around_reasoning())
-        self.weighing = Weighing(weigh, config.entropy, vocab or vocab_size(run.language_model))
-        self._own_loss = hard_loss.replaces
-        check_anchor(settings.anchor_weight, self._own_loss)
+        self.weighing = TokenWeighing(
+            weigh, config.entropy, vocab or vocab_size(run.language_model)
+        )
+        check_anchor(settings.anchor_weight, hard_loss.replaces)
 
     def read(
         self, inputs: Mapping[str, Any], num_items: Tensor | int | None, num_averaged: int
@@ -88,7 +89,6 @@ class CausalLM:
         if self.hard_loss.look(model, batch.inputs):
             check_anchor(self.settings.anchor_weight, True)
             check_unweighted([self.weighing.known(batch.inputs)])
-        self._own_loss = self.hard_loss.replaces
         return not self.hard_loss.to_probe
 
     def signal(self, batch: Batch, ask: Ask) -> Signal:
@@ -116,7 +116,7 @@ class CausalLM:
         labels = inputs["anchor_labels"]
         anchor_targets = sides.targets(labels, sides.predicts_from_labels(labels))
         factor = self.settings.anchor_weight * self._num_ranks / inputs["anchor_count"]
-        batch.student = anchor_rows.joined(batch.student, inputs)
+        batch.student = anchor_rows.join_anchor_rows(batch.student, inputs)
         anchor = Anchor(anchor_targets, torch.ones_like(anchor_targets) * factor)
         return tokens._replace(anchor=anchor)
 
@@ -163,7 +163,7 @@ class CausalLM:
         return_outputs: bool,
     ) -> tuple[Terms, Any]:
         """Run the student; its outputs are formed only for who needs them."""
-        if not (return_outputs or self._own_loss):
+        if not (return_outputs or self.hard_loss.replaces):
             return self.student.run(model, batch.student, terms_of, at_head), None
         labels, side = batch.inputs["labels"], batch.student
         asked = self.hard_loss.arguments(labels, batch.num_items)
@@ -193,9 +193,9 @@ class CausalLM:
         weights = self.weighing.ahead(batches, place, ask)
         if all(each is None for each in weights):
             return None
-        if self._own_loss:
+        if self.hard_loss.replaces:
             check_unweighted(weights)
-        return token_weights.total(batches, weights).to(device)
+        return token_weights.total_weight(batches, weights).to(device)
 
     def named(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """As they are."""
@@ -208,7 +208,7 @@ REASONING_SHARE, ENTROPY_FACTOR = "reasoning_share", "entropy_factor"
 
 
 @dataclass
-class Weighed:
+class WeighedBatch:
     """What is known of a micro-batch.
 
     weights: [B, T] float32 aligned with the labels, or None if every token counts as one. logged:
@@ -226,7 +226,7 @@ class Weighed:
         return signal
 
 
-class Weighing:
+class TokenWeighing:
     """Weights that need nothing but the batch, and those that need the teacher.
 
     Args:
@@ -289,7 +289,7 @@ class Weighing:
         kept = batch.get(KEPT)
         return kept is not None and kept.signal is not None
 
-    def of(self, batch: Mapping[str, Any], ask: Ask) -> tuple[Weighed, Signal]:
+    def of(self, batch: Mapping[str, Any], ask: Ask) -> tuple[WeighedBatch, Signal]:
         """Of a placed batch; the teacher is asked now if it was not."""
         kept = batch.get(KEPT)
         signal = None if kept is None else kept.take()
@@ -298,14 +298,14 @@ class Weighing:
             kept = None if self.entropy > 0 else kept
         return self._weighed(batch, signal) if kept is None else kept, signal
 
-    def _weighed(self, batch: Mapping[str, Any], signal: Signal | None) -> Weighed:
+    def _weighed(self, batch: Mapping[str, Any], signal: Signal | None) -> WeighedBatch:
         inside = self.weigh.in_reasoning(batch)
         weights = self.weigh(batch, inside)
         predicts = sides.predicts_from_labels(batch["labels"])
         logged: dict[str, Tensor] = {}
         if inside is not None:
             logged[REASONING_SHARE] = sides.targets(inside, predicts).float()
-        made = Weighed(weights, logged, signal)
+        made = WeighedBatch(weights, logged, signal)
         if signal is None or not self.entropy > 0:
             return made
         factor = self._entropy_factor(signal, int(predicts.sum()))

@@ -14,20 +14,20 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_distill.losses.hidden_states import HiddenAlignment
-from hf_distill.losses.taid import Taid
+from hf_distill.losses.taid import TaidCallback
 from hf_distill.teachers import Teacher
 
 logger = logging.getLogger(__name__)
 
 
-def unmark(folder: str) -> None:
+def remove_mark(folder: str) -> None:
     """Take the mark from a checkpoint that is about to be written again."""
     path = os.path.join(folder, TRAINER_STATE_NAME)
     if os.path.isfile(path):
         os.remove(path)
 
 
-def flaw(folder: str) -> str | None:
+def find_flaw(folder: str) -> str | None:
     """Why a checkpoint is not whole, or None."""
     path = os.path.join(folder, TRAINER_STATE_NAME)
     if not os.path.isfile(path):
@@ -40,7 +40,7 @@ def flaw(folder: str) -> str | None:
     return None
 
 
-def last_whole(output_dir: str) -> str | None:
+def last_whole_checkpoint(output_dir: str) -> str | None:
     """The folder of the last whole checkpoint; later ones that are not are logged.
 
     Returns:
@@ -53,7 +53,7 @@ def last_whole(output_dir: str) -> str | None:
     latest_first = sorted((x for x in steps if x), key=lambda x: int(x[1]), reverse=True)
     found = [os.path.join(output_dir, x[0]) for x in latest_first]
     for folder in found:
-        reason = flaw(folder)
+        reason = find_flaw(folder)
         if reason is None:
             return folder
         logger.warning("%s is passed over: %s; it may be removed", folder, reason)
@@ -65,13 +65,13 @@ def last_whole(output_dir: str) -> str | None:
     return None
 
 
-def assert_whole(folder: str) -> None:
+def assert_whole_checkpoint(folder: str) -> None:
     """Check a checkpoint that the user names.
 
     Raises:
         ValueError: it was not written to the end.
     """
-    reason = flaw(folder)
+    reason = find_flaw(folder)
     if reason is not None:
         raise ValueError(
             f"the checkpoint {folder} was not written to the end: {reason}; remove the folder and "
@@ -94,16 +94,16 @@ class ResumableTrainer(Trainer):
             ValueError: the checkpoint that is named, or every one there is, is such a one.
         """
         if resume_from_checkpoint is True:
-            found = last_whole(cast(str, self.args.output_dir))
+            found = last_whole_checkpoint(cast(str, self.args.output_dir))
             resume_from_checkpoint = True if found is None else found
         elif resume_from_checkpoint:
-            assert_whole(resume_from_checkpoint)
+            assert_whole_checkpoint(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:
             folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            unmark(os.path.join(self._get_output_dir(trial), folder))
+            remove_mark(os.path.join(self._get_output_dir(trial), folder))
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -132,7 +132,7 @@ class StatefulTrainer(ResumableTrainer):
 
     teacher: Teacher | None = None
     _layers: HiddenAlignment | None = None
-    _taid: Taid | None = None
+    _taid: TaidCallback | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`; projections of hidden states are a part of the model meanwhile."""
@@ -151,7 +151,7 @@ class StatefulTrainer(ResumableTrainer):
         with nullcontext() if self._layers is None else self._layers.detached():
             super()._load_best_model()
 
-    def _parts(self) -> list[HiddenAlignment | Taid]:
+    def _parts(self) -> list[HiddenAlignment | TaidCallback]:
         """What has a file of its own in a checkpoint."""
         return [part for part in (self._layers, self._taid) if part is not None]
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 from peft import PeftModel
 from torch import Tensor, nn
 
-from hf_distill.data.hint_schedule import plan_of
+from hf_distill.data.hint_schedule import hint_schedule_of
 from hf_distill.data.token_weights import TokenWeightsConfig
 from hf_distill.losses import (
     ClipConfig,
@@ -166,7 +166,7 @@ def check_without_teacher(args: DistillConfig, collator: Any, own_loss: Any) -> 
         raise ValueError(f"a loss of your own compares with a teacher, got {own_loss!r} and None")
     if cast(TokenWeightsConfig, args.token_weights).active():
         raise ValueError("token_weights need a teacher; without one this is a Trainer")
-    if plan_of(collator) is not None:
+    if hint_schedule_of(collator) is not None:
         raise ValueError("hints that depend on the step need a teacher, got None")
 
 
@@ -212,7 +212,7 @@ def _changed(settings: Any) -> set[str]:
     return {name for name in names if getattr(settings, name) != getattr(plain, name)}
 
 
-def unused(args: OPSDConfig, has_environment: bool, own_teacher: bool) -> list[str]:
+def unused_opsd_settings(args: OPSDConfig, has_environment: bool, own_teacher: bool) -> list[str]:
     """What differs from its default and is not read, each with the setting that would read it.
 
     Args:
@@ -252,8 +252,8 @@ LOSS_SETTINGS = attrgetter("alpha", *OF_BUILT_IN)
 """Of a config, what the loss of a step is made of."""
 
 
-def unused_anywhere(args: DistillConfig, own_loss: bool = False) -> list[str]:
-    """As `unused`, of settings that both trainers have.
+def unused_settings(args: DistillConfig, own_loss: bool = False) -> list[str]:
+    """As `unused_opsd_settings`, of settings that both trainers have.
 
     Args:
         args: of the run.

@@ -28,7 +28,7 @@ RANGES = {
 """The fields of `DistillConfig` that take a `Value`, in the order of the log."""
 
 
-def checked(name: str, value: Value) -> Value:
+def checked_value(name: str, value: Value) -> Value:
     """The value as a config keeps it: as given, but the text of a number as the number.
 
     Args:
@@ -50,13 +50,13 @@ def checked(name: str, value: Value) -> Value:
     return schedule.at(0) if is_number else value
 
 
-def check_read(args: Any) -> None:
+def check_schedules_are_read(args: Any) -> None:
     """What moves must be read.
 
     Raises:
         ValueError: beta moves and the divergence has none, or hidden_weight without layers.
     """
-    found = moving(args)
+    found = moving_schedules(args)
     if "beta" in found and args.divergence not in WITH_BETA:
         raise ValueError(
             f"a schedule of beta needs a divergence that reads it, one of {sorted(WITH_BETA)}, "
@@ -69,7 +69,7 @@ def check_read(args: Any) -> None:
         )
 
 
-def check_teacher(args: Any, has_teacher: bool) -> None:
+def check_teacher_is_given(args: Any, has_teacher: bool) -> None:
     """Without a teacher there is no soft loss, at no step.
 
     Raises:
@@ -79,7 +79,7 @@ def check_teacher(args: Any, has_teacher: bool) -> None:
         return
     if bounds(args, "alpha")[1] > 0:
         raise ValueError(f"alpha {args.alpha} > 0 needs a teacher; pass teacher= or alpha=0")
-    for name, schedule in moving(args).items():
+    for name, schedule in moving_schedules(args).items():
         raise ValueError(
             f"a schedule of {name} needs a teacher; without one this is a Trainer, got {schedule}"
         )
@@ -90,7 +90,7 @@ def schedules(args: Any) -> dict[str, Schedule]:
     return {name: Schedule.parse(getattr(args, name)) for name in RANGES}
 
 
-def moving(args: Any) -> dict[str, Schedule]:
+def moving_schedules(args: Any) -> dict[str, Schedule]:
     """The schedules of more than one value."""
     return {name: schedule for name, schedule in schedules(args).items() if schedule.moves}
 
@@ -110,7 +110,7 @@ def values_at(args: Any, step: int) -> dict[str, float]:
     return {name: schedule.at(step) for name, schedule in schedules(args).items()}
 
 
-def extremes(args: Any) -> Iterator[dict[str, float]]:
+def extreme_values(args: Any) -> Iterator[dict[str, float]]:
     """Values that stand for all that the fields in `RANGES` take: their ends, and between."""
     ends = (
         (low, (low + high) / 2, high) if low < high else (low,)
@@ -119,6 +119,8 @@ def extremes(args: Any) -> Iterator[dict[str, float]]:
     return (dict(zip(RANGES, values, strict=True)) for values in product(*ends))
 
 
-def logged(args: Any, step: int) -> dict[str, float]:
+def logged_values(args: Any, step: int) -> dict[str, float]:
     """What is logged after `step` optimizer steps: what the last of them used, where it moves."""
-    return {name: schedule.at(max(0, step - 1)) for name, schedule in moving(args).items()}
+    return {
+        name: schedule.at(max(0, step - 1)) for name, schedule in moving_schedules(args).items()
+    }

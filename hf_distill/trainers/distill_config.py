@@ -150,8 +150,8 @@ class DistillConfig(TrainingArguments):
         """Check the values where they are given."""
         super().__post_init__()
         for name in config_schedules.RANGES:
-            setattr(self, name, config_schedules.checked(name, getattr(self, name)))
-        config_schedules.check_read(self)
+            setattr(self, name, config_schedules.checked_value(name, getattr(self, name)))
+        config_schedules.check_schedules_are_read(self)
         self.clip = as_group("clip", ClipConfig, self.clip)
         self.token_weights = as_group("token_weights", TokenWeightsConfig, self.token_weights)
         self.hidden = as_group("hidden", HiddenConfig, self.hidden)
@@ -177,7 +177,7 @@ class DistillConfig(TrainingArguments):
         Raises:
             ValueError: as `loss_at`.
         """
-        return map(self._loss, config_schedules.extremes(self))
+        return map(self._loss, config_schedules.extreme_values(self))
 
     @property
     def measures_hard(self) -> bool:

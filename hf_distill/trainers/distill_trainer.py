@@ -15,7 +15,7 @@ from hf_distill.data.token_classes import token_classes
 from hf_distill.losses import HiddenConfig, Loss, TaidConfig, Terms, Tokens
 from hf_distill.losses.hard_loss import HardLoss
 from hf_distill.losses.hidden_states import HiddenAlignment
-from hf_distill.losses.taid import Taid
+from hf_distill.losses.taid import TaidCallback
 from hf_distill.models.forward import Reader
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import vocab_size
@@ -33,11 +33,11 @@ from hf_distill.trainers.checks import (
     hidden_states_refusal,
     losses_of_run,
     own_loss,
-    unused_anywhere,
+    unused_settings,
 )
 from hf_distill.trainers.classification import check_classifier, make_classification
 from hf_distill.trainers.distill_config import DistillConfig
-from hf_distill.trainers.step_collation import StepCollatingTrainer, given_collator, wrapped
+from hf_distill.trainers.step_collation import StepCollatingTrainer, given_collator, wrap_collator
 from hf_distill.trainers.tasks import Batch, Task
 from hf_distill.trainers.vocabulary import Vocabulary
 
@@ -93,7 +93,7 @@ class DistillTrainer(StepCollatingTrainer):
         args = DistillConfig(output_dir="tmp_trainer") if args is None else args
         if not isinstance(args, DistillConfig):
             raise TypeError(f"args must be a DistillConfig, got {type(args).__name__}")
-        config_schedules.check_teacher(args, teacher is not None)
+        config_schedules.check_teacher_is_given(args, teacher is not None)
         self._own_loss = None if loss is None else own_loss(loss, args)
         self._present: tuple[Any, Loss] | None = None  # and what it is made of
         super().__init__(
@@ -126,7 +126,7 @@ class DistillTrainer(StepCollatingTrainer):
         if run.is_classifier:
             check_classifier(run)
         hard_loss = self._make_hard_loss(run)
-        for text in unused_anywhere(self.args, run.own_loss):
+        for text in unused_settings(self.args, run.own_loss):
             logger.warning("a setting is not used: %s", text)
         check_setup(run)
         self._vocabulary = Vocabulary(run)
@@ -139,7 +139,7 @@ class DistillTrainer(StepCollatingTrainer):
         self.label_names = [self.task.label_name]  # PEFT's forward hides them from the Trainer
         self._run = run
         run.teacher.prepare(self.accelerator, run.student, refusal)
-        self.data_collator = wrapped(self.data_collator, self._collator_for(run.teacher))
+        self.data_collator = wrap_collator(self.data_collator, self._collator_for(run.teacher))
         self._layers = self._make_layers(run)
         self._make_monitors(run)
 
@@ -148,8 +148,7 @@ class DistillTrainer(StepCollatingTrainer):
             run.language_model,
             wanted=self.args.measures_hard and not run.is_classifier,
             sharded=run.sharded,
-            compute_loss_func=self.compute_loss_func,
-            label_smoother=self.label_smoother,
+            users=lambda: (self.compute_loss_func, self.label_smoother),
             shifts_labels=not run.is_classifier,
             accepts_count=self.model_accepts_loss_kwargs,  # the Trainer has looked
         )
@@ -187,7 +186,7 @@ class DistillTrainer(StepCollatingTrainer):
         self._looked = False
         self.add_callback(UpdateTeacher(run.teacher))
         if self.args.taid is not None and self._own_loss is None:
-            self._taid = Taid(cast(TaidConfig, self.args.taid), self.accelerator)
+            self._taid = TaidCallback(cast(TaidConfig, self.args.taid), self.accelerator)
             self.add_callback(self._taid)
         watchdog, self._probe = make_watchdog(run, self._vocabulary.size)
         if watchdog is not None:
@@ -200,7 +199,7 @@ class DistillTrainer(StepCollatingTrainer):
         # a search for hyperparameters changes settings between its runs
         made_of = LOSS_SETTINGS(self.args), self.state.global_step if self._moves else 0
         if self._present is None or self._present[0] != made_of:
-            self._moves = bool(config_schedules.moving(self.args))
+            self._moves = bool(config_schedules.moving_schedules(self.args))
             self._present = made_of, self._loss_at(self.state.global_step)
         return self._present[1]
 
@@ -385,7 +384,7 @@ class DistillTrainer(StepCollatingTrainer):
         """As in `Trainer`; training logs also hold the metrics of the scored tokens."""
         if "loss" in logs:
             logs.update(self._read_metrics(training=True))
-            logs.update(config_schedules.logged(self.args, self.state.global_step))
+            logs.update(config_schedules.logged_values(self.args, self.state.global_step))
             if self._taid is not None:
                 logs.update(self._taid.metrics())
             if self.teacher is not None and self._probe is not None:

@@ -20,10 +20,10 @@ from hf_distill.rollouts import TellEngine
 from hf_distill.rollouts.config import RolloutConfig
 from hf_distill.rollouts.environments import Environment
 from hf_distill.rollouts.repeat_sampler import RepeatSampler
-from hf_distill.rollouts.rollout import EVAL_STEP, Rollouts, Window, make_engine, make_table
+from hf_distill.rollouts.rollout import EVAL_STEP, Rollouts, RolloutWindow, make_engine, make_table
 from hf_distill.teachers import SelfTeacher, Teacher, as_teacher
 from hf_distill.trainers.causal_lm import BEHAVIOUR
-from hf_distill.trainers.checks import unused
+from hf_distill.trainers.checks import unused_opsd_settings
 from hf_distill.trainers.distill_trainer import DistillTrainer
 from hf_distill.trainers.opsd_config import OPSDConfig
 from hf_distill.trainers.step_collation import shows_hints
@@ -86,10 +86,10 @@ class OPSDTrainer(DistillTrainer):
             )
         self._check_rollout(args, environment)
         self.hint_collator, self.environment = data_collator, environment
-        self._window: Window | None = None
+        self._window: RolloutWindow | None = None
         self._resumed: dict[str, Any] | None = None
         self._has_shown_hints = False
-        for text in unused(args, environment is not None, teacher is None):
+        for text in unused_opsd_settings(args, environment is not None, teacher is None):
             logger.warning("a setting is not used: %s", text)
         teacher = args.make_teacher() if teacher is None else as_teacher(teacher)
         if args.on_policy and not all(x.knows_new_rows for x in teacher.each()):
@@ -209,7 +209,7 @@ class OPSDTrainer(DistillTrainer):
                 self._hinting.count(batch, training=True)
         return batches, count
 
-    def _new_window(self, rollouts: Rollouts, batches: list[Any], step: int) -> Window:
+    def _new_window(self, rollouts: Rollouts, batches: list[Any], step: int) -> RolloutWindow:
         model = cast(nn.Module, self.model_wrapped)
         resumed, self._resumed = self._resumed or {}, None
         collator = self._hinting.at(self.hint_collator, rollouts.first_step(step), training=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from hf_distill.data.hint_schedule import collator_at, plan_of
+from hf_distill.data.hint_schedule import collator_at_step, hint_schedule_of
 from hf_distill.data.hints import Row
 from hf_distill.data.rendering import DROPPED, TRUNCATED
 from hf_distill.monitoring.metrics import ShareMeter
@@ -23,7 +23,7 @@ from hf_distill.trainers.checkpoints import StatefulTrainer
 ROWS = "rows_to_collate"  # the only key of a batch that is not made yet
 
 
-class Deferred:
+class DeferredCollator:
     """A data collator that leaves its work to the trainer.
 
     Args:
@@ -39,13 +39,13 @@ class Deferred:
         return {ROWS: list(rows)}
 
 
-def deferred(collator: Any, args: TrainingArguments) -> Any:
+def defer_collator(collator: Any, args: TrainingArguments) -> Any:
     """The collator for a data loader: itself, or one that passes rows on if they need the step.
 
     Raises:
         ValueError: `dispatch_batches` is set, which cuts tensors, and rows are passed on.
     """
-    if plan_of(collator) is None:
+    if hint_schedule_of(collator) is None:
         return collator
     loader: Any = args.accelerator_config
     if loader.dispatch_batches:
@@ -54,18 +54,18 @@ def deferred(collator: Any, args: TrainingArguments) -> Any:
             "through the data loader: set it to False, got True"
         )
     loader.dispatch_batches = False  # None would be True for an iterable dataset
-    return Deferred(collator)
+    return DeferredCollator(collator)
 
 
 def given_collator(collator: Any) -> Any:
     """The data collator that a trainer was given, also where its work is left to the trainer."""
-    return collator.collator if isinstance(collator, Deferred) else collator
+    return collator.collator if isinstance(collator, DeferredCollator) else collator
 
 
-def wrapped(collator: Any, wrap: Callable[[Any], Any]) -> Any:
+def wrap_collator(collator: Any, wrap: Callable[[Any], Any]) -> Any:
     """The collator inside another one; a deferred one stays deferred."""
-    if isinstance(collator, Deferred):
-        return Deferred(wrap(collator.collator))
+    if isinstance(collator, DeferredCollator):
+        return DeferredCollator(wrap(collator.collator))
     return wrap(collator)
 
 
@@ -75,7 +75,7 @@ def shows_hints(batch: Mapping[str, Any], num_rows: int) -> bool:
     return dropped is None or not bool(dropped[:num_rows].all())
 
 
-class Hinting:
+class StepCollation:
     """Collates with the step's hints, and measures them.
 
     Logged: `hint_dropout` and `max_hint_length`, where they are not fixed, are the values of the
@@ -99,11 +99,11 @@ class Hinting:
 
     def at(self, collator: Any, step: int, training: bool) -> Any:
         """The collator as it is at an optimizer step. Evaluation drops no hints."""
-        plan = plan_of(collator)
+        plan = hint_schedule_of(collator)
         if plan is None:
             return collator
         self._values[training] = plan.values(step, training)
-        return collator_at(collator, step, self.seed if training else None)
+        return collator_at_step(collator, step, self.seed if training else None)
 
     def made(
         self, batches: Iterable[Any], collator: Any, step: int, training: bool
@@ -139,7 +139,7 @@ class Hinting:
         return metrics
 
 
-class MadeLoader:
+class CollatingLoader:
     """A data loader whose batches are made as they are read; in all else it is the loader inside.
 
     Args:
@@ -149,7 +149,7 @@ class MadeLoader:
         step: optimizer steps taken.
     """
 
-    def __init__(self, loader: Any, hinting: Hinting, collator: Any, step: int) -> None:
+    def __init__(self, loader: Any, hinting: StepCollation, collator: Any, step: int) -> None:
         self._loader, self._hinting = loader, hinting
         self._collator, self._step = collator, step
 
@@ -169,8 +169,8 @@ class StepCollatingTrainer(StatefulTrainer):
     def __init__(
         self, model: Any, args: TrainingArguments, data_collator: Any, *others: Any, **kwargs: Any
     ) -> None:
-        self._hinting = Hinting(args.seed)
-        super().__init__(model, args, deferred(data_collator, args), *others, **kwargs)
+        self._hinting = StepCollation(args.seed)
+        super().__init__(model, args, defer_collator(data_collator, args), *others, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -182,5 +182,7 @@ class StepCollatingTrainer(StatefulTrainer):
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`; hints are as long as at the present step, and none is dropped."""
-        made = MadeLoader(dataloader, self._hinting, self.data_collator, self.state.global_step)
+        made = CollatingLoader(
+            dataloader, self._hinting, self.data_collator, self.state.global_step
+        )
         return super().evaluation_loop(cast(DataLoader, made), *args, **kwargs)

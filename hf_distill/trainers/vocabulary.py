@@ -68,7 +68,7 @@ class Vocabulary:
             raise ValueError(
                 f"a CrossTokenizerCollator needs divergence {UNIVERSAL!r}, got "
                 f"{used.removeprefix('divergence ')} with "
-                f"{tokenizers.described(one)} and {tokenizers.described(other)}"
+                f"{tokenizers.describe(one)} and {tokenizers.describe(other)}"
             )
         for theirs in self._known(teachers):
             assert self._tokenizer is not None
@@ -97,7 +97,7 @@ class Vocabulary:
         """Check the tokenizers of a run; how they differ, or None where they do not."""
         mine, known = self._tokenizer, self._known(teachers)
         if collator is None:
-            words = [x for x in known if mine and tokenizers.difference(mine, x) is not None]
+            words = [x for x in known if mine and tokenizers.first_difference(mine, x) is not None]
             return f"{_both(cast(Any, mine), words[0])}" if words else None
         one, other = collator.student_tokenizer, collator.teacher_tokenizer
         if mine is not None:
@@ -110,7 +110,7 @@ class Vocabulary:
                 tokenizers.check_same(theirs, other, rule)
             _check_ids(other, teacher.vocab_size, "teacher")
         _check_ids(one, student, "student")
-        if tokenizers.difference(one, other) is None:
+        if tokenizers.first_difference(one, other) is None:
             logger.warning(
                 "student and teacher have one tokenizer: divergence %r compares sorted "
                 "probabilities only, 'forward_kl' would compare those of each token",
@@ -146,7 +146,7 @@ class Vocabulary:
         else:
             why = (
                 "only entries behind the tokenizer's ids can be left out, and it is "
-                f"{tokenizers.described(self._tokenizer)}"
+                f"{tokenizers.describe(self._tokenizer)}"
             )
         return teacher.wrong_vocab(
             f"student and teacher must have one vocabulary, got {student} entries for the student "
@@ -191,7 +191,7 @@ class Vocabulary:
         if self.size is not None:
             return signals.without_padding(signal, self.size)
         if sides.has_own_tokens(batch):
-            return replace(signal, paired=sides.paired(batch))
+            return replace(signal, paired=sides.paired_tokens(batch))
         return signal
 
     def outputs(self, outputs: Any) -> Any:
@@ -219,7 +219,7 @@ class Vocabulary:
 
 
 def _both(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str:
-    return f"{tokenizers.described(one)} and {tokenizers.described(other)}"
+    return f"{tokenizers.describe(one)} and {tokenizers.describe(other)}"
 
 
 def _warn_of_temperature(run: Run, student: int | None) -> None:
@@ -238,5 +238,5 @@ def _check_ids(tokenizer: PreTrainedTokenizerBase, size: int | None, side: str) 
     if size is not None and tokenizers.num_ids(tokenizer) > size:
         raise ValueError(
             f"the {side}'s tokenizer must have at most its model's {size} entries, got "
-            f"{tokenizers.described(tokenizer)}"
+            f"{tokenizers.describe(tokenizer)}"
         )

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_distill.data import alignment, batches, sides
 from hf_distill.data.alignment import AlignmentError, AlignmentMeter
-from hf_distill.data.batches import Rendered, build_batch
+from hf_distill.data.batches import TokenRow, build_batch
 
 PROMPTS, TEACHER_PROMPTS = [[5, 6], [7]], [[5, 6, 40, 41], [7, 42]]
 COMPLETIONS = [[8, 2], [9, 10, 11]]
@@ -176,10 +176,10 @@ def test_an_end_token_that_is_not_scored_is_an_error() -> None:
 
 def test_an_end_token_in_a_context_need_not_be_scored() -> None:
     """A turn that the length limit cut is closed by the template; the dialogue goes on."""
-    closed = Rendered([5, 8, 9, 2, 6, 7], [1, 2, 5])
+    closed = TokenRow([5, 8, 9, 2, 6, 7], [1, 2, 5])
     batch = batches.build_rows([closed], [closed], pad_token_id=2)
     alignment.assert_aligned(batch, end_ids=[2])
-    unscored = Rendered([5, 8, 2, 6, 2], [1, 2])  # behind the last scored token comes another one
+    unscored = TokenRow([5, 8, 2, 6, 2], [1, 2])  # behind the last scored token comes another one
     batch = batches.build_rows([unscored], [unscored], pad_token_id=2)
     alignment.assert_aligned(batch, end_ids=[2])
 

@@ -67,7 +67,7 @@ def test_a_batch_token_by_token() -> None:
     words = ["The", "answer", "is", "3", ".", "<|im_end|>"]
     assert pairs_of(batch, 0) == list(zip(words, "The an", strict=True))
     assert pairs_of(batch, 1) == [("9", "9"), ("<|im_end|>", "<end>")]
-    assert sides.paired(batch).tolist() == [True] * 8
+    assert sides.paired_tokens(batch).tolist() == [True] * 8
     assert batch["teacher_own_tokens"].tolist() == [True, True]
 
 
@@ -77,7 +77,7 @@ def test_a_longer_students_completion_is_scored_to_its_end() -> None:
     assert [x for x, _ in found] == [*"The answer is 3 .", "<end>"]
     words = ["The", "answer", "is", "3", ".", "<|im_end|>"]
     assert [x for _, x in found] == [*words, *[None] * 12]
-    assert sides.paired(batch).tolist() == [True] * 6 + [False] * 12 + [True] * 2
+    assert sides.paired_tokens(batch).tolist() == [True] * 6 + [False] * 12 + [True] * 2
 
 
 @pytest.mark.parametrize("swapped", [False, True])

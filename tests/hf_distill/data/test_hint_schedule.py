@@ -10,7 +10,12 @@ from hf_distill import Hint, HintCollator
 from hf_distill.cache.datasets import MessagesCollator
 from hf_distill.data.episodes import Episode
 from hf_distill.data.hint_collator import DROPPED, TRUNCATED
-from hf_distill.data.hint_schedule import Draw, HintPlan, collator_at, plan_of
+from hf_distill.data.hint_schedule import (
+    HintDropout,
+    HintSchedule,
+    collator_at_step,
+    hint_schedule_of,
+)
 from hf_distill.schedules import Schedule
 from tests.hf_distill.data.test_chat import PROMPT, ROW, reply, user, words
 from tests.hf_distill.data.test_episodes import episode
@@ -144,21 +149,21 @@ def rows_of(count: int) -> list[list[int]]:
 def test_the_share_is_that_of_the_draws() -> None:
     rows = rows_of(4000)
     for share in (0.1, 0.5, 0.9):
-        found = sum(Draw(share, 0, 0)(rows)) / len(rows)
+        found = sum(HintDropout(share, 0, 0)(rows)) / len(rows)
         assert found == pytest.approx(share, abs=0.03)  # three and a half standard errors
-    assert sum(Draw(0.0, 0, 0)(rows)) == 0
-    assert sum(Draw(1.0, 0, 0)(rows)) == len(rows)
+    assert sum(HintDropout(0.0, 0, 0)(rows)) == 0
+    assert sum(HintDropout(1.0, 0, 0)(rows)) == len(rows)
 
 
 def test_a_draw_follows_from_seed_step_and_row_alone() -> None:
-    rows, draw = rows_of(200), Draw(0.5, 0, 7)
+    rows, draw = rows_of(200), HintDropout(0.5, 0, 7)
     state, own = random.getstate(), torch.get_rng_state()
     whole = draw(rows)
     assert random.getstate() == state
     assert torch.equal(torch.get_rng_state(), own)
     assert [draw([row])[0] for row in rows] == whole  # batches do not matter
     assert draw(rows[::-1]) == whole[::-1]
-    for other in (Draw(0.5, 1, 7), Draw(0.5, 0, 8)):
+    for other in (HintDropout(0.5, 1, 7), HintDropout(0.5, 0, 8)):
         agree = sum(a == b for a, b in zip(whole, other(rows), strict=True))
         assert 60 < agree < 140  # of 200: two fair coins
     alike = draw([rows[0]] * 200)
@@ -199,7 +204,7 @@ def test_a_hint_that_cannot_be_cut_to_its_schedule_is_left_out(scored: str, chat
 
 @pytest.mark.parametrize(("value", "tokens"), [(64 - 1e-9, 64), (63.99, 63), (7, 7), ("2.5", 2)])
 def test_lengths_are_rounded_down_but_for_rounding_errors(value: Any, tokens: int) -> None:
-    assert HintPlan.of(0.0, value, "error").length_at(0) == tokens
+    assert HintSchedule.of(0.0, value, "error").length_at(0) == tokens
 
 
 @pytest.mark.parametrize(
@@ -245,13 +250,13 @@ def test_rows_are_not_made_without_a_step() -> None:
 def test_collators_around_one_with_a_plan() -> None:
     inside = collator(dropout=0.5)
     around = MessagesCollator(inside)
-    assert plan_of(around) is inside.hint_plan
+    assert hint_schedule_of(around) is inside.hint_plan
     rows = [{"messages": [user(f"What is {i} ?"), reply("3")], "hint": "Hint"} for i in "12345678"]
-    batch = collator_at(around, 2, SEED)(rows)
+    batch = collator_at_step(around, 2, SEED)(rows)
     assert 0 < batch[DROPPED].sum() < 8
     parts = [row | {"prompt": row["messages"][:1], "completion": [reply("3")]} for row in rows]
     assert same(batch, inside.at(2, SEED)(parts))
     assert around.collator is inside  # as it was
-    assert plan_of(MessagesCollator(collator(dropout=0.0))) is None
-    assert plan_of(models.Pad()) is None
-    assert plan_of(inside.at(0)) is None
+    assert hint_schedule_of(MessagesCollator(collator(dropout=0.0))) is None
+    assert hint_schedule_of(models.Pad()) is None
+    assert hint_schedule_of(inside.at(0)) is None

@@ -9,7 +9,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hf_distill.data.reasoning_spans import BYTE_SPELLING, Blocks, token_bytes
+from hf_distill.data.reasoning_spans import BYTE_SPELLING, ReasoningSpans, token_bytes
 from tests.hf_distill.trainers import models as tiny
 
 SPELLING = {byte: character for character, byte in BYTE_SPELLING.items()}
@@ -44,7 +44,7 @@ def inside(
 ) -> list[str]:
     """The tokens of a row that are inside."""
     ids = torch.tensor([tokenizer.convert_tokens_to_ids(list(tokens))])
-    found = Blocks(tokenizer, *markers)(ids)
+    found = ReasoningSpans(tokenizer, *markers)(ids)
     assert found.shape == ids.shape
     assert found.dtype == torch.bool
     return [token for token, yes in zip(tokens, found[0].tolist(), strict=True) if yes]
@@ -93,7 +93,7 @@ def test_any_cut_gives_what_the_text_says(text: str, markers: tuple[str, str]) -
         spans = list(itertools.pairwise(cuts))
         tokenizer = byte_level([data[a:b] for a, b in spans])
         ids = tokenizer.convert_tokens_to_ids([spelt(data[a:b]) for a, b in spans])
-        found = Blocks(tokenizer, *markers)(torch.tensor([ids]))[0].tolist()
+        found = ReasoningSpans(tokenizer, *markers)(torch.tensor([ids]))[0].tolist()
         assert found == [all(expected[a:b]) for a, b in spans]
 
 
@@ -136,7 +136,7 @@ def test_a_tokenizer_of_bytes() -> None:
     tokenizer = ByT5Tokenizer(extra_ids=0)
     text = "ä◁think▷é\t1◁/think▷ü"
     ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
-    found = Blocks(tokenizer, "◁think▷", "◁/think▷")(ids)[0]
+    found = ReasoningSpans(tokenizer, "◁think▷", "◁/think▷")(ids)[0]
     assert tokenizer.decode(ids[0][found]) == "é\t1"
 
 
@@ -144,7 +144,7 @@ def test_padding_is_no_text() -> None:
     """Its token could be the marker, and stands between the rows' own tokens and the margin."""
     tokenizer = with_vocab(["a", "<think>", "</think>", "b"], decoders.ByteLevel())
     ids = torch.tensor([[2, 2, 1, 0, 3], [1, 3, 2, 0, 1]])
-    blocks = Blocks(tokenizer, *THINK)
+    blocks = ReasoningSpans(tokenizer, *THINK)
     assert blocks(ids)[1].tolist() == [False, True, False, False, False]
     mask = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 0]])
     assert blocks(ids, mask)[:, 1:-1].tolist() == [[False, False, True], [False] * 3]

@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_distill import DistillConfig, DistillTrainer, HintCollator, OPSDConfig, OPSDTrainer
 from hf_distill.cache import CachedTeacher, HeadSamples, cache_teacher
 from hf_distill.data.batches import unpad
-from tests.hf_distill.trainers import classifying, models
+from tests.hf_distill.trainers import classifying, models, own_losses
 
 ROWS_PER_STEP = 4
 SAVED_AT = 3
@@ -29,7 +29,7 @@ def distill(folder: Path, num_processes: int, **changes: Any) -> DistillTrainer:
     """All weights; rows of uneven lengths, two micro-batches a step."""
     settings = {"gradient_accumulation_steps": 2, "max_steps": 2} | changes
     tokenizer = settings.pop("processing_class", None)
-    teacher = settings.pop("teacher", None) or models.llama(1)
+    teacher, loss = settings.pop("teacher", None) or models.llama(1), settings.pop("loss", None)
     args = DistillConfig(**_options(folder, num_processes, **settings))
     return DistillTrainer(
         models.llama(),
@@ -38,7 +38,13 @@ def distill(folder: Path, num_processes: int, **changes: Any) -> DistillTrainer:
         models.rows(longest=30),
         processing_class=tokenizer,
         teacher=teacher,
+        loss=loss,
     )
+
+
+def distill_own_loss(folder: Path, num_processes: int) -> DistillTrainer:
+    """The forward KL in plain PyTorch, with metrics of its own."""
+    return distill(folder, num_processes, loss=own_losses.Measuring())
 
 
 def distill_cached(folder: Path, num_processes: int) -> DistillTrainer:
@@ -207,6 +213,7 @@ SETUPS = (
     distill_local_mean,
     distill_logits,
     distill_nothing_to_score,
+    distill_own_loss,
     distill_taid,
     distill_weighted,
     opsd_anchored,

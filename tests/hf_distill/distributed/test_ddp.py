@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.hf_distill.distributed import setups
-from tests.hf_distill.trainers import models
+from tests.hf_distill.trainers import models, own_losses
 
 pytestmark = [
     pytest.mark.distributed,
@@ -57,6 +57,7 @@ def test_two_processes_are_one(two_processes: Path, tmp_path: Path, setup) -> No
     for step, want in zip(logs, expected_logs, strict=True):
         assert step["soft"] == pytest.approx(want["soft"], rel=1e-4)  # weights differ after step 1
         means = {"anchor", "advantage", "hard", "taid_t", "taid_teacher_kl", "entropy_factor"}
+        means |= {"target_id", "teacher_right", "above_30", "width"}
         for name in (means | {"reasoning_share"}) & want.keys():
             assert step[name] == pytest.approx(want[name], rel=1e-4, abs=1e-5)
         split = {name for name in want if name.startswith(SAME)}
@@ -64,6 +65,17 @@ def test_two_processes_are_one(two_processes: Path, tmp_path: Path, setup) -> No
             {name: want[name] for name in split}, rel=1e-3
         )
     assert models.difference(weights, expected) <= TOLERANCE
+
+
+def test_an_own_loss_of_two_processes_is_the_built_in_one(two_processes: Path) -> None:
+    built_in, logs = torch.load(two_processes / "distill.pt")
+    own, own_logs = torch.load(two_processes / "distill_own_loss.pt")
+    # as in one process, see tests/hf_distill/trainers/test_own_loss.py
+    assert models.difference(own, built_in) <= 10 * TOLERANCE
+    for log, want in zip(own_logs, logs, strict=True):
+        assert not own_losses.MEASURED & log.keys()
+        shared = ("loss", "soft", "hard", "tokens")
+        assert {x: log[x] for x in shared} == pytest.approx({x: want[x] for x in shared}, rel=1e-5)
 
 
 def test_the_table_of_completions_has_the_rows_of_both(two_processes: Path, tmp_path: Path) -> None:

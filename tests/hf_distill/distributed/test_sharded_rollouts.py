@@ -12,7 +12,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
 from hf_distill.rollouts import generate
-from hf_distill.rollouts.continuous_batching import refusal
+from hf_distill.rollouts.continuous_batching import continuous_batching_refusal
 from hf_distill.rollouts.sampling import is_sharded
 from tests.hf_distill.trainers import models
 from tests.processes import run_two
@@ -64,7 +64,10 @@ def run(kind: str, rank: int) -> dict[str, Any]:
     whole, model = make(), shard(kind, make())
     prompts = PROMPTS[rank]
     model.train()
-    found: dict[str, Any] = {"sharded": is_sharded(model), "refusal": refusal(model)}
+    found: dict[str, Any] = {
+        "sharded": is_sharded(model),
+        "refusal": continuous_batching_refusal(model),
+    }
     found["whole"] = sample(whole, prompts)
     found["all"] = sample(model, prompts)
     found["batches"] = sample(model, prompts, batch_size=2)

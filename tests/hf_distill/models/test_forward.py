@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_distill.data.sides import Side
-from hf_distill.models.forward import Reader, probe
+from hf_distill.models.forward import Reader, probe_head
 from hf_distill.models.structure import vocab_size
 from tests.hf_distill.trainers import models
 
@@ -95,13 +95,13 @@ REFUSED = {
 
 @pytest.mark.parametrize("family", POSTS)
 def test_the_probe_finds_what_follows_the_head(family: str) -> None:
-    assert probe(models.FAMILIES[family](), IDS[:1]) == POSTS[family]
+    assert probe_head(models.FAMILIES[family](), IDS[:1]) == POSTS[family]
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_the_probe_refuses_other_heads(case: str) -> None:
     make, message = REFUSED[case]
-    found = probe(make(), IDS[:1])
+    found = probe_head(make(), IDS[:1])
     assert isinstance(found, str)
     assert message in found
 
@@ -178,7 +178,7 @@ def test_a_forward_that_the_user_replaced_is_put_back() -> None:
 def test_the_probe_leaves_mode_and_hooks() -> None:
     model = models.llama(attention_dropout=0.5).train()
     state = torch.get_rng_state()
-    assert probe(model, IDS[:1]) == (1.0, None)
+    assert probe_head(model, IDS[:1]) == (1.0, None)
     assert model.training
     assert model.model.layers[0].training
     assert not model.lm_head._forward_hooks

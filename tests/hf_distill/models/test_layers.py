@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_distill.models.layers import Watch, blocks, match_layers, parse_layers
+from hf_distill.models.layers import LayerWatcher, decoder_blocks, match_layers, parse_layers
 from tests.hf_distill.trainers import models
 
 
@@ -52,7 +52,7 @@ def test_states_are_those_of_output_hidden_states(family: Any) -> None:
     lm = family()
     ids = torch.tensor([row["input_ids"][:4] for row in models.rows(3)])
     predicts = torch.rand(ids.shape) < 0.6
-    with torch.no_grad(), Watch("student", [1, 2]).on(lm, predicts) as seen:
+    with torch.no_grad(), LayerWatcher("student", [1, 2]).on(lm, predicts) as seen:
         want = lm(input_ids=ids, output_hidden_states=True).hidden_states
     first, last = seen.states().hidden
     assert torch.equal(first, want[1][predicts])
@@ -62,8 +62,10 @@ def test_states_are_those_of_output_hidden_states(family: Any) -> None:
 
 def test_hooks_go_with_the_block_and_only_chosen_layers_have_them() -> None:
     lm = models.llama(num_hidden_layers=4)
-    with Watch("student", [3], attention=True).on(lm, torch.ones(1, 3, dtype=torch.bool)) as seen:
-        hooked = [i for i, block in enumerate(blocks(lm)) if block._forward_hooks]
+    with LayerWatcher("student", [3], attention=True).on(
+        lm, torch.ones(1, 3, dtype=torch.bool)
+    ) as seen:
+        hooked = [i for i, block in enumerate(decoder_blocks(lm)) if block._forward_hooks]
         lm(input_ids=torch.tensor([[3, 4, 5]]))
     assert hooked == [2]
     assert not any(module._forward_hooks for module in lm.modules())
@@ -76,4 +78,4 @@ def test_a_model_without_blocks_is_named() -> None:
     lm = models.llama()
     lm.config.num_hidden_layers = 7
     with pytest.raises(ValueError, match="one list of 7 blocks, LlamaForCausalLM has 0"):
-        blocks(lm)
+        decoder_blocks(lm)

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from hf_distill.rollouts import Sampling, generate
-from hf_distill.rollouts.continuous_batching import ContinuousEngine, refusal
+from hf_distill.rollouts.continuous_batching import ContinuousEngine, continuous_batching_refusal
 from tests.hf_distill.rollouts import checks
 from tests.hf_distill.trainers import models
 
@@ -247,26 +247,34 @@ def test_softcapped_attention_is_refused() -> None:
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = models.llama()
-    assert refusal(model) is None
-    assert refusal(models.lora(models.llama())) is None
+    assert continuous_batching_refusal(model) is None
+    assert continuous_batching_refusal(models.lora(models.llama())) is None
     model.model.layers[0].mlp.up_proj.weight.ds_id = 0
-    assert refusal(model) == "its parameters are sharded"
+    assert continuous_batching_refusal(model) == "its parameters are sharded"
     model = models.llama()
     model.config._attn_implementation_internal = "flex_attention"
-    assert "'flex_attention' has no paged form" in (refusal(model) or "")
+    assert "'flex_attention' has no paged form" in (continuous_batching_refusal(model) or "")
     model = models.llama()
     model.config.layer_types = ["full_attention", "linear_attention"]
-    assert refusal(model) == "layers of type 'linear_attention' have no paged cache"
+    assert (
+        continuous_batching_refusal(model)
+        == "layers of type 'linear_attention' have no paged cache"
+    )
     model = models.llama()
     model.config._attn_implementation_internal = "flash_attention_2"
-    assert refusal(model) == "flash attention needs 16-bit weights, got torch.float32"
-    assert refusal(model.to(torch.bfloat16)) is None
+    assert (
+        continuous_batching_refusal(model)
+        == "flash attention needs 16-bit weights, got torch.float32"
+    )
+    assert continuous_batching_refusal(model.to(torch.bfloat16)) is None
     model = models.llama()
     model._cached_continuous_batching_manager = object()
-    assert "destroy_cached_continuous_batching_manager" in (refusal(model) or "")
+    assert "destroy_cached_continuous_batching_manager" in (
+        continuous_batching_refusal(model) or ""
+    )
     monkeypatch.setattr(type(model), "_is_stateful", True)
-    assert "a state" in (refusal(models.llama()) or "")
-    assert refusal(nn.Linear(2, 2)) == "Linear has no init_continuous_batching"
+    assert "a state" in (continuous_batching_refusal(models.llama()) or "")
+    assert continuous_batching_refusal(nn.Linear(2, 2)) == "Linear has no init_continuous_batching"
     with pytest.raises(ValueError, match="'continuous' cannot sample from this model: Linear has"):
         continuous(nn.Linear(2, 2))
 

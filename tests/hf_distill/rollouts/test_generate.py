@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_distill.models.forward import kept_rng
-from hf_distill.rollouts import cut, end_token_ids, generate
+from hf_distill.rollouts import cut_at_end_token, end_token_ids, generate
 from tests.hf_distill.trainers import models
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
@@ -44,10 +44,10 @@ class Scripted(nn.Module):
 
 
 def test_the_first_end_token_is_kept_and_what_follows_is_not() -> None:
-    assert cut([4, 2, 5, 2], [2]) == [4, 2]
-    assert cut([2, 2], [2]) == [2]
-    assert cut([4, 5], [2]) == [4, 5]
-    assert cut([4, 9, 2], [2, 9]) == [4, 9]
+    assert cut_at_end_token([4, 2, 5, 2], [2]) == [4, 2]
+    assert cut_at_end_token([2, 2], [2]) == [2]
+    assert cut_at_end_token([4, 5], [2]) == [4, 5]
+    assert cut_at_end_token([4, 9, 2], [2, 9]) == [4, 9]
 
 
 def test_padding_with_the_end_tokens_id_is_safe() -> None:

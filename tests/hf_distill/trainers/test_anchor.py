@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_distill import OPSDConfig, OPSDTrainer
-from hf_distill.data.anchor_rows import has_anchor, joined
+from hf_distill.data.anchor_rows import has_anchor, join_anchor_rows
 from hf_distill.data.batches import unpad
 from hf_distill.data.sides import Side, student_side
 from tests.hf_distill.trainers import models
@@ -205,14 +205,14 @@ def test_rows_are_joined_below_and_padded_on_the_right() -> None:
         "anchor_labels": torch.tensor([[-100, -100, 8, 7]]),
         "anchor_count": torch.tensor(1),
     }
-    rows = joined(student_side(batch), batch)
+    rows = join_anchor_rows(student_side(batch), batch)
     real = rows.inputs["attention_mask"]
     assert rows.inputs["input_ids"].tolist() == [[3, 4, 5, 0], [6, 7, 8, 0], [0, 9, 8, 7]]
     assert real.tolist() == [[1, 1, 1, 0], [1, 1, 1, 0], [0, 1, 1, 1]]
     assert rows.predicts.int().tolist() == [[0, 1, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0]]
     odd = Side({"input_ids": ids, "token_type_ids": ids}, rows.predicts[:2])
     with pytest.raises(ValueError, match=r"input_ids and attention_mask only.*token_type_ids"):
-        joined(odd, batch)
+        join_anchor_rows(odd, batch)
     del batch["anchor_count"]
     with pytest.raises(ValueError, match="with anchor_input_ids needs anchor_count too"):
         has_anchor(batch)

@@ -53,7 +53,7 @@ def test_torn_checkpoints_are_passed_over(folder: Path, caplog: pytest.LogCaptur
     (folder / "checkpoint-2" / STATE).write_text('{"best_metric": null, "epo')
     (folder / "checkpoint-10").mkdir()  # later than 9, though not by name
     (folder / "checkpoint-99-old").mkdir()
-    assert checkpoints.last_whole(str(folder)) == str(folder / "checkpoint-1")
+    assert checkpoints.last_whole_checkpoint(str(folder)) == str(folder / "checkpoint-1")
     passed = [r.getMessage() for r in caplog.records]
     assert [text.split(" is passed")[0][-2:] for text in passed] == ["10", "-3", "-2"]
     assert f"it has no {STATE}, which is written last; it may be removed" in passed[1]
@@ -101,8 +101,8 @@ def test_writing_over_a_checkpoint_first_takes_its_mark(
     monkeypatch.setattr(run, "_save_optimizer_and_scheduler", stop)
     with pytest.raises(Killed):
         run.train()
-    assert checkpoints.flaw(str(folder / "checkpoint-1")) is not None
-    assert checkpoints.flaw(str(folder / "checkpoint-2")) is None
+    assert checkpoints.find_flaw(str(folder / "checkpoint-1")) is not None
+    assert checkpoints.find_flaw(str(folder / "checkpoint-2")) is None
 
 
 def test_a_checkpoint_is_whole_before_old_ones_are_removed(
@@ -112,7 +112,7 @@ def test_a_checkpoint_is_whole_before_old_ones_are_removed(
 
     def noted(output_dir: str, **kwargs: Any) -> None:
         folder = max(Path(output_dir).glob("checkpoint-*"))
-        assert checkpoints.flaw(str(folder)) is None
+        assert checkpoints.find_flaw(str(folder)) is None
         found.append({path.name for path in folder.iterdir()})
 
     monkeypatch.setattr(transformers.trainer, "rotate_checkpoints", noted)
@@ -156,7 +156,7 @@ def test_a_missing_rollout_is_logged(folder: Path, caplog: pytest.LogCaptureFixt
 def test_model_only_checkpoints_have_no_state_of_the_teacher(tmp_path: Path) -> None:
     trainer(tmp_path, save_only_model=True).train()
     assert not list(tmp_path.glob("*/teacher.safetensors"))
-    assert checkpoints.flaw(str(tmp_path / "checkpoint-3")) is None
+    assert checkpoints.find_flaw(str(tmp_path / "checkpoint-3")) is None
     with pytest.raises(FileNotFoundError, match="the teacher's state must be in the checkpoint"):
         trainer(tmp_path).train(resume_from_checkpoint=True)
 

@@ -216,7 +216,7 @@ def test_a_lost_scale_or_softcap_would_show(
     make = models.FAMILIES[family]
     logits = distill(tmp_path, make(), make(1), kind=ReadsLogits)
     right = distill(tmp_path, make(), make(1))
-    monkeypatch.setattr(forward, "probe", lambda lm, ids: (1.0, None))
+    monkeypatch.setattr(forward, "probe_head", lambda lm, ids: (1.0, None))
     assert_same(logits, right, distill(tmp_path, make(), make(1)))
 
 

@@ -250,9 +250,13 @@ def test_an_infinite_divergence_is_named(tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_an_infinite_hard_loss_is_not_blamed_on_the_teacher(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_set_later", [False, True])
+def test_an_infinite_hard_loss_is_not_blamed_on_the_teacher(
+    tmp_path: Path, is_set_later: bool
+) -> None:
     no_number = lambda *_args, **_kwargs: torch.tensor(float("nan"))
-    trainer = distill(tmp_path, alpha=0.5, compute_loss_func=no_number)
+    trainer = distill(tmp_path, alpha=0.5, compute_loss_func=None if is_set_later else no_number)
+    trainer.compute_loss_func = no_number
     with pytest.raises(FloatingPointError) as caught:
         trainer.compute_loss(trainer.model, models.Pad()(models.rows(4)))
     assert "infinite at 0 tokens" not in str(caught.value)

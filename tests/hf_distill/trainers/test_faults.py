@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_distill import HintCollator, OPSDConfig, OPSDTrainer, SelfTeacher
 from hf_distill.data.alignment import AlignmentError
-from hf_distill.data.batches import Rendered, build_rows
+from hf_distill.data.batches import TokenRow, build_rows
 from hf_distill.data.hint_collator import Made
 from hf_distill.data.sides import INDEX_MAPS
 from hf_distill.monitoring.preflight import EmptyHintError
@@ -109,7 +109,7 @@ class SwappedContexts(HintCollator):
             other, start = made[i - 1].teacher, made[i - 1].teacher.scored[0]
             completion = [this.teacher.ids[at] for at in this.teacher.scored]
             ids = [*other.ids[:start], *completion]
-            sides.append(Rendered(ids, range(start, len(ids))))
+            sides.append(TokenRow(ids, range(start, len(ids))))
         return build_rows([x.student for x in made], sides, self.pad_token_id)
 
 
@@ -135,18 +135,18 @@ class TeacherTokenisedAgain(HintCollator):
         for row in (x.teacher for x in made):
             start = row.scored[0]
             ids = [*row.ids[:start], *again(self.tokenizer, row.ids[start:])]
-            sides.append(Rendered(ids, range(start, len(ids))))
+            sides.append(TokenRow(ids, range(start, len(ids))))
         return build_rows([x.student for x in made], sides, self.pad_token_id)
 
 
 class BothTokenisedAgain(HintCollator):
     def _batch(self, made: Sequence[Made]) -> Batch:
-        sides: list[list[Rendered]] = [[], []]
+        sides: list[list[TokenRow]] = [[], []]
         for x in made:
             for rows, row in zip(sides, x[:2], strict=True):
                 start = row.scored[0]
                 ids = [*row.ids[:start], *again(self.tokenizer, row.ids[start:])]
-                rows.append(Rendered(ids, range(start, len(ids))))
+                rows.append(TokenRow(ids, range(start, len(ids))))
         return build_rows(*sides, self.pad_token_id)
 
 
@@ -154,11 +154,11 @@ class OtherTemplate(HintCollator):
     """No generation prompt for the teacher."""
 
     def _fit(self, prompt: Any, student: Any, hints: Any, teacher: Any) -> Any:
-        def changed(hints: Any) -> Rendered:
+        def changed(hints: Any) -> TokenRow:
             row = teacher(hints)
             start = row.scored[0]
             ids = [*row.ids[: start - 2], *row.ids[start:]]
-            return Rendered(ids, [at - 2 for at in row.scored])
+            return TokenRow(ids, [at - 2 for at in row.scored])
 
         return super()._fit(prompt, student, hints, changed)
 

@@ -70,7 +70,7 @@ def test_killed_runs_go_on_bit_for_bit(tmp_path: Path, processes: Any) -> None:
             if stop.place != "loss":
                 torn = str(killed / f"checkpoint-{stop.step}")
                 assert trainer_utils.get_last_checkpoint(killed) == torn  # the Trainer's choice
-                assert checkpoints.flaw(torn) is not None
+                assert checkpoints.find_flaw(torn) is not None
         start(processes, killed, setup)
         assert_bit_equal(straight, killed)
         assert (killed / LOG).read_text().count("is passed over: it") == len(stops) - 1

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from hf_distill import Hint, HintCollator, OPSDConfig, OPSDTrainer, SelfTeacher
-from hf_distill.data.batches import Rendered
-from hf_distill.monitoring.preflight import EmptyHintError, lost_context
+from hf_distill.data.batches import TokenRow
+from hf_distill.monitoring.preflight import EmptyHintError, find_lost_context
 from hf_distill.teachers import self_teacher
 from tests.hf_distill.trainers import models
 
@@ -108,16 +108,16 @@ def test_a_dead_teacher_is_an_error(tmp_path):
 class OtherContext(HintCollator):
     """Its teacher's rows are changed."""
 
-    def changed(self, teacher: Rendered) -> Rendered:
+    def changed(self, teacher: TokenRow) -> TokenRow:
         raise NotImplementedError
 
-    def _fit(self, prompt: Any, student: Rendered, hints: Any, teacher: Any) -> Any:
+    def _fit(self, prompt: Any, student: TokenRow, hints: Any, teacher: Any) -> Any:
         return super()._fit(prompt, student, hints, lambda hints: self.changed(teacher(hints)))
 
 
-def without(row: Rendered, start: int, count: int) -> Rendered:
+def without(row: TokenRow, start: int, count: int) -> TokenRow:
     """The row without some tokens of a context."""
-    return Rendered(
+    return TokenRow(
         [*row.ids[:start], *row.ids[start + count :]],
         [at if at < start else at - count for at in row.scored],
     )
@@ -126,26 +126,26 @@ def without(row: Rendered, start: int, count: int) -> Rendered:
 class Greets(OtherContext):
     """A system message even where there is no hint."""
 
-    def changed(self, teacher: Rendered) -> Rendered:
+    def changed(self, teacher: TokenRow) -> TokenRow:
         greeting = self.tokenizer("<|im_start|> system You are brief . <|im_end|>")["input_ids"]
-        return Rendered([*greeting, *teacher.ids], [at + len(greeting) for at in teacher.scored])
+        return TokenRow([*greeting, *teacher.ids], [at + len(greeting) for at in teacher.scored])
 
 
 class NoGenerationPrompt(OtherContext):
-    def changed(self, teacher: Rendered) -> Rendered:
+    def changed(self, teacher: TokenRow) -> TokenRow:
         return without(teacher, teacher.scored[0] - 2, 2)
 
 
 class TwoBeginnings(OtherContext):
-    def changed(self, teacher: Rendered) -> Rendered:
-        return Rendered([teacher.ids[0], *teacher.ids], [at + 1 for at in teacher.scored])
+    def changed(self, teacher: TokenRow) -> TokenRow:
+        return TokenRow([teacher.ids[0], *teacher.ids], [at + 1 for at in teacher.scored])
 
 
 class Thinks(HintCollator):
     """Other template kwargs for the teacher."""
 
-    def _fit(self, prompt: Any, student: Rendered, hints: Any, teacher: Any) -> Any:
-        def other(hints: Any) -> Rendered:
+    def _fit(self, prompt: Any, student: TokenRow, hints: Any, teacher: Any) -> Any:
+        def other(hints: Any) -> TokenRow:
             kept, self.chat_template_kwargs = self.chat_template_kwargs, {"think": True}
             try:
                 return teacher(hints)
@@ -158,7 +158,7 @@ class Thinks(HintCollator):
 class SecondTurn(OtherContext):
     """Right up to the first reply; a token behind it is lost."""
 
-    def changed(self, teacher: Rendered) -> Rendered:
+    def changed(self, teacher: TokenRow) -> TokenRow:
         starts = [b for a, b in pairwise(teacher.scored) if b != a + 1]
         return without(teacher, starts[0] - 3, 1) if starts else teacher
 
@@ -303,10 +303,10 @@ def test_lost_context_is_told_by_its_text():
     words = Pieces("Sum", " of 3", "?", "?\n\nHint", " 4", "<end>", "Be", " brief")
     kept = ([0, 1, 2, 5], [0, 1, 3, 4, 2, 5], [0, 1, 3, 4, 5], [6, 7, 0, 1, 2, 5])
     for teacher in kept:
-        assert lost_context([0, 1, 2, 5], teacher, words) is None
-    assert lost_context([6, 7, 0, 5], [3, 4, 0, 5], words) == ("Be brief", "?\n\nHint 4")
-    assert lost_context([0, 1, 2, 5], [1, 2, 5], words) == ("Sum", "")
-    assert lost_context([0, 1, 2, 5], [0, 2, 1, 5], words) == ("?", "")
+        assert find_lost_context([0, 1, 2, 5], teacher, words) is None
+    assert find_lost_context([6, 7, 0, 5], [3, 4, 0, 5], words) == ("Be brief", "?\n\nHint 4")
+    assert find_lost_context([0, 1, 2, 5], [1, 2, 5], words) == ("Sum", "")
+    assert find_lost_context([0, 1, 2, 5], [0, 2, 1, 5], words) == ("?", "")
 
 
 def test_a_resumed_run_is_not_checked(tmp_path, caplog):

@@ -20,7 +20,7 @@ from hf_distill import (
     cache_teacher,
 )
 from hf_distill.losses import Terms, Tokens
-from hf_distill.losses.taid import Taid, TaidConfig, TaidLoss
+from hf_distill.losses.taid import TaidCallback, TaidConfig, TaidLoss
 from hf_distill.models import Signal
 from tests.hf_distill.trainers import classifying, models
 from tests.hf_distill.trainers.reading import only_logits
@@ -232,7 +232,7 @@ def test_the_loss_of_a_step_is_the_mean_of_the_processes() -> None:
         return (own + 4.0) / 2
 
     accelerator: Any = SimpleNamespace(device=torch.device("cpu"), reduce=reduce)
-    taid = Taid(TaidConfig(), accelerator)
+    taid = TaidCallback(TaidConfig(), accelerator)
     state = SimpleNamespace(global_step=1, max_steps=4)
     taid.add(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.25]))
     taid.add(torch.tensor([3.0]), torch.tensor([1.0]))

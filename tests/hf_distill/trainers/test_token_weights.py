@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from hf_distill import DistillConfig, DistillTrainer, OPSDConfig, OPSDTrainer
 from hf_distill.data.token_classes import CLASSES, token_classes
-from hf_distill.data.token_weights import TokenWeights, total
+from hf_distill.data.token_weights import TokenWeights, total_weight
 from tests.hf_distill.trainers import models
 from tests.hf_distill.trainers.reading import ReadsLogits
 
@@ -293,6 +293,6 @@ def test_ids_without_a_token_are_special() -> None:
     labels = torch.tensor([[7, 60, 1000, -100, 2]])
     found = weigh({"labels": labels})
     assert found.tolist() == [[2.0, 5.0, 5.0, 0.0, 5.0]]
-    assert total([{"labels": labels}] * 2, [found, None]) == 15 + 3  # never a row's first
+    assert total_weight([{"labels": labels}] * 2, [found, None]) == 15 + 3  # never a row's first
     assert weigh({"prompt_ids": labels}) is None
     assert weigh([{"prompt": "a"}]) is None

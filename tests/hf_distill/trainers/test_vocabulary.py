@@ -240,7 +240,14 @@ def test_reused_completions_are_weighed_by_what_is_cut(tmp_path: Path) -> None:
 
 def test_the_log_probs_of_reused_completions_have_no_label_beyond_the_cut(tmp_path: Path) -> None:
     rows = [{"input_ids": [5, 6, 7, 8], "attention_mask": [1] * 4, "labels": [-100, 6, 44, 8]}]
-    trainer = distil(tmp_path, models.llama(), teacher())
+    trainer = OPSDTrainer(
+        models.llama(),
+        OPSDConfig(**models.options(tmp_path, max_completion_length=6)),
+        None,
+        models.problems(),
+        processing_class=WORDS,
+        teacher=ModelTeacher(teacher()),
+    )
     with pytest.raises(ValueError, match="labels of row 0, position 2, is 44"):
         trainer.behaviour_log_probs(models.Pad()(rows))
 
