@@ -266,7 +266,8 @@ class HintCollator:
 
     def _column(self, row: Row, column: str) -> Any:
         if row.get(column) is None:
-            raise ValueError(f"there is no {column!r}; the row has {sorted(row)}")
+            empty = "" if row else " (remove_unused_columns=False keeps the data's columns)"
+            raise ValueError(f"there is no {column!r}; the row has {sorted(row)}{empty}")
         return row[column]
 
     def _rendered(self, row: Row) -> list[tuple[Hint, str]]:

@@ -188,13 +188,15 @@ class Loss:
             The weighted sum [], and among the metrics "soft" [n].
 
         Raises:
-            ValueError: `per_token` does not return one loss a token.
+            ValueError: `per_token` does not return one loss a token, or one without a gradient.
         """
         with torch.no_grad():
             said = teacher.dense()
         found = self.per_token(logits, said, tokens.targets)
         value, metrics = found if isinstance(found, tuple) else (found, {})
         self._check_returned(value, metrics, len(tokens.targets))
+        if logits.requires_grad and not value.requires_grad:
+            raise ValueError(f"the loss {self!r} must have a gradient for the student's logits")
         value, weights = chunks.at_least_float32(value), tokens.soft_weights
         value = torch.where(weights == 0, 0.0, value)  # a token without weight may be infinite
         return Terms((weights * value).sum(), {"soft": value, **metrics})
@@ -369,12 +371,23 @@ def step_terms(loss: TokenLoss, student: Signal, teacher: Signal, tokens: Tokens
         student: what it says of the N scored tokens, and behind them of the anchor's M.
         teacher: what it says of the N tokens.
         tokens: the tokens and their weights.
+
+    Raises:
+        ValueError: the teacher's signal is about another number of tokens.
+        TypeError: the loss returns something else than `Terms`.
     """
     anchor, supervised = tokens.anchor, None
+    if teacher.paired is None and len(teacher) != len(tokens.targets):
+        raise ValueError(
+            f"the teacher's signal must have a row for each of {len(tokens.targets)} scored tokens "
+            f"(outputs[side.predicts]), got {len(teacher)}"
+        )
     if anchor is not None:
         student, supervised = student.split([len(tokens.targets), len(anchor.targets)])
     tokens, metrics = _corrected(student, tokens)
     terms = loss(student, teacher, tokens)
+    if not isinstance(terms, Terms):
+        raise TypeError(f"a loss of tokens must return Terms, got a {type(terms).__name__}")
     if metrics:
         terms = terms._replace(metrics={**terms.metrics, **metrics})
     if anchor is None or supervised is None:

@@ -50,6 +50,13 @@ class Signal:
     paired: Tensor | None = None
     own_loss: Tensor | None = None
 
+    def __len__(self) -> int:
+        """The number of rows: N, or how many of the N tokens it is about."""
+        said = self.logits if self.hidden is None else self.hidden
+        if said is not None:
+            return len(said)
+        return 0 if self.sparse is None else len(self.sparse.ids)
+
     @property
     def vocab(self) -> int | None:
         """V; a sparse signal does not say it."""

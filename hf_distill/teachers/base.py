@@ -87,7 +87,7 @@ class Teacher:
 
     def signal(self, student: nn.Module, side: Side) -> Signal:
         """The teacher's view of the scored tokens, without gradient. `student` may be wrapped."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must override signal")
 
     def update(self, student: nn.Module) -> None:
         """Called after every optimizer step."""

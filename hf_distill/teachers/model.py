@@ -228,6 +228,7 @@ def as_teacher(teacher: Teacher | nn.Module | str | os.PathLike[str]) -> Teacher
 
     Raises:
         ValueError: the folder holds a teacher cache.
+        TypeError: it is something else.
     """
     if isinstance(teacher, str | os.PathLike):
         teacher = os.fspath(teacher)
@@ -235,4 +236,11 @@ def as_teacher(teacher: Teacher | nn.Module | str | os.PathLike[str]) -> Teacher
             raise ValueError(
                 f"{teacher} is a teacher cache, not a model: give CachedTeacher({teacher!r})"
             )
-    return ModelTeacher(teacher) if isinstance(teacher, nn.Module | str) else teacher
+    if isinstance(teacher, nn.Module | str):
+        return ModelTeacher(teacher)
+    if not isinstance(teacher, Teacher):
+        raise TypeError(
+            "teacher must be a model, a name for from_pretrained, or an instance of a subclass of "
+            f"hf_distill.teachers.Teacher, got {teacher!r}"
+        )
+    return teacher

@@ -157,7 +157,8 @@ class SparseCodec:
         if not low <= spec.temperature <= high:
             return (
                 f"the cache serves temperatures from {low:g} to {high:g}, not "
-                f"{spec.temperature:g}: cache again with a temperature_range that has it"
+                f"{spec.temperature:g}: set temperature to one of these, or cache again with a "
+                "temperature_range that has it"
             )
         if spec.support in ("student_topk", "union"):
             return (

@@ -46,6 +46,10 @@ def some_chunks(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor)
     return loss, {f"of_{len(targets)}": loss}
 
 
+def agreement(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> Tensor:
+    return (student_logits.argmax(-1) != teacher_logits.argmax(-1)).float()
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
@@ -55,6 +59,7 @@ def some_chunks(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor)
         (taken_name, r"other names than what a trainer logs itself, got \['tokens'\] from taken_"),
         (some_chunks, r"must have the same names, got \['soft', 'of_7', .* and \['soft', 'of_2'"),
         (Loss(), "Loss must override per_token or soft"),
+        (agreement, "the loss agreement must have a gradient for the student's logits"),
     ],
 )
 def test_what_a_loss_returns_is_checked(

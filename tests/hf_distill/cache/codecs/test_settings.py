@@ -72,8 +72,8 @@ def test_arguments_of_encode_that_disagree(codec: HeadSamples | Full) -> None:
     [
         (HeadSamples(), DivergenceSpec("reverse_kl"), None),
         (HeadSamples(), DivergenceSpec("jsd", temperature=2.0), None),
-        (HeadSamples(), DivergenceSpec(temperature=2.5), "from 1 to 2, not 2.5: cache again"),
-        (HeadSamples(), DivergenceSpec(temperature=0.5), "from 1 to 2, not 0.5: cache again"),
+        (HeadSamples(), DivergenceSpec(temperature=2.5), "from 1 to 2, not 2.5: set temp"),
+        (HeadSamples(), DivergenceSpec(temperature=0.5), "from 1 to 2, not 0.5: set temp"),
         (HeadSamples(), DivergenceSpec(support="student_topk", top_k=5), 'the codec "full"'),
         (HeadSamples(), DivergenceSpec(support="union", top_k=5), 'the codec "full"'),
         (HeadSamples(), DivergenceSpec(support="teacher_topk", top_k=16), None),
