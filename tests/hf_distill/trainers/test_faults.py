@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_distill import HintCollator, OPSDConfig, OPSDTrainer, SelfTeacher
 from hf_distill.data.alignment import AlignmentError
 from hf_distill.data.batches import TokenRow, build_rows
-from hf_distill.data.hint_collator import Made
+from hf_distill.data.rendering import RenderedSides
 from hf_distill.data.sides import INDEX_MAPS
 from hf_distill.monitoring.preflight import EmptyHintError
 from hf_distill.teachers import self_teacher
@@ -31,7 +31,7 @@ class Changed(HintCollator):
     def change(self, batch: Batch) -> None:
         raise NotImplementedError
 
-    def _batch(self, made: Sequence[Made]) -> Batch:
+    def _batch(self, made: Sequence[RenderedSides]) -> Batch:
         batch = super()._batch(made)
         self.change(batch)
         return batch
@@ -103,7 +103,7 @@ class Swapped(Changed):
 class SwappedContexts(HintCollator):
     """The teacher reads another example's context before this one's completion."""
 
-    def _batch(self, made: Sequence[Made]) -> Batch:
+    def _batch(self, made: Sequence[RenderedSides]) -> Batch:
         sides = []
         for i, this in enumerate(made):
             other, start = made[i - 1].teacher, made[i - 1].teacher.scored[0]
@@ -130,7 +130,7 @@ def again(tokenizer: Any, ids: Sequence[int]) -> list[int]:
 class TeacherTokenisedAgain(HintCollator):
     """The sampled completion as text, to the teacher."""
 
-    def _batch(self, made: Sequence[Made]) -> Batch:
+    def _batch(self, made: Sequence[RenderedSides]) -> Batch:
         sides = []
         for row in (x.teacher for x in made):
             start = row.scored[0]
@@ -140,7 +140,7 @@ class TeacherTokenisedAgain(HintCollator):
 
 
 class BothTokenisedAgain(HintCollator):
-    def _batch(self, made: Sequence[Made]) -> Batch:
+    def _batch(self, made: Sequence[RenderedSides]) -> Batch:
         sides: list[list[TokenRow]] = [[], []]
         for x in made:
             for rows, row in zip(sides, x[:2], strict=True):
