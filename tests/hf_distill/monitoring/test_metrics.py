@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hf_distill import DistillConfig, DistillTrainer, OPSDConfig, OPSDTrainer
 from hf_distill.data.token_classes import CLASSES, token_classes
+from hf_distill.monitoring import metrics as module
 from hf_distill.monitoring.metrics import CompletionMeter, HintOverlapMeter, TokenMeter
 from tests.hf_distill.trainers import models
 
@@ -73,6 +74,24 @@ def test_a_mean_is_over_its_own_values():
     found = meter.read(Accelerator(cpu=True))
     assert found == {"soft": 3.0, "teacher_entropy": 6.0, "tokens": 4, "anchor": 8.0, "paired": 1.0}
     assert meter.read(Accelerator(cpu=True)) == {}
+
+
+def test_processes_that_measured_other_things_sum_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process sums what any of them has measured, in one order."""
+
+    class OneOfTwo:
+        """The accelerator of a process whose peer has measured `soft` 6 / 2 and `theirs` 5 / 1."""
+
+        num_processes, device = 2, torch.device("cpu")
+
+        def reduce(self, sums: Tensor, reduction: str) -> Tensor:
+            assert reduction == "sum"
+            return sums + torch.tensor([6.0, 2.0, 0.0, 0.0, 5.0, 1.0])
+
+    monkeypatch.setattr(module, "gather_object", lambda names: [*names, "soft", "theirs"])
+    meter = TokenMeter()
+    meter.add({"soft": torch.tensor([1.0, 3.0]), "mine": torch.tensor([4.0])})
+    assert meter.read(OneOfTwo()) == {"soft": 10 / 4, "mine": 4.0, "theirs": 5.0}  # pyright: ignore
 
 
 def test_a_run_with_a_tokenizer_splits_its_loss(tmp_path):
