@@ -298,3 +298,14 @@ def test_two_tokens_are_enough_to_look(tmp_path: Path) -> None:
     assert not look.replaces  # nothing can be said of one token; the next batch is asked
     look.look(trainer.model, {"input_ids": torch.tensor([[5, 7]])})
     assert look.replaces
+
+
+def test_a_trainer_looks_again_where_the_first_row_is_too_short(tmp_path: Path) -> None:
+    rows, pad = models.rows(), models.Pad()
+    args = DistillConfig(**models.options(tmp_path, alpha=0.5, watchdog={"action": "off"}))
+    trainer = DistillTrainer(OWN["penalty"](), args, pad, rows, teacher=models.llama(1))
+    short = {"input_ids": [5], "attention_mask": [1], "labels": [-100]}
+    trainer.compute_loss(trainer.model, pad([short, rows[0]]))
+    assert not trainer.task.hard_loss.replaces
+    trainer.compute_loss(trainer.model, pad(rows[:2]))
+    assert trainer.task.hard_loss.replaces
