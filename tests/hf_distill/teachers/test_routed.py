@@ -14,6 +14,7 @@ from hf_distill import (
     DistillConfig,
     DistillTrainer,
     ModelTeacher,
+    RemoteTeacher,
     RoutedTeacher,
     SelfTeacher,
 )
@@ -325,3 +326,13 @@ def test_training_with_routes(tmp_path: Path, kind: Any, remove: bool) -> None:
     assert models.difference(ends["a"], alone) == 0.0  # the whole batch is one teacher's
     for one, other in (("a", "b"), ("a", "ab"), ("b", "ab")):
         assert models.difference(ends[one], ends[other]) > 1e-4
+
+
+def test_it_is_dense_if_all_its_teachers_are() -> None:
+    remote = RemoteTeacher("http://localhost:1/v1", "tiny", 5)
+    for teachers, dense in (
+        ({"a": models.llama()}, True),
+        ({"a": models.llama(), "b": remote}, False),
+    ):
+        assert RoutedTeacher(teachers, "domain").dense is dense
+    remote.close()
