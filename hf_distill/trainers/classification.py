@@ -37,6 +37,23 @@ class Counts(NamedTuple):
     rows: Tensor | int
 
 
+@dataclasses.dataclass(kw_only=True)
+class RowBatch(Batch):
+    """A classifier's batch: targets [B] int64, or -100; how many there are; the step's counts."""
+
+    targets: Tensor
+    labelled: int
+    counts: Counts
+
+
+def _counts(num_items: Tensor | int | None, labelled: int, rows: int) -> Counts:
+    if num_items is None:
+        return Counts(labelled, rows)
+    if isinstance(num_items, Tensor) and num_items.ndim == 1:
+        return Counts(num_items[0], num_items[1])
+    return Counts(num_items, num_items)
+
+
 def make_classification(
     run: Run,
     student: Reader,
@@ -199,36 +216,37 @@ class Classification:
         first = next(x for x in own.values() if isinstance(x, Tensor))
         predicts = torch.ones(len(first), 1, dtype=torch.bool, device=first.device)
         side = Side(own, predicts, inputs.get(TEACHER_ROUTE))
-        batch = Batch(inputs, side, side, num_items, num_averaged)
-        self._check_labels(inputs, self._counts(batch))
-        return batch
+        targets = self._targets(inputs.get(self.label_name), predicts)
+        labelled = int((targets != IGNORE_INDEX).sum())
+        counts = _counts(num_items, labelled, len(targets))
+        self._check_labels(inputs, counts)
+        return RowBatch(
+            inputs,
+            side,
+            side,
+            num_items,
+            num_averaged,
+            targets=targets,
+            labelled=labelled,
+            counts=counts,
+        )
 
     def signal(self, batch: Batch, ask: Ask) -> Signal:
         """What the teacher says."""
         return ask()
 
-    def _targets(self, batch: Batch) -> Tensor:
+    def _targets(self, labels: Tensor | None, predicts: Tensor) -> Tensor:
         """[B] int64 the classes of the rows, or -100."""
-        labels, num_rows = batch.inputs.get(self.label_name), len(batch.student.predicts)
         if labels is None:
-            device = batch.student.predicts.device
-            return torch.full((num_rows,), IGNORE_INDEX, device=device)
-        self._check_shape(labels, num_rows)
+            return torch.full((len(predicts),), IGNORE_INDEX, device=predicts.device)
+        self._check_shape(labels, len(predicts))
         return labels.reshape(-1).long()
-
-    def _counts(self, batch: Batch) -> Counts:
-        targets, given = self._targets(batch), batch.num_items
-        if given is None:
-            return Counts(int((targets != IGNORE_INDEX).sum()), len(targets))
-        if isinstance(given, Tensor) and given.ndim == 1:
-            return Counts(given[0], given[1])
-        return Counts(given, given)
 
     def tokens(self, batch: Batch, training: bool) -> Tokens:
         """The rows, each of which counts as one."""
-        targets = self._targets(batch)
-        share = batch.num_averaged / self._counts(batch).rows
-        return Tokens(targets, torch.ones_like(targets, dtype=torch.float32) * share)
+        rows = cast(RowBatch, batch)
+        share = rows.num_averaged / rows.counts.rows
+        return Tokens(rows.targets, torch.ones_like(rows.targets, dtype=torch.float32) * share)
 
     def run(
         self,
@@ -239,14 +257,13 @@ class Classification:
         return_outputs: bool,
     ) -> tuple[Terms, Any]:
         """Run the student, with its labels where its own loss is the hard one."""
-        labels, targets = batch.inputs.get(self.label_name), self._targets(batch)
-        labelled = int((targets != IGNORE_INDEX).sum())
+        rows, labels = cast(RowBatch, batch), batch.inputs.get(self.label_name)
+        labelled, count = rows.labelled, rows.counts.labelled
         use_labels = labelled > 0 and self.present_loss().alpha < 1.0
         own = use_labels and not self.hard_loss.replaces
         named = {self.label_name: labels} if own else {}
         outputs = model(**self.student.forward_inputs(model, batch.student.inputs), **named)
         hard = outputs.logits[:0].sum()  # nothing, with a gradient
-        count = self._counts(batch).labelled
         if own:
             # without a count it is a mean over the batch's labelled rows, in every model
             hard = outputs.loss * (labelled * batch.num_averaged / count)
@@ -257,7 +274,7 @@ class Classification:
         terms = terms_of(Signal(logits=outputs.logits, own_loss=hard))
         if "hard" not in terms.metrics:
             return terms, outputs
-        per_row = terms.metrics["hard"].masked_fill(targets == IGNORE_INDEX, torch.nan)
+        per_row = terms.metrics["hard"].masked_fill(rows.targets == IGNORE_INDEX, torch.nan)
         return terms._replace(metrics={**terms.metrics, "hard": per_row}), outputs
 
     def named(self, metrics: Mapping[str, float]) -> dict[str, float]:
