@@ -1,6 +1,7 @@
 """What a Transformers model is: without its wrappers, its kind, head and vocabulary."""
 
 import logging
+import weakref
 from typing import Any, cast
 
 from accelerate.utils import extract_model_from_parallel
@@ -11,9 +12,18 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 logger = logging.getLogger(__name__)
 
 
+_inside: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The model without its parallel wrapper; adapters stay."""
-    return extract_model_from_parallel(model)
+    # a step asks many times, and looking for compiled regions visits every module
+    known = _inside.get(model)
+    bare = None if known is None else known()
+    if bare is None:
+        bare = extract_model_from_parallel(model)
+        _inside[model] = weakref.ref(bare)
+    return bare
 
 
 def causal_lm(model: nn.Module) -> nn.Module:
