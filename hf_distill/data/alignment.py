@@ -50,7 +50,7 @@ class _Rows(NamedTuple):
         return self.scored & ~(self.real & _shifted(self.real))
 
     def ends(self, end_ids: Sequence[int]) -> Tensor:
-        """Return [B, T]: a row's last position if an unscored end token behind a scored one."""
+        """Mark a row's last position [B, T] if it is an unscored end token behind a scored one."""
         is_end = torch.zeros_like(self.real)
         for token in end_ids:  # no tensor of ids: copying it to the device would synchronise
             is_end |= self.ids == token
