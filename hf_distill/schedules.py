@@ -50,7 +50,7 @@ TWO_POINTS = ("linear", "cosine", "exponential")
 
 @dataclass(frozen=True)
 class Schedule:
-    """A value for each optimizer step.
+    """Gives a value for each optimizer step.
 
     Before its first point a schedule has the first value, behind its last point the last one, and
     at a point exactly that of the point; between two points it is monotone. It is made by
@@ -102,12 +102,12 @@ class Schedule:
 
     @classmethod
     def constant(cls, value: float) -> "Schedule":
-        """The same value at every step."""
+        """Make a schedule with the same value at every step."""
         return cls("constant", ((0, value),))
 
     @classmethod
     def between(cls, shape: str, start: float, end: float, steps: int) -> "Schedule":
-        """From `start` at step 0 to `end` at step `steps`, >= 1, and on.
+        """Make a schedule from `start` at step 0 to `end` at step `steps`, >= 1, and on.
 
         Args:
             shape: "linear", "cosine" or "exponential".
@@ -125,17 +125,17 @@ class Schedule:
 
     @classmethod
     def linear(cls, start: float, end: float, steps: int) -> "Schedule":
-        """The same difference at every step, from `start` to `end` in `steps` steps, >= 1."""
+        """Change by the same amount at every step, from `start` to `end` in `steps` steps, >= 1."""
         return cls.between("linear", start, end, steps)
 
     @classmethod
     def cosine(cls, start: float, end: float, steps: int) -> "Schedule":
-        """Half a cosine wave from `start` to `end` in `steps` steps, >= 1."""
+        """Follow half a cosine wave from `start` to `end` in `steps` steps, >= 1."""
         return cls.between("cosine", start, end, steps)
 
     @classmethod
     def exponential(cls, start: float, end: float, steps: int) -> "Schedule":
-        """The same factor at every step, from `start` to `end` in `steps` steps, >= 1.
+        """Change by the same factor at every step, from `start` to `end` in `steps` steps, >= 1.
 
         Both ends have one sign, and neither is 0.
         """
@@ -143,7 +143,7 @@ class Schedule:
 
     @classmethod
     def piecewise(cls, points: Mapping[int, float] | Iterable[tuple[int, float]]) -> "Schedule":
-        """Straight lines between values at given steps: {0: 4.0, 500: 2.0, 1000: 1.0}.
+        """Draw straight lines between values at given steps: {0: 4.0, 500: 2.0, 1000: 1.0}.
 
         Args:
             points: from step to value, or pairs (step, value); steps ascend.
@@ -153,7 +153,7 @@ class Schedule:
 
     @classmethod
     def parse(cls, value: Union[float, str, "Schedule", None]) -> "Schedule":
-        """A schedule from a number or its text (constant), a text, or a schedule.
+        """Make a schedule from a number or its text (constant), a text, or a schedule.
 
         Raises:
             ValueError: it has another form.
@@ -179,7 +179,7 @@ class Schedule:
         return cls.between(shape, float(start), float(end), int(steps))
 
     def __str__(self) -> str:
-        """The text that `parse` makes into an equal schedule."""
+        """Return the text that `parse` makes into an equal schedule."""
         values = [repr(value) for _, value in self.points]
         if self.shape == "constant":
             return f"constant:{values[0]}"
@@ -188,7 +188,7 @@ class Schedule:
         return f"{self.shape}:{values[0]}->{values[1]}@{self.points[1][0]}"
 
     def at(self, step: int) -> float:
-        """The value of the optimizer step that comes after `step` of them, step >= 0."""
+        """Return the value of the optimizer step that comes after `step` of them, step >= 0."""
         if step < 0:
             raise ValueError(f"a schedule's step must not be negative, got {step}")
         if step <= self.points[0][0]:
@@ -201,13 +201,13 @@ class Schedule:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The least and the largest value, both of which are taken."""
+        """Return the least and the largest value, both of which are taken."""
         values = [value for _, value in self.points]
         return min(values), max(values)
 
     @property
     def moves(self) -> bool:
-        """Whether there are two steps with different values."""
+        """Return whether there are two steps with different values."""
         return self.bounds[0] != self.bounds[1]
 
 
@@ -238,7 +238,7 @@ def progressive(
     alpha: tuple[float, float] = (1.0, 0.5),
     shape: str = "linear",
 ) -> dict[str, Any]:
-    """The config arguments of progressive distillation: temperature and alpha annealed together.
+    """Return config arguments of progressive distillation: temperature and alpha annealed together.
 
     It begins with the teacher's softened distribution alone, and ends with its sharp one beside the
     labels: `DistillConfig(output_dir="out", max_steps=1000, **progressive(1000))`.

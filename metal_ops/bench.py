@@ -1,8 +1,9 @@
 """Times a loss from logits on this machine, beside PyTorch's own ways to write it.
 
-Forward and backward of a weighted sum over tokens. GB/s is the traffic that no implementation
-avoids over the time: both sides' logits read once and the gradient written once, 3 N V itemsize
-bytes; "copy" is that of copying the student's logits, 2 N V itemsize, in the same run.
+It times forward and backward of a weighted sum over tokens. GB/s is the traffic that no
+implementation avoids over the time: both sides' logits read once and the gradient written once,
+3 N V itemsize bytes; "copy" is that of copying the student's logits, 2 N V itemsize, in the same
+run.
 """
 
 import gc

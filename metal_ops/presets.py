@@ -13,7 +13,7 @@ from metal_ops.spec import DivergenceSpec
 
 
 def opsd(beta: float = 0.5, temperature: float = 1.0, top_k: int | None = None) -> DivergenceSpec:
-    """Generalized JSD of OPSD's release, over the teacher's top_k (renormalised) if given.
+    """Return OPSD's generalized JSD, over the teacher's top_k (renormalised) if given.
 
     Source:
         `OPSDTrainer.generalized_jsd_loss`, github.com/siyan-zhao/OPSD at 590ec26. The trainer
@@ -28,9 +28,9 @@ def opsd_clip(
     top_k: int | None = None,
     token_clip: float = 0.05,
 ) -> DivergenceSpec:
-    """`opsd` with each vocabulary entry of the divergence cut at token_clip nats.
+    """Return `opsd` with each vocabulary entry of the divergence cut at token_clip nats.
 
-    To reproduce its runs: a cut entry can turn a token's gradient away from the teacher.
+    It reproduces its runs: a cut entry can turn a token's gradient away from the teacher.
 
     Source:
         As `opsd`, in a later release (jsd_token_clip), read in what was built on that:
@@ -40,7 +40,7 @@ def opsd_clip(
 
 
 def trl_gkd(beta: float = 0.5, temperature: float = 1.0) -> DivergenceSpec:
-    """Generalized JSD of TRL's GKDTrainer; the trainer itself leaves temperature at 1 here.
+    """Return the generalized JSD of TRL's GKDTrainer, which itself leaves temperature at 1 here.
 
     Source:
         `GKDTrainer.generalized_jsd_loss`, TRL 1.16 (trl.experimental.gkd).
@@ -49,7 +49,7 @@ def trl_gkd(beta: float = 0.5, temperature: float = 1.0) -> DivergenceSpec:
 
 
 def trl_distillation(beta: float = 1.0, temperature: float = 1.0) -> DivergenceSpec:
-    """Generalized JSD of TRL's DistillationTrainer, by default the reverse KL.
+    """Return the generalized JSD of TRL's DistillationTrainer, by default the reverse KL.
 
     Source:
         `DistillationTrainer` and `ChunkedDivergenceFunction`, TRL 1.16. The temperature is also
@@ -64,7 +64,7 @@ def sdft(
     distillation_add_tail: bool = False,
     temperature: float = 1.0,
 ) -> DivergenceSpec:
-    """Divergence of TRL's SDFTTrainer, over the student's top-k; the mean is one of row means.
+    """Return the divergence of TRL's SDFTTrainer, over the student's top-k; it averages row means.
 
     Source:
         `compute_topk_self_distillation_loss` and, without distillation_topk,
@@ -90,7 +90,7 @@ def sdpo(
     distillation_add_tail: bool = False,
     temperature: float = 1.0,
 ) -> DivergenceSpec:
-    """Divergence of TRL's SDPOTrainer over logits; the mean is one of row means.
+    """Return the divergence of TRL's SDPOTrainer over logits; the mean is one of row means.
 
     Source:
         trl.experimental.sdpo, TRL 1.16, as `sdft`. Its default mode, the policy gradient of
@@ -100,7 +100,7 @@ def sdpo(
 
 
 def liger_jsd(beta: float = 0.5, temperature: float = 1.0) -> DivergenceSpec:
-    """Generalized JSD of Liger's chunked loss, which by default is half of a mix with labels.
+    """Return the generalized JSD of Liger's chunked loss, by default half of a mix with labels.
 
     Source:
         `LigerFusedLinearJSDFunction` and its `distillation_loss_fn`, liger-kernel 0.8.5.
@@ -111,7 +111,7 @@ def liger_jsd(beta: float = 0.5, temperature: float = 1.0) -> DivergenceSpec:
 def ms_swift_gkd(
     beta: float = 0.5, temperature: float = 0.9, gkd_logits_topk: int | None = None
 ) -> DivergenceSpec:
-    """Generalized JSD of ms-swift's GKD, over the teacher's top-k (renormalised) if given.
+    """Return ms-swift's generalized JSD (GKD), over the teacher's top-k (renormalised) if given.
 
     Source:
         `gkd_loss` of swift/rlhf_trainers/gkd_loss.py, github.com/modelscope/ms-swift at 3602360.
@@ -121,7 +121,7 @@ def ms_swift_gkd(
 
 
 def kdflow_jsd(beta: float = 0.5, temperature: float = 1.0) -> DivergenceSpec:
-    """JSD of KDFlow, whose beta is the weight of the student: the spec has 1 - beta.
+    """Return the JSD of KDFlow, whose beta is the weight of the student: the spec has 1 - beta.
 
     Raises:
         ValueError: beta is not between 0 and 1; the source has no limits there.
@@ -138,7 +138,7 @@ def kdflow_jsd(beta: float = 0.5, temperature: float = 1.0) -> DivergenceSpec:
 def nemo_mixed(
     mixed_kl_weight: float = 0.5, topk_logits_k: int | None = 64, temperature: float = 1.0
 ) -> DivergenceSpec:
-    """Weighted sum of forward and reverse KL of NeMo-RL, over the teacher's top-k (renormalised).
+    """Return NeMo-RL's weighted forward and reverse KL, over the teacher's top-k (renormalised).
 
     Source:
         `DistillationLossFn` with kl_type "mixed" and zero_outside_topk false, and
@@ -149,9 +149,9 @@ def nemo_mixed(
 
 
 def distillkit_kl(temperature: float = 1.0, missing: str = "zero") -> DivergenceSpec:
-    """Forward KL of DistillKit times temperature², full or to a teacher of a few entries.
+    """Return DistillKit's forward KL times temperature², full or to a teacher of a few entries.
 
-    For `sparse_divergence`, with w = exp(log-probability / temperature) of the teacher's entries
+    In `sparse_divergence`, let w = exp(log-probability / temperature) of the teacher's entries
     at temperature 1. "zero": its log_probs are log(w / sum w), its log_tail -inf; the student is
     not renormalised. "symmetric_uniform": with r = (1 - kept mass)^(1 / temperature) they are
     log(w / (sum w + r)) and log(r / (sum w + r)). A top_k of `divergence` is neither: its "zero"
@@ -171,7 +171,7 @@ def distillkit_kl(temperature: float = 1.0, missing: str = "zero") -> Divergence
 
 
 def hinton(temperature: float = 2.0) -> DivergenceSpec:
-    """Cross-entropy with the teacher's softened probabilities, times temperature².
+    """Return the cross-entropy with the teacher's softened probabilities, times temperature².
 
     Source:
         Hinton, Vinyals and Dean 2015, arXiv:1503.02531, section 2, which names no temperature.
@@ -180,7 +180,7 @@ def hinton(temperature: float = 2.0) -> DivergenceSpec:
 
 
 def _top_k(spec: DivergenceSpec, top_k: int | None) -> DivergenceSpec:
-    """The spec over the teacher's top_k, both sides renormalised; unchanged without top_k."""
+    """Return the spec over the teacher's top_k, both sides renormalised, or as it is without."""
     if top_k is None:
         return spec
     return replace(spec, support="teacher_topk", top_k=top_k, missing="renormalise")

@@ -12,12 +12,12 @@ NORM_MIN = 1e-8  # a shorter hidden state counts as one of this length
 
 
 def _expect(weight: Tensor, value: Tensor) -> Tensor:
-    """Product of weight and value, with 0 * anything = 0 (0 log 0 = 0)."""
+    """Multiply weight and value, with 0 * anything = 0 (0 log 0 = 0)."""
     return weight * value.masked_fill(weight == 0, 0.0)
 
 
 def _mix(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """log(beta p + (1 - beta) q)."""
+    """Compute log(beta p + (1 - beta) q)."""
     return torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
 
 

@@ -52,13 +52,13 @@ ARMS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class RecipeArguments(ComparisonArguments):
-    """What the recipe itself needs."""
+    """Holds what the recipe itself needs."""
 
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": str([*ARMS])})
 
 
 class Distillation(Comparison):
-    """The arms of `ARMS`."""
+    """Compares the arms of `ARMS`."""
 
     def __init__(self, recipe: RecipeArguments, config: DistillConfig) -> None:
         super().__init__(recipe, config, tuple(ARMS))
@@ -71,11 +71,11 @@ class Distillation(Comparison):
                 )
 
     def changes(self, name: str) -> dict[str, Any]:
-        """The fields of the config that an arm changes."""
+        """Return the fields of the config that an arm changes."""
         return self.control() if name == "sft" else ARMS[name]
 
     def teacher(self, name: str) -> Teacher | None:
-        """What an arm learns from, None for supervised training."""
+        """Return what an arm learns from; None for supervised training."""
         if name == "sft":
             return None
         if name == "cache":

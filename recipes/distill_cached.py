@@ -40,16 +40,16 @@ ARMS = ("sft", "live", "cache", "renorm", "renorm_both")
 
 @dataclass
 class RecipeArguments(ComparisonArguments):
-    """What the recipe itself needs."""
+    """Holds what the recipe itself needs."""
 
     arms: list[str] = field(default_factory=lambda: list(ARMS[:4]), metadata={"help": str(ARMS)})
 
 
 class Renormalised(CachedTeacher):
-    """Its entries are divided by their sum, and the rest of the vocabulary gets nothing."""
+    """Divides its entries by their sum, and gives the rest of the vocabulary nothing."""
 
     def signal(self, student: nn.Module, side: Side) -> Signal:
-        """As of `CachedTeacher`; at the temperature of the writing only."""
+        """Return the entries made to sum to 1, at the temperature of the writing only."""
         signal = super().signal(student, side)
         assert signal.sparse is not None
         kept = signal.sparse.log_probs.masked_fill(signal.sparse.ids < 0, -torch.inf)
@@ -62,17 +62,17 @@ class Renormalised(CachedTeacher):
 
 
 class CachedDistillation(Comparison):
-    """The arms of `ARMS`."""
+    """Compares the arms of `ARMS`."""
 
     def __init__(self, recipe: RecipeArguments, config: DistillConfig) -> None:
         super().__init__(recipe, config, ARMS)
 
     def changes(self, name: str) -> dict[str, Any]:
-        """The fields of the config that an arm changes."""
+        """Return the fields of the config that an arm changes."""
         return self.control() if name == "sft" else {}
 
     def teacher(self, name: str) -> Teacher | None:
-        """What an arm learns from, None for supervised training."""
+        """Return what an arm learns from; None for supervised training."""
         if name == "sft":
             return None
         if name == "live":

@@ -34,7 +34,7 @@ from hf_distill.rollouts import end_token_ids, generate, play
 
 @dataclass
 class RecipeArguments:
-    """What the recipe itself needs."""
+    """Holds what the recipe itself needs."""
 
     warm_up_steps: int = field(
         default=500, metadata={"help": "Supervised steps that teach the model to read hints."}
@@ -54,7 +54,7 @@ def tell(
     length: int,
     hints: bool,
 ) -> list[Episode]:
-    """Greedy dialogues on rows, with or without the value of every turn as a hint."""
+    """Sample greedy dialogues on rows, with or without the value of every turn as a hint."""
     first = (
         [{"role": "user", "content": story_dialogues.hinted(row, 0)} for row in rows]
         if hints
@@ -89,7 +89,7 @@ def tell(
 
 
 def grade(episodes: Sequence[Episode]) -> Accuracy:
-    """The share of stories whose every turn arrives at the right value."""
+    """Return the share of stories whose every turn arrives at the right value."""
     right, lengths, ended = 0, 0, 0
     for episode in episodes:
         row: Any = episode.row

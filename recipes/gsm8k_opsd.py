@@ -95,7 +95,7 @@ SHARED_WITH_CONTROL = (
 
 @dataclass
 class TaskArguments:
-    """Which task, and how accuracy on it is measured."""
+    """Says which task it is, and how accuracy on it is measured."""
 
     dataset: str = field(
         default="openai/gsm8k",
@@ -117,7 +117,7 @@ class TaskArguments:
 
 @dataclass
 class RecipeArguments(TaskArguments):
-    """What the recipe itself needs."""
+    """Holds what the recipe itself needs."""
 
     demo: bool = field(default=False, metadata={"help": "Word problems and a tiny model, on CPU."})
     warm_up_steps: int = field(
@@ -132,10 +132,10 @@ class TrackAccuracy(TrainerCallback):
     def __init__(self, every: int, evaluate: Any) -> None:
         self.every, self.evaluate = every, evaluate
         self.points: list[tuple[int, float]] = []
-        self.seconds = 0.0  # that measuring took
+        self.seconds = 0.0  # how long measuring took
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Called by the Trainer."""
+        """Measure every so many steps, but not after the last one."""
         if (
             self.every
             and state.global_step % self.every == 0
@@ -147,7 +147,7 @@ class TrackAccuracy(TrainerCallback):
 
 
 class Run:
-    """One recipe run: a model, a task, and the accuracies to report."""
+    """Holds one recipe run: a model, a task, and the accuracies to report."""
 
     def __init__(
         self, recipe: RecipeArguments, config: OPSDConfig, model_args: ModelConfig
@@ -162,7 +162,7 @@ class Run:
         self.accuracies: dict[str, Accuracy] = {}
 
     def evaluate(self, model: nn.Module, description: str, hinted: bool = False) -> Accuracy:
-        """Accuracy on the held-out rows."""
+        """Measure accuracy on the held-out rows."""
         return measure(
             model,
             self.task,
@@ -206,7 +206,7 @@ class Run:
         return trainer, track
 
     def control(self, start: nn.Module) -> None:
-        """Supervised fine-tuning of the same start on the references, the same number of steps."""
+        """Fine-tune the same start on the references, supervised, for as many steps."""
         folder = Path(str(self.config.output_dir)) / "control"
         supervised(start, self.config, self.collator, self.task.train, folder).train()
         self.report(start, "after SFT control", views=("unaided",))
@@ -220,7 +220,7 @@ def supervised(
     folder: Path,
     callbacks: list[TrainerCallback] | None = None,
 ) -> DistillTrainer:
-    """A trainer on the references, with what a config of self-distillation says of training."""
+    """Make a trainer on the references, with what a self-distillation config says of training."""
 
     def student_rows(rows: list[math_tasks.Row]) -> dict[str, torch.Tensor]:
         batch = collator(rows)
@@ -238,7 +238,7 @@ def supervised(
 
 
 def load_task(recipe: TaskArguments, seed: int) -> math_tasks.Task:
-    """The task that the arguments name."""
+    """Load the task that the arguments name."""
     if recipe.num_eval < 1:
         raise ValueError(f"num_eval must be at least 1, got {recipe.num_eval}")
     if isinstance(recipe, RecipeArguments) and recipe.demo:
@@ -251,7 +251,7 @@ def load_task(recipe: TaskArguments, seed: int) -> math_tasks.Task:
 def load_model(
     recipe: RecipeArguments, config: OPSDConfig, model_args: ModelConfig
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """The student, with adapters if asked for, and its tokenizer."""
+    """Load the student, with adapters if asked for, and its tokenizer."""
     if not recipe.demo:
         return load_pretrained(model_args)
     tokenizer = word_problems.build_tokenizer()
@@ -261,7 +261,7 @@ def load_model(
 
 
 def load_pretrained(model_args: ModelConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """The model that the arguments name, with adapters if asked for, and its tokenizer."""
+    """Load the model that the arguments name, with adapters if asked for, and its tokenizer."""
     assert model_args.model_name_or_path is not None
     with PartialState().main_process_first():  # one process converts, the others find the result
         path = resolve_model(model_args.model_name_or_path)
@@ -279,7 +279,7 @@ def load_pretrained(model_args: ModelConfig) -> tuple[nn.Module, PreTrainedToken
 
 
 def draw_curves(path: Path, history: list[dict[str, Any]], points: list[tuple[int, float]]) -> None:
-    """A PNG with the loss, the entropies and the accuracies over the steps."""
+    """Draw a PNG with the loss, the entropies and the accuracies over the steps."""
     matplotlib.use("Agg")
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
     logs = [entry for entry in history if "loss" in entry]
@@ -299,7 +299,7 @@ def draw_curves(path: Path, history: list[dict[str, Any]], points: list[tuple[in
 
 
 def make_parser(demo: bool = False) -> TrlParser:
-    """The command line, with the recipe's defaults or the demo's."""
+    """Make the command line, with the recipe's defaults or the demo's."""
     parser = TrlParser(cast(Any, (RecipeArguments, OPSDConfig, ModelConfig)))
     parser.set_defaults_with_config(**{**DEFAULTS, **(DEMO if demo else {})})
     return parser

@@ -33,7 +33,7 @@ REPORT = "watchdog_"
 
 
 def parse(arguments: list[str], teacher: str) -> tuple[RecipeArguments, OPSDConfig, Any]:
-    """The demo's arguments for one teacher, with a folder of its own."""
+    """Return the demo's arguments for one teacher, with a folder of its own."""
     parser = make_parser(demo=True)
     parser.set_defaults_with_config(**DEFAULTS)
     _, config, _ = parser.parse_args_and_config(["--demo", *arguments])
@@ -43,7 +43,7 @@ def parse(arguments: list[str], teacher: str) -> tuple[RecipeArguments, OPSDConf
 
 
 def first_report(history: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Step and name of the first fault in a trainer's logs, or None."""
+    """Return step and name of the first fault in a trainer's logs, or None."""
     for entry in history:
         faults = sorted(name for name in entry if name.startswith(REPORT))
         if faults:
@@ -52,7 +52,7 @@ def first_report(history: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def distil(run: Run) -> dict[str, Any]:
-    """What one teacher does: accuracies over the steps, shares of ended completions, the report."""
+    """Return one teacher's accuracies over the steps, shares of ended completions, and report."""
     before = run.evaluate(run.model, "unaided accuracy").share
     trainer, track = run.distil()
     after = run.evaluate(run.model, "unaided accuracy").share
@@ -66,7 +66,7 @@ def distil(run: Run) -> dict[str, Any]:
 
 
 def draw(path: Path, results: dict[str, dict[str, Any]]) -> None:
-    """A PNG with both teachers' accuracies and ended completions, and the first reports."""
+    """Draw a PNG with both teachers' accuracies and ended completions, and the first reports."""
     matplotlib.use("Agg")
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True, sharex=True)
     panels = (("unaided", "unaided accuracy, held-out"), ("ended", "completions that end"))
@@ -84,7 +84,7 @@ def draw(path: Path, results: dict[str, dict[str, Any]]) -> None:
 
 
 def describe(name: str, result: dict[str, Any]) -> str:
-    """One line: accuracy at the start, last before the report, and at the end."""
+    """Write one line: accuracy at the start, last before the report, and at the end."""
     (_, before), (last, after) = result["unaided"][0], result["unaided"][-1]
     text = f"{name} teacher: unaided {before:.1%} at the start, {after:.1%} at step {last}; "
     report = result["first_report"]

@@ -77,7 +77,7 @@ Results = dict[str, dict[str, Result]]  # of seeds, of base and arms
 
 @dataclass
 class RecipeArguments(TaskArguments):
-    """What the recipe itself needs."""
+    """Holds what the recipe itself needs."""
 
     dataset: str = field(
         default="arithmetic",
@@ -100,7 +100,7 @@ class RecipeArguments(TaskArguments):
 
 
 class Start:
-    """A fresh adapter on the base model, and the rows of a seed.
+    """Holds a fresh adapter on the base model, and the rows of a seed.
 
     Raises:
         ValueError: there is no adapter, or too few short rows of the other task.
@@ -131,7 +131,7 @@ class Start:
         return Judge(self.model, SelfTeacher("base"), collator, few, self.config)
 
     def accuracy(self, model: nn.Module, hinted: bool = False) -> Accuracy:
-        """Greedy accuracy on the held-out rows."""
+        """Measure greedy accuracy on the held-out rows."""
         return measure(
             model,
             self.task,
@@ -144,11 +144,11 @@ class Start:
         )
 
     def other(self) -> dict[str, float] | None:
-        """The model as it is on the other task: loss and KL(base || it), nats a token."""
+        """Measure the model as it is on the other task: loss and KL(base || it), nats a token."""
         return None if self.judge is None else self.judge()._asdict()
 
     def measure_base(self) -> Result:
-        """What the adapter starts from; it changes nothing yet."""
+        """Measure what the adapter starts from; it changes nothing yet."""
         trained, total = self.model.get_nb_trainable_parameters()
         base = total - trained
         logger.info("trained: %d parameters, %.2f %% of the base's", trained, 100 * trained / base)
@@ -192,7 +192,7 @@ class Start:
 
 
 def describe(seed: str, name: str, result: Result) -> list[str]:
-    """A row of the table."""
+    """Return a row of the table."""
     unaided = Accuracy.from_dict(result["unaided"])
     cells = [seed, name, str(unaided).strip(), f"{unaided.ended:.1%}"]
     other = result["other"]
@@ -201,7 +201,7 @@ def describe(seed: str, name: str, result: Result) -> list[str]:
 
 
 def show(results: Results) -> str:
-    """All seeds as a Markdown table."""
+    """Return all seeds as a Markdown table."""
     header = ["seed", "arm", "unaided accuracy", "completions that end", "loss on the other task"]
     header += ["KL from the base there", "seconds"]
     rows = [describe(seed, name, r) for seed, found in results.items() for name, r in found.items()]
@@ -209,7 +209,7 @@ def show(results: Results) -> str:
 
 
 def draw(path: Path, results: Results) -> None:
-    """A PNG: accuracies with their intervals, completions that end, and KL on the other task."""
+    """Draw a PNG: accuracies and their intervals, completions that end, KL on the other task."""
     matplotlib.use("Agg")
     bases = {seed: found[BASE] for seed, found in results.items()}
     has_other = next(iter(bases.values()))["other"] is not None

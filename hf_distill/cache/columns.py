@@ -14,7 +14,7 @@ COUNTS = "counts"  # [B] scored tokens of each row
 
 
 def _columns(teacher: SparseTeacher) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor [N, ...] of a teacher, by name."""
+    """Yield every tensor [N, ...] of a teacher, by name."""
     yield from (("ids", teacher.ids), ("log_probs", teacher.log_probs))
     yield "log_tail", teacher.log_tail
     if teacher.samples is not None:
@@ -25,7 +25,7 @@ def _columns(teacher: SparseTeacher) -> Iterator[tuple[str, Tensor]]:
 
 
 def _replaced(like: SparseTeacher, columns: Mapping[str, Tensor]) -> SparseTeacher:
-    """A teacher of the same kind with other tensors."""
+    """Return a teacher of the same kind with other tensors."""
     samples, powers = like.samples, like.powers
     if samples is not None:
         names = samples._fields
@@ -38,17 +38,17 @@ def _replaced(like: SparseTeacher, columns: Mapping[str, Tensor]) -> SparseTeach
 
 
 def select_tokens(teacher: SparseTeacher, at: Tensor) -> SparseTeacher:
-    """Some of its tokens, [n] int64, in that order."""
+    """Select some of the teacher's tokens, [n] int64, in that order."""
     return _replaced(teacher, {name: x[at] for name, x in _columns(teacher)})
 
 
 def move_to_device(teacher: SparseTeacher, device: torch.device) -> SparseTeacher:
-    """The teacher on a device."""
+    """Move the teacher's tensors to a device."""
     return _replaced(teacher, {name: x.to(device) for name, x in _columns(teacher)})
 
 
 def pad_tokens(teacher: SparseTeacher, lengths: list[int]) -> dict[str, Tensor]:
-    """Its columns with the tokens of each row in a row of their own: [B, C, ...], and `counts`."""
+    """Return its columns, each row's tokens in a row of their own: [B, C, ...], and `counts`."""
     counts = torch.tensor(lengths)
     inside = torch.arange(int(counts.max()) if lengths else 0) < counts[:, None]
     at = torch.where(inside, inside.reshape(-1).cumsum(0).view(inside.shape) - 1, 0)
@@ -59,7 +59,7 @@ def pad_tokens(teacher: SparseTeacher, lengths: list[int]) -> dict[str, Tensor]:
 
 
 def unpad_tokens(columns: Mapping[str, Tensor], like: SparseTeacher) -> SparseTeacher:
-    """The teacher of which `pad_tokens` made columns; `like` says of which kind it is."""
+    """Return the teacher of which `pad_tokens` made columns; `like` says of which kind it is."""
     width = columns["log_tail"].shape[1]
     counts = columns[COUNTS]
     inside = torch.arange(width, device=counts.device) < counts[:, None]

@@ -18,7 +18,7 @@ COLUMNS = "input_ids (and labels), prompt and completion, or messages"
 
 
 def load_data(name: str, split: str = "train", subset: str | None = None) -> Dataset:
-    """Rows from a JSON file, a folder or the hub.
+    """Load rows from a JSON file, a folder or the hub.
 
     Args:
         name: a .jsonl or .json file; a folder that `Dataset.save_to_disk` wrote, or one with data
@@ -52,7 +52,7 @@ def load_data(name: str, split: str = "train", subset: str | None = None) -> Dat
 
 
 class TokenCollator:
-    """Batches of rows that are token ids already, padded on the right.
+    """Makes batches of rows that are token ids already, padded on the right.
 
     Args:
         pad_token_id: id of the padding; the mask tells it apart.
@@ -62,7 +62,7 @@ class TokenCollator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """input_ids, attention_mask, labels [B, T]; without labels every token has its own."""
+        """Return input_ids, attention_mask, labels [B, T]; without labels all ids are labels."""
         ids = [list(row["input_ids"]) for row in rows]
         labels = [
             list(row["input_ids"] if row.get("labels") is None else row["labels"]) for row in rows
@@ -83,7 +83,7 @@ class TokenCollator:
 
 
 class MessagesCollator:
-    """`HintCollator` for rows with `messages`, whose prompt ends before the first reply.
+    """Runs `HintCollator` on rows with `messages`; the prompt ends before the first reply.
 
     Args:
         collator: with `prompt` and `completion` columns.
@@ -114,7 +114,7 @@ def _split(row: Mapping[str, Any]) -> dict[str, Any]:
 def default_collator(
     data: Data, tokenizer: PreTrainedTokenizerBase | None = None, hint: Hints = ()
 ) -> Collator:
-    """The collator for the columns of the data. Training from the cache must use the same.
+    """Return the collator for the columns of the data. Training from the cache must use the same.
 
     Args:
         data: with columns input_ids (and labels, attention_mask); prompt and completion, text or

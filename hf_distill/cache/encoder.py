@@ -48,7 +48,7 @@ class RowEncoder:
     real_vocab: int
 
     def __post_init__(self) -> None:
-        """Rows must be the same whenever they are made."""
+        """Check that rows are the same whenever they are made."""
         plan = hint_schedule_of(self.collator)
         if plan is not None:
             raise ValueError(
@@ -58,19 +58,19 @@ class RowEncoder:
 
     @abstractmethod
     def probe(self) -> None:
-        """Called once in every process, before the first shard."""
+        """Prepare a process; each calls this once, before the first shard."""
 
     @abstractmethod
     def _encode(self, rows: Sequence[SideRow], keys: Sequence[tuple[int, int]]) -> list[Arrays]:
-        """The arrays of some rows that score tokens; keys are (seed, row)."""
+        """Return the arrays of some rows that score tokens; keys are (seed, row)."""
 
     def rows(self, number: int) -> range:
-        """The rows of a shard."""
+        """Return the numbers of a shard's rows."""
         first = number * self.shard_rows
         return range(first, min(first + self.shard_rows, len(self.data)))
 
     def shard(self, number: int) -> list[Row]:
-        """What is stored of a shard's rows."""
+        """Return what is stored of a shard's rows."""
         numbers = self.rows(number)
         given = [self.data[i] for i in numbers]
         made = list(fingerprints.collated(self.collator, given, numbers.start))
@@ -97,7 +97,7 @@ class RowEncoder:
 
 @dataclass(frozen=True)
 class Encoder(RowEncoder):
-    """Through a model.
+    """Makes rows by running a model.
 
     Attributes:
         model: the teacher, on `device`.
@@ -116,7 +116,7 @@ class Encoder(RowEncoder):
             self.reader.reads_hidden(self.model, {"input_ids": ids[None]})
 
     def _side(self, rows: Sequence[SideRow]) -> Side:
-        """A batch up to the tokens that predict the last scored ones."""
+        """Return a batch up to the tokens that predict the last scored ones."""
         ids = [row.ids[: row.positions[-1]] for row in rows]
         inputs = {
             "input_ids": batches.pad(ids, 0),
@@ -147,7 +147,7 @@ class Encoder(RowEncoder):
 
 
 def _groups(lengths: Sequence[int], limit: int) -> Iterator[slice]:
-    """Whole rows, as many at a time as have `limit` tokens, but at least one."""
+    """Yield whole rows, as many at a time as have `limit` tokens, but at least one."""
     start = total = 0
     for i, length in enumerate(lengths):
         if i > start and total + length > limit:
@@ -158,14 +158,14 @@ def _groups(lengths: Sequence[int], limit: int) -> Iterator[slice]:
 
 
 def _logits(signal: Signal, at: slice) -> Tensor:
-    """[n, V] logits of some tokens."""
+    """Return [n, V] logits of the tokens in a slice."""
     if signal.hidden is not None:
         return replace(signal, hidden=signal.hidden[at]).dense()
     return signal.dense()[at]
 
 
 def sums_of(rows: Sequence[Row]) -> dict[str, float]:
-    """Sums over tokens of what the codec knows about them."""
+    """Sum over tokens what the codec knows about them."""
     sums: dict[str, float] = {}
     if "entropy" in rows[0].arrays:
         sums["entropy"] = float(sum(row.arrays["entropy"].sum(dtype=np.float64) for row in rows))

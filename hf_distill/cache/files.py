@@ -60,13 +60,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
+    """Return the sha256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def canonical(value: Any) -> bytes:
-    """JSON with sorted keys and without spaces: equal values give equal bytes.
+    """Return JSON with sorted keys and without spaces: equal values give equal bytes.
 
     Raises:
         ValueError: a number is not finite.
@@ -76,12 +76,12 @@ def canonical(value: Any) -> bytes:
 
 
 def pretty(value: Mapping[str, Any]) -> bytes:
-    """JSON to be read by people."""
+    """Return JSON to be read by people."""
     return json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
 
 
 def parse(text: bytes, name: str) -> dict[str, Any]:
-    """A JSON object.
+    """Parse a JSON object.
 
     Raises:
         CacheCorrupt: it is none.
@@ -96,7 +96,7 @@ def parse(text: bytes, name: str) -> dict[str, Any]:
 
 
 def entry(value: Mapping[str, Any], key: str, kind: type, name: str) -> Any:
-    """An entry of a JSON object that must be there, and of a type.
+    """Return an entry of a JSON object that must be there, and of a type.
 
     Raises:
         CacheCorrupt: it is not, or it is a negative number where an int is asked for.
@@ -109,7 +109,7 @@ def entry(value: Mapping[str, Any], key: str, kind: type, name: str) -> Any:
 
 
 class Folder:
-    """A folder to read from, on this machine or another.
+    """Reads from a folder, on this machine or another.
 
     Args:
         path: a path, or a URL that fsspec knows ("s3://bucket/cache", "hf://...").
@@ -123,7 +123,7 @@ class Folder:
         self.is_local = isinstance(self._fs, LocalFileSystem)
 
     def read(self, name: str) -> bytes:
-        """A small file's bytes.
+        """Return a small file's bytes.
 
         Raises:
             CacheIncomplete: it is not there.
@@ -135,7 +135,7 @@ class Folder:
         return bytes(data)
 
     def sizes(self, name: str) -> dict[str, int]:
-        """Sizes in bytes of the files of a sub-folder, by name; empty if it is not there."""
+        """Return the sizes in bytes of a sub-folder's files by name; empty if it is not there."""
         try:
             listed = self._fs.ls(f"{self._root}/{name}", detail=True)
         except (FileNotFoundError, NotADirectoryError):
@@ -144,7 +144,7 @@ class Folder:
         return {x["name"].rsplit("/", 1)[-1]: int(x["size"]) for x in files}
 
     def local(self, name: str, sha256: str, size: int) -> Path:
-        """A file of this machine with the file's bytes; a remote one is copied once.
+        """Return a file of this machine with the file's bytes; a remote one is copied once.
 
         A copy of another size is made again.
 

@@ -32,19 +32,19 @@ VOLATILE += ("use_cache", "_attn_implementation", "attn_implementation")
 
 
 class Data(Protocol):
-    """Rows by number: a list of mappings, or a map-style `datasets.Dataset`."""
+    """Gives rows by number: a list of mappings, or a map-style `datasets.Dataset`."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Return how many there are."""
         ...
 
     def __getitem__(self, number: int, /) -> Any:
-        """A row, a mapping from columns to values."""
+        """Return a row, a mapping from columns to values."""
         ...
 
 
 class SideRow(NamedTuple):
-    """A row of a side without its padding.
+    """Holds a row of a side without its padding.
 
     ids: real token ids, in order.
     positions: [n] int32 ascending, the places in them of the scored tokens; >= 1.
@@ -60,18 +60,18 @@ class SideRow(NamedTuple):
 
 
 def row_hash(ids: Sequence[int]) -> int:
-    """The first 8 bytes of the sha256 of the ids as little-endian int32, read as little-endian."""
+    """Return the first 8 bytes of the sha256 of little-endian int32 ids, read as little-endian."""
     digest = hashlib.sha256(np.asarray(ids, "<i4").tobytes()).digest()
     return int.from_bytes(digest[:8], "little")
 
 
 def rows_digest(hashes: np.ndarray) -> str:
-    """The sha256 of all rows' hashes [rows] in order, each as little-endian uint64."""
+    """Return the sha256 of all rows' hashes [rows] in order, each as little-endian uint64."""
     return hashlib.sha256(hashes.astype("<u8").tobytes()).hexdigest()
 
 
 def side_rows(side: Side) -> list[SideRow]:
-    """The rows of a side: their real ids and which of them are scored.
+    """Return the rows of a side: their real ids and which of them are scored.
 
     Raises:
         ValueError: the side has inputs that ids do not determine, its mask is not [B, T], it asks
@@ -110,7 +110,7 @@ def side_rows(side: Side) -> list[SideRow]:
 def collated(
     collator: Collator, rows: Sequence[Mapping[str, Any]], first: int = 0
 ) -> Iterator[SideRow]:
-    """The teacher's row of each row of the data, as training will see it.
+    """Yield the teacher's row of each row of the data, as training will see it.
 
     Each is collated by itself: what it is must not depend on its batch.
 
@@ -137,7 +137,7 @@ def collated(
 
 
 def dataset_identity(data: Data) -> dict[str, Any]:
-    """num_rows, and the sha256 of the rows' JSON, one a line. It reads all of the data once."""
+    """Return num_rows and the sha256 of the rows' JSON, one a line; reads all data once."""
     digest = hashlib.sha256()
     for i in range(len(data)):
         text = json.dumps(dict(data[i]), sort_keys=True, default=_listed)
@@ -146,12 +146,12 @@ def dataset_identity(data: Data) -> dict[str, Any]:
 
 
 def _listed(value: Any) -> Any:
-    """A tensor's or an array's values, whose text leaves some out; the text of anything else."""
+    """Return a tensor's or an array's values, whose text leaves some out; else the value's text."""
     return value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else repr(value)
 
 
 def collator_identity(collator: Collator, data: Data) -> dict[str, Any]:
-    """The collator's type, and the sha256 of what it makes of some rows, evenly spread.
+    """Return the collator's type and the sha256 of what it makes of some rows, evenly spread.
 
     What counts of a collator is the ids that it makes: its tokenizer, template, hints and limits
     are all in them.
@@ -167,7 +167,7 @@ def collator_identity(collator: Collator, data: Data) -> dict[str, Any]:
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any] | None:
-    """sha256 of the tokenizer and of its chat template, and its number of ids.
+    """Return the sha256 of the tokenizer and of its chat template, and its number of ids.
 
     The sha256 is that of tokenizer.json without the settings for truncation and padding, which
     calls change; of a tokenizer without such a file, of its ids and special tokens.
@@ -192,7 +192,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, A
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """A sha256 over each parameter's name, dtype, shape and up to 256 of its values.
+    """Return a sha256 over each parameter's name, dtype, shape and up to 256 of its values.
 
     It tells models of one shape apart, and does not read all of a large one. Values of a parameter
     that is not in memory (a meta tensor of an offloaded model) are left out.
@@ -206,7 +206,7 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def _sampled(parameter: Tensor) -> np.ndarray:
-    """Some values, evenly spread, as float64."""
+    """Return some values, evenly spread, as float64."""
     flat = parameter.reshape(-1)
     step = max(1, len(flat) // SAMPLED_VALUES)
     return flat[::step][:SAMPLED_VALUES].cpu().double().numpy()
@@ -223,7 +223,7 @@ def _adapters(model: nn.Module) -> dict[str, Any]:
 
 
 def teacher_identity(model: nn.Module, revision: str | None = None) -> dict[str, Any]:
-    """Where a model is from, what it computes, and with what.
+    """Return where a model is from, what it computes, and with what.
 
     Args:
         model: a causal LM, perhaps with adapters.
@@ -250,14 +250,14 @@ def teacher_identity(model: nn.Module, revision: str | None = None) -> dict[str,
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON gives it back; what JSON cannot hold is text."""
+    """Return the value as JSON gives it back; what JSON cannot hold is text."""
     return json.loads(json.dumps(value, default=repr))
 
 
 def first_difference(
     one: Mapping[str, Any], other: Mapping[str, Any], path: str = ""
 ) -> tuple[str, Any, Any] | None:
-    """The first entry in which two JSON objects differ, in the order of the other.
+    """Return the first entry in which two JSON objects differ, in the order of the other.
 
     Returns:
         Its name with dots, its value in one and in the other; or None.

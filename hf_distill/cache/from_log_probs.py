@@ -37,28 +37,28 @@ TOKEN_ID = "token_id:"  # vLLM's tokens as ids, where a protocol wants text
 
 
 class LogProbs(Protocol):
-    """Where log-probabilities come from."""
+    """Gives the log-probabilities of rows."""
 
     @property
     def name(self) -> str:
-        """Of the teacher, for the manifest."""
+        """Return the teacher's name, for the manifest."""
         ...
 
     @property
     def top_k(self) -> int:
-        """Entries of each token."""
+        """Return the number of entries of each token."""
         ...
 
     def start(self, vocab: int) -> None:
-        """Called once in every process: check what can be checked."""
+        """Check what can be checked; every process calls this once."""
 
     def top_log_probs(self, ids: Sequence[int]) -> list[vllm_client.TopK]:
-        """Of the positions 1 to len(ids) - 1: the top_k most probable tokens, descending."""
+        """Return the top_k most probable tokens at positions 1 to len(ids) - 1, descending."""
         ...
 
 
 class RecordedLogProbs:
-    """Answers of a server in a file, one JSON object a line.
+    """Reads a server's answers from a file, one JSON object a line.
 
     An object has the token ids of a row (`input_ids` or `prompt_token_ids`) and either
     `prompt_logprobs`, as vLLM answers: a list with null, then for each next token a map from id to
@@ -79,7 +79,7 @@ class RecordedLogProbs:
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
         self.path, self.top_k, self.name = Path(path), top_k, name
-        self._starts: dict[int, int] = {}  # of a row's line, by the hash of its ids
+        self._starts: dict[int, int] = {}  # where a row's line starts, by its ids' hash
         self._vocab = 0
         digest = hashlib.sha256()
         with open(self.path, "rb") as file, tqdm(desc="index", unit="row") as bar:
@@ -94,7 +94,7 @@ class RecordedLogProbs:
         self._sha256 = digest.hexdigest()
 
     def identity(self) -> dict[str, Any]:
-        """The sha256 of all answers: a file that has changed is another teacher."""
+        """Return the sha256 of all answers: a file that has changed is another teacher."""
         return {"answers_sha256": self._sha256}
 
     def start(self, vocab: int) -> None:
@@ -102,7 +102,7 @@ class RecordedLogProbs:
         self._vocab = vocab
 
     def top_log_probs(self, ids: Sequence[int]) -> list[vllm_client.TopK]:
-        """Of the positions 1 to len(ids) - 1 of a whole row.
+        """Return the most probable tokens at positions 1 to len(ids) - 1 of a whole row.
 
         Raises:
             ValueError: no line has these ids, or it has not top_k log-probabilities for each.
@@ -162,7 +162,7 @@ def _positions(content: Mapping[str, Any]) -> list[vllm_client.TopK]:
 
 @dataclass(frozen=True)
 class KnownEncoder(RowEncoder):
-    """From log-probabilities that are known already.
+    """Makes rows from log-probabilities that are known already.
 
     Attributes:
         source: where they come from.
@@ -197,9 +197,9 @@ class KnownEncoder(RowEncoder):
 
 
 def _selection(tokens: Sequence[vllm_client.TopK], top_k: int, vocab: int) -> Selection:
-    """What the codec keeps of N tokens; the entropy is that of the entries and of one for the rest.
+    """Return what the codec keeps of N tokens.
 
-    It is a lower bound of the teacher's.
+    The entropy is that of the entries and of one for the rest, a lower bound of the teacher's.
     """
     ids, log_probs, log_tail = remote.top_k_columns(tokens, top_k, vocab)
     known = torch.cat([log_probs, log_tail[:, None]], dim=-1)

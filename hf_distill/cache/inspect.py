@@ -23,7 +23,7 @@ LEAST_TAIL = -15.0  # log of a mass below which its error says nothing: 3e-7
 
 
 def describe(reader: CacheReader) -> list[str]:
-    """A line for each thing that a user wants to know of a cache."""
+    """Return a line for each thing that a user wants to know of a cache."""
     config, stats = reader.manifest.config, reader.manifest.stats
     teacher, codec, logits = (config.get(name) or {} for name in ("teacher", "codec", "logits"))
     tokenizer, data = config.get("tokenizer") or {}, config.get("dataset") or {}
@@ -62,7 +62,7 @@ def measure(
     collator: Collator,
     num_rows: int = 16,
 ) -> dict[str, float]:
-    """How far the stored numbers are from a model's, on some rows, evenly spread.
+    """Measure how far the stored numbers are from a model's, on some rows, evenly spread.
 
     Args:
         teacher: the cache.
@@ -105,7 +105,7 @@ def measure(
 
 
 def _errors(teacher: CachedTeacher, signal: Any, logits: Tensor) -> dict[str, float]:
-    """Of the tokens of one row."""
+    """Return the errors over the tokens of one row."""
     stored_at = teacher.codec.temperature
     log_p = (logits / stored_at).log_softmax(-1)
     errors = {"tokens": float(len(logits))}
@@ -136,7 +136,7 @@ def _errors(teacher: CachedTeacher, signal: Any, logits: Tensor) -> dict[str, fl
 
 
 def _joined(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Largest errors, sums of tokens, means of losses."""
+    """Return the largest errors, the sum of tokens and the means of losses."""
     tokens = sum(each["tokens"] for each in found)
     joined = {"tokens": tokens}
     for name in {key: None for each in found for key in each if key != "tokens"}:

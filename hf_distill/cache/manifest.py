@@ -23,12 +23,12 @@ SHOWN = 80  # characters of a value in an error
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """The sha256 of a configuration's canonical JSON."""
+    """Return the sha256 of a configuration's canonical JSON."""
     return hashlib.sha256(canonical(config)).hexdigest()
 
 
 def check_version(value: Mapping[str, Any], name: str) -> None:
-    """A file's format must be one that is read here.
+    """Check that a file's format is one that is read here.
 
     Raises:
         CacheCorrupt: it does not say which.
@@ -44,12 +44,12 @@ def check_version(value: Mapping[str, Any], name: str) -> None:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What manifest.json says.
+    """Holds what manifest.json says.
 
     Attributes:
         config: teacher, tokenizer, logits, dataset, collator, codec and shard_rows; all of it is
             in `config_hash`.
-        rows_digest: see `identity.rows_digest`.
+        rows_digest: see `fingerprints.rows_digest`.
         stats: tokens, bytes, bytes_per_token, and means over all tokens, such as entropy in nats.
         shards: rows, tokens, bytes and sha256 of each shard, in order.
         written_by: versions and time, for people.
@@ -63,17 +63,17 @@ class Manifest:
 
     @property
     def config_hash(self) -> str:
-        """Of `config`."""
+        """Return the hash of `config`."""
         return config_hash(self.config)
 
     @property
     def num_rows(self) -> int:
-        """Rows of the data, those without scored tokens included."""
+        """Return the number of rows of the data, those without scored tokens included."""
         return self.config["dataset"]["num_rows"]
 
     @property
     def vocab_size(self) -> int:
-        """Logits of the teacher per token, padding of the vocabulary included."""
+        """Return the teacher's number of logits per token, padding of the vocabulary included."""
         return self.config["logits"]["logit_dim"]
 
     def write(self, cache: Path) -> None:
@@ -97,7 +97,7 @@ class Manifest:
 
     @classmethod
     def read(cls, text: bytes, name: str = MANIFEST) -> "Manifest":
-        """From the bytes of a manifest.json.
+        """Read the bytes of a manifest.json.
 
         Raises:
             FormatVersionError: it is of another major version.

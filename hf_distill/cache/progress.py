@@ -28,7 +28,7 @@ VERIFY = ("size", "full")
 
 
 def write_config(cache: Path, config: Mapping[str, Any]) -> None:
-    """Write config.json, in front of the first shard.
+    """Write config.json, before the first shard.
 
     Raises:
         OSError: it could not be written.
@@ -37,7 +37,7 @@ def write_config(cache: Path, config: Mapping[str, Any]) -> None:
 
 
 def read_config(cache: Path) -> Mapping[str, Any] | None:
-    """The configuration of a cache that was begun in a folder, or None.
+    """Read the configuration of a cache that was begun in a folder, or return None.
 
     Raises:
         CacheCorrupt: config.json is not what was written.
@@ -52,7 +52,7 @@ def read_config(cache: Path) -> Mapping[str, Any] | None:
 
 
 def check_same(found: Mapping[str, Any], wanted: Mapping[str, Any], cache: Path) -> None:
-    """A folder's cache must be the one that is being written.
+    """Check that a folder's cache is the one that is being written.
 
     Raises:
         CacheConfigMismatch: naming the first entry that differs, and both values.
@@ -67,7 +67,7 @@ def check_same(found: Mapping[str, Any], wanted: Mapping[str, Any], cache: Path)
 
 
 def shard_rows(cache: Path) -> int | None:
-    """Rows per shard of a cache that was begun in a folder, or None."""
+    """Read the rows per shard of a cache that was begun in a folder, or return None."""
     config = read_config(cache)
     return None if config is None else entry(config, "shard_rows", int, str(cache / CONFIG))
 
@@ -99,7 +99,7 @@ def begin(cache: Path, config: Mapping[str, Any], overwrite: bool, verify: str) 
 
 
 def _missing(cache: Path, config: Mapping[str, Any], verify: str) -> list[int]:
-    """Numbers of the shards that are not there yet, or CacheError if the folder has another's."""
+    """Return the numbers of missing shards; raise CacheError if the folder has another's."""
     for stale in (*cache.glob(f"*{TMP}"), *(cache / FOLDER).glob(f"*{TMP}")):
         stale.unlink()
     found = read_config(cache)
@@ -113,14 +113,14 @@ def _missing(cache: Path, config: Mapping[str, Any], verify: str) -> list[int]:
 
 
 def _delete(cache: Path) -> None:
-    """The files of a cache, and no others; the manifest first, so that none is half there."""
+    """Delete a cache's files and no others, the manifest first, so that none is half there."""
     for path in (cache / MANIFEST, cache / HASHES, *(cache / FOLDER).glob("shard-*")):
         path.unlink(missing_ok=True)
     (cache / CONFIG).unlink(missing_ok=True)
 
 
 def _flaw(cache: Path, number: int, digest: str, verify: str) -> str | None:
-    """Why a shard must be written, or None."""
+    """Return why a shard must be written, or None."""
     sidecar = cache / sidecar_name(number)
     if not sidecar.exists():
         return "it has no sidecar"
@@ -138,7 +138,7 @@ def _flaw(cache: Path, number: int, digest: str, verify: str) -> str | None:
 
 
 def read_sidecar(cache: Path, number: int, digest: str) -> Entry:
-    """What a shard's sidecar says.
+    """Read what a shard's sidecar says.
 
     Raises:
         CacheConfigMismatch: it is of another configuration.

@@ -22,7 +22,7 @@ SHOWN = 8  # missing files in an error
 
 
 class CacheReader:
-    """A whole cache, on this machine or another. Threads may share it.
+    """Reads a whole cache, on this machine or another. Threads may share it.
 
     A pickled reader holds the path only: a worker opens the files for itself, without the checks of
     "full" that have been made already.
@@ -74,7 +74,7 @@ class CacheReader:
         self.__init__(**state)
 
     def __len__(self) -> int:
-        """Rows of the data."""
+        """Return the number of rows of the data."""
         return self.manifest.num_rows
 
     def _begin(self) -> None:
@@ -107,7 +107,7 @@ class CacheReader:
                 )
 
     def _shard(self, number: int) -> Shard:
-        """An open shard, verified as far as it should be."""
+        """Return an open shard, verified as far as it should be."""
         with self._locked():
             shard = self._open.get(number)
             if shard is None:
@@ -149,7 +149,7 @@ class CacheReader:
             raise CacheCorrupt(f"{name}: config_hash must be that of the manifest")
 
     def _hashes(self) -> tuple[np.ndarray, np.ndarray]:
-        """The hashes of all rows in ascending order, and the rows' numbers; read at first use."""
+        """Return all rows' hashes, ascending, and the rows' numbers; they are read at first use."""
         with self._locked():
             if self._index is None:
                 name, wanted = f"{self.path}/{HASHES}", self.manifest.rows_digest
@@ -166,14 +166,14 @@ class CacheReader:
             return self._index
 
     def find(self, row_hash: int) -> np.ndarray:
-        """Numbers of the rows with a hash, int64 ascending; identical rows have one hash."""
+        """Return the numbers of rows with a hash, int64 ascending; identical rows have one hash."""
         hashes, order = self._hashes()
         value = np.uint64(row_hash)
         first, last = (np.searchsorted(hashes, value, side) for side in ("left", "right"))
         return order[first:last]
 
     def row(self, number: int) -> Row:
-        """A row of the data, by its number.
+        """Return a row of the data by its number.
 
         Raises:
             IndexError: there is no such row.
@@ -185,7 +185,7 @@ class CacheReader:
         return self._shard(at).row(number - int(self._starts[at]))
 
     def match(self, wanted: fingerprints.SideRow) -> tuple[Row, np.ndarray]:
-        """The stored row with a row's ids whose stored tokens hold its scored ones.
+        """Find the stored row with a row's ids whose stored tokens hold its scored ones.
 
         Returns:
             The row, and [n] int64: the place of each scored token among the stored ones.

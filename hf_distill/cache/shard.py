@@ -46,10 +46,10 @@ MAX_HEADER = 2**20  # bytes; a shard has some ten arrays
 
 
 class Row(NamedTuple):
-    """What is stored of a row of the data.
+    """Holds what is stored of a row of the data.
 
     row: its number in the data.
-    row_hash: see `identity.row_hash`.
+    row_hash: see `fingerprints.row_hash`.
     positions: [n] int32 ascending, the scored tokens' places among the row's real tokens; >= 1.
     arrays: what the codec made, by name, 1-D.
     """
@@ -61,7 +61,7 @@ class Row(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What a manifest knows of a shard: rows [start, stop), tokens, bytes, and its sha256."""
+    """Holds what a manifest knows of a shard: rows [start, stop), tokens, bytes and sha256."""
 
     start: int
     stop: int
@@ -70,13 +70,13 @@ class Entry(NamedTuple):
     sha256: str
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in a manifest or a sidecar."""
+        """Return the entry as it stands in a manifest or a sidecar."""
         rest = {"tokens": self.tokens, "bytes": self.bytes, "sha256": self.sha256}
         return {"rows": [self.start, self.stop], **rest}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], name: str) -> "Entry":
-        """From a manifest or a sidecar.
+        """Read an entry of a manifest or a sidecar.
 
         Raises:
             CacheCorrupt: a field is missing or of another type.
@@ -89,17 +89,17 @@ class Entry(NamedTuple):
 
 
 def shard_name(number: int) -> str:
-    """A shard's file inside the cache."""
+    """Return the name of a shard's file inside the cache."""
     return f"{FOLDER}/shard-{number:05d}.safetensors"
 
 
 def sidecar_name(number: int) -> str:
-    """The file that commits a shard."""
+    """Return the name of the file that commits a shard."""
     return f"{FOLDER}/shard-{number:05d}.json"
 
 
 def _array(name: str, values: np.ndarray) -> np.ndarray:
-    """Contiguous, little-endian."""
+    """Return contiguous, little-endian values."""
     values = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
     if values.ndim != 1 or values.dtype not in NAMES:
         raise ValueError(
@@ -110,7 +110,7 @@ def _array(name: str, values: np.ndarray) -> np.ndarray:
 
 
 def tensors(rows: Sequence[Row]) -> dict[str, np.ndarray]:
-    """The tensors of a shard, by name: every array of the rows end to end, and where each starts.
+    """Return a shard's tensors by name: every array of the rows end to end, and where each starts.
 
     Raises:
         ValueError: there are no rows, rows have arrays of other names or dtypes, an array is not
@@ -144,7 +144,7 @@ def tensors(rows: Sequence[Row]) -> dict[str, np.ndarray]:
 def serialize(
     arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file; equal arrays give equal bytes.
+    """Yield the bytes of a safetensors file; equal arrays give equal bytes.
 
     Wider dtypes come first, then names in order, so that every array lies at a multiple of its
     item size.
@@ -196,7 +196,7 @@ def write_shard(
 
 
 class _Place(NamedTuple):
-    """Where an array lies in a file."""
+    """Says where an array lies in a file."""
 
     dtype: np.dtype
     items: int
@@ -204,7 +204,7 @@ class _Place(NamedTuple):
 
 
 class Shard:
-    """A shard that is read. Threads may share it.
+    """Reads a shard. Threads may share it.
 
     Args:
         path: of the file on this machine.
@@ -234,14 +234,14 @@ class Shard:
             self._check_entry(entry)
 
     def __len__(self) -> int:
-        """Its number of rows."""
+        """Return its number of rows."""
         return len(self.rows)
 
     def _refuse(self, rule: str) -> CacheCorrupt:
         return CacheCorrupt(f"{self.name}: {rule}")
 
     def _read(self, start: int, count: int) -> np.ndarray:
-        """[count] uint8, writable: PyTorch warns of arrays that are not."""
+        """Return [count] uint8, writable: PyTorch warns of arrays that are not."""
         buffer = np.empty(count, np.uint8)
         done = 0
         while done < count:  # one call gives at most 2 GiB
@@ -333,11 +333,11 @@ class Shard:
             )
 
     def row_hashes(self) -> np.ndarray:
-        """[S] uint64."""
+        """Return [S] uint64, the hashes of its rows."""
         return self._whole(ROW_HASH)
 
     def row(self, index: int) -> Row:
-        """The row at a place in the shard.
+        """Return the row at a place in the shard.
 
         Raises:
             CacheCorrupt: its positions do not ascend from 1 on, or the file has become shorter.

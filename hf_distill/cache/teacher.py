@@ -41,7 +41,7 @@ TEACHER_FIELDS = ("config_sha256", "weights_fingerprint")
 
 
 class CachedTeacher(Teacher):
-    """A teacher that `cache_teacher` has written down.
+    """Reads a teacher that `cache_teacher` has written down.
 
     It answers for the rows that were written, which it knows by their token ids: in any order and
     batch, with any padding, with all or some of the tokens that were scored then. Another
@@ -103,7 +103,7 @@ class CachedTeacher(Teacher):
             self._check_teacher(teacher)
 
     def _check_tail(self, known: SparseTeacher) -> None:
-        """The tail rule must be one that what is stored serves."""
+        """Check that what is stored serves the tail rule."""
         tail = self.rule.tail
         if tail == "sampled" and known.samples is None:
             raise UnsupportedDivergence(
@@ -163,28 +163,28 @@ class CachedTeacher(Teacher):
         crossing = find_cross_tokenizer_collator(run.collator)
         # of two tokenizers the teacher's is the one that its rows were written with
         tokenizer = run.processing_class if crossing is None else crossing.teacher_tokenizer
-        # with alpha 0 it is measured
+        # with alpha 0 the divergence is still measured, so its spec is checked too
         for spec in dict.fromkeys(specs):
             self.check_spec(spec, tokenizer)
-            tokenizer = None  # it is the same for all
+            tokenizer = None  # checked once: it is the same for all
         if not specs:
             self.check_tokenizer(tokenizer)
 
     @property
     def dense(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether the codec stores the whole distribution."""
+        """Return whether the codec stores the whole distribution."""
         return isinstance(self._like, Tensor)
 
     def collator(self, collator: Any) -> Any:
-        """The collator, with what is stored of its rows: a data loader's workers read the cache."""
+        """Wrap the collator, so that a data loader's workers read what is stored of its rows."""
         return CachedCollator(collator, self)
 
     def wrong_vocab(self, message: str) -> Exception:
-        """The error of a vocabulary that is not the student's."""
+        """Return the error of a vocabulary that is not the student's."""
         return VocabSizeMismatch(f"{self.reader.path}: {message}")
 
     def check_spec(self, spec: DivergenceSpec, tokenizer: Any = None) -> None:
-        """The loss must be one that the stored numbers serve, with the tokenizer of the writing.
+        """Check that the stored numbers serve the loss, with the tokenizer of the writing.
 
         Raises:
             TemperatureOutOfRange, UnsupportedDivergence: naming what to cache instead.
@@ -202,7 +202,7 @@ class CachedTeacher(Teacher):
         self.check_tokenizer(tokenizer)
 
     def check_tokenizer(self, tokenizer: Any) -> None:
-        """The tokenizer must be that of the writing; what is no tokenizer passes.
+        """Check that the tokenizer is that of the writing; what is no tokenizer passes.
 
         Raises:
             TokenizerMismatch: the tokenizer or its chat template is another.
@@ -220,7 +220,7 @@ class CachedTeacher(Teacher):
                 )
 
     def _check_rule(self, spec: DivergenceSpec) -> None:
-        """The loss of no tokens, which has the errors of a loss of some."""
+        """Compute the loss of no tokens, which raises the errors of a loss of some."""
         known = self._signal(self._like, torch.device("cpu")).sparse
         if known is None:
             return
@@ -235,7 +235,7 @@ class CachedTeacher(Teacher):
 
     @property
     def vocab_size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Logits of the cached teacher per token, padding of the vocabulary included."""
+        """Return the cached teacher's logits per token, padding of the vocabulary included."""
         return self.manifest.vocab_size
 
     def prepare(self, accelerator: Accelerator, student: nn.Module, refusal: str | None) -> None:
@@ -250,7 +250,7 @@ class CachedTeacher(Teacher):
         )  # fmt: skip
 
     def signal(self, student: nn.Module, side: Side) -> Signal:
-        """What is stored of the scored tokens.
+        """Return what is stored of the scored tokens.
 
         Raises:
             RowMismatch, CacheCorrupt: see `CacheReader.match`.
@@ -270,7 +270,7 @@ class CachedTeacher(Teacher):
         return Signal(sparse=move_to_device(found, device), tail=self.rule)
 
     def _read(self, side: Side) -> tuple[SparseTeacher | Tensor, list[int]]:
-        """The teacher of a side's scored tokens, on the CPU, and how many each row has."""
+        """Return the teacher of a side's scored tokens, on the CPU, and how many each row has."""
         wanted = fingerprints.side_rows(side)
         scored = [row for row in wanted if len(row.positions)]
         matches = [self.reader.match(row) for row in scored]
@@ -293,7 +293,7 @@ class CachedTeacher(Teacher):
             raise CacheCorrupt(f"{self.reader.path}, rows {numbers}: {error}") from error
 
     def columns(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What a data loader puts into a batch: see `stored.padded`; nothing for a dense codec."""
+        """Return what a loader puts into a batch, see `pad_tokens`; nothing for a dense codec."""
         if isinstance(self._like, Tensor):
             return {}  # [tokens, vocab] is read where it is used, not sent from a worker
         found, lengths = self._read(teacher_side(batch, student_side(batch)))
@@ -302,7 +302,7 @@ class CachedTeacher(Teacher):
 
 
 class CachedCollator:
-    """A data collator whose batches carry what is stored of their rows.
+    """Makes batches that carry what is stored of their rows.
 
     `DistillTrainer` wraps its own collator in one, so that its data loader's workers read the
     cache.
@@ -317,7 +317,7 @@ class CachedCollator:
         self.columns = tuple(getattr(collator, "columns", ()))
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The collator's batch, with `teacher_stored`."""
+        """Return the collator's batch, with `teacher_stored`."""
         batch = dict(self.collator(rows))
         columns = self.teacher.columns(batch)
         return batch | {TEACHER_STORED: columns} if columns else batch

@@ -48,7 +48,7 @@ WAIT = datetime.timedelta(days=7)  # of processes for the slowest; the default i
 
 
 def _teacher(model: nn.Module | str | Teacher, revision: str | None) -> nn.Module:
-    """The model to run."""
+    """Return the model to run."""
     if isinstance(model, str):
         given: dict[str, Any] = {} if revision is None else {"revision": revision}
         return ModelTeacher(model, **given).model
@@ -65,7 +65,7 @@ def _teacher(model: nn.Module | str | Teacher, revision: str | None) -> nn.Modul
 def _tokenizer(
     model: Any, given: Any, collator: Collator | None, revision: str | None
 ) -> PreTrainedTokenizerBase | None:
-    """The one that is given, the collator's, or that of the teacher's name."""
+    """Return the tokenizer: the given one, the collator's, or that of the teacher's name."""
     found = given or getattr(collator, "tokenizer", None)
     if found is None and isinstance(model, str):
         found = AutoTokenizer.from_pretrained(model, revision=revision)
@@ -73,14 +73,14 @@ def _tokenizer(
 
 
 def _nominal_bytes(codec: Codec, vocab: int, real_vocab: int) -> float:
-    """Bytes of a token, from made-up logits: to choose the size of shards before there are any."""
+    """Return a token's bytes, from made-up logits: shards are sized before there are any."""
     logits = torch.linspace(0, 30, vocab).expand(4, vocab)
     (arrays,) = codec.encode(logits, [4], [(0, 0)], real_vocab)
     return sum(x.nbytes for x in arrays.values()) / 4
 
 
 def _shard_rows(data: Data, collator: Collator, bytes_per_token: float) -> int:
-    """Rows per shard: a power of two for about SHARD_BYTES, or fewer for SHARDS shards."""
+    """Return a shard's rows: a power of two for about SHARD_BYTES, or less for SHARDS shards."""
     count = min(fingerprints.PROBED_ROWS, len(data))
     probed = [data[i * len(data) // count] for i in range(count)]
     tokens = sum(len(row.positions) for row in fingerprints.collated(collator, probed)) / count
@@ -112,7 +112,7 @@ def checked(
     shard_rows: int | None,
     verify: str,
 ) -> Path:
-    """The folder, if the arguments are in range."""
+    """Return the folder, if the arguments are in range."""
     if "://" in os.fspath(path):
         raise ValueError(f"a cache is written to this machine and copied from it, got {path!r}")
     for name, value in (("batch_size", batch_size), ("shard_rows", shard_rows)):
@@ -128,7 +128,7 @@ def checked(
 
 
 def _vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, int]:
-    """(logits per token, how many of them belong to the tokenizer)."""
+    """Return (logits per token, how many of them belong to the tokenizer)."""
     vocab = vocab_size(causal_lm(model))
     if vocab is None:
         raise ValueError(f"the number of logits of a {type(model).__name__} must be known")
@@ -188,7 +188,7 @@ def _write(
 def _configuration(
     encoder: RowEncoder, teacher: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
 ) -> dict[str, Any]:
-    """What the cache is of, all that its bytes depend on."""
+    """Return what the cache is of, all that its bytes depend on."""
     config = {
         "teacher": teacher,
         "tokenizer": fingerprints.tokenizer_identity(tokenizer),
@@ -250,7 +250,7 @@ def write_all(
 
 
 def process_state() -> PartialState:
-    """That of the script's Accelerator, if it has one."""
+    """Return the process state: that of the script's Accelerator, if it has one."""
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=WAIT)
 
 

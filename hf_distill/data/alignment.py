@@ -27,7 +27,7 @@ class AlignmentError(ValueError):
 
 
 class _Rows(NamedTuple):
-    """One side of a batch: ids, attention mask and which positions are scored, [B, T] each."""
+    """Holds one side of a batch: ids, attention mask and which are scored, [B, T] each."""
 
     ids: Tensor
     real: Tensor
@@ -39,18 +39,18 @@ class _Rows(NamedTuple):
         return cls(ids, real, _shifted(predicts))
 
     def tokens(self, width: int) -> Tensor:
-        """[B, width] the scored ids of each row in order, then NO_TOKEN."""
+        """Return [B, width] the scored ids of each row in order, then NO_TOKEN."""
         # others land in a column of their own that is cut off
         at = torch.where(self.scored, self.scored.cumsum(1) - 1, width).clamp_max(width)
         table = self.ids.new_full((len(self.ids), width + 1), NO_TOKEN)
         return table.scatter_(1, at, self.ids)[:, :width]
 
     def on_padding(self) -> Tensor:
-        """[B, T] scored positions that are padding, or that padding would predict."""
+        """Return [B, T] scored positions that are padding, or that padding would predict."""
         return self.scored & ~(self.real & _shifted(self.real))
 
     def ends(self, end_ids: Sequence[int]) -> Tensor:
-        """[B, T] the row's last position if it is an end token behind a scored one, not scored."""
+        """Mark a row's last position [B, T] if it is an unscored end token behind a scored one."""
         is_end = torch.zeros_like(self.real)
         for token in end_ids:  # no tensor of ids: copying it to the device would synchronise
             is_end |= self.ids == token
@@ -60,7 +60,7 @@ class _Rows(NamedTuple):
 
 
 def _shifted(flags: Tensor) -> Tensor:
-    """[B, T] the flags of the position before; False at the first."""
+    """Return [B, T] the flags of the position before; False at the first."""
     result = torch.zeros_like(flags)
     result[:, 1:] = flags[:, :-1]
     return result
@@ -90,14 +90,14 @@ NEEDED = ("input_ids", "labels", "teacher_attention_mask", "teacher_completion_i
 
 
 def _descends(index: Tensor) -> Tensor:
-    """[B, C] positions that are not behind all those before them in their row."""
+    """Return [B, C] bool: the positions that are not behind all those before them in their row."""
     before = torch.full_like(index, -1)
     before[:, 1:] = index.cummax(1).values[:, :-1]
     return (index >= 0) & (index <= before)
 
 
 def _unpaired(index: Tensor, teacher_index: Tensor) -> Tensor:
-    """[B, C] bool, True where `RULES["pairs"]` is broken; no synchronisation with a device."""
+    """Return [B, C] bool, True where `RULES["pairs"]` is broken, without synchronisation."""
     if index.shape != teacher_index.shape:
         return torch.ones_like(index, dtype=torch.bool)
     real, beside = index >= 0, teacher_index >= 0
@@ -119,7 +119,7 @@ def _sides(batch: Mapping[str, Any]) -> tuple[_Rows, _Rows]:
 
 
 def _broken(batch: Mapping[str, Any], end_ids: Sequence[int]) -> dict[str, Tensor]:
-    """[B, positions] bool for each rule, True where it is broken; no synchronisation."""
+    """Return [B, positions] bool for each rule, True where it is broken; no synchronisation."""
     student, teacher = _sides(batch)
     ids, index = batch["input_ids"], batch.get("completion_index")
     width = max(ids.shape[1], teacher.ids.shape[1])
@@ -141,7 +141,7 @@ def _broken(batch: Mapping[str, Any], end_ids: Sequence[int]) -> dict[str, Tenso
 
 
 def _detail(batch: Mapping[str, Any], rule: str, row: int, column: int) -> str:
-    """Where a rule is broken first, in words."""
+    """Say where a rule is broken first."""
     if rule == "tokens":
         one, other = (int(side.tokens(column + 1)[row, column]) for side in _sides(batch))
         return (
@@ -208,7 +208,7 @@ def assert_completions(
 
 
 class AlignmentMeter:
-    """`assert_aligned` for every batch of a run, without waiting for the device.
+    """Runs `assert_aligned` on every batch of a run, without waiting for the device.
 
     The first batch, and tensors on the CPU, are checked at once. After that broken rules are
     counted on the device until they are read.
@@ -223,7 +223,7 @@ class AlignmentMeter:
         self.started = False
 
     def add(self, batch: Mapping[str, Any]) -> None:
-        """Check or count a batch; one without teacher rows is as it is.
+        """Check or count a batch; one without teacher rows passes.
 
         Raises:
             AlignmentError: see `assert_aligned`.
@@ -239,7 +239,7 @@ class AlignmentMeter:
 
     @staticmethod
     def _is_costly(batch: Mapping[str, Any]) -> bool:
-        """Whether looking at values waits for a device."""
+        """Return whether looking at values waits for a device."""
         return batch["teacher_input_ids"].device.type != "cpu"
 
     def read(self, accelerator: Accelerator) -> None:

@@ -20,7 +20,7 @@ KEYS = tuple(ANCHOR_PREFIX + name for name in ("input_ids", "attention_mask", "l
 
 
 def has_anchor(batch: Mapping[str, Any]) -> bool:
-    """Whether a batch carries anchor rows.
+    """Return whether a batch carries anchor rows.
 
     Raises:
         ValueError: it has some of their keys only, or their shapes differ.
@@ -36,7 +36,7 @@ def has_anchor(batch: Mapping[str, Any]) -> bool:
 
 
 def join_anchor_rows(student: Side, batch: Mapping[str, Any]) -> Side:
-    """The student's side with the anchor's rows below, padded on the right to one width.
+    """Put the anchor's rows below the student's side, padded on the right to one width.
 
     The N scored tokens of the student's rows come first, then the M of the anchor's.
 
@@ -63,6 +63,6 @@ def join_anchor_rows(student: Side, batch: Mapping[str, Any]) -> Side:
 
 
 def _stacked(one: Tensor, other: Tensor) -> Tensor:
-    """[B + A, max(T, S)] of [B, T] and [A, S]; zeros fill the right."""
+    """Stack [B, T] on [A, S] to [B + A, max(T, S)]; zeros fill the right."""
     width = max(one.shape[1], other.shape[1])
     return torch.cat([F.pad(x, (0, width - x.shape[1])) for x in (one, other)])

@@ -11,7 +11,7 @@ from hf_distill.data.sides import IGNORE_INDEX, NO_TOKEN, predicts_from_index
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
-    """[B, T] int64 from rows of different lengths."""
+    """Pad rows of different lengths to [B, T] int64."""
     width = max(map(len, rows), default=0)
     fill = [[value] * (width - len(row)) for row in rows]
     padded = [
@@ -22,31 +22,31 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tenso
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Ids and mask, [B, T] int64 each, padded on the left, for completions to be generated."""
+    """Return ids and mask, [B, T] int64 each, padded on the left for generation."""
     ones = [[1] * len(row) for row in rows]
     return pad(rows, pad_token_id, side="left"), pad(ones, 0, side="left")
 
 
 def unpad(ids: Tensor, mask: Tensor) -> list[list[int]]:
-    """The rows of a padded batch [B, T], without the positions where mask is 0."""
+    """Return the rows of a padded batch [B, T] without the positions where mask is 0."""
     return [row[keep].tolist() for row, keep in zip(ids, mask.bool(), strict=True)]
 
 
 class TokenRow(NamedTuple):
-    """A row of token ids, and the positions of those that are scored, in order."""
+    """Holds a row of token ids, and the positions of those that are scored, in order."""
 
     ids: Sequence[int]
     scored: Sequence[int]
 
 
 def append_completion(context: Sequence[int], completion: Sequence[int]) -> TokenRow:
-    """A context with its completion behind it, which is scored."""
+    """Put a completion, which is scored, behind its context."""
     start = len(context)
     return TokenRow([*context, *completion], range(start, start + len(completion)))
 
 
 def _rows(rows: Sequence[TokenRow], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(input_ids, attention_mask, completion_index), padded on the right."""
+    """Return (input_ids, attention_mask, completion_index), padded on the right."""
     mask = pad([[1] * len(row.ids) for row in rows], 0)
     index = pad([row.scored for row in rows], NO_TOKEN)
     return pad([row.ids for row in rows], pad_token_id), mask, index
@@ -58,7 +58,7 @@ def build_batch(
     completions: Sequence[Sequence[int]],
     pad_token_id: int,
 ) -> dict[str, Tensor]:
-    """A training batch from token ids, with the same completions behind both contexts.
+    """Build a training batch from token ids, with the same completions behind both contexts.
 
     Args:
         prompts: B lists of the student's context ids.
@@ -82,7 +82,7 @@ def build_batch(
 def build_rows(
     student: Sequence[TokenRow], teacher: Sequence[TokenRow], pad_token_id: int
 ) -> dict[str, Tensor]:
-    """`build_batch` from whole rows, whose scored tokens may lie anywhere but at the first place.
+    """Do `build_batch` from whole rows, whose scored tokens may lie anywhere but at the start.
 
     Raises:
         AlignmentError: the scored tokens of a row are not the same ids on both sides.

@@ -16,7 +16,7 @@ from hf_distill.data.sides import IGNORE_INDEX, NO_TOKEN
 
 
 class CrossTokenizerCollator:
-    """Batches for `divergence="uld"`: each side's own tokens of the same prompt and completion.
+    """Makes batches for `divergence="uld"`: each side's own tokens of one prompt and completion.
 
     Each side is tokenised by its own tokenizer, with its own chat template for messages and its own
     end token behind a text completion. Completions stand beside each other token by token from the
@@ -74,7 +74,7 @@ class CrossTokenizerCollator:
         self._teacher = side(teacher_tokenizer, teacher_chat_template_kwargs)
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """A training batch.
+        """Make a training batch.
 
         Returns:
             input_ids, attention_mask, labels [B, T] in the student's ids; teacher_input_ids,
@@ -124,13 +124,13 @@ def find_cross_tokenizer_collator(collator: Any) -> CrossTokenizerCollator | Non
 
 
 def _padded(rows: Sequence[TokenRow], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask, padded on the right."""
+    """Return input_ids and attention_mask, padded on the right."""
     ones = [[1] * len(row.ids) for row in rows]
     return batches.pad([row.ids for row in rows], pad_token_id), batches.pad(ones, 0)
 
 
 def consecutive_runs(positions: list[int]) -> list[list[int]]:
-    """Ascending positions, cut where they are not consecutive."""
+    """Cut ascending positions where they are not consecutive."""
     found: list[list[int]] = []
     for at in positions:
         if found and found[-1][-1] + 1 == at:
@@ -141,7 +141,7 @@ def consecutive_runs(positions: list[int]) -> list[list[int]]:
 
 
 def pair_positions(student: list[int], teacher: list[int]) -> list[int]:
-    """The teacher's position beside each of the student's scored tokens of a row, or -1.
+    """Return the teacher's position beside each of the student's scored tokens of a row, or -1.
 
     Each reply of the one stands beside the same reply of the other, token by token from its first;
     if the two have not as many replies, all scored tokens are one reply.

@@ -11,7 +11,7 @@ ROLLOUT_COLUMNS = ("attempt", "dialogue", "sibling")
 
 @dataclass(frozen=True)
 class Attempt:
-    """What an environment sees of an episode.
+    """Holds what an environment sees of an episode.
 
     Args:
         row: the row of the data.
@@ -34,7 +34,7 @@ class Attempt:
 
 @dataclass
 class Episode:
-    """One row's dialogue.
+    """Holds one row's dialogue.
 
     Args:
         row: the data's columns.
@@ -61,7 +61,7 @@ class Episode:
 
     @property
     def messages(self) -> Messages:
-        """Prompt, replies as text, and what the environment said; empty for a text prompt."""
+        """Return prompt, replies as text, the environment's messages; nothing for a text prompt."""
         if isinstance(self.prompt, str):
             return []
         result = [*self.prompt]
@@ -71,7 +71,7 @@ class Episode:
         return result
 
     def replies(self) -> list[int]:
-        """Where among `messages` the replies stand."""
+        """Return where among `messages` the replies stand."""
         at, result = len(self.prompt), []
         for i in range(len(self.completions)):
             result.append(at)
@@ -79,7 +79,7 @@ class Episode:
         return result
 
     def seen(self) -> dict[str, Any]:
-        """The row as hints read it: with the environment's columns and those of the rollout.
+        """Return the row as hints read it: with the environment's columns and the rollout's.
 
         Raises:
             ValueError: a column of the data has the name of one of the rollout.
@@ -91,11 +91,11 @@ class Episode:
         return {**self.row, **made, **self.columns}
 
     def attempt(self, ended: bool) -> Attempt:
-        """What an environment sees."""
+        """Return what an environment sees."""
         turn = len(self.completions) - 1
         return Attempt(self.row, self.messages, self.texts[-1], ended, turn, self.group)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs to build the same rows again, beside the data's row."""
+        """Return what a checkpoint needs to build the same rows again, beside the data's row."""
         names = ("completions", "texts", "said", "columns")
         return {name: getattr(self, name) for name in names}

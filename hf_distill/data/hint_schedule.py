@@ -17,7 +17,7 @@ Value = float | str | Schedule
 
 @dataclass(frozen=True)
 class HintDropout:
-    """Which rows of an optimizer step lose their hints.
+    """Says which rows of an optimizer step lose their hints.
 
     A row's fate follows from its ids and these numbers alone. No random state is read or moved, and
     the order, the batches and the processes of the rows do not matter. Equal rows of a batch are
@@ -34,7 +34,7 @@ class HintDropout:
     step: int
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> list[bool]:
-        """For each row of token ids, whether its hints are dropped."""
+        """Return for each row of token ids whether its hints are dropped."""
         seen: Counter[tuple[int, ...]] = Counter()
         found = []
         for ids in map(tuple, rows):
@@ -46,7 +46,7 @@ class HintDropout:
 
 @dataclass(frozen=True)
 class HintSchedule:
-    """A collator's settings that can depend on the optimizer step.
+    """Holds a collator's settings that can depend on the optimizer step.
 
     Attributes:
         dropout: share of the rows whose hints are dropped.
@@ -58,7 +58,7 @@ class HintSchedule:
 
     @staticmethod
     def of(hint_dropout: Value, max_hint_length: Value | None, truncation: str) -> "HintSchedule":
-        """The plan of a `HintCollator`.
+        """Make the plan of a `HintCollator`.
 
         Raises:
             ValueError: a value is out of range, or a length changes that hints are not cut to.
@@ -82,29 +82,29 @@ class HintSchedule:
 
     @property
     def drops(self) -> bool:
-        """Whether hints are dropped at some step."""
+        """Return whether hints are dropped at some step."""
         return self.dropout.bounds[1] > 0
 
     @property
     def length_changes(self) -> bool:
-        """Whether the length is not the same at all steps."""
+        """Return whether the length is not the same at all steps."""
         return self.length is not None and self.length.bounds[0] < self.length.bounds[1]
 
     @property
     def depends_on_step(self) -> bool:
-        """Whether the same rows give other batches at other steps."""
+        """Return whether the same rows give other batches at other steps."""
         return self.drops or self.length_changes
 
     def length_at(self, step: int) -> int | None:
-        """Tokens that hints may add after `step` optimizer steps; None is no limit."""
+        """Return how many tokens hints may add after `step` optimizer steps; None is no limit."""
         return None if self.length is None else math.floor(round(self.length.at(step), DIGITS))
 
     def draw(self, step: int, seed: int) -> HintDropout | None:
-        """Which rows of a training step lose their hints; None if no step drops any."""
+        """Return which rows of a training step lose their hints; None if no step drops any."""
         return HintDropout(self.dropout.at(step), seed, step) if self.drops else None
 
     def values(self, step: int, training: bool) -> dict[str, float]:
-        """What is logged of a step: the values that are not fixed. Evaluation drops no hints."""
+        """Return what is logged of a step: what is not fixed. Evaluation drops no hints."""
         found: dict[str, float] = {}
         if training and self.drops:
             found["hint_dropout"] = self.dropout.at(step)
@@ -113,7 +113,7 @@ class HintSchedule:
         return found
 
     def refusal(self) -> str:
-        """Why rows cannot be made without a step."""
+        """Say why rows cannot be made without a step."""
         said = [f"hint_dropout {_range(self.dropout)}"] if self.drops else []
         if self.length is not None and self.length_changes:
             said.append(f"max_hint_length {_range(self.length)}")
@@ -126,7 +126,7 @@ def _range(schedule: Schedule) -> str:
 
 
 def hint_schedule_of(collator: Any) -> HintSchedule | None:
-    """The plan of a `HintCollator`, or of the one inside of a collator; None if rows need no step.
+    """Find the plan of a `HintCollator`, or of one inside a collator; None if rows need no step.
 
     Args:
         collator: a collator that wraps another has it as its attribute `collator`.
@@ -140,7 +140,7 @@ def hint_schedule_of(collator: Any) -> HintSchedule | None:
 
 
 def collator_at_step(collator: Any, step: int, seed: int | None) -> Any:
-    """A collator with a plan, as it is at an optimizer step: see `HintCollator.at`."""
+    """Return a collator with a plan as it is at an optimizer step: see `HintCollator.at`."""
     if isinstance(getattr(collator, "hint_plan", None), HintSchedule):
         return collator.at(step, seed)
     outer = copy.copy(collator)

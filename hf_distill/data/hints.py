@@ -17,7 +17,7 @@ OWN_MESSAGE = ("before", "after")
 
 @dataclass(frozen=True)
 class Hint:
-    """What the teacher is told, and where.
+    """Says what the teacher is told, and where.
 
     Args:
         text: names a column, or is a template with columns in braces ("The answer is {answer}."),
@@ -55,7 +55,7 @@ class Hint:
             raise ValueError(f"a hint in the system message has no turn, got {self.turn!r}")
 
     def render(self, row: Row) -> str | None:
-        """The hint's text for one row; None if there is none for it.
+        """Return the hint's text for one row; None if there is none for it.
 
         Raises:
             ValueError: a column is missing, or the hint is empty or not a string.
@@ -89,7 +89,7 @@ class Hint:
         return self.text.format_map(row) if is_template else row[self.text]
 
     def index(self, row: Row, messages: Messages, num_prompt: int) -> int:
-        """The message of a dialogue beside which, or in which, the hint stands.
+        """Return the index of the message beside which, or in which, the hint stands.
 
         Args:
             row: for `turn`.
@@ -123,7 +123,7 @@ class Hint:
         return turn
 
     def insert(self, prompt: Prompt, text: str) -> Prompt:
-        """The teacher's prompt, with a hint that has no turn; `prompt` itself is left as it is.
+        """Put a hint that has no turn into the teacher's prompt; `prompt` itself is left as it is.
 
         Raises:
             ValueError: the messages have no user message to append to, or a text prompt has none
@@ -140,7 +140,7 @@ class Hint:
 
 
 class PlacedHint(NamedTuple):
-    """A hint for one dialogue: its text, and the message it concerns (0 for the system's)."""
+    """Holds a hint for one dialogue: its text, and the message it concerns (0 for the system's)."""
 
     hint: Hint
     text: str
@@ -148,25 +148,25 @@ class PlacedHint(NamedTuple):
 
     @property
     def start(self) -> int:
-        """The first message that comes behind the hint, or holds it."""
+        """Return the index of the first message that comes behind the hint, or holds it."""
         return self.at + (self.hint.where == "after")
 
 
 class HintedMessages(NamedTuple):
-    """A dialogue with its hints; message i of the one without is now message moved[i]."""
+    """Holds a dialogue with its hints; message i of the one without is now message moved[i]."""
 
     messages: Messages
     moved: list[int]
 
 
 def place_hint(hint: Hint, row: Row, text: str, messages: Messages, num_prompt: int) -> PlacedHint:
-    """The hint with its message looked up: see `Hint.index`."""
+    """Look up the message of a hint: see `Hint.index`."""
     at = 0 if hint.where == "system" else hint.index(row, messages, num_prompt)
     return PlacedHint(hint, text, at)
 
 
 def check_before(hints: Sequence[PlacedHint], reply: int) -> None:
-    """Each hint must stand before a reply that is scored; the last of these is message `reply`.
+    """Check that each hint stands before a reply that is scored; the last is message `reply`.
 
     Raises:
         ValueError: one stands behind it.
@@ -180,7 +180,7 @@ def check_before(hints: Sequence[PlacedHint], reply: int) -> None:
 
 
 def _appended(message: dict[str, Any], text: str) -> dict[str, Any]:
-    """The message with more text; its content is a string or a list of parts."""
+    """Return the message with more text; its content is a string or a list of parts."""
     content = message["content"]
     if isinstance(content, str):
         return message | {"content": content + text}
@@ -190,7 +190,7 @@ def _appended(message: dict[str, Any], text: str) -> dict[str, Any]:
 
 
 def insert_hints(messages: Messages, hints: Sequence[PlacedHint]) -> HintedMessages:
-    """The dialogue with all hints; `messages` is left as it is, also its indices' meaning."""
+    """Put all hints into a copy of the dialogue; their `at` count the messages without hints."""
     before: list[Messages] = [[] for _ in messages]
     after: list[Messages] = [[] for _ in messages]
     changed = [dict(message) for message in messages]

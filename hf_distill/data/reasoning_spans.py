@@ -23,7 +23,7 @@ _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")  # how SentencePiece spells one
 
 
 def _anchor(vocab: dict[str, int], special: set[int]) -> int | None:
-    """An ordinary token, as short as there is: a letter or a digit where the vocabulary has one."""
+    """Find an ordinary token, as short as can be: a letter or digit if the vocabulary has one."""
     ordinary = [(token, i) for token, i in vocab.items() if i not in special]
     if not ordinary:
         return None
@@ -32,7 +32,7 @@ def _anchor(vocab: dict[str, int], special: set[int]) -> int | None:
 
 
 def _spelt(token: str, text: str) -> bytes:
-    """The bytes of a token whose text is not whole characters."""
+    """Return the bytes of a token whose text is not whole characters."""
     if found := _BYTE_TOKEN.fullmatch(token):
         return bytes([int(found[1], 16)])
     if all(character in BYTE_SPELLING for character in token):
@@ -43,7 +43,7 @@ def _spelt(token: str, text: str) -> bytes:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
-    """What each id adds to a text that it does not begin, in UTF-8.
+    """Return what each id adds to a text that it does not begin, in UTF-8.
 
     Each id is decoded behind an ordinary token, for decoders drop or add spaces at the start. Parts
     of a character, which decoding cannot show, are read from the vocabulary's spelling of bytes.
@@ -95,7 +95,7 @@ class ReasoningSpans:
         self._markers = re.compile(b"|".join(map(re.escape, longest_first)))
 
     def __call__(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Which tokens are inside.
+        """Return which tokens are inside.
 
         Args:
             ids: [B, T] int64.
@@ -117,7 +117,7 @@ class ReasoningSpans:
         return inside.to(ids.device)
 
     def find(self, text: bytes) -> Sequence[tuple[int, int]]:
-        """(first byte, byte behind the last) of the text of each block."""
+        """Return (first byte, byte behind the last) of the text of each block."""
         blocks: list[tuple[int, int]] = []
         first: int | None = None
         for marker in self._markers.finditer(text):

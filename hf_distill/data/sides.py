@@ -28,7 +28,7 @@ TOKEN_VALUES = ("token_weights", "behaviour_log_probs")  # [B, T] float, aligned
 
 
 class Side(NamedTuple):
-    """One model's part of a batch.
+    """Holds one model's part of a batch.
 
     inputs: keyword arguments of the model's forward.
     predicts: [B, T] bool, True where the output predicts a scored token; N are True.
@@ -43,14 +43,14 @@ class Side(NamedTuple):
 
 
 def predicts_from_labels(labels: Tensor) -> Tensor:
-    """[B, T] bool: True at the positions whose next token has a label."""
+    """Return [B, T] bool: True at the positions whose next token has a label."""
     predicts = torch.zeros_like(labels, dtype=torch.bool)
     predicts[:, :-1] = labels[:, 1:] != IGNORE_INDEX
     return predicts
 
 
 def predicts_from_index(index: Tensor, num_positions: int) -> Tensor:
-    """[B, num_positions] bool from an index map [B, C] of the positions of scored tokens."""
+    """Return [B, num_positions] bool from an index map [B, C] of the scored tokens' positions."""
     # NO_TOKEN, and positions that no row has, land in a column of their own that is cut off
     at = torch.where((index < 1) | (index >= num_positions), num_positions, index - 1)
     predicts = torch.zeros(index.shape[0], num_positions + 1, dtype=torch.bool, device=index.device)
@@ -58,12 +58,12 @@ def predicts_from_index(index: Tensor, num_positions: int) -> Tensor:
 
 
 def targets(labels: Tensor, predicts: Tensor) -> Tensor:
-    """[N]: the scored tokens of labels [B, T], or of values aligned with them, row by row."""
+    """Return [N]: the scored tokens of labels [B, T], or of values aligned with them, by row."""
     return labels[:, 1:][predicts[:, :-1]]
 
 
 def student_side(batch: Mapping[str, Any]) -> Side:
-    """The student's part: what is not labels, values of them, index maps or rows of others.
+    """Return the student's part: no labels, values of them, index maps or rows of others.
 
     Raises:
         ValueError: labels are missing or not [B, T].
@@ -82,7 +82,7 @@ def student_side(batch: Mapping[str, Any]) -> Side:
 
 
 def teacher_side(batch: Mapping[str, Any], student: Side) -> Side:
-    """The teacher's part: its own rows if the batch has them, else the student's."""
+    """Return the teacher's part: its own rows if the batch has them, else the student's."""
     ids, route = batch.get("teacher_input_ids"), batch.get(TEACHER_ROUTE)
     stored = batch.get(TEACHER_STORED)
     if ids is None:
@@ -94,15 +94,15 @@ def teacher_side(batch: Mapping[str, Any], student: Side) -> Side:
 
 
 TEACHER_OWN_TOKENS = "teacher_own_tokens"
-"""[B] bool, in batches whose teacher rows are of another tokenizer; what counts is that it is
-there."""
+"""[B] bool, in batches whose teacher rows are of another tokenizer. Only that it is there
+counts."""
 
 
 def has_own_tokens(batch: Mapping[str, Any]) -> bool:
-    """Whether the batch's teacher rows are of another tokenizer."""
+    """Return whether the batch's teacher rows are of another tokenizer."""
     return batch.get(TEACHER_OWN_TOKENS) is not None
 
 
 def paired_tokens(batch: Mapping[str, Any]) -> Tensor:
-    """[N] bool: which of the student's scored tokens have a teacher's token beside them."""
+    """Return [N] bool: which of the student's scored tokens have a teacher's token beside them."""
     return (batch["teacher_completion_index"] >= 0)[batch["completion_index"] >= 0]

@@ -20,14 +20,14 @@ _tables: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[_Key, Tensor]] = WeakK
 
 
 def _is_letter(character: str) -> bool:
-    """Letters, the marks that are written on letters, and parts of a character."""
+    """Return whether it is a letter, a mark that is written on letters, or part of a character."""
     if character.isalpha() or character == UNDECODED:
         return True
     return not character.isascii() and unicodedata.category(character)[0] == "M"
 
 
 def class_of(text: str) -> int:
-    """The class of a token's text: an index into CLASSES, never that of "special"."""
+    """Return the class of a token's text: an index into CLASSES, never that of "special"."""
     if not text or text.isspace():  # a lone word boundary of SentencePiece decodes to nothing
         return SPACE
     if any(map(_is_letter, text)):
@@ -36,7 +36,7 @@ def class_of(text: str) -> int:
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> list[str]:
-    """The text of each row of ids, special tokens included.
+    """Return the text of each row of ids, special tokens included.
 
     Decoding, not the vocabulary's own strings, turns byte-level and SentencePiece spellings
     into text.
@@ -52,7 +52,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]
 
 
 def _table(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> Tensor:
-    """[largest id + 1] int64; ids that the tokenizer leaves out are special."""
+    """Return the classes [largest id + 1] int64; ids that the tokenizer leaves out are special."""
     ids = sorted(set(tokenizer.get_vocab().values()) - special)
     table = torch.full((max([*ids, *special], default=-1) + 1,), SPECIAL)
     alone = token_texts(tokenizer, [[i] for i in ids])
@@ -61,7 +61,7 @@ def _table(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> Tensor:
 
 
 def token_classes(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> Tensor:
-    """The class of every token id, as an index into `CLASSES`.
+    """Return the class of every token id, as an index into `CLASSES`.
 
     - special: special tokens, added ones included, and ids for which the tokenizer has no token;
     - number: digits and other numerals without a letter, such as "12", " 3." or "½";

@@ -16,7 +16,7 @@ from hf_distill.data.token_classes import CLASSES, token_classes
 
 @dataclass
 class TokenWeightsConfig:
-    """How much a token counts: by the class of its text, its place, and the teacher's entropy.
+    """Says how much a token counts: by its text's class, its place, and the teacher's entropy.
 
     The factors are multiplied. `hf_distill.data.token_classes` has the classes,
     `hf_distill.data.reasoning_spans` the places.
@@ -77,16 +77,16 @@ class TokenWeightsConfig:
             )
 
     def by_class(self) -> list[float] | None:
-        """The weights in the order of `CLASSES`, or None if all are 1."""
+        """Return the weights in the order of `CLASSES`, or None if all are 1."""
         weights = [getattr(self, name) for name in CLASSES]
         return None if all(weight == 1.0 for weight in weights) else weights
 
     def around_reasoning(self) -> tuple[str, str] | None:
-        """The markers, or None if reasoning counts like the rest."""
+        """Return the markers, or None if reasoning counts like the rest."""
         return None if self.reasoning == 1.0 else (self.markers[0], self.markers[1])
 
     def active(self) -> bool:
-        """Whether some tokens count more than others."""
+        """Return whether some tokens count more than others."""
         by_place = self.by_class() is not None or self.around_reasoning() is not None
         return by_place or self.entropy > 0.0
 
@@ -95,7 +95,7 @@ KEY = "token_weights"
 
 
 class TokenWeights:
-    """The weights of a batch's tokens, as far as the batch and its texts say.
+    """Computes the weights of a batch's tokens, as far as the batch and its texts say.
 
     Args:
         by_class: a weight for each of `CLASSES`, or None if all are 1.
@@ -137,11 +137,11 @@ class TokenWeights:
 
     @property
     def reads_rows(self) -> bool:
-        """Whether a token's weight depends on the row it stands in."""
+        """Return whether a token's weight depends on the row it stands in."""
         return self._blocks is not None
 
     def in_reasoning(self, batch: Mapping[str, Any]) -> Tensor | None:
-        """[B, T] bool, or None if reasoning counts like the rest.
+        """Return [B, T] bool: which tokens are in it; None if reasoning counts like the rest.
 
         The whole row is read: a block may begin in the prompt, whose tokens have no labels.
 
@@ -157,9 +157,9 @@ class TokenWeights:
         return self._blocks(ids, mask if mask is not None and mask.ndim == 2 else None)
 
     def __call__(self, batch: Any, in_reasoning: Tensor | None = None) -> Tensor | None:
-        """[B, T] float32, aligned with the labels, zero where they are ignored.
+        """Return [B, T] float32, aligned with the labels, zero where they are ignored.
 
-        None if the batch has no labels, or if every token counts as one.
+        It returns None if the batch has no labels, or if every token counts as one.
 
         Args:
             batch: of the trainer.
@@ -201,7 +201,7 @@ class TokenWeights:
 
 
 def total_weight(batches: Sequence[Any], weights: Sequence[Tensor | None]) -> Tensor:
-    """[] float32: the sum of the weights of all tokens that are scored (never a row's first).
+    """Return [] float32: the sum of the weights of all scored tokens (never a row's first).
 
     A batch without weights counts its labelled tokens.
     """

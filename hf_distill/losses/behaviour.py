@@ -11,11 +11,11 @@ from hf_distill.models.structure import unwrap
 
 @torch.no_grad()
 def behaviour_log_probs(reader: Reader, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Log-probabilities of a batch's scored tokens under the student as it is now.
+    """Return log-probabilities of a batch's scored tokens under the student as it is now.
 
-    For completions that are used for several optimizer steps: called once behind the rollout, on
-    the batch as it will be trained on (the same rows, padded alike), its result goes into the batch
-    as `behaviour_log_probs`.
+    It serves completions that are used for several optimizer steps. It is called once behind the
+    rollout, on the batch as it will be trained on (the same rows, padded alike), and its result
+    goes into the batch as `behaviour_log_probs`.
 
     Args:
         reader: of the student.

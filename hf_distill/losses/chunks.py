@@ -18,27 +18,27 @@ CHUNK_ENTRIES = 2**24
 """Logits of a chunk: 64 MiB in float32."""
 
 COPIES_ON_CPU = 4
-"""What a chunk is divided by there where a loss makes a dozen copies of its logits.
+"""On a CPU a chunk is divided by this where a loss makes a dozen copies of its logits.
 
 The fused operations hold up to 96 MiB of logits of each side on a CPU, 512 MiB elsewhere.
 """
 
 MOST_TOKENS = 128
-"""Of a chunk of such a loss: a product of more is hardly faster, and needs memory for them all."""
+"""A chunk of such a loss has no more: a larger product is hardly faster, but needs more memory."""
 
 Piece = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-"""From the logits [n, V] of the tokens of a slice to their loss [] and values [k, n]."""
+"""Goes from the logits [n, V] of the tokens of a slice to their loss [] and values [k, n]."""
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """X in float32, or in float64 if it is."""
+    """Return x in float32, or in float64 if it is."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def token_chunks(num_tokens: int, vocab: int) -> Iterator[slice]:
-    """The tokens, some at a time: their logits have about CHUNK_ENTRIES entries.
+    """Yield the tokens, some at a time: their logits have about CHUNK_ENTRIES entries.
 
-    No tokens are one chunk, so that what is measured has its names.
+    If there are no tokens, it yields one empty chunk, so that the metrics have their names.
     """
     step = max(1, CHUNK_ENTRIES // vocab)
     for start in range(0, max(num_tokens, 1), step):
@@ -46,20 +46,20 @@ def token_chunks(num_tokens: int, vocab: int) -> Iterator[slice]:
 
 
 def width_of_copies(vocab: int, device: torch.device) -> int:
-    """Entries that a chunk is to hold for a token, for a loss that copies its logits many times."""
+    """Return a chunk's entries for a token, for a loss that copies its logits many times."""
     copies = COPIES_ON_CPU if device.type == "cpu" else 1
     return max(vocab * copies, CHUNK_ENTRIES // MOST_TOKENS)
 
 
 def target_log_probs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probabilities [n] of the targets under softmax(logits [n, V] / temperature)."""
+    """Return log-probabilities [n] of the targets under softmax(logits [n, V] / temperature)."""
     log_probs = torch.log_softmax(at_least_float32(logits) / temperature, dim=-1)
     return log_probs.gather(-1, targets[:, None]).squeeze(-1)
 
 
 @torch.no_grad()
 def log_probs(student: Signal, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probabilities of one token each, without gradient.
+    """Return log-probabilities of one token each, without gradient.
 
     Args:
         student: hidden states [N, H] with a head of V entries, or logits [N, V].
@@ -80,7 +80,7 @@ def log_probs(student: Signal, targets: Tensor, temperature: float = 1.0) -> Ten
 
 
 def projected_chunks(hidden: Tensor, head: Head) -> Iterator[tuple[Tensor, slice]]:
-    """Logits [n, V] of hidden states [N, H], a chunk of tokens at a time, and which they are."""
+    """Yield logits [n, V] of hidden states [N, H], a chunk of tokens at a time, and its slice."""
     whole = head.gathered()
     weight, bias = whole.weight, whole.bias
     for at in token_chunks(len(hidden), len(weight)):
@@ -88,7 +88,7 @@ def projected_chunks(hidden: Tensor, head: Head) -> Iterator[tuple[Tensor, slice
 
 
 class _Sum(torch.autograd.Function):
-    """The sum of a loss over chunks, whose gradients are formed while the logits exist."""
+    """Sums a loss over chunks, and forms its gradients while the logits exist."""
 
     @staticmethod
     def forward(
@@ -166,7 +166,7 @@ def _add_gradients(
 def sum_over_chunks(
     hidden: Tensor, head: Head | None, piece: Piece, weights: Tensor, width: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The sum of a loss over all tokens, without the logits of all of them in memory.
+    """Sum a loss over all tokens, without the logits of all of them in memory.
 
     Args:
         hidden: [N, H], the input of the head.
@@ -200,7 +200,7 @@ def sum_over_chunks(
 
 
 def cross_entropy(student: Signal, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The weighted sum of cross-entropies at temperature 1.
+    """Sum the weighted cross-entropies at temperature 1.
 
     Args:
         student: hidden states [N, H] with a head of V entries, read a chunk of tokens at a time, or

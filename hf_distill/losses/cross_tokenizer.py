@@ -49,14 +49,14 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _entropy(log_probs: Tensor) -> Tensor:
-    """[n] nats; an entry of probability 0 adds nothing."""
+    """Return the entropies [n] in nats; an entry of probability 0 adds nothing."""
     log_probs = log_probs.detach()
     probs = log_probs.exp()
     return -(probs * torch.where(probs > 0, log_probs, probs)).sum(-1)
 
 
 def sorted_distance(q: Tensor, p: Tensor) -> Tensor:
-    """The L1 distance of two tables of probabilities, each row sorted by size.
+    """Return the L1 distance of two tables of probabilities, each row sorted by size.
 
     Args:
         q: [N, V], with a gradient if it has one: that of each entry goes to the entry it was
@@ -74,7 +74,7 @@ def sorted_distance(q: Tensor, p: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class CrossTokenizerLoss(Loss):
-    """alpha * soft + (1 - alpha) * hard: universal logit distillation, and cross-entropy.
+    """Computes alpha * soft + (1 - alpha) * hard: universal logit distillation, cross-entropy.
 
     The teacher's vocabulary need not be the student's, and it need not speak of all scored tokens
     (`Signal.paired`): the others have soft loss 0. `teacher_entropy` and `paired`, the share of the
@@ -103,7 +103,7 @@ class CrossTokenizerLoss(Loss):
         self._spec()
 
     def _spec(self) -> DivergenceSpec:
-        """A spec with the same temperature and scaling: it has the checks."""
+        """Make a spec with the same temperature and scaling: it has the checks."""
         return DivergenceSpec("tvd", 0.5, self.temperature, self.temperature_scaling)
 
     def check_signal(self, teacher: Signal, num_tokens: int) -> None:
@@ -125,7 +125,7 @@ class CrossTokenizerLoss(Loss):
             )
 
     def soft(self, logits: Tensor, teacher: Signal, tokens: Tokens) -> Terms:
-        """The distance of n tokens' sorted probabilities."""
+        """Compute the distance of n tokens' sorted probabilities."""
         log_q = _log_softmax(logits, self.temperature)
         with torch.no_grad():
             log_p = _log_softmax(teacher.dense(), self.temperature).to(log_q.dtype)

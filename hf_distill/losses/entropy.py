@@ -12,7 +12,7 @@ from hf_distill.models.signals import Signal
 
 
 def _logits(signal: Signal) -> Iterator[Tensor]:
-    """[n, V] of some tokens at a time."""
+    """Yield the logits [n, V] of some tokens at a time."""
     if signal.logits is not None:
         for at in chunks.token_chunks(*signal.logits.shape):
             yield signal.logits[at]
@@ -25,7 +25,7 @@ def _logits(signal: Signal) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def teacher_entropy(signal: Signal) -> Tensor:
-    """The entropy of a teacher's distributions at temperature 1.
+    """Return the entropy of a teacher's distributions at temperature 1.
 
     Args:
         signal: of N tokens. Hidden states are projected a chunk of tokens at a time, which costs
@@ -33,7 +33,7 @@ def teacher_entropy(signal: Signal) -> Tensor:
 
     Returns:
         [N] float32 (float64 for float64 signals), in nats. Of a sparse signal it is
-        `losses.sparse.known_entropy`.
+        `losses.sparse_teacher.known_entropy`.
 
     Raises:
         ValueError: a sparse signal cannot be taken at temperature 1.
@@ -48,7 +48,7 @@ def teacher_entropy(signal: Signal) -> Tensor:
 
 
 def entropy_share(signal: Signal, vocab: int | None = None) -> Tensor:
-    """The entropy of each token as a share of the largest there is, ln V: H / ln V.
+    """Return the entropy of each token as a share of the largest there is, ln V: H / ln V.
 
     A token's share depends on its own distribution only. (Where entropies are divided by the
     largest of the batch instead, it also depends on the tokens beside it, on the size of the

@@ -10,7 +10,7 @@ LossFunction = Callable[[Tensor, Tensor, Tensor], PerToken]
 
 
 class FunctionLoss(Loss):
-    """A loss from a function of (student_logits, teacher_logits, targets), see `Loss.per_token`."""
+    """Computes a function of (student_logits, teacher_logits, targets), see `Loss.per_token`."""
 
     def __init__(self, function: LossFunction) -> None:
         self.function = function
@@ -18,7 +18,7 @@ class FunctionLoss(Loss):
     def per_token(
         self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor
     ) -> PerToken:
-        """What the function returns."""
+        """Return what the function returns."""
         return self.function(student_logits, teacher_logits, targets)
 
     def __repr__(self) -> str:
@@ -26,7 +26,7 @@ class FunctionLoss(Loss):
 
 
 def as_loss(loss: Loss | LossFunction) -> Loss:
-    """A `Loss` from one, or from a function of logits.
+    """Return a `Loss` as it is, or make one from a function of logits.
 
     Raises:
         TypeError: it is neither.

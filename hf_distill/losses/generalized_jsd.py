@@ -8,7 +8,7 @@ from metal_ops import DivergenceSpec, reference, weighted_divergence
 
 
 def _reduce(values: Tensor, mask: Tensor | None, rows: int, reduction: str) -> Tensor:
-    """`generalized_jsd_loss`'s reductions of unreduced or per-token values."""
+    """Reduce unreduced or per-token values as `generalized_jsd_loss` is asked to."""
     if reduction == "batchmean":
         return values.sum() / (rows if mask is None else mask.sum())
     if reduction == "sum":
@@ -29,7 +29,7 @@ def generalized_jsd_loss(
     top_k: int | None = None,
     token_clip: float | None = None,
 ) -> Tensor:
-    """Generalized Jensen-Shannon divergence, with the signature and conventions of OPSD.
+    """Compute the generalized Jensen-Shannon divergence, with OPSD's signature and conventions.
 
     Both logits are divided by temperature, without a temperature² factor. beta 0 is forward KL,
     KL(teacher || student), beta 1 reverse KL, KL(student || teacher); between them, with

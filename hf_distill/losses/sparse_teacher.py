@@ -16,7 +16,7 @@ CLIP_SEEN = 1e-5  # nats: with and without a clip the same sum is rounded otherw
 def sparse_terms(
     logits: Tensor, teacher: SparseTeacher, rule: TailRule, spec: DivergenceSpec, weights: Tensor
 ) -> WeightedTerms:
-    """The soft terms of N tokens from the student's logits [N, V] and a sparse teacher.
+    """Compute the soft terms of N tokens from student logits [N, V] and a sparse teacher.
 
     The teacher's entropy is `known_entropy`, its largest entry the largest that is known.
 
@@ -37,10 +37,10 @@ def sparse_terms(
 
 
 def known_entropy(teacher: SparseTeacher, dtype: torch.dtype) -> Tensor:
-    """[N] the entropy in nats, as far as the teacher is known, at its temperature.
+    """Return [N] the entropy in nats, as far as the teacher is known, at its temperature.
 
-    That of its entries and of the rest as one, a lower bound, and, where there are samples, their
-    estimate of the entropy within the rest.
+    It is that of its entries and of the rest as one, a lower bound. Where there are samples, their
+    estimate of the entropy within the rest is added.
     """
     log_p = teacher.log_probs.masked_fill(teacher.ids < 0, -torch.inf)
     known = torch.cat([log_p, teacher.log_tail[..., None]], dim=-1).to(dtype)
@@ -57,7 +57,7 @@ def known_entropy(teacher: SparseTeacher, dtype: torch.dtype) -> Tensor:
 def _stats(
     logits: Tensor, teacher: SparseTeacher, rule: TailRule, spec: DivergenceSpec, per_token: Tensor
 ) -> DivergenceStats:
-    """What `divergence_with_stats` would say, as far as the teacher is known."""
+    """Return what `divergence_with_stats` would say, as far as the teacher is known."""
     dtype = per_token.dtype
     student_entropy = [
         -torch.special.xlogy(q, q).sum(-1)

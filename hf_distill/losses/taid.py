@@ -20,7 +20,7 @@ from metal_ops import weighted_divergence
 
 @dataclass
 class TaidConfig:
-    """How the target of TAID moves from the student (t = 0) to the teacher (t = 1).
+    """Says how the target of TAID moves from the student (t = 0) to the teacher (t = 1).
 
     The defaults are those of the paper, where step_size is alpha and momentum is beta.
 
@@ -76,7 +76,7 @@ TEACHER_KL = "taid_teacher_kl"
 
 @torch.no_grad()
 def taid_target(logits: Tensor, teacher_logits: Tensor, t: float) -> Tensor:
-    """(1 - t) * student + t * teacher, the logits of TAID's target, without gradient.
+    """Return (1 - t) * student + t * teacher, the logits of TAID's target, without gradient.
 
     Args:
         logits: [..., V], the student's.
@@ -96,7 +96,7 @@ def taid_target(logits: Tensor, teacher_logits: Tensor, t: float) -> Tensor:
 
 @dataclass(frozen=True)
 class TaidLoss(DivergenceLoss):
-    """A `DivergenceLoss` whose soft loss is KL(p_t || q), a target between student and teacher.
+    """Computes the soft loss KL(p_t || q) to a target between student and teacher.
 
     p_t = softmax(((1 - t) * student + t * teacher) / temperature) of the logits, the student's held
     constant, and q is the student. At t = 0 loss and gradient are zero, at t = 1 this is forward_kl
@@ -140,7 +140,7 @@ class TaidLoss(DivergenceLoss):
             )
 
     def __call__(self, student: Signal, teacher: Signal, tokens: Tokens) -> Terms:
-        """The terms of N tokens, see `Loss`; logits exist a chunk of tokens at a time."""
+        """Compute the terms of N tokens, see `Loss`; logits exist a chunk of tokens at a time."""
         self.check_signal(teacher, len(tokens.targets))
         if self.t == 1.0:
             terms = super().__call__(student, teacher, tokens)
@@ -148,7 +148,7 @@ class TaidLoss(DivergenceLoss):
         return Loss.__call__(self, student, teacher, tokens)
 
     def soft(self, logits: Tensor, teacher: Signal, tokens: Tokens) -> Terms:
-        """The divergence of n tokens from their targets."""
+        """Compute the divergence of n tokens from their targets."""
         with torch.no_grad():
             known = teacher.dense()
         if self.t == 1.0:
@@ -169,7 +169,7 @@ EPSILON = 1e-15  # that of the authors' release
 
 
 class TaidState(NamedTuple):
-    """What the next step starts from: t, the average change, the last step's loss (None: none)."""
+    """Holds what the next step starts from: t, the average change, the last loss (None: none)."""
 
     t: float
     momentum: float = 0.0
@@ -177,7 +177,7 @@ class TaidState(NamedTuple):
 
 
 def next_state(config: TaidConfig, state: TaidState, loss: float, progress: float) -> TaidState:
-    """The state after an optimizer step.
+    """Return the state after an optimizer step.
 
         change   = (last loss - loss) / (last loss + 1e-15)
         momentum = config.momentum * momentum + (1 - config.momentum) * change
@@ -227,7 +227,7 @@ class TaidCallback(TrainerCallback):
         self._used = config.t_start
 
     def present(self, loss: Loss) -> TaidLoss:
-        """The loss with the t of this step."""
+        """Return the loss with the t of this step."""
         assert isinstance(loss, TaidLoss)
         return replace(loss, t=self.state.t)
 
@@ -239,19 +239,19 @@ class TaidCallback(TrainerCallback):
         self._sum = part if self._sum is None else self._sum + part
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Called by the Trainer; a run that is not resumed starts at t_start."""
+        """Forget what was summed; a run that is not resumed starts at t_start."""
         self._sum = None
         if state.global_step == 0:
             self.state = TaidState(self.config.t_start)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Called by the Trainer behind each optimizer step."""
+        """Move t behind each optimizer step."""
         progress = min(1.0, state.global_step / state.max_steps)
         self._used = self.state.t
         self.state = next_state(self.config, self.state, self._loss(), progress)
 
     def _loss(self) -> float:
-        """The mean soft loss of the step; where it is not read, nothing waits for the device."""
+        """Return the step's mean soft loss; where it is not read, nothing waits for the device."""
         if not self.config.adaptive:
             return math.nan
         own = torch.zeros((), device=self._accelerator.device) if self._sum is None else self._sum
@@ -260,7 +260,7 @@ class TaidCallback(TrainerCallback):
         return float(total)
 
     def metrics(self) -> dict[str, float]:
-        """The t of the last step."""
+        """Return the t of the last step."""
         return {"taid_t": self._used}
 
     def save(self, folder: str) -> None:
@@ -269,7 +269,7 @@ class TaidCallback(TrainerCallback):
             json.dump(self.state._asdict(), file)
 
     def load(self, folder: str) -> None:
-        """Read it.
+        """Read the state from a checkpoint.
 
         Raises:
             FileNotFoundError: the checkpoint is of a run without TAID.

@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 
 class CompletionTable:
-    """Rows of prompt, hints and completion, collected between two logs.
+    """Collects rows of prompt, hints and completion between two logs.
 
     Special tokens stay visible in all texts.
 
@@ -162,7 +162,7 @@ def _texts(columns: Mapping[str, Sequence[Any]]) -> dict[str, list[str]]:
 
 
 def _step_of(line: str) -> float:
-    """The step of a row; infinite if the line was cut off by a crash."""
+    """Return the step of a row; infinite if the line was cut off by a crash."""
     try:
         return json.loads(line)["step"] if line.endswith("\n") else float("inf")
     except json.JSONDecodeError:
@@ -180,18 +180,18 @@ class WriteTable(TrainerCallback):
         self.table = table
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Called by the Trainer."""
+        """Start the table at the step of the run."""
         self.table.start(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Called by the Trainer, on every process."""
+        """Write the table with a training log, on every process."""
         if "loss" in (logs or {}):
             self.table.write(state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Called by the Trainer: a resumed run does not sample these rows again."""
+        """Append to the file: a resumed run does not sample these rows again."""
         self.table.flush()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Called by the Trainer: the rows since the last log."""
+        """Write the rows since the last log."""
         self.table.write(state.global_step)

@@ -16,13 +16,13 @@ HINT_NGRAM = 4  # tokens; shorter runs are shared by chance
 
 
 def _total(sums: Sequence[int], accelerator: Accelerator) -> list[int]:
-    """Sums over all processes."""
+    """Return the sums over all processes."""
     total: Any = accelerator.reduce(torch.tensor(sums, device=accelerator.device), reduction="sum")
     return total.tolist()
 
 
 class CompletionMeter:
-    """Lengths of sampled completions since the last reading, over all processes.
+    """Measures the lengths of sampled completions since the last reading, over all processes.
 
     `completion_length` is the mean in tokens, `completion_ended` the share that stopped at an end
     token, `completions` their number.
@@ -38,7 +38,7 @@ class CompletionMeter:
         self._sums = [a + b for a, b in zip(self._sums, counts, strict=True)]
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """The metrics; starts anew. Every process must call it."""
+        """Return the metrics, and start anew. Every process must call it."""
         count, length, ended = _total(self._sums, accelerator)
         self._sums = [0, 0, 0]
         if not count:
@@ -52,7 +52,7 @@ def _ngrams(ids: Sequence[int], length: int = HINT_NGRAM) -> list[tuple[int, ...
 
 
 class HintOverlapMeter:
-    """How much of the completions stands in the hints, since the last reading, over all processes.
+    """Measures what share of completions is in hints since the last reading, over all processes.
 
     `hint_overlap` is the share of the completions' 4-grams of token ids that are in the row's hint
     and not in its prompt, which is all that the student sees. Rows whose hint has no 4-gram of its
@@ -77,14 +77,14 @@ class HintOverlapMeter:
                 self._sums[1] += len(found)
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """The metric; starts anew. Every process must call it."""
+        """Return the metric, and start anew. Every process must call it."""
         copied, count = _total(self._sums, accelerator)
         self._sums = [0, 0]
         return {"hint_overlap": copied / count} if count else {}
 
 
 class ShareMeter:
-    """The share of rows with a flag since the last reading, over all processes, under a name."""
+    """Measures a named share: rows with a flag since the last reading, over all processes."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -96,14 +96,14 @@ class ShareMeter:
         self._sums = [a + b for a, b in zip(self._sums, counts, strict=True)]
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """The metric; starts anew. Every process must call it."""
+        """Return the metric, and start anew. Every process must call it."""
         flagged, count = _total(self._sums, accelerator)
         self._sums = [0, 0]
         return {self.name: flagged / count} if count else {}
 
 
 class TokenMeter:
-    """Means over the scored tokens since the last reading, over all processes.
+    """Averages over the scored tokens since the last reading, over all processes.
 
     `soft` and `hard` are nats per token as they enter the loss (soft with its temperature scaling),
     the entropies are nats at the loss's temperature, `top1_agreement` and `clipped` are shares of
@@ -166,7 +166,7 @@ class TokenMeter:
         self._of_classes = sums if self._of_classes is None else self._of_classes + sums
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """The metrics; starts anew. Every process must call it."""
+        """Return the metrics, and start anew. Every process must call it."""
         names = self._names(accelerator)
         dtype, device = _sum_dtype(accelerator.device), accelerator.device
         zero = torch.zeros(2, dtype=dtype, device=device)
@@ -184,7 +184,7 @@ class TokenMeter:
         return found | _by_class(sums[2 * len(names) :], found)
 
     def _names(self, accelerator: Accelerator) -> list[str]:
-        """What some process has measured, in one order on all of them."""
+        """Return what some process has measured, in one order on all of them."""
         names = set(self._sums)
         if accelerator.num_processes > 1:
             names = set(gather_object(sorted(names)))
@@ -198,13 +198,13 @@ def _sum_dtype(device: torch.device) -> torch.dtype:
 
 
 def _sums(rows: Tensor) -> Tensor:
-    """[k, 2] the sums of rows [k, n], and how many values each has that are no NaN."""
+    """Return [k, 2]: the sums of rows [k, n], and how many values each has that are no NaN."""
     dtype = _sum_dtype(rows.device)
     return torch.stack([rows.nansum(1, dtype=dtype), (~rows.isnan()).sum(1, dtype=dtype)], dim=1)
 
 
 def _by_class(split: Sequence[float], means: Mapping[str, float]) -> dict[str, float]:
-    """Metrics from the sums of soft of each class and the numbers of their tokens."""
+    """Make metrics from the sums of soft of each class and the numbers of their tokens."""
     sums, counts = split[: len(CLASSES)], split[len(CLASSES) :]
     found: dict[str, float] = {}
     for name, soft, count in zip(CLASSES[: len(counts)], sums, counts, strict=True):

@@ -8,7 +8,7 @@ from hf_distill.rollouts.engines import check_engine
 
 @dataclass
 class RolloutConfig:
-    """How completions are sampled, and how long they are used.
+    """Says how completions are sampled, and how long they are used.
 
     Raises:
         ValueError: a value is out of range.

@@ -34,12 +34,12 @@ SAID_ELSEWHERE = {
 
 
 class Engine(Protocol):
-    """What samples completions. One is made for a run."""
+    """Samples completions. One is made for a run."""
 
     def sample(
         self, model: nn.Module, prompts: Sequence[Sequence[int]], seed: int
     ) -> list[list[int]]:
-        """Completions of the prompts.
+        """Sample completions of the prompts.
 
         Args:
             model: the student, wrapped or not; it is afterwards as before, and so is torch's
@@ -53,7 +53,7 @@ class Engine(Protocol):
         ...
 
     def weights_changed(self) -> None:
-        """Called after every optimizer step, and when training begins and ends."""
+        """Note new weights: after every optimizer step, and when training begins and ends."""
 
 
 class TellEngine(TrainerCallback):
@@ -135,7 +135,7 @@ def make_engine(
     accelerator: Accelerator | None = None,
     processing_class: Any = None,
 ) -> Engine:
-    """The engine of a run.
+    """Make the engine of a run.
 
     Args:
         engine: "generate", "continuous" or "vllm".

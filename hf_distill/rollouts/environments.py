@@ -10,7 +10,7 @@ from hf_distill.data.hints import Messages
 
 @dataclass(frozen=True)
 class Feedback:
-    """What an environment says to an attempt.
+    """Holds what an environment says to an attempt.
 
     Args:
         messages: the dialogue's next messages, to which the student replies. The dialogue ends if
@@ -29,14 +29,14 @@ Environment = Callable[[Sequence[Attempt]], Sequence[Feedback]]
 
 
 class Contexts(Protocol):
-    """Token ids of dialogues: a `HintCollator`."""
+    """Gives token ids of dialogues: a `HintCollator`."""
 
     def next_context(self, episode: Episode) -> list[int]:
-        """The student's ids up to its next reply."""
+        """Return the student's ids up to its next reply."""
         ...
 
     def text(self, ids: Sequence[int]) -> str:
-        """Of a completion, to be read."""
+        """Return the text of a completion, to be read."""
         ...
 
 

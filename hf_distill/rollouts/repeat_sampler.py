@@ -7,7 +7,7 @@ from torch.utils.data import Sampler
 
 
 class RepeatSampler(Sampler[int]):
-    """Every window of indices `repeats` times in a row, in an order shuffled anew each epoch.
+    """Yields each window of indices `repeats` times in a row, in an order shuffled each epoch.
 
     A window is what one optimizer step takes on all processes: each of its rows `copies` times, one
     beside the other; an incomplete last window is left out.
@@ -40,7 +40,7 @@ class RepeatSampler(Sampler[int]):
         self.seed, self.shuffle, self.epoch = seed, shuffle, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer before each epoch."""
+        """Set the epoch, as the Trainer does before each."""
         self.epoch = epoch
 
     def __len__(self) -> int:

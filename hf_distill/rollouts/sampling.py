@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are sampled.
+    """Says how completions are sampled.
 
     Args:
         pad_token_id: may equal an end token.
@@ -28,14 +28,14 @@ class Sampling:
 
 
 def end_token_ids(model: nn.Module, eos_token_id: int | None) -> list[int]:
-    """Every id that ends a completion: the generation config's (maybe several), the tokenizer's."""
+    """Return every id that ends a completion, of the generation config and of the tokenizer."""
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = ids if isinstance(ids, list | tuple) else [ids]
     return sorted({i for i in (*ids, eos_token_id) if i is not None})
 
 
 def cut_at_end_token(completion: Sequence[int], end_ids: Sequence[int]) -> list[int]:
-    """The ids up to and with the first end token; all of them if there is none."""
+    """Return the ids up to and with the first end token; all of them if there is none."""
     for position, token in enumerate(completion):
         if token in end_ids:
             return list(completion[: position + 1])
@@ -43,6 +43,6 @@ def cut_at_end_token(completion: Sequence[int], end_ids: Sequence[int]) -> list[
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether parameters lie in pieces on several processes (FSDP 1 and 2, DeepSpeed ZeRO-3)."""
+    """Return whether parameters lie in pieces on processes (FSDP 1 and 2, DeepSpeed ZeRO-3)."""
     wrapped = any(isinstance(m, FSDPModule | FullyShardedDataParallel) for m in model.modules())
     return wrapped or any(hasattr(p, "ds_id") for p in model.parameters())

@@ -30,23 +30,23 @@ GIVEN = (
 
 
 def _trl() -> Any:
-    # it reads vLLM's client code, which nobody else needs
+    # imported here: it reads vLLM's client code, which no other engine needs
     return importlib.import_module("trl.generation.vllm_generation").VLLMGeneration
 
 
 def _plain(model: nn.Module) -> nn.Module:
-    """The model without parallel wrapper and compiler; adapters stay."""
+    """Return the model without parallel wrapper and compiler; adapters stay."""
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
 def engine_options() -> list[str]:
-    """The keys of engine_kwargs: what TRL's `VLLMGeneration` takes besides what is given to it."""
+    """Return the keys of engine_kwargs: what TRL's `VLLMGeneration` takes besides GIVEN."""
     return [name for name in inspect.signature(_trl()).parameters if name not in GIVEN]
 
 
 @contextmanager
 def _kept_frozen(model: nn.Module, copies: dict[str, torch.Tensor]) -> Iterator[None]:
-    """The frozen weights of a model with adapters are, bit for bit, what they were.
+    """Keep the frozen weights of a model with adapters, bit for bit, as they were.
 
     Merging adapters into them and taking them out again leaves a rounding error at every step, and
     the base model is a teacher.
@@ -105,7 +105,7 @@ class VLLMEngine:
             )
 
     def weights_changed(self) -> None:
-        """The next sample sends the weights first."""
+        """Let the next sample send the weights first."""
         self._stale = True
 
     def _sync(self) -> None:
@@ -116,7 +116,7 @@ class VLLMEngine:
         self._stale = False
 
     def _agreed(self, number: int, seed: int) -> tuple[int, int]:
-        """The largest number of prompts of any process, and the seed of this group of them.
+        """Return the largest number of prompts of any process, and the seed of this group of them.
 
         TRL cuts the completions of a group or of all processes into equal shares. The processes of
         one tensor-parallel group sample the same completions, so they need one seed.
@@ -129,7 +129,7 @@ class VLLMEngine:
     def sample(
         self, model: nn.Module, prompts: Sequence[Sequence[int]], seed: int
     ) -> list[list[int]]:
-        """One list of ids per prompt. Every process must call it.
+        """Return one list of ids per prompt. Every process must call it.
 
         Args:
             model: the model that this engine was made with, wrapped or not.

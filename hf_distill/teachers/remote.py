@@ -33,7 +33,7 @@ NO_ENTRY = -1  # padding of ids
 
 
 class RemoteTeacher(Teacher):
-    """A model behind vLLM's completions endpoint, known by its most probable tokens.
+    """Asks a model behind vLLM's completions endpoint, known by its most probable tokens.
 
     Every row with scored tokens is one request, cut behind its last scored token; the server
     batches them. Its tokenizer must be the student's: token ids are sent as they are, and an answer
@@ -130,11 +130,11 @@ class RemoteTeacher(Teacher):
 
     @property
     def name(self) -> str:
-        """The model's, and the server's."""
+        """Return the name of the model, and the server's URL."""
         return f"{self._server.model} at {self._server.url}"
 
     def start(self, vocab: int | None) -> None:
-        """Ask the server for the same tokens twice; `prepare`, where there is no student.
+        """Ask the server for the same tokens twice, as `prepare` does, where there is no student.
 
         Args:
             vocab: the logits that a student gives per token.
@@ -172,7 +172,7 @@ class RemoteTeacher(Teacher):
         )
 
     def top_log_probs(self, ids: Sequence[int]) -> list[TopK]:
-        """The server's most probable tokens at positions 1 to len(ids) - 1.
+        """Ask for the server's most probable tokens at positions 1 to len(ids) - 1.
 
         Raises:
             RemoteTeacherError: the server fails, or knows other ids than the student.
@@ -193,7 +193,7 @@ class RemoteTeacher(Teacher):
         return positions
 
     def signal(self, student: nn.Module, side: Side) -> Signal:
-        """The server's log-probabilities of the scored tokens' positions, and the mass of the rest.
+        """Return the server's log-probabilities where tokens are scored, and the mass of the rest.
 
         See `top_k_columns` for the rest.
 
@@ -223,7 +223,7 @@ class RemoteTeacher(Teacher):
 
 
 def top_k_columns(tokens: Sequence[TopK], top_k: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids [N, K] int64 and log-probabilities [N, K], descending, and log of the rest [N]; float64.
+    """Return ids [N, K] int64, log-probabilities [N, K], descending, log of the rest [N]; float64.
 
     The rest of a token is 1 less its entries, but at most what entries as small as the least of
     them can hold, and at least what float32 resolves; nothing if the entries are the whole
@@ -239,7 +239,7 @@ def top_k_columns(tokens: Sequence[TopK], top_k: int, vocab: int) -> tuple[Tenso
 
 
 def _scored_rows(side: Side) -> list[tuple[list[int], list[int]]]:
-    """(ids, places of the scored tokens in them) of each row that has any."""
+    """Return (ids, places of the scored tokens in them) of each row that has any."""
     unsent = sorted(side.inputs.keys() - set(SENT))
     if unsent:
         raise ValueError(

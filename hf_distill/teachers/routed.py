@@ -20,7 +20,7 @@ SEPARATOR = ":"  # between a teacher's name and its own key in a checkpoint
 
 
 class RoutedTeacher(Teacher):
-    """Several teachers; a column of the data says which one each row asks.
+    """Holds several teachers; a column of the data says which one each row asks.
 
     The batch carries `teacher_route` [B] int64, the number of each row's teacher in the order of
     `teachers`. A trainer makes its data collator add it.
@@ -56,7 +56,7 @@ class RoutedTeacher(Teacher):
         self.teachers = {self.names[i]: made[i] for i in sorted(set(first))}
 
     def route(self, row: Mapping[str, Any]) -> int:
-        """The number of the teacher that a row of the data asks.
+        """Return the number of the teacher that a row of the data asks.
 
         Raises:
             ValueError: the row lacks the column, or the column names no teacher.
@@ -74,11 +74,11 @@ class RoutedTeacher(Teacher):
 
     @property
     def dense(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether all teachers are."""
+        """Return whether all teachers are dense."""
         return all(teacher.dense for teacher in self.teachers.values())
 
     def each(self) -> Sequence[Teacher]:
-        """The teachers that rows ask."""
+        """Return the teachers that rows ask."""
         return list(self.teachers.values())
 
     def check(self, run: Run) -> None:
@@ -87,11 +87,11 @@ class RoutedTeacher(Teacher):
             teacher.check(run)
 
     def inputs(self) -> Sequence[str]:
-        """Names of a batch's inputs that some teacher reads."""
+        """Return the names of a batch's inputs that some teacher reads."""
         return [name for teacher in self.each() for name in teacher.inputs()]
 
     def collator(self, collator: Any) -> Any:
-        """The collator, with each row's teacher in the batch."""
+        """Wrap the collator, so that each row's teacher is in the batch."""
         if isinstance(collator, RoutedCollator):
             return collator
         return RoutedCollator(collator, self)
@@ -118,7 +118,7 @@ class RoutedTeacher(Teacher):
             teacher.prepare(accelerator, student, refusal)
 
     def signal(self, student: nn.Module, side: Side) -> Signal:
-        """Each teacher's view of its own rows, the scored tokens in the order of the batch.
+        """Return each teacher's view of its own rows, the scored tokens in the batch's order.
 
         Raises:
             ValueError: the batch has no route, or one that is out of range.
@@ -164,7 +164,7 @@ class RoutedTeacher(Teacher):
             teacher.update(student)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The teachers' states, keys behind the teacher's name."""
+        """Return the teachers' states, with each key behind its teacher's name."""
         return {
             f"{name}{SEPARATOR}{key}": value
             for name, teacher in self.teachers.items()
@@ -191,7 +191,7 @@ class RoutedTeacher(Teacher):
 
 
 def _rows(side: Side, mask: Tensor) -> Side:
-    """Some rows of a batch."""
+    """Return some rows of a batch."""
     inputs = {
         key: value[mask] if isinstance(value, Tensor) and len(value) == len(mask) else value
         for key, value in side.inputs.items()
@@ -200,7 +200,7 @@ def _rows(side: Side, mask: Tensor) -> Side:
 
 
 class RoutedCollator:
-    """A data collator that adds each row's teacher to the batch.
+    """Adds each row's teacher to a collator's batch.
 
     Args:
         collator: from rows to a batch, one row of the batch for each.
@@ -221,7 +221,7 @@ class RoutedCollator:
         self.columns = (teacher.column, *getattr(collator, "columns", ()))
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Any:
-        """The collator's batch with `teacher_route` [B] int64."""
+        """Return the collator's batch with `teacher_route` [B] int64."""
         route = torch.tensor([self.teacher.route(row) for row in rows], dtype=torch.int64)
         if not self.keep_column:
             rows = [{k: v for k, v in row.items() if k != self.teacher.column} for row in rows]

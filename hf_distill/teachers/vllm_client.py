@@ -28,11 +28,11 @@ TopK = dict[int, float]  # log-probability by token id
 
 
 class RemoteTeacherError(RuntimeError):
-    """The server did not answer, or with something else than log-probabilities."""
+    """The server did not answer, or it sent something else than log-probabilities."""
 
 
 class Completions:
-    """The client; safe to use from several threads.
+    """Asks the endpoint for completions; several threads may use it.
 
     Args:
         url: up to the version, such as "http://localhost:8000/v1".
@@ -69,7 +69,7 @@ class Completions:
         self._client.close()
 
     def top_log_probs(self, ids: Sequence[int]) -> list[TopK]:
-        """The most probable tokens at positions 1 to len(ids) - 1, each given the ids before it.
+        """Return the most probable tokens at positions 1 to len(ids) - 1, each given those before.
 
         Every position has `top_k` of them, or the whole vocabulary of the server if it is smaller.
 
@@ -110,7 +110,7 @@ class Completions:
         }
 
     def _post(self, body: dict[str, Any]) -> httpx2.Response:
-        """The server's answer of status 200, after as many tries as are allowed."""
+        """Return the server's answer of status 200, after as many tries as are allowed."""
         content = json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
         for trial in range(self.retries + 1):
@@ -151,18 +151,18 @@ class Completions:
 
 
 def read(entry: Mapping[str, Mapping[str, Any]]) -> TopK:
-    """A position's entries as vLLM writes them."""
+    """Read a position's entries as vLLM writes them."""
     return read_values({int(key): value["logprob"] for key, value in entry.items()})
 
 
 def read_values(entries: Mapping[int, Any]) -> TopK:
-    """Log-probabilities by token id, with -inf where a server has written it as a number."""
+    """Return log-probabilities by token id, with -inf where a server has written a number."""
     values = {key: float(value) for key, value in entries.items()}
     return {k: -math.inf if v <= WRITTEN_AS_MINUS_INF else v for k, v in values.items()}
 
 
 def mass_fault(entries: TopK) -> str | None:
-    """Why these cannot be log-probabilities of one token, or None."""
+    """Return why these cannot be log-probabilities of one token, or None."""
     if not all(value <= MASS_TOLERANCE for value in entries.values()):
         worst = max(entries.values(), key=lambda x: math.inf if math.isnan(x) else x)
         return f"a log-probability must not be positive, got {worst:g}"
@@ -176,6 +176,6 @@ def mass_fault(entries: TopK) -> str | None:
 
 
 def largest(entries: TopK, top_k: int) -> TopK:
-    """The most probable entries, in that order."""
+    """Return the top_k most probable entries, in that order."""
     ordered = sorted(entries.items(), key=lambda item: (-item[1], item[0]))
     return dict(ordered[:top_k])

@@ -60,7 +60,7 @@ def _range(x: Tensor) -> Tensor:
 
 
 def _sparse_log_p(known: tuple[Tensor, ...], vocab: int) -> Tensor:
-    """The teacher's log-probabilities [N, V + 1], the tail last."""
+    """Return the teacher's log-probabilities [N, V + 1], the tail last."""
     ids, log_probs, log_tail = known
     out = torch.full((len(ids), vocab + 1), -torch.inf, dtype=torch.float64, device=ids.device)
     out.scatter_(-1, torch.where(ids < 0, vocab, ids), log_probs.double())
@@ -99,7 +99,7 @@ def _sides(student: Tensor, teacher: Any, spec: DivergenceSpec) -> Sides:
 
 
 def _top_of(top: Tensor, log_p: Tensor, log_q: Tensor, vocab: int) -> Tensor:
-    """Without the tail, whose gradient is spread over its entries."""
+    """Return the largest probability but the tail's, whose gradient is spread over its entries."""
     tops = [top, log_p[:, :vocab].amax(-1), log_q[:, :vocab].amax(-1)]
     return torch.stack(tops).amax(0).exp()
 
@@ -142,7 +142,7 @@ def _loss_room(want: Tensor, k: Tensor, floor: Tensor, scale: float) -> Tensor:
 
 
 def _gradient_room(want: Tensor, factor: Tensor, limits: Limits) -> Tensor:
-    """[N], for a gradient [N, V] of rows that were given a factor [N]."""
+    """Return the room [N] for a gradient [N, V] of rows that were given a factor [N]."""
     largest = _finite_largest(want.double())
     relative = limits.k + torch.finfo(want.dtype).eps
     inside = limits.k * limits.gradient_floor + limits.jump
@@ -153,7 +153,7 @@ def _gradient_room(want: Tensor, factor: Tensor, limits: Limits) -> Tensor:
 
 
 def _find(name: str, got: Tensor, want: Tensor, room: Tensor) -> str | None:
-    """Where [N] or [N, V] differ by more than room [N], in words."""
+    """Say where [N] or [N, V] differ by more than room [N]."""
     if got.shape != want.shape or got.dtype != want.dtype:
         shapes = f"{got.dtype} {tuple(got.shape)}, want {want.dtype} {tuple(want.shape)}"
         return f"{name} is {shapes}"
@@ -174,7 +174,7 @@ def _find(name: str, got: Tensor, want: Tensor, room: Tensor) -> str | None:
 
 
 def _find_stats(got: Tensor, want: Tensor, limits: Limits, vocab: int) -> str | None:
-    """As `_find`, of [NUM_STATS, N]."""
+    """Do as `_find` for statistics [NUM_STATS, N]."""
     entropy = limits.k * (1 + torch.log(torch.tensor(float(vocab), dtype=torch.float64)).item())
     exact = torch.zeros_like(entropy)
     rooms = (entropy, entropy, exact, limits.undecided.double())
@@ -200,7 +200,7 @@ def _of_logits(
     got: tuple[Tensor | None, ...],
     want: tuple[Tensor | None, ...],
 ) -> str | None:
-    """Results are (loss or None, stats or None, gradient or None)."""
+    """Compare results (loss or None, stats or None, gradient or None)."""
     if not len(student):
         return None
     limits = _in_blocks(student, teacher, spec)

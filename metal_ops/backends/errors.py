@@ -4,7 +4,7 @@
 class KernelError(RuntimeError):
     """A kernel could not be compiled or launched; the call may be repeated by another backend.
 
-    Raised before anything that a caller can see has been written.
+    It is raised before anything that a caller can see has been written.
 
     Attributes:
         kernel: its name; one report is made of each.

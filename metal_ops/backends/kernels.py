@@ -65,14 +65,14 @@ class Kernels(Protocol):
     ) -> None:
         """Write factor (h - q H_SUM), and the hard term, to `out` [N, V], which may be `student`.
 
-        Without its part, whatever that would be, where factor [N] or the share is 0.
+        Where factor [N] or the share is 0, its part is left out, whatever it would be.
         """
         ...
 
     def log_sums(self, logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Return log-sum-exp of a row's logits / temperature, and that without the entries `ids`.
 
-        Each [N] float32, -inf for a sum of nothing. ids [N, K] int32 ascend; those of V and
+        Each is [N] float32, -inf for a sum of nothing. ids [N, K] int32 ascend; those of V and
         above, at the end, name no entry.
         """
         ...
@@ -108,7 +108,7 @@ def unsupported(student: Tensor, teacher: Tensor) -> str | None:
 
 
 def _one_dtype(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype that holds both, with contiguous rows."""
+    """Return both in the dtype that holds both, with contiguous rows."""
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     return _with_rows(student.to(dtype)), _with_rows(teacher.to(dtype))
 
@@ -120,7 +120,7 @@ def _with_rows(x: Tensor) -> Tensor:
 def _log_probs(
     kernels: Kernels, logits: Tensor, kept: KeptEntries, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities, of the kept entries [N, K] and the rest [N, 1]; log-sums, rest first."""
+    """Return log-probabilities, kept [N, K] and rest [N, 1], and log-sums [N], rest first."""
     log_sum, log_rest = kernels.log_sums(logits, kept.ascending, temperature)
     inside = logits.gather(-1, kept.ids).float().mul_(1 / temperature).sub_(log_sum[:, None])
     inside.masked_fill_(~kept.valid, -torch.inf)
@@ -143,7 +143,7 @@ class _StudentSupport(NamedTuple):
         alpha: float,
         out: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """(loss, clipped) [N] against the teacher's log-probabilities; the gradient to `out`."""
+        """Return (loss, clipped) [N] to the teacher's log-probabilities; gradients go to `out`."""
         inside, tail, log_rest, log_all = self.log_probs
         factor, counts = weight * (alpha * spec.scale / spec.temperature), weight != 0
         weighed = category_loss(log_p, (inside, tail), spec, factor)
@@ -172,7 +172,7 @@ def _divergence(
     alpha: float = 1.0,
     hard: HardTerm | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, clipped) [N]; the gradient of weight * alpha * loss goes to `out`.
+    """Return (loss, clipped) [N]; the gradient of weight * alpha * loss goes to `out`.
 
     So does the hard term, if the support is full.
     """
@@ -192,7 +192,7 @@ def _divergence(
 
 
 def _stats(values: Tensor, clipped: Tensor) -> Tensor:
-    """[NUM_STATS, N]."""
+    """Return the statistics [NUM_STATS, N]."""
     return torch.cat([values[Q_ENTROPY : AGREEMENT + 1], clipped.to(values.dtype)[None]])
 
 
@@ -276,7 +276,7 @@ def hidden_states(
 def _cross_entropy(
     kernels: Kernels, student: Tensor, hard: HardLabels, weight: Tensor
 ) -> tuple[Tensor, HardTerm]:
-    """[N] at temperature 1, and what its gradient needs."""
+    """Return the cross-entropy [N] at temperature 1, and what its gradient needs."""
     assert hard.labels is not None
     nothing = hard.labels.new_empty(len(student), 0, dtype=torch.int32)
     log_sum, _ = kernels.log_sums(student, nothing, 1.0)

@@ -91,7 +91,7 @@ def scale_for_float16(
 
 
 class _NoDerivative(torch.autograd.Function):
-    """The identity of a gradient, and an error in place of its derivative."""
+    """Passes a gradient on, and raises an error in place of its derivative."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, anchor: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class _NoDerivative(torch.autograd.Function):
 
 
 class _DifferentiableOnce(torch.autograd.Function):
-    """The identity of an input, whose gradient cannot be differentiated again."""
+    """Passes an input on, whose gradient cannot be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:

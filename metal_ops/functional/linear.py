@@ -32,7 +32,7 @@ class LinearTerms(NamedTuple):
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors in the dtype autocast asks for, if it is on: what F.linear would do."""
+    """Return the tensors in the dtype autocast asks for, if it is on, as F.linear would do."""
     device = next(t.device.type for t in tensors if t is not None)
     if not torch.is_autocast_enabled(device):
         return list(tensors)

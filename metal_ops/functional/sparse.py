@@ -20,7 +20,7 @@ logger = logging.getLogger("metal_ops")
 
 
 def _largest(teacher: SparseTeacher, spec: DivergenceSpec) -> SparseTeacher:
-    """The teacher cut to the spec's top_k; what is cut joins the tail."""
+    """Cut the teacher to the spec's top_k; what is cut joins the tail."""
     ids, log_probs, log_tail, temperature, *_ = teacher
     if spec.top_k is None or spec.top_k >= ids.shape[-1]:
         return teacher
@@ -60,7 +60,7 @@ def _check_sampled(teacher: SparseTeacher, spec: DivergenceSpec) -> None:
 
 
 def _reading(teacher: SparseTeacher, spec: DivergenceSpec, tail: str) -> tuple[str, DivergenceSpec]:
-    """The tail rule without "auto", and the spec it asks for."""
+    """Return the tail rule without "auto", and the spec it asks for."""
     if tail not in TAILS:
         raise ValueError(f"tail must be one of {TAILS}, got {tail!r}")
     if tail == "auto":
@@ -192,7 +192,7 @@ def _call(
     max_ratio: float | None,
     settings: tuple[bool, str],
 ) -> Tensor:
-    """The losses [N] by the op that fits, given [N, ...] tensors."""
+    """Compute the losses [N] by the op that fits, given [N, ...] tensors."""
 
     def rows(x: Tensor) -> Tensor:
         return x.detach().reshape(len(mask), x.shape[-1])

@@ -112,7 +112,7 @@ class SparseTeacher(NamedTuple):
 
 
 def _moved(samples: TailSamples, order: float, total: Tensor, log_tail: Tensor) -> TailSamples:
-    """Draws with probabilities p^order / exp(total), weighed for a tail of mass exp(log_tail)."""
+    """Return draws with probabilities p^order / exp(total), for a tail of mass exp(log_tail)."""
     none = samples.ids < 0
     log_probs = (order * samples.log_probs - total[..., None]).masked_fill(none, -torch.inf)
     log_weights = samples.log_weights.masked_fill(none, -torch.inf)
@@ -122,7 +122,7 @@ def _moved(samples: TailSamples, order: float, total: Tensor, log_tail: Tensor) 
 
 
 def _log_power_sum(order: float, powers: PowerSums, log_tail: Tensor) -> Tensor:
-    """Log of the sum of p^order over the tail: [...], -inf where the tail is empty."""
+    """Return the log of the sum of p^order over the tail: [...], -inf where it is empty."""
     knots = [0.0, 1.0, *powers.orders]
     if order > max(knots):
         raise ValueError(
@@ -139,13 +139,13 @@ def _log_power_sum(order: float, powers: PowerSums, log_tail: Tensor) -> Tensor:
 
 
 def _polynomial(at: float, knots: Sequence[float], values: Sequence[Tensor]) -> Tensor:
-    """The value at `at` of the polynomial through all knots."""
+    """Return the value at `at` of the polynomial through all knots."""
     shares = [math.prod((at - b) / (a - b) for b in knots if b != a) for a in knots]
     return torch.stack([s * x for s, x in zip(shares, values, strict=True)]).sum(0)
 
 
 def _between(at: float, knots: Sequence[float], values: Sequence[Tensor]) -> Tensor:
-    """A convex function at `at`, from its values at knots on both sides, in order.
+    """Estimate a convex function at `at`, from its values at knots on both sides, in order.
 
     Measured on tails of Zipf-like teachers (32 of 49,152 to 151,936 entries known) written at
     temperature 1 with the orders 0.5, 0.75 and 2 in float16, the tail's mass is on average off by

@@ -113,7 +113,7 @@ def _per_token(
     want: Exact,
     device: torch.device,
 ) -> Iterator[Comparison]:
-    """Of a function of the student [N, V] and a mask [N], which is given one row more."""
+    """Compare a function of the student [N, V] and a mask [N], which is given one row more."""
     dtype, wide, rows = student.dtype, _wide(student.dtype), len(student)
     leaf = _with_nan_row(student).to(device).requires_grad_()
     mask = torch.arange(len(leaf), device=device) < rows
@@ -136,7 +136,7 @@ def _nothing(name: str, x: Tensor) -> Iterator[Comparison]:
 
 
 def _specs(kind: str) -> list[DivergenceSpec]:
-    """Two betas and temperatures over the full vocabulary, and each support in each way."""
+    """List two betas and temperatures over the full vocabulary, and each support in each way."""
     specs = [DivergenceSpec(kind, *scale) for scale in SCALES]
     for i, (support, missing) in enumerate(
         product(("teacher_topk", "student_topk", "union"), missing_rules(kind))
@@ -147,7 +147,7 @@ def _specs(kind: str) -> list[DivergenceSpec]:
 
 
 def _draw(job: Job, shape: tuple[int, int], supported: bool) -> Pair:
-    """Student and teacher; for supports with distinct entries at their border."""
+    """Draw student and teacher; for supports with distinct entries at their border."""
     if job.family == "gaps":
         student, teacher = FAMILIES["peaked"](*shape)
         for x in (student, teacher):
@@ -209,7 +209,7 @@ def _weighted(student: Tensor, teacher: Tensor, spec: DivergenceSpec, where: Whe
 
 
 def _linear(student: Tensor, teacher: Tensor, spec: DivergenceSpec, where: Where):
-    """A head of one hidden unit a token, whose logits are those given, exactly."""
+    """Compare a head of one hidden unit a token, whose logits are those given, exactly."""
     rows, dtype, wide = len(student), student.dtype, _wide(student.dtype)
     if not rows:
         return  # a head of no hidden units
@@ -261,7 +261,7 @@ OPS = (*LOGIT_OPS, "hidden")
 
 
 def jobs(dtypes: tuple[torch.dtype, ...], quick: bool) -> list[Job]:
-    """List all of them, or with `quick` one in twelve."""
+    """List all jobs, or with `quick` one in twelve."""
     shapes = QUICK_SHAPES if quick else tuple(SHAPES)
     found = []
     for op in OPS:

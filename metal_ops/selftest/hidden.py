@@ -19,7 +19,7 @@ Two = tuple[Tensor, Tensor]  # a number as the sum of two
 
 
 def _two_sum(a: Tensor, b: Tensor) -> Two:
-    """A + b exactly (Knuth)."""
+    """Compute a + b exactly (Knuth)."""
     total = a + b
     part = total - a
     return total, (a - (total - part)) + (b - part)
@@ -32,13 +32,13 @@ def _halves(a: Tensor) -> Two:
 
 
 def _two_product(a: Tensor, b: Tensor) -> Two:
-    """A * b exactly (Dekker)."""
+    """Compute a * b exactly (Dekker)."""
     product, (a1, a2), (b1, b2) = a * b, _halves(a), _halves(b)
     return product, ((a1 * b1 - product) + a1 * b2 + a2 * b1) + a2 * b2
 
 
 def _dot(x: Tensor, y: Tensor) -> Decimal:
-    """Of two rows, to twice float64's digits."""
+    """Compute the product of two rows, to twice float64's digits."""
     terms = torch.cat(_two_product(x, y)).tolist()
     total = math.fsum(terms)
     return Decimal(total) + Decimal(math.fsum([*terms, -total]))
@@ -52,7 +52,7 @@ def _scaled(x: Tensor, factor: Decimal) -> Two:
 
 
 def _cosine(s: Tensor, t: Tensor) -> tuple[float, Tensor]:
-    """Of a row [H]: the distance, and its gradient [H] for s."""
+    """Compute the distance of a row [H], and its gradient [H] for s."""
     least = Decimal(NORM_MIN)
     length = _dot(s, s).sqrt()
     a, b = max(length, least), max(_dot(t, t).sqrt(), least)
@@ -64,7 +64,7 @@ def _cosine(s: Tensor, t: Tensor) -> tuple[float, Tensor]:
 
 
 def _sizes(s: Tensor, t: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Magnitudes of the cosine distance [N] and of its gradient [N, H]; float64.
+    """Compute magnitudes of the cosine distance [N] and of its gradient [N, H]; float64.
 
     s / a - t / b = w / a; of lengths within a factor of two an entry of w is a difference d = s - t
     and a multiple of t by at most |d| / b, of others it is s less (a / b) t.

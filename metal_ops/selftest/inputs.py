@@ -30,7 +30,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def randn(rows: int, vocab: int) -> Pair:
-    """Student, teacher; independent, nearly flat."""
+    """Draw student and teacher; they are independent and nearly flat."""
     return torch.randn(rows, vocab), torch.randn(rows, vocab)
 
 
@@ -52,13 +52,13 @@ def planted(rows: int, vocab: int) -> Pair:
 
 
 def near(rows: int, vocab: int) -> Pair:
-    """A student close to its teacher, late in training: the terms cancel."""
+    """Draw a student close to its teacher, late in training: the terms cancel."""
     student = 2 * torch.randn(rows, vocab)
     return student, student + 0.01 * torch.randn(rows, vocab)
 
 
 def huge(rows: int, vocab: int) -> Pair:
-    """Logits of +-1e4: exp overflows without the maximum, and one entry has all the mass."""
+    """Draw logits of +-1e4: exp overflows without the maximum, and one entry has all the mass."""
     return 2e4 * torch.rand(rows, vocab) - 1e4, 2e4 * torch.rand(rows, vocab) - 1e4
 
 
@@ -77,12 +77,12 @@ def _shift(pair: Pair, shifts: tuple[tuple[float, ...], tuple[float, ...]]) -> P
 
 
 def shifted(rows: int, vocab: int) -> Pair:
-    """A constant on every row, another one on each side: softmax removes it, exp alone does not."""
+    """Add a constant to every row, another on each side: softmax removes it, exp alone does not."""
     return _shift(peaked(rows, vocab), (STUDENT_SHIFTS, TEACHER_SHIFTS))
 
 
 def near_shifted(rows: int, vocab: int) -> Pair:
-    """A student close to its teacher, both far from zero, by the same or by different constants."""
+    """Draw a student close to its teacher, both far from zero, by equal or different constants."""
     far = tuple(-x if i % 2 else x for i, x in enumerate(STUDENT_SHIFTS))
     return _shift(near(rows, vocab), (STUDENT_SHIFTS, far))
 
@@ -93,7 +93,7 @@ FAMILIES: dict[str, Callable[[int, int], Pair]] = {
 
 
 def lengths(rows: int, hidden: int) -> Pair:
-    """Hidden states of any length: none at all, below 1e-8, and far from the other side's."""
+    """Draw hidden states of any length: none at all, below 1e-8, far from the other side's."""
     student, teacher = randn(rows, hidden)
     sizes = torch.tensor([1.0, 0.0, 1e3, 1e-3, 1e-12, 30.0, 1e-3])
     turn = torch.arange(rows) + hidden
@@ -102,7 +102,7 @@ def lengths(rows: int, hidden: int) -> Pair:
 
 
 def along(rows: int, hidden: int) -> Pair:
-    """Hidden states in nearly the same or opposite directions: the cosine is all cancellation."""
+    """Draw hidden states in nearly the same or opposite directions: the cosine cancels."""
     student, noise = randn(rows, hidden)
     factors = torch.tensor([1.0, -1.0, 1.001, 3.0, 2.0, 0.01])
     sizes = torch.tensor([1e-4, 1e-2, 0.0, 1e-5, 0.0])
@@ -122,14 +122,14 @@ def missing_rules(kind: str, beta: float = 0.5) -> tuple[str, ...]:
 
 
 def untied(x: Tensor, top_k: int) -> Tensor:
-    """X whose top_k largest entries of each row are well above the others."""
+    """Return x with the top_k largest entries of each row well above the others."""
     k = min(top_k, x.shape[-1])
     gap = 2.0**-5 * x.abs().nan_to_num(posinf=0.0).amax(-1, keepdim=True)
     return x.scatter_add(-1, x.topk(k, dim=-1).indices, gap.expand(len(x), k).contiguous())
 
 
 def sparse(teacher: Tensor, top_k: int, temperature: float, dtype: torch.dtype) -> SparseTeacher:
-    """The top_k entries of teacher logits and the rest's mass, with a column of padding."""
+    """Take the top_k entries of teacher logits and the rest's mass, with a column of padding."""
     log_p = (teacher.double() / temperature).log_softmax(-1)
     log_probs, ids = log_p.topk(min(top_k, teacher.shape[-1]), dim=-1)
     log_tail = log_p.scatter(-1, ids, -torch.inf).logsumexp(-1)

@@ -58,7 +58,7 @@ def versions() -> dict[str, Any]:
 
 
 def _calls(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
-    """A tiny call of each op, forward and backward."""
+    """Make a tiny call of each op, forward and backward."""
     x = torch.randn(2, 8, device=device).to(dtype).requires_grad_()
     y = torch.randn(2, 8, device=device).to(dtype)
     ids = torch.tensor([[0, 1], [2, 3]], device=device)
@@ -86,7 +86,7 @@ FUNCTIONS = {
 
 
 def _choice(op: str, call: Callable[[], Tensor], probe: Tensor) -> tuple[str, dict[str, str]]:
-    """(what did it, the reasons against the backends before); kernels are compiled to know."""
+    """Return (what did it, the reasons against those before); kernels are compiled to know."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a kernel that fails is among the reasons
         call().sum().backward()
@@ -124,7 +124,7 @@ def _show_choices(device: torch.device) -> None:
 
 
 def _named(calls: list[tuple[str, str]], num_ops: int) -> list[str]:
-    """Calls (op, dtype), those of all ops by the dtype alone."""
+    """Name calls (op, dtype), those of all ops by the dtype alone."""
     by_dtype: dict[str, list[str]] = {}
     for op, dtype in calls:
         by_dtype.setdefault(dtype, []).append(op)

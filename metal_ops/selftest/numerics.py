@@ -26,7 +26,7 @@ comparisons = 0  # calls of assert_matches_reference that compared something, in
 
 
 class Exact(NamedTuple):
-    """Float64. Magnitudes are the formulas with every term replaced by its absolute value."""
+    """Holds float64. Magnitudes are the formulas with every term replaced by its absolute value."""
 
     loss: Tensor  # [N]
     grad: Tensor  # [N, V], of the student logits, for an upstream gradient of one
@@ -36,7 +36,7 @@ class Exact(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """Of each category: f, whose sum is the divergence, h = d f / d log q, and both magnitudes."""
+    """Holds by category f, whose sum is the divergence, h = d f / d log q, and both magnitudes."""
 
     f: Tensor
     h: Tensor
@@ -44,12 +44,12 @@ class Terms(NamedTuple):
     h_magnitude: Tensor
 
     def plus(self, other: "Terms", share: float) -> "Terms":
-        """Share of this and the rest of the other."""
+        """Mix a share of this with the rest of the other."""
         return Terms(*(share * x + (1 - share) * y for x, y in zip(self, other, strict=True)))
 
 
 class Sides(NamedTuple):
-    """Both sides by category."""
+    """Holds both sides by category."""
 
     log_p: Tensor
     log_q: Tensor
@@ -64,7 +64,7 @@ class Sides(NamedTuple):
     def of(
         log_p: Tensor, log_q: Tensor, x_max: Tensor, dtype: torch.dtype, whole: bool = True
     ) -> "Sides":
-        """Both sides' log-probabilities with what the rule allows them."""
+        """Make both sides from log-probabilities, with what the rule allows them."""
         info = _precision(dtype)
         tiny = info.tiny / info.eps
         # behind -inf a probability is exactly zero
@@ -78,7 +78,7 @@ def _precision(dtype: torch.dtype) -> torch.finfo:
 
 
 def log_probs(logits: Tensor, temperature: float) -> Tensor:
-    """Float64, by the log-sum-exp."""
+    """Return float64 log-probabilities, by the log-sum-exp."""
     x = logits.double() / temperature
     return x - x.logsumexp(-1, keepdim=True)
 
@@ -100,7 +100,7 @@ def _log_mixture(p: Tensor, q: Tensor, beta: float) -> Tensor:
 
 
 def _from_teacher(x: Sides, skew: float) -> Terms:
-    """KL(p || m), m = skew p + (1 - skew) q."""
+    """Compute KL(p || m), m = skew p + (1 - skew) q."""
     log_m = _log_mixture(x.p, x.q, skew) if skew else x.log_q
     share = (1 - skew) * _weigh(x.q, (-log_m).exp()) if skew else torch.ones_like(x.q)
     size = _weigh(x.p_, _size(x.log_p) + _size(log_m)) + (1 + skew) * x.p_ + (1 - skew) * x.q_
@@ -111,7 +111,7 @@ def _from_teacher(x: Sides, skew: float) -> Terms:
 
 
 def _from_student(x: Sides, skew: float) -> Terms:
-    """KL(q || m), m = (1 - skew) p + skew q."""
+    """Compute KL(q || m), m = (1 - skew) p + skew q."""
     log_m = _log_mixture(x.q, x.p, skew) if skew else x.log_p
     share = skew * _weigh(x.q, (-log_m).exp()) if skew else torch.zeros_like(x.q)
     f, logs = _weigh(x.q, x.log_q - log_m), _size(x.log_q) + _size(log_m)
@@ -165,7 +165,7 @@ REVERSE_END = {("jsd", 1.0), ("mixed_kl", 0.0), ("alpha", 0.0)}
 
 
 def terms(x: Sides, spec: DivergenceSpec) -> Terms:
-    """The terms of a spec's kind, at the ends of beta those of the KL it stands for."""
+    """Compute the terms of a spec's kind, at the ends of beta those of the KL it stands for."""
     kind = spec.kind
     if (kind, spec.beta) in FORWARD_END:
         kind = "forward_kl"
@@ -182,7 +182,7 @@ def _top(x: Tensor, k: int) -> Tensor:
 
 
 def support(student: Tensor, teacher: Tensor, spec: DivergenceSpec) -> Tensor | None:
-    """[N, V] bool, or None for all."""
+    """Mark the entries that count: [N, V] bool, or None for all."""
     if spec.support == "full":
         return None
     k = spec.top_k or 0
@@ -192,7 +192,7 @@ def support(student: Tensor, teacher: Tensor, spec: DivergenceSpec) -> Tensor | 
 
 
 def restrict(log_p: Tensor, kept: Tensor | None, missing: str) -> Tensor:
-    """[N, V] to the categories: [N, V], or [N, V + 1] with the tail last."""
+    """Restrict [N, V] to the categories: [N, V], or [N, V + 1] with the tail last."""
     if kept is None:
         return log_p
     inside = log_p.masked_fill(~kept, -math.inf)
@@ -203,7 +203,7 @@ def restrict(log_p: Tensor, kept: Tensor | None, missing: str) -> Tensor:
 
 
 def entries(student: Tensor, teacher: Tensor, spec: DivergenceSpec) -> Tensor:
-    """The terms of the sum by category, differentiable where both sides are positive."""
+    """Return the terms of the sum by category, differentiable where both sides are positive."""
     kept = support(student.detach(), teacher, spec)
     # renormalising makes up for a normalisation left out, which would leave rounding outside
     logs = [
@@ -220,7 +220,7 @@ def entries(student: Tensor, teacher: Tensor, spec: DivergenceSpec) -> Tensor:
 
 
 def definition(student: Tensor, teacher: Tensor, spec: DivergenceSpec) -> Tensor:
-    """What a spec means, [N] float64, clipping and temperature scaling included; for autograd."""
+    """Compute what a spec means, [N] float64, with clip and temperature scaling; for autograd."""
     scale = spec.temperature**2 if spec.temperature_scaling == "t2" else 1.0
     f = entries(student, teacher.detach(), spec)
     if spec.clip is None:
@@ -242,7 +242,7 @@ def _largest(x: Tensor) -> Tensor:
 def _exact(
     student: Tensor, log_p: Tensor, kept: Tensor | None, x_max: Tensor, spec: DivergenceSpec
 ) -> Exact:
-    """From the teacher's categories; legal where p or q is zero."""
+    """Compute `exact` from the teacher's categories; legal where p or q is zero."""
     assert spec.clip is None
     log_q_all = log_probs(student, spec.temperature)
     log_q = restrict(log_q_all, kept, spec.missing)
@@ -266,7 +266,7 @@ def _exact(
 
 
 def exact(student: Tensor, teacher: Tensor, spec: DivergenceSpec) -> Exact:
-    """Value and gradient of a spec without clip, in closed form; legal where p or q is zero."""
+    """Compute value and gradient of a spec without clip, in closed form; p or q may be zero."""
     kept = support(student, teacher, spec)
     x_max = torch.maximum(_largest(student), _largest(teacher)) / spec.temperature
     log_p = restrict(log_probs(teacher, spec.temperature), kept, spec.missing)
@@ -274,7 +274,7 @@ def exact(student: Tensor, teacher: Tensor, spec: DivergenceSpec) -> Exact:
 
 
 def exact_sparse(student: Tensor, teacher: SparseTeacher, spec: DivergenceSpec) -> Exact:
-    """`exact` for a teacher known at a few entries, all of which count."""
+    """Compute `exact` for a teacher known at a few entries, all of which count."""
     rows, columns = (teacher.ids >= 0).nonzero(as_tuple=True)
     log_p = torch.full(student.shape, -math.inf, dtype=torch.float64)
     log_p[rows, teacher.ids[rows, columns]] = teacher.log_probs[rows, columns].double()
@@ -290,7 +290,7 @@ def exact_sparse(student: Tensor, teacher: SparseTeacher, spec: DivergenceSpec) 
 
 
 def unit_upstream(want: Exact, dtype: torch.dtype) -> Tensor:
-    """[N] upstream gradient that lets each row of the gradient peak at one.
+    """Return the upstream gradient [N] that lets each row of the gradient peak at one.
 
     A row that is nothing but cancellation stays small, and one that underflows stays as it is.
     """
@@ -299,7 +299,7 @@ def unit_upstream(want: Exact, dtype: torch.dtype) -> Tensor:
 
 
 def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Spacing of `dtype` at |x|, subnormals included."""
+    """Return the spacing of `dtype` at |x|, subnormals included."""
     info = torch.finfo(dtype)
     exponent = torch.frexp(x.abs().double()).exponent - 1
     spacing = torch.ldexp(torch.full_like(x, info.eps, dtype=torch.float64), exponent)
@@ -309,7 +309,7 @@ def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
 def needed_c(
     actual: Tensor, expected: Tensor, magnitude: Tensor, x_max: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Per element, the smallest c with which the rule accepts it; inf if none does."""
+    """Return per element the smallest c with which the rule accepts it; inf if none does."""
     eps = _precision(dtype).eps
     x_max = x_max.reshape(x_max.shape + (1,) * (expected.ndim - x_max.ndim))
     excess = (actual.double() - expected).abs() - ulp(expected, dtype)
@@ -325,7 +325,7 @@ def assert_matches_reference(
     dtype: torch.dtype,
     context: object = "",
 ) -> None:
-    """|actual - expected| <= ulp(dtype, expected) + C (1 + x_max) eps magnitude, every element.
+    """Assert |actual - expected| <= ulp(dtype, expected) + C (1 + x_max) eps magnitude everywhere.
 
     Args:
         actual: what the op returned, of type `dtype`.

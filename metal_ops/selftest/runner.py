@@ -46,7 +46,7 @@ class Report(NamedTuple):
 
 @contextmanager
 def _strict() -> Iterator[None]:
-    """Without the fallback, which would test another backend than is there."""
+    """Run without the fallback, which would test another backend than is there."""
     before = os.environ.get("METAL_OPS_STRICT")
     os.environ["METAL_OPS_STRICT"] = "1"
     try:
@@ -72,7 +72,7 @@ def dtypes_of(where: Where) -> tuple[torch.dtype, ...]:
 
 
 def _results(job: Job, where: Where) -> Iterator[tuple[float, str]]:
-    """(c needed, what failed) of each comparison; one that fails altogether is the job's last."""
+    """Yield (c needed, what failed) of each comparison; one that fails altogether is the last."""
     try:
         for context, comparison in cases.run(job, where):
             c, wrong = comparison.judge()
@@ -148,7 +148,7 @@ def as_json(reports: list[Report], quick: bool) -> str:
 
 
 def main(wheres: list[Where], quick: bool, file: Path | None) -> int:
-    """Run, print, write the JSON to `file` too; 0 if all passed, else 1."""
+    """Run, print, write the JSON to `file` too; return 0 if all passed, else 1."""
     reports = []
     for where in wheres:
         reports.append(run(where, quick))

@@ -20,7 +20,7 @@ Z_95 = 1.959964  # standard normal quantile of 97.5 %
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A share of right answers.
+    """Holds a share of right answers.
 
     Args:
         right: number of right answers.
@@ -36,11 +36,11 @@ class Accuracy:
 
     @property
     def share(self) -> float:
-        """In [0, 1]."""
+        """Return the share, in [0, 1]."""
         return self.right / self.total
 
     def interval(self) -> tuple[float, float]:
-        """95 % interval of the share: Wilson's score interval, which stays inside [0, 1]."""
+        """Return the share's 95 % interval: Wilson's score interval, which stays inside [0, 1]."""
         n, p = self.total, self.share
         centre = (p + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
         half = Z_95 / (1 + Z_95**2 / n) * math.sqrt(p * (1 - p) / n + Z_95**2 / (4 * n**2))
@@ -51,12 +51,12 @@ class Accuracy:
         return f"{self.share:6.1%} ({self.right}/{self.total}, 95 % {low:.1%} to {high:.1%})"
 
     def to_dict(self) -> dict[str, object]:
-        """For JSON."""
+        """Return what JSON can hold."""
         return {**asdict(self), "share": self.share, "interval_95": self.interval()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Accuracy":
-        """From what `to_dict` gave."""
+        """Read what `to_dict` gave."""
         return cls(**{x.name: values[x.name] for x in fields(cls)})
 
 
@@ -71,7 +71,7 @@ def measure(
     batch_size: int,
     description: str,
 ) -> Accuracy:
-    """Greedy accuracy on rows, with or without the hint in the context.
+    """Measure greedy accuracy on rows, with or without the hint in the context.
 
     Every process takes its share of the rows; all get the same result. Rows are sorted by length,
     so that a batch has little padding.

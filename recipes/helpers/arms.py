@@ -51,7 +51,7 @@ def check_arms(names: Sequence[str], known: Sequence[str], config: TrainingArgum
 
 
 def settings_of(recipe: Any, config: Any, ignored: Sequence[str]) -> dict[str, Any]:
-    """What an arm's results depend on, as JSON gives it back.
+    """Return what an arm's results depend on, as JSON gives it back.
 
     Args:
         recipe: the recipe's own arguments, a dataclass.
@@ -68,7 +68,7 @@ def settings_of(recipe: Any, config: Any, ignored: Sequence[str]) -> dict[str, A
 def kept(
     folder: Path, settings: dict[str, Any], make: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """The results of an arm: those of an earlier run, or `make`'s, which are written.
+    """Return the results of an arm: those of an earlier run, or `make`'s, which are written.
 
     All processes call it; the main one reads and writes.
 
@@ -106,14 +106,14 @@ def _check_settings(path: Path, before: dict[str, Any], now: dict[str, Any]) -> 
 
 
 def write(path: Path, result: Any) -> None:
-    """JSON in a file that is whole or not there."""
+    """Write JSON into a file that is whole or not there."""
     begun = path.with_suffix(".part")
     begun.write_text(json.dumps(result, indent=1))
     begun.replace(path)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns are aligned."""
+    """Return a Markdown table whose columns are aligned."""
     lines = [[*header], ["-" * len(title) for title in header], *([*row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines[1] = ["-" * width for width in widths]

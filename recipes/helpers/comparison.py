@@ -58,7 +58,7 @@ Results = dict[str, dict[int, Result]]  # of arms, of seeds
 
 @dataclass
 class ComparisonArguments:
-    """What a comparison itself needs."""
+    """Holds what a comparison itself needs."""
 
     teacher_name_or_path: str = field(
         default="smollm2-135m", metadata={"help": "Its tokenizer is the student's too."}
@@ -97,7 +97,7 @@ IGNORED = ("arms", "seeds", "cache_dir", "save_students")  # results do not depe
 
 
 class Material(NamedTuple):
-    """What the arms share."""
+    """Holds what the arms share."""
 
     tokenizer: PreTrainedTokenizerBase
     teacher: PreTrainedModel
@@ -132,15 +132,15 @@ class Comparison:
         self.folder = Path(str(config.output_dir))
 
     def changes(self, name: str) -> dict[str, Any]:
-        """The fields of the config that an arm changes."""
+        """Return the fields of the config that an arm changes."""
         raise NotImplementedError
 
     def teacher(self, name: str) -> Teacher | None:
-        """What an arm learns from, None for supervised training."""
+        """Return what an arm learns from; None for supervised training."""
         raise NotImplementedError
 
     def control(self) -> dict[str, Any]:
-        """The fields that supervised training changes: alpha, and what is read with a teacher."""
+        """Return what supervised training changes: alpha, and what is read with a teacher."""
         changes: dict[str, Any] = {"alpha": 0.0, "token_weights": None}
         changes |= {"hidden_layers": None, "taid": None}
         for name in ("temperature", "beta", "hidden_weight"):
@@ -149,13 +149,13 @@ class Comparison:
 
     @cached_property
     def material(self) -> Material:
-        """Models and rows, loaded when the first arm that is not finished needs them."""
+        """Load models and rows when the first arm that is not finished needs them."""
         return load_material(self.recipe)
 
     def cached(
         self, name: str, codec: Codec, kind: type[CachedTeacher] = CachedTeacher, **reading: Any
     ) -> CachedTeacher:
-        """The teacher's cache in a folder of that name, written now unless it is there."""
+        """Return the teacher's cache in a folder of that name, written now unless it is there."""
         path = Path(self.recipe.cache_dir or self.folder) / name
         made = self.material
         began = time.perf_counter()
@@ -178,12 +178,12 @@ class Comparison:
         return kind(path, teacher=made.teacher, **reading)
 
     def temperatures(self) -> tuple[float, float]:
-        """Those that a cache must serve: 1, 2 and the training's."""
+        """Return the range that a cache must serve: 1, 2 and the training's temperatures."""
         low, high = Schedule.parse(self.config.temperature).bounds
         return min(1.0, low), max(2.0, high)
 
     def train(self, name: str, seed: int) -> Result:
-        """An arm's curve and its seconds, from a run before this one if that has finished it."""
+        """Return an arm's curve and seconds, from an earlier run if that has finished it."""
         folder = self.folder / f"seed{seed}" / name
         changes = {**self.changes(name), "seed": seed, "output_dir": str(folder)}
         config = dataclasses.replace(self.config, **changes)
@@ -234,7 +234,7 @@ class Comparison:
 
 
 def load_material(recipe: ComparisonArguments) -> Material:
-    """Models and rows.
+    """Load models and rows.
 
     Raises:
         ValueError: the student has another tokenizer, or there are too few short rows.
@@ -277,7 +277,7 @@ def _size(model: PreTrainedModel) -> tuple[int, float]:
 
 
 def summary(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
-    """Of every arm: loss and KL at the last step and seconds, by seed and as means over seeds."""
+    """Return loss and KL at the last step and seconds, by arm and seed and as means over seeds."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for name, of_seeds in results.items():
         values = {seed: (*r["heldout"][-1][1:], r["seconds"]) for seed, r in of_seeds.items()}
@@ -292,7 +292,7 @@ def summary(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def show(found: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """The summary as a Markdown table."""
+    """Return the summary as a Markdown table."""
     seeds = list(next(iter(found.values()))["loss"]["seeds"])
     header = ["arm"]
     for title in MEASURES.values():
@@ -309,7 +309,7 @@ def show(found: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def draw(path: Path, results: Results) -> None:
-    """A PNG with held-out loss and KL over the steps: means over seeds, and the seeds' range."""
+    """Draw a PNG with held-out loss and KL over the steps: means over seeds, and their range."""
     matplotlib.use("Agg")
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), constrained_layout=True)
     titles = ("held-out loss, nats/token", "held-out KL(teacher || student), nats/token")

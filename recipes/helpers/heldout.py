@@ -16,7 +16,7 @@ from hf_distill.teachers import Teacher
 def short_rows(
     rows: list[math_tasks.Row], collator: HintCollator, count: int, max_tokens: int
 ) -> list[math_tasks.Row]:
-    """The first rows of at most so many tokens, prompt and completion together.
+    """Return the first rows of at most so many tokens, prompt and completion together.
 
     Args:
         rows: to choose from.
@@ -41,7 +41,7 @@ def short_rows(
 
 
 class Distance(NamedTuple):
-    """Means over the scored tokens of all rows, in nats.
+    """Holds means over the scored tokens of all rows, in nats.
 
     Args:
         loss: cross-entropy of the labels under the student.
@@ -53,7 +53,7 @@ class Distance(NamedTuple):
 
 
 def even_batch_size(num_rows: int, num_processes: int, largest: int) -> int:
-    """Rows per batch and process, at most `largest`, such that all processes have as many batches.
+    """Return rows per batch and process, at most `largest`, that give all as many batches.
 
     Otherwise rows would be repeated to fill the last batches, and would count more than others.
 
@@ -119,7 +119,7 @@ class Judge:
         self._trainer.remove_callback(PrinterCallback)
 
     def __call__(self) -> Distance:
-        """The student as it is; its mode and all random states are afterwards as they were."""
+        """Measure the student as it is; its mode and all random states stay as they were."""
         was_training = self.student.training
         with kept_rng(self._trainer.args.device):
             found = self._trainer.evaluate()
@@ -144,7 +144,7 @@ class HeldOut(TrainerCallback):
             raise ValueError(f"measure_steps must be at least 1, got {every}")
         self.judge, self.every = judge, every
         self.points: list[tuple[int, float, float]] = []
-        self.seconds = 0.0  # that measuring took
+        self.seconds = 0.0  # how long measuring took
 
     def measure(self, step: int) -> None:
         """Take a point."""
@@ -154,10 +154,10 @@ class HeldOut(TrainerCallback):
         self.seconds += time.perf_counter() - began
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Called by the Trainer."""
+        """Measure before the first step."""
         self.measure(0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Called by the Trainer."""
+        """Measure every so many steps, and after the last one."""
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
             self.measure(state.global_step)

@@ -14,7 +14,7 @@ RANK_VARIABLES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RA
 
 
 def asked_processes(command: Sequence[str]) -> int:
-    """The value of --num_processes in a launcher's command line, 1 if it is not there."""
+    """Return the value of --num_processes in a launcher's command line; 1 if it is not there."""
     for word, following in zip(command, [*command[1:], ""], strict=True):
         name, _, value = word.partition("=")
         if name.replace("-", "_") == "__num_processes":

@@ -31,7 +31,7 @@ NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
 
 @dataclass(frozen=True)
 class Task:
-    """Rows and the rule of grading.
+    """Holds rows and the rule of grading.
 
     Args:
         name: for the log.
@@ -48,30 +48,30 @@ class Task:
     extract: Callable[[str], str | None]
 
     def is_right(self, text: str, row: Row) -> bool:
-        """Whether a completion's answer is the row's, as numbers."""
+        """Return whether a completion's answer is the row's, as numbers."""
         found = self.extract(text)
         return found is not None and to_number(found) == to_number(row["answer"])
 
 
 def to_number(text: str) -> float:
-    """A number written with thousands separators, a dollar sign or a trailing dot."""
+    """Read a number written with thousands separators, a dollar sign or a trailing dot."""
     return float(text.replace(",", "").replace("$", "").rstrip("."))
 
 
 def answer_after_marks(text: str) -> str | None:
-    """The number behind the last ####, or None."""
+    """Return the number behind the last ####, or None."""
     found = re.findall(r"####\s*(" + NUMBER + ")", text)
     return found[-1] if found else None
 
 
 def last_number(text: str) -> str | None:
-    """The last number of the text, or None."""
+    """Return the last number of the text, or None."""
     found = re.findall(NUMBER, text)
     return found[-1] if found else None
 
 
 def strip_calculator_marks(solution: str) -> str:
-    """A GSM8K solution without its <<48/2=24>> annotations."""
+    """Return a GSM8K solution without its <<48/2=24>> annotations."""
     return re.sub(r"<<[^<>]*>>", "", solution)
 
 
@@ -89,7 +89,7 @@ def _gsm8k_row(example: Row) -> Row:
 
 
 def gsm8k(source: str, num_test: int) -> Task:
-    """GSM8K from a hub id, or from a folder that holds train.jsonl and test.jsonl.
+    """Load GSM8K from a hub id, or from a folder that holds train.jsonl and test.jsonl.
 
     Raises:
         FileNotFoundError: the folder lacks one of the files.
@@ -108,7 +108,7 @@ def gsm8k(source: str, num_test: int) -> Task:
 
 
 def arithmetic(num_test: int, seed: int) -> Task:
-    """Sums and differences of one- and two-digit numbers, every problem either train or test."""
+    """Make sums and differences of one- and two-digit numbers, each either train or test."""
     problems = [
         (a, b, sign)
         for a in range(2, 60)
@@ -134,7 +134,7 @@ def _arithmetic_row(a: int, b: int, sign: str) -> Row:
 
 
 def stories(num_train: int, num_test: int, seed: int) -> Task:
-    """The procedural word problems of the demo."""
+    """Make the procedural word problems of the demo."""
     train, test = word_problems.make_splits(num_train, num_test, seed)
     hint = Hint(word_problems.HINT_TEMPLATE, where="system")
     return Task("word problems", train, test, hint, word_problems.extract_answer)

@@ -29,19 +29,19 @@ _TRAINED_UNHINTED_SHARE = 0.15
 
 
 def error_hint() -> Hint:
-    """The hint of the first wrong turn, inside the user's message of that turn."""
+    """Return the hint of the first wrong turn, inside the user's message of that turn."""
     return Hint(HINT, where="user", separator=" ", turn="wrong_turn", optional=True)
 
 
 def _events(example: dict[str, str]) -> list[str]:
-    """The user's message of each turn; the first also says what the story starts from."""
+    """Return the user's message of each turn; the first also says what the story starts from."""
     start, *rest = example["problem"].split(" . ")
     events = [f"{sentence.removesuffix(' .')} ." for sentence in rest[:-1]]
     return [f"{start} . {events[0]}", *events[1:]]
 
 
 def make_row(example: dict[str, str]) -> Row:
-    """A row from a problem of `word_problems.make_problem`.
+    """Make a row from a problem of `word_problems.make_problem`.
 
     Returns:
         `prompt` (the first event), `events` (the user's messages) and `values` (what each turn
@@ -53,7 +53,7 @@ def make_row(example: dict[str, str]) -> Row:
 
 
 def make_splits(num_train: int, num_test: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows that share no story; the held-out ones are always the same."""
+    """Draw training and held-out rows that share no story; held-out ones are always the same."""
     return (
         _draw(num_train, random.Random(f"dialogues {seed}"), held_out=False),
         _draw(num_test, random.Random("held-out dialogues"), held_out=True),
@@ -70,19 +70,19 @@ def _draw(num_rows: int, rng: random.Random, *, held_out: bool) -> list[Row]:
 
 
 def value_of(reply: str) -> str | None:
-    """The right side of a reply's equation, or None if the reply is no equation."""
+    """Return the right side of a reply's equation, or None if the reply is no equation."""
     found = EQUATION.fullmatch(re.sub(r"(?<=\d) (?=\d)", "", reply.strip()))
     return found.group(1) if found else None
 
 
 def first_wrong(row: Row, replies: Sequence[str]) -> int | None:
-    """The number of the first reply whose value is not the story's, or None."""
+    """Return the number of the first reply whose value is not the story's, or None."""
     pairs = zip(replies, row["values"], strict=False)
     return next((i for i, (reply, value) in enumerate(pairs) if value_of(reply) != value), None)
 
 
 def hinted(row: Row, turn: int) -> str:
-    """The user's message of a turn with its value as a hint."""
+    """Return the user's message of a turn with its value as a hint."""
     return f"{row['events'][turn]} {HINT.format(correct=row['values'][turn])}"
 
 
@@ -97,7 +97,7 @@ class Narrator:
         self.hints = hints
 
     def __call__(self, attempts: Sequence[Attempt]) -> list[Feedback]:
-        """One `Feedback` for each attempt: the columns `wrong_turn` and `correct`, or None."""
+        """Give a `Feedback` for each attempt: the columns `wrong_turn` and `correct`, or None."""
         return [self._feedback(attempt) for attempt in attempts]
 
     def _feedback(self, attempt: Attempt) -> Feedback:

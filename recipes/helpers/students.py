@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 
 def keep_layers(teacher: PreTrainedModel, every: int) -> PreTrainedModel:
-    """A copy of a model with only its first, and each `every`-th layer after it.
+    """Copy a model with only its first, and each `every`-th layer after it.
 
     Embeddings, norms and head are the teacher's. The copy shares no weights with it.
 

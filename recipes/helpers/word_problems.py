@@ -270,7 +270,7 @@ def _draw_steps(
 
 
 def apply(operator: str, left: int, right: int) -> int:
-    """The result of one step."""
+    """Returns the result of one step."""
     return {"+": left + right, "-": left - right, "*": left * right}[operator]
 
 
@@ -340,7 +340,7 @@ def _plant_error(rng: random.Random, solution: str) -> tuple[str, str] | None:
 
 
 def wrong_value(rng: random.Random, right: int) -> int:
-    """A result that a slip could give, in the range of the task."""
+    """Returns a result that a slip could give, in the range of the task."""
     near = [right + slip for slip in (-10, -2, -1, 1, 2, 10)]
     anywhere = rng.randint(1, MAX_VALUE)
     return rng.choice([v for v in (*near, anywhere) if 0 < v <= MAX_VALUE and v != right])

@@ -137,7 +137,7 @@ def _of_presets() -> str:
         first = (preset.__doc__ or "").partition("\n")[0]
         return f"`{name}`", f"`{', '.join(given)}`", _cell(first)
 
-    return _table(("preset", "arguments", "what it is"), map(row, presets.NAMES))
+    return _table(("preset", "arguments", "what it does"), map(row, presets.NAMES))
 
 
 def table(kind: str, name: str) -> str:

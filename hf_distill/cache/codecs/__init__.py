@@ -15,7 +15,7 @@ CODECS: dict[str, type[Codec]] = {c.name: c for c in (HeadSamples, TopK, Sampled
 
 
 def make_codec(name: str, settings: Mapping[str, Any] | None = None) -> Codec:
-    """The codec of that name.
+    """Build the codec of that name.
 
     Args:
         name: "head_samples", "topk", "sampled" or "full".

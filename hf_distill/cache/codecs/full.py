@@ -21,7 +21,7 @@ LEVELS = 254
 
 @dataclass(frozen=True)
 class Full:
-    """All log-probabilities, less the token's largest, in 16 or 8 bits.
+    """Stores all log-probabilities, less the token's largest, in 16 or 8 bits.
 
     Less the largest, the entries that matter are near 0, where float16 is fine; logits themselves,
     around 20, would be rounded to a hundredth (bfloat16: to a tenth). "int8" divides the token's
@@ -47,17 +47,17 @@ class Full:
             raise ValueError(f"format must be one of {FORMATS}, got {self.format!r}")
 
     def settings(self) -> dict[str, Any]:
-        """The arguments of the class."""
+        """Return the arguments of the class."""
         return {"format": self.format}
 
     def arrays(self, vocab: int) -> dict[str, np.dtype]:
-        """Names and dtypes of a row's arrays."""
+        """Return the names and dtypes of a row's arrays."""
         if self.format == "fp16":
             return {"full_fp16": np.dtype("<f2")}
         return {"full_int8": np.dtype("u1"), "full_scale": np.dtype("<f4")}
 
     def serves(self, spec: DivergenceSpec) -> str | None:
-        """None: every loss can be computed."""
+        """Return None: every loss can be computed."""
         return None
 
     @torch.no_grad()
@@ -68,7 +68,7 @@ class Full:
         keys: Sequence[tuple[int, int]],
         real_vocab: int,
     ) -> list[Arrays]:
-        """The arrays of some rows; see `Codec.encode`. The keys are not used."""
+        """Return the arrays of each row; see `Codec.encode`. The keys are not used."""
         if logits.ndim != 2 or len(logits) != sum(lengths) or len(keys) != len(lengths):
             raise ValueError(
                 f"logits must be [{sum(lengths)}, V] for {len(keys)} rows, got "
@@ -99,7 +99,7 @@ class Full:
     def decode(
         self, rows: Sequence[Mapping[str, np.ndarray]], lengths: Sequence[int], vocab: int
     ) -> Tensor:
-        """[N, V] float32 log-probabilities of some rows' tokens; see `Codec.decode`.
+        """Return [N, V] float32 log-probabilities of the rows' tokens; see `Codec.decode`.
 
         Raises:
             ValueError: an array is missing, or has a wrong size or a value that no teacher has.

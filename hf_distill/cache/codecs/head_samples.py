@@ -8,11 +8,11 @@ from hf_distill.cache.codecs.sparse import SparseCodec
 
 @dataclass(frozen=True)
 class HeadSamples(SparseCodec):
-    """The most probable entries, and draws from the rest.
+    """Stores the most probable entries, and draws from the rest.
 
     The draws make the loss see the whole vocabulary: with them it is unbiased, and exactly zero for
     a student that says what the teacher says. The power sums and the draws carry the tail to every
-    temperature in the range. About 185 bytes a token for a vocabulary of 150,000.
+    temperature in the range. A token takes about 185 bytes for a vocabulary of 150,000.
 
     Args:
         top_k: the number of entries of the head, at most 255.

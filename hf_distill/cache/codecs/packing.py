@@ -26,13 +26,13 @@ LEVELS = 255
 
 
 def field_bits(vocab: int) -> int:
-    """Bits stored per id beyond the lowest 16, for a vocabulary of at most 2^31 entries."""
+    """Return the bits stored per id beyond the lowest 16; vocab is at most 2^31 entries."""
     needed = (vocab - 1).bit_length() - LOW_BITS
     return next(bits for bits in (0, 1, 2, 4, 8, 16) if bits >= needed)
 
 
 def id_arrays(prefix: str, vocab: int) -> dict[str, np.dtype]:
-    """Names and dtypes of packed ids: `<prefix>_low` and, if needed, `<prefix>_high`."""
+    """Return names and dtypes of packed ids: `<prefix>_low` and, if needed, `<prefix>_high`."""
     high = {f"{prefix}_high": U8} if field_bits(vocab) else {}
     return {f"{prefix}_low": U16, **high}
 
@@ -42,7 +42,7 @@ def _field_bytes(num_ids: int, bits: int) -> int:
 
 
 def pack_ids(prefix: str, ids: np.ndarray, ends: Sequence[int], vocab: int) -> list[Arrays]:
-    """The arrays of each row.
+    """Pack the ids of each row into arrays.
 
     Args:
         prefix: of the names.
@@ -62,7 +62,7 @@ def pack_ids(prefix: str, ids: np.ndarray, ends: Sequence[int], vocab: int) -> l
 
 
 def _pack_fields(fields: np.ndarray, sizes: Sequence[int], bits: int) -> np.ndarray:
-    """The fields of all rows in bytes; each row starts with a byte of its own."""
+    """Pack the fields of all rows into bytes; each row starts with a byte of its own."""
     if bits == 16:
         return fields.astype(U16).view(U8)
     fields, per_byte = fields.astype(U8), 8 // bits
@@ -77,14 +77,14 @@ def _pack_fields(fields: np.ndarray, sizes: Sequence[int], bits: int) -> np.ndar
 
 @functools.cache
 def _table(bits: int) -> np.ndarray:
-    """[256, fields of a byte] int64: the fields' values, at their place in an id."""
+    """Return [256, fields of a byte] int64: the fields' values, at their place in an id."""
     shifts = np.arange(0, 8, bits)
     fields = np.arange(256)[:, None] >> shifts & ((1 << bits) - 1)
     return fields.astype(np.int64) << LOW_BITS
 
 
 def _high(rows: Rows, name: str, sizes: Sequence[int], bits: int) -> np.ndarray:
-    """[sum of sizes] int64: the ids without their lowest 16 bits."""
+    """Return [sum of sizes] int64: the ids with their lowest 16 bits set to 0."""
     num_bytes = [_field_bytes(size, bits) for size in sizes]
     stored = join(rows, name, U8, num_bytes)
     if bits == 16:
@@ -97,7 +97,7 @@ def _high(rows: Rows, name: str, sizes: Sequence[int], bits: int) -> np.ndarray:
 
 
 def unpack_ids(prefix: str, rows: Rows, sizes: Sequence[int], vocab: int) -> Tensor:
-    """[sum of sizes] int64 ids of all rows.
+    """Return [sum of sizes] int64, the ids of all rows.
 
     Raises:
         ValueError: an array is missing or has a wrong size, or an id is not in [0, vocab).
@@ -114,12 +114,12 @@ def unpack_ids(prefix: str, rows: Rows, sizes: Sequence[int], vocab: int) -> Ten
 
 
 def split(values: np.ndarray, ends: Iterable[int]) -> list[np.ndarray]:
-    """The parts of an array that end there."""
+    """Cut an array into the parts that end at `ends`."""
     return [values[a:b] for a, b in pairwise([0, *ends])]
 
 
 def join(rows: Rows, name: str, dtype: np.dtype, sizes: Sequence[int]) -> np.ndarray:
-    """One array of all rows, each part checked.
+    """Join the arrays of all rows into one, after a check of each.
 
     Raises:
         ValueError: a row has no such array, or one of another dtype or size.
@@ -139,24 +139,24 @@ def join(rows: Rows, name: str, dtype: np.dtype, sizes: Sequence[int]) -> np.nda
 
 
 def half(log_probs: np.ndarray) -> np.ndarray:
-    """Log-probabilities as little-endian float16, finite where they are finite."""
+    """Return log-probabilities as little-endian float16, finite where they are finite."""
     finite = np.clip(log_probs, -LARGEST_FP16, 0.0)
     return np.where(np.isneginf(log_probs), -np.inf, finite).astype(F16)
 
 
 def whole(stored: np.ndarray) -> Tensor:
-    """Float32 of stored float16."""
+    """Return stored float16 as float32."""
     return from_numpy(stored.astype(np.float16, copy=False)).float()
 
 
 def pack_counts(counts: np.ndarray, ends: Iterable[int], usual: int) -> list[np.ndarray]:
-    """[tokens] uint8 per row, or nothing where every token of the row has the usual count."""
+    """Return [tokens] uint8 per row, empty where every token has the usual count."""
     parts = split(counts.astype(U8), ends)
     return [part[:0] if (part == usual).all() else part for part in parts]
 
 
 def unpack_counts(rows: Rows, name: str, lengths: Sequence[int], usual: int) -> np.ndarray | None:
-    """[N] int64 counts of all tokens, or None if every one is the usual count.
+    """Return [N] int64 counts of all tokens, or None if every one is the usual count.
 
     Raises:
         ValueError: an array is missing, has a wrong size, or a count is not in [1, usual].
@@ -177,7 +177,7 @@ def unpack_counts(rows: Rows, name: str, lengths: Sequence[int], usual: int) -> 
 
 
 def totals(counts: np.ndarray | None, lengths: Sequence[int], usual: int) -> list[int]:
-    """Sum of the tokens' counts, per row; `usual` each where counts is None."""
+    """Sum the tokens' counts of each row; where counts is None, each token counts `usual`."""
     if counts is None:
         return [length * usual for length in lengths]
     sums = np.concatenate([[0], np.cumsum(counts)])[np.cumsum([0, *lengths])]
@@ -187,7 +187,7 @@ def totals(counts: np.ndarray | None, lengths: Sequence[int], usual: int) -> lis
 def pack_sums(
     log_sums: np.ndarray, orders: Sequence[float], log_tail: np.ndarray, num_tail: np.ndarray
 ) -> np.ndarray:
-    """[N, m] uint16: where the tail's log power sums lie between their bounds.
+    """Return [N, m] uint16: where the tail's log power sums lie between their bounds.
 
     The sum of p ** alpha over n entries of mass t lies between t ** alpha, all on one entry, and
     n ** (1 - alpha) * t ** alpha, spread evenly. 0 is even, 65535 is one entry. So a stored number
@@ -211,7 +211,7 @@ def pack_sums(
 def unpack_sums(
     stored: np.ndarray, orders: Sequence[float], log_tail: np.ndarray, num_tail: np.ndarray
 ) -> np.ndarray:
-    """[m, N] float32 log power sums; the arguments are those of `pack_sums`."""
+    """Return [m, N] float32 log power sums; the arguments are those of `pack_sums`."""
     log_sums = np.empty((len(orders), len(log_tail)), np.float32)
     for row, order, column in zip(log_sums, orders, stored.T, strict=True):
         even, reach = _sum_bounds(order, log_tail, num_tail)
@@ -224,27 +224,27 @@ def unpack_sums(
 def _sum_bounds(
     order: float, log_tail: np.ndarray, num_tail: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[N] float32 log sum if even, and what is to be added if one entry has all."""
+    """Return [N] float32: the log sum if even, and what to add if one entry has all."""
     spread = np.log(np.maximum(num_tail, 1).astype(np.float32)) * np.float32(1 - order)
     return spread + np.float32(order) * log_tail, -spread
 
 
 def codes(values: np.ndarray, top: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """Uint8: how far each value is on the way from top to last, both [N, 1] as they are stored."""
+    """Return uint8: how far each value is from top to last, both [N, 1] as they are stored."""
     way = np.maximum(top.astype(np.float32) - last.astype(np.float32), 1e-6)
     share = (top.astype(np.float32) - values) * (LEVELS / way)
     return np.rint(np.clip(share, 0, LEVELS)).astype(U8)
 
 
 def steps(top: Tensor, last: Tensor) -> Tensor:
-    """What one unit of a code adds to the value of top."""
+    """Return what one unit of a code adds to the value of top."""
     return (last - top) / LEVELS
 
 
 def pack_head(
     log_probs: np.ndarray, counts: np.ndarray, num_exact: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Descending log-probabilities: the first few and the last in 16 bits, between them 8.
+    """Pack descending log-probabilities: the first few and the last in 16 bits, the rest in 8.
 
     The 8 bits divide the way from the last of the first few to the last entry evenly.
 
@@ -273,14 +273,14 @@ def pack_head(
 
 
 def head_masks(width: int, counts: np.ndarray, num_exact: int) -> tuple[np.ndarray, np.ndarray]:
-    """[N, width] bool: which entries of the head have 16 bits, and which have 8."""
+    """Return two [N, width] bool: which entries of the head have 16 bits, and which have 8."""
     place, counts = np.arange(width), counts[:, None]
     coarse = (place >= num_exact) & (place < counts - 1)
     return (place < counts) & ~coarse, coarse
 
 
 def pack_draws(log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities in no order: each token's largest and smallest in 16 bits, all in 8.
+    """Pack log-probabilities in no order: each token's largest and smallest in 16 bits, all in 8.
 
     Args:
         log_probs: [N, n] float32, n at least 1.

@@ -29,24 +29,24 @@ class Codec(Protocol):
 
     @property
     def temperature(self) -> float:
-        """At which the stored log-probabilities are taken."""
+        """Return the temperature at which the stored log-probabilities are taken."""
         ...
 
     @property
     def temperature_range(self) -> tuple[float, float]:
-        """Smallest and largest temperature at which a loss may use them."""
+        """Return the smallest and largest temperature at which a loss may use them."""
         ...
 
     def settings(self) -> dict[str, Any]:
-        """What JSON can hold; `make_codec(name, settings)` builds the same codec again."""
+        """Return what JSON can hold; `make_codec(name, settings)` builds the same codec again."""
         ...
 
     def arrays(self, vocab: int) -> dict[str, np.dtype]:
-        """Names and dtypes of a row's arrays for a vocabulary of that many entries."""
+        """Return the names and dtypes of a row's arrays for a vocabulary of that many entries."""
         ...
 
     def serves(self, spec: DivergenceSpec) -> str | None:
-        """Why a loss cannot be computed from what is stored, and what to cache, or None."""
+        """Return why a loss cannot be computed from what is stored, and what to cache, or None."""
         ...
 
     def encode(
@@ -56,7 +56,7 @@ class Codec(Protocol):
         keys: Sequence[tuple[int, int]],
         real_vocab: int,
     ) -> list[Arrays]:
-        """The arrays of some rows.
+        """Return the arrays of each row.
 
         Args:
             logits: [N, V] floating point, on any device; entries are chosen there, and only what
@@ -76,7 +76,7 @@ class Codec(Protocol):
     def decode(
         self, rows: Sequence[Mapping[str, np.ndarray]], lengths: Sequence[int], vocab: int
     ) -> SparseTeacher | Tensor:
-        """The teacher of some rows' tokens, in order, on the CPU.
+        """Return the teacher of the rows' tokens, in order, on the CPU.
 
         Args:
             rows: as `encode` made them; they may come from a damaged file.

@@ -20,7 +20,7 @@ RAREST = 20.0  # nats; a draw less probable than e^-20 counts as one of that pro
 
 
 def read(plan: Plan, rows: Rows, lengths: Sequence[int], vocab: int) -> SparseTeacher:
-    """The teacher of some rows' tokens; see `SparseCodec.decode`."""
+    """Return the teacher of the rows' tokens; see `SparseCodec.decode`."""
     if len(rows) != len(lengths):
         raise ValueError(f"there must be one length per row, {len(rows)}, got {len(lengths)}")
     ids, log_probs, sizes = _head(plan, rows, lengths, vocab)
@@ -63,12 +63,12 @@ def _require(holds: bool, rule: str) -> None:
 
 
 def _at_most_0(values: Tensor) -> bool:
-    """Also False for NaN, which a maximum hands on."""
+    """Return whether no value is above 0 or NaN: a maximum hands NaN on."""
     return not len(values) or float(values.max()) <= 0
 
 
 def _num_entries(rows: Rows, lengths: Sequence[int], vocab: int) -> np.ndarray:
-    """[N] int64 entries with any probability."""
+    """Return [N] int64: how many entries have any probability."""
     name = "num_entries"
     sizes = [
         length if np.size(row.get(name, ())) == length else min(length, 1)
@@ -86,7 +86,7 @@ def _num_entries(rows: Rows, lengths: Sequence[int], vocab: int) -> np.ndarray:
 def _head(
     plan: Plan, rows: Rows, lengths: Sequence[int], vocab: int
 ) -> tuple[Tensor, Tensor, np.ndarray | int]:
-    """Ids [N, K], log-probabilities [N, K] and how many count, [N] or for all tokens."""
+    """Return ids [N, K], log-probabilities [N, K] and how many count: [N], or one for all."""
     num_tokens, most = sum(lengths), plan.top_k
     if not most:
         return torch.empty(num_tokens, 0, dtype=torch.int64), torch.empty(num_tokens, 0), 0
@@ -114,7 +114,7 @@ def _head(
 
 
 def _even_head(exact: Tensor, coarse: Tensor, num_exact: int) -> Tensor:
-    """[N, K] log-probabilities of heads that all have K entries; coarse is [N, K - exact's]."""
+    """Return [N, K] log-probabilities if all heads have K; exact [N, E], coarse [N, K - E]."""
     if exact.shape[1] <= num_exact:
         return exact
     log_probs = exact.new_empty(len(exact), num_exact + coarse.shape[1] + 1)
@@ -129,7 +129,7 @@ def _even_head(exact: Tensor, coarse: Tensor, num_exact: int) -> Tensor:
 def _uneven_head(
     exact: Tensor, coarse: Tensor, counts: np.ndarray, width: int, num_exact: int
 ) -> Tensor:
-    """[N, K] log-probabilities, -inf beyond each token's count."""
+    """Return [N, K] log-probabilities, -inf beyond each token's count."""
     is_exact, is_coarse = map(from_numpy, packing.head_masks(width, counts, num_exact))
     log_probs = torch.full(is_exact.shape, -torch.inf)
     log_probs[is_exact] = exact
@@ -149,7 +149,7 @@ def _log_sums(
     log_tail: np.ndarray,
     num_tail: np.ndarray,
 ) -> Tensor:
-    """[N, m] logs of the tail's power sums."""
+    """Return [N, m] logs of the tail's power sums."""
     num_orders = len(plan.orders)
     if not num_orders:
         return torch.empty(len(log_tail), 0)
@@ -167,7 +167,7 @@ def _draws(
     log_tail: Tensor,
     log_sums: Tensor,
 ) -> TailSamples:
-    """The draws with their weights, [N, n]."""
+    """Return the draws with their weights, [N, n]."""
     most, counts = plan.num_samples, None
     if plan.merges_draws:
         counts = packing.unpack_counts(rows, "draw_sizes", lengths, most)
@@ -208,12 +208,12 @@ def _draws(
 
 
 def _padded(values: Tensor, places: Tensor, fill: int) -> Tensor:
-    """The values that follow each other at the places of a [N, n] array."""
+    """Put values that follow each other at the places of a [N, n] mask, `fill` elsewhere."""
     return torch.full(places.shape, fill, dtype=values.dtype).masked_scatter_(places, values)
 
 
 def _log_weights(plan: Plan, log_probs: Tensor, log_tail: Tensor, log_sums: Tensor) -> Tensor:
-    """[N, n] log(1 / (n g)) of single draws; what is no draw may get any number."""
+    """Return [N, n] log(1 / (n g)) of single draws; what is no draw may get any number."""
     order = plan.proposal
     log_sum = log_tail if order == 1.0 else log_sums[:, plan.orders.index(order)]
     log_n = math.log(plan.num_samples)

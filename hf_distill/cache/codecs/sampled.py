@@ -9,9 +9,9 @@ from metal_ops import DivergenceSpec
 
 @dataclass(frozen=True)
 class Sampled(SparseCodec):
-    """Draws from the whole vocabulary, which make losses unbiased and need few bytes.
+    """Stores draws from the whole vocabulary, which make losses unbiased and need few bytes.
 
-    As random sampling distillation (Anshumann et al. 2025, arXiv 2503.16870), with systematic
+    It does random sampling distillation (Anshumann et al. 2025, arXiv 2503.16870) with systematic
     draws, which scatter less, and repeated draws stored once with their number. The vocabulary is
     one tail of mass 1: a decoded teacher has no head.
 
@@ -35,7 +35,7 @@ class Sampled(SparseCodec):
     merges_draws: bool = field(init=False, repr=False, default=True)
 
     def serves(self, spec: DivergenceSpec) -> str | None:
-        """As the other codecs, and only losses that the teacher's own draws can estimate."""
+        """Return a refusal, also of a loss that the teacher's draws cannot estimate, or None."""
         kind = spec.resolved().kind
         if kind in ("reverse_kl", "skew_reverse_kl", "mixed_kl", "alpha"):
             return (

@@ -20,13 +20,13 @@ BLOCK_ENTRIES = 512
 
 
 def block_tokens(device: torch.device) -> int:
-    """Tokens of a block: on a CPU few, which stay in its cache, elsewhere enough to fill it."""
+    """Return a block's tokens: few on a CPU, to stay in its cache, else enough to fill a device."""
     return 8 if device.type == "cpu" else 64
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is kept of a token, and how it is stored.
+    """Says what is kept of a token, and how it is stored.
 
     Args:
         top_k: most entries of the head; 0 for none.
@@ -52,7 +52,7 @@ class Plan:
 
 
 class Selection(NamedTuple):
-    """What was kept of N tokens; tensors, or the same on the host as numpy arrays.
+    """Holds what was kept of N tokens: tensors, or the same on the host as numpy arrays.
 
     head_ids [N, K] and head_log_probs [N, K]: descending; the first head_sizes [N] count. log_tail
     [N]: log of the mass of the rest. log_sums [N, m]: logs of its power sums. draw_ids [N, n],
@@ -72,9 +72,9 @@ class Selection(NamedTuple):
 
 
 def uniforms(keys: Sequence[tuple[int, int]], lengths: Sequence[int]) -> np.ndarray:
-    """[N] float64 in [0, 1): one per token, a function of the row's key and the token's place.
+    """Return [N] float64 in [0, 1), one per token, by the row's key and the token's place.
 
-    Made of the generator's raw bits, which numpy keeps the same in all versions.
+    They are made of the generator's raw bits, which numpy keeps the same in all versions.
     """
     raw = [
         np.random.PCG64(np.random.SeedSequence(list(key))).random_raw(length)
@@ -85,13 +85,13 @@ def uniforms(keys: Sequence[tuple[int, int]], lengths: Sequence[int]) -> np.ndar
 
 
 def wide(device: torch.device) -> torch.dtype:
-    """The widest floating point dtype of a device."""
+    """Return the widest floating point dtype of a device."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 @torch.no_grad()
 def select(logits: Tensor, uniforms: np.ndarray, plan: Plan) -> Selection:
-    """What the plan keeps of every token.
+    """Select what the plan keeps of every token.
 
     Args:
         logits: [N, R] floating point, on any device.
@@ -127,7 +127,7 @@ def select(logits: Tensor, uniforms: np.ndarray, plan: Plan) -> Selection:
 
 
 def _select_block(logits: Tensor, points: Tensor, plan: Plan, has_all: bool) -> tuple[Tensor, ...]:
-    """The fields of a Selection; has_all: no logit is -inf, which spares a pass to count them."""
+    """Return a Selection's fields. has_all says that no logit is -inf: then none are counted."""
     if plan.temperature != 1.0:
         logits = logits / plan.temperature
     total = logits.logsumexp(-1, keepdim=True)
@@ -149,7 +149,7 @@ def _select_block(logits: Tensor, points: Tensor, plan: Plan, has_all: bool) -> 
     power = torch.empty_like(tail)
 
     def log_sum(order: float) -> Tensor:
-        """Log of the tail's sum of p ** order; `power` holds the terms, scaled."""
+        """Return the log of the tail's sum of p ** order; `power` holds the terms, scaled."""
         torch.mul(tail, order, out=power).exp_()
         return power.sum(-1).log() + order * largest[:, 0]
 
@@ -172,7 +172,7 @@ def _select_block(logits: Tensor, points: Tensor, plan: Plan, has_all: bool) -> 
 
 
 def draw_systematic(weights: Tensor, points: Tensor, num_draws: int) -> Tensor:
-    """Systematic draws: entry v is drawn n * w_v / sum(w) times, rounded down or up.
+    """Draw systematically: entry v is drawn n * w_v / sum(w) times, rounded down or up.
 
     The n points (point + i) / n of the cumulative weights are looked up, first among sums of
     blocks of entries and then within a block, which spares a running sum over the vocabulary.

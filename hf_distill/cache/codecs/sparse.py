@@ -44,7 +44,7 @@ def check(holds: bool, rule: str, value: object) -> None:
 
 
 class SparseCodec:
-    """Base of the codecs that keep a few entries of each token; they are dataclasses of its fields.
+    """Is the base of codecs that keep a few entries of each token: dataclasses of its fields.
 
     Attributes:
         temperature: at which the log-probabilities are taken, > 0.
@@ -94,7 +94,7 @@ class SparseCodec:
                 check(1 <= arguments[name] <= MOST, most, arguments[name])
 
     def settings(self) -> dict[str, Any]:
-        """The arguments of the class, as JSON has them."""
+        """Return the arguments of the class, as JSON has them."""
         assert dataclasses.is_dataclass(self)
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
@@ -106,7 +106,7 @@ class SparseCodec:
 
     @cached_property
     def proposal(self) -> float:
-        """The draws are in proportion to p ** proposal, what p is at the hottest temperature.
+        """Return x: draws are in proportion to p ** x, what p is at the hottest temperature.
 
         There the tail matters most; a colder loss loses little by such draws.
         """
@@ -114,7 +114,7 @@ class SparseCodec:
 
     @cached_property
     def orders(self) -> tuple[float, ...]:
-        """Exponents of the stored power sums, evenly over the range; 1 is the tail's mass."""
+        """Return the exponents of the stored power sums, evenly spread; 1 is the tail's mass."""
         low, high = self._alphas
         between = (low + (high - low) * i / (NUM_ORDERS - 1) for i in range(1, NUM_ORDERS - 1))
         # the ends are not computed: rounded, the last could miss the coldest temperature
@@ -123,7 +123,7 @@ class SparseCodec:
 
     @cached_property
     def plan(self) -> Plan:
-        """What is kept of a token, and how it is stored."""
+        """Return what is kept of a token, and how it is stored."""
         return Plan(
             top_k=self.top_k,
             top_p=self.top_p,
@@ -137,7 +137,7 @@ class SparseCodec:
         )
 
     def arrays(self, vocab: int) -> dict[str, np.dtype]:
-        """Names and dtypes of a row's arrays for a vocabulary of that many entries."""
+        """Return the names and dtypes of a row's arrays for a vocabulary of that many entries."""
         u8, u16, f16 = packing.U8, packing.U16, packing.F16
         names: dict[str, np.dtype] = {}
         if self.top_k:
@@ -152,7 +152,7 @@ class SparseCodec:
         return names | {"entropy": f16, "num_entries": packing.U32}
 
     def serves(self, spec: DivergenceSpec) -> str | None:
-        """Why a loss cannot be computed from what is stored, and what to cache, or None."""
+        """Return why a loss cannot be computed from what is stored, and what to cache, or None."""
         low, high = self.temperature_range
         if not low <= spec.temperature <= high:
             return (
@@ -180,7 +180,7 @@ class SparseCodec:
         keys: Sequence[tuple[int, int]],
         real_vocab: int,
     ) -> list[Arrays]:
-        """The arrays of some rows; see `Codec.encode`."""
+        """Return the arrays of each row; see `Codec.encode`."""
         check(
             logits.ndim == 2 and len(logits) == sum(lengths),
             f"logits must be [{sum(lengths)}, V], the sum of lengths",
@@ -193,7 +193,7 @@ class SparseCodec:
         return self.pack(select(logits[:, :real_vocab], points, self.plan), lengths, vocab)
 
     def pack(self, kept: Selection, lengths: Sequence[int], vocab: int) -> list[Arrays]:
-        """The arrays of some rows of which it is known what to keep.
+        """Return the arrays of rows of which it is known what to keep.
 
         Args:
             kept: of all tokens, on the host, as `selection.select` gives it for this codec's plan.
@@ -264,7 +264,7 @@ class SparseCodec:
     def decode(
         self, rows: Sequence[Mapping[str, np.ndarray]], lengths: Sequence[int], vocab: int
     ) -> SparseTeacher:
-        """The teacher of some rows' tokens; see `Codec.decode`.
+        """Return the teacher of the rows' tokens; see `Codec.decode`.
 
         The stored numbers are rounded, so head and tail sum to 1 only to a few parts in 1000.
         They are divided by their sum: a wrong sum would be an error of the loss of the same size,
@@ -274,7 +274,7 @@ class SparseCodec:
 
 
 def _row_ends(counts: np.ndarray, ends: Sequence[int]) -> list[int]:
-    """Where each row ends, counted in entries, if its tokens have that many."""
+    """Return where each row ends, counted in entries, if its tokens have that many."""
     return np.concatenate([[0], np.cumsum(counts)])[list(ends)].tolist()
 
 

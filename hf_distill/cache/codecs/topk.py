@@ -8,7 +8,7 @@ from hf_distill.cache.codecs.sparse import SparseCodec
 
 @dataclass(frozen=True)
 class TopK(SparseCodec):
-    """The most probable entries and the mass of the tail, which the loss sees as one category.
+    """Stores the most probable entries and the tail's mass, which the loss sees as one category.
 
     What the teacher says within the tail is lost. The power sums carry the tail's mass, and no
     more, to the temperatures in the range.

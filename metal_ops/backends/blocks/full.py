@@ -66,7 +66,7 @@ def _jsd(loaded: LoadedRows, offset: Tensor, spec: DivergenceSpec) -> ShortPath:
     torch.mul(p, (q_sum / p_sum).mul_(beta), out=mixture).add_(q, alpha=1 - beta)  # times q_sum
 
     def weighted_log(x: Tensor) -> Tensor:
-        """Sum of x log(x / mixture); leaves its terms in spare."""
+        """Sum x log(x / mixture), and leave its terms in spare."""
         torch.div(x, mixture, out=spare).log_().mul_(x)
         total = spare.sum(-1, keepdim=True)
         if bool(total.isnan().any()):  # 0 * -inf, 0 / 0

@@ -58,7 +58,7 @@ class HardLabels(NamedTuple):
     alpha: float
 
     def at(self, rows: slice) -> "HardLabels":
-        """Take those of some tokens."""
+        """Take the labels of some tokens."""
         return self if self.labels is None else HardLabels(self.labels[rows], self.alpha)
 
     def add_cross_entropy(
@@ -142,7 +142,7 @@ class LossAndGradients(NamedTuple):
 
 
 class _Gradients(NamedTuple):
-    """Holds those of hidden states [N, H], weight [V, H] and bias [V]; None where not wanted."""
+    """Holds gradients of hidden states [N, H], weight [V, H], bias [V]; None where not wanted."""
 
     hidden: Tensor | None
     weight: Tensor | None

@@ -59,7 +59,7 @@ class RowBlocks:
         self.num_rows = len(like) if self.index is None else len(self.index)
 
     def __iter__(self):
-        """A slice where the rows follow each other, else an index."""
+        """Yield a slice where the rows follow each other, else an index."""
         for start in range(0, self.num_rows, self.step):
             stop = min(start + self.step, self.num_rows)
             if self.index is None:

@@ -40,12 +40,12 @@ class Term(NamedTuple):
     by_c: Tensor
 
     def plus(self, other: "Term", mine: float, theirs: float) -> "Term":
-        """Sum mine * self + theirs * other."""
+        """Return mine * self + theirs * other."""
         return Term(*(mine * x + theirs * y for x, y in zip(self, other, strict=True)))
 
 
 def _bregman_log(u: Tensor) -> Tensor:
-    """exp(u) - 1 - u."""
+    """Compute exp(u) - 1 - u."""
     return torch.expm1(u) - u
 
 
@@ -61,7 +61,7 @@ def _reverse_kl(ratio: Tensor, c: Tensor, _: float) -> Term:
 
 
 def _skew_kl(ratio: Tensor, c: Tensor, a: float) -> Term:
-    """KL(p || m), m = a p + (1 - a) q."""
+    """Compute KL(p || m), m = a p + (1 - a) q."""
     ratio = ratio.clamp_min(LEAST)
     rest, own = math.log1p(-a), math.log(a) + torch.zeros_like(ratio)
     log_m, log_m_tail = torch.logaddexp(own, rest + c + ratio), torch.logaddexp(own, rest + c)
@@ -72,7 +72,7 @@ def _skew_kl(ratio: Tensor, c: Tensor, a: float) -> Term:
 
 
 def _skew_reverse_kl(ratio: Tensor, c: Tensor, a: float) -> Term:
-    """KL(q || m), m = (1 - a) p + a q."""
+    """Compute KL(q || m), m = (1 - a) p + a q."""
     ratio = ratio.clamp_min(LEAST)
     rest, own = math.log1p(-a), math.log(a) + torch.zeros_like(ratio)
     log_m, log_m_tail = torch.logaddexp(own, rest - c - ratio), torch.logaddexp(own, rest - c)
@@ -120,7 +120,7 @@ TERMS: dict[str, Callable[[Tensor, Tensor, float], Term]] = {
 
 
 def _term(ratio: Tensor, c: Tensor, spec: DivergenceSpec, max_ratio: float) -> Term:
-    """b(l, c), its slopes bounded where the student's share is over max_ratio times the teacher's.
+    """Return b(l, c) with slopes bounded where the student's share is over max_ratio teacher's.
 
     The value stays as it is: that of the estimate, which the bound would make smaller.
     """
@@ -134,18 +134,18 @@ def _term(ratio: Tensor, c: Tensor, spec: DivergenceSpec, max_ratio: float) -> T
 
 
 class _Row(NamedTuple):
-    """What the gradient of a block's correction is made of: a factor each, [rows, 1], [rows, n]."""
+    """Holds what the gradient of a block's correction is made of: a factor each."""
 
     value: Tensor  # [rows]
-    softmax: Tensor
-    tail: Tensor
-    draws: Tensor
+    softmax: Tensor  # [rows, 1]
+    tail: Tensor  # [rows, 1]
+    draws: Tensor  # [rows, n]
 
 
 def _correction(
     draws: TailDraws, log_q: Tensor, log_q_tail: Tensor, spec: DivergenceSpec, max_ratio: float
 ) -> _Row:
-    """From log q at the draws [rows, n], relative to log q_tail [rows, 1], the tail's own."""
+    """Compute it from log q at the draws [rows, n] less the tail's, and the tail's [rows, 1]."""
     # a few numbers a token: in float64, whose range products of odds need, where there is one
     dtype = torch.float32 if log_q.device.type == "mps" else torch.float64
     log_share, c = log_q.to(dtype), log_q_tail.to(dtype)

@@ -1,8 +1,8 @@
 """Computes the terms of every divergence, exactly also where p and q nearly agree.
 
 With f the entries of the sum and h = d f / d log q, a row's loss is sum(f) and its gradient for
-student logit k is (h_k - q_k sum(h)) / temperature. Written so that no difference of nearly equal
-numbers is taken and that nothing overflows; -inf logits on either side are legal.
+student logit k is (h_k - q_k sum(h)) / temperature. The terms take no difference of nearly equal
+numbers, and nothing overflows; -inf logits on either side are legal.
 """
 
 from typing import NamedTuple
@@ -38,32 +38,32 @@ class Terms(NamedTuple):
 
 
 def _times(weight: Tensor, value: Tensor) -> Tensor:
-    """Weight * value with 0 * anything = 0; a NaN weight stays."""
+    """Return weight * value with 0 * anything = 0; a NaN weight stays."""
     return (weight * value).masked_fill_(weight == 0, 0.0)
 
 
 def _difference(row: Probabilities) -> Tensor:
-    """Q - p, from the logarithm of their ratio."""
+    """Compute q - p from the logarithm of their ratio."""
     d = row.log_ratio
     return torch.expm1(d.abs().neg_()).copysign_(d.neg()).mul_(torch.maximum(row.p, row.q))
 
 
 def _log_share(a: Tensor, m: Tensor, excess: Tensor) -> Tensor:
-    """log(a / m), given excess = a / m - 1: from it where the two agree, else from the ratio."""
+    """Compute log(a / m), given excess = a / m - 1: from it where they agree, else from a / m."""
     info = torch.finfo(a.dtype)
     far = (a / m).clamp_min_(info.tiny).log_()
     return torch.where(excess < -0.5, far, excess.clamp_min(-0.5).log1p_())
 
 
 def _mixture(a: Tensor, b: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """M = beta a + (1 - beta) b, and (a - b) / m, with 0 / 0 = 0."""
+    """Return m = beta a + (1 - beta) b, and (a - b) / m, with 0 / 0 = 0."""
     info = torch.finfo(a.dtype)
     m = (a * beta).add_(b * (1 - beta)).clamp_min_(info.tiny * info.eps)  # the least above zero
     return m, (a - b).div_(m)
 
 
 def _kl(row: Probabilities, share: float, whole: bool) -> Terms:
-    """Share KL(p || q) + (1 - share) KL(q || p)."""
+    """Compute share * KL(p || q) + (1 - share) * KL(q || p)."""
     difference = _difference(row)
     # where one side is zero log_ratio is infinite: so is its KL, if the other side is not
     forward_h = -row.p if whole else difference
@@ -106,7 +106,7 @@ def _skew_reverse_kl(row: Probabilities, beta: float, whole: bool) -> Terms:
 
 
 def _alpha(row: Probabilities, order: float) -> Terms:
-    """F = (a p + (1 - a) q - g) / (a (1 - a)) and h = (q - g) / a, with g = p^a q^(1-a)."""
+    """Compute f = (a p + (1 - a) q - g) / (a (1 - a)), h = (q - g) / a with g = p^a q^(1-a)."""
     far = row.log_ratio.abs().neg_()
     powers = far.new_tensor([1 - order, order])
     power = torch.where(row.log_ratio > 0, *powers)

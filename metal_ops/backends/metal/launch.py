@@ -157,7 +157,7 @@ def group_size(width: int, limit: int) -> int:
 
 
 def _extent(x: Tensor) -> tuple[int, int, int]:
-    """Storage, first byte and the byte behind the last."""
+    """Return storage, first byte and the byte behind the last."""
     last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
     start = int(x.storage_offset()) * x.element_size()
     return x.untyped_storage().data_ptr(), start, start + int(last + 1) * x.element_size()
@@ -186,7 +186,7 @@ def _check_tensor(
 
 
 def _check_overlap(declared: tuple[Parameter, ...], tensors: tuple[Tensor, ...]) -> None:
-    """Apple's compiler assumes that a written buffer is no part of another argument."""
+    """Check that no written buffer is part of another argument, as Apple's compiler assumes."""
     extents = [_extent(x) for x in tensors]
     for i, p in enumerate(declared):
         if not p.written:

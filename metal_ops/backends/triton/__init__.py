@@ -49,7 +49,7 @@ def unsupported(student: Tensor, teacher: Tensor) -> str | None:
 
 @functools.cache
 def _units(device: torch.device) -> int:
-    """How many programs run side by side, to a factor: multiprocessors; 0 for the interpreter."""
+    """Count what runs programs side by side, up to a factor: multiprocessors; 0 if interpreted."""
     if device.type == "cpu":
         return 0
     properties: Any = getattr(torch, device.type).get_device_properties(device)
@@ -59,7 +59,7 @@ def _units(device: torch.device) -> int:
 
 
 def _block(columns: int) -> tuple[int, int]:
-    """(columns a step, warps a program), with 8 columns a thread.
+    """Return (columns a step, warps a program), with 8 columns a thread.
 
     The kernels for sums then need 48 to 107 registers (ptxas, sm_90): with programs of 8 warps
     two to five fit a multiprocessor, which have 16 KiB of 16-bit logits under way, or more.
@@ -70,14 +70,15 @@ def _block(columns: int) -> tuple[int, int]:
 
 
 def _fold(dtype: torch.dtype) -> int:
-    """How many columns a thread loads at a time: 16 bytes."""
+    """Return how many columns a thread loads at a time: 16 bytes."""
     return 16 // dtype.itemsize
 
 
 def _splits(rows: int, columns: int, block: int, device: torch.device) -> tuple[int, int]:
-    """(programs a row, columns of each): several where rows alone leave multiprocessors idle.
+    """Return (programs a row, columns of each): several if rows leave multiprocessors idle.
 
-    A power of two, so that every GPU compiles the same few kernels, and no more than blocks.
+    Their number is a power of two, so that every GPU compiles the same few kernels, and at most
+    that of the blocks.
     """
     blocks, units = -(-columns // block), _units(device)
     if rows == 0 or rows >= 2 * units:
@@ -92,7 +93,7 @@ def _float32(x: float) -> float:
 
 
 def _scalars(spec: DivergenceSpec) -> tuple[float, float, float, float]:
-    """1 / temperature, beta, 1 - beta, clip: the kernels know float32."""
+    """Return 1 / temperature, beta, 1 - beta, clip as float32, which the kernels know."""
     bound = spec.clip if spec.clip is not None else 0.0
     exact = (1 / spec.temperature, spec.beta, 1 - spec.beta, bound)
     inv_t, beta, rest, bound = map(_float32, exact)
@@ -223,7 +224,7 @@ class _Triton:
 
 
 def _bits(ids: Tensor, vocab: int) -> Tensor:
-    """The ids of `Kernels.log_sums` as a set: [N, words] int32, an entry a bit.
+    """Return the ids of `Kernels.log_sums` as a set: [N, words] int32, an entry a bit.
 
     A kernel then looks an entry up in one load, however many ids there are; the words are 1 / 16
     of the size of 16-bit logits. Padding lands behind the last entry, where nothing looks.

@@ -15,7 +15,7 @@ NORM_MIN = tl.constexpr(_NORM_MIN)
 
 @triton.jit
 def _pair(student, teacher, cols, size):
-    """(s, t, s - t) at some columns."""
+    """Load (s, t, s - t) at some columns."""
     inside = cols < size
     s = tl.load(student + cols, mask=inside, other=0.0).to(tl.float32)
     t = tl.load(teacher + cols, mask=inside, other=0.0).to(tl.float32)
@@ -43,7 +43,7 @@ def mse(
     GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Loss [N]; with GRAD, weights times its gradient to `out` [N, H]."""
+    """Write the loss [N]; with GRAD, write weights times its gradient to `out` [N, H]."""
     row = tl.program_id(0).to(tl.int64)
     weight = tl.load(weights + row)
     out += row * out_stride
@@ -67,14 +67,14 @@ def mse(
 
 @triton.jit
 def _short(norm):
-    """1 - |u|^2 of a row of length `norm`."""
+    """Compute 1 - |u|^2 of a row of length `norm`."""
     ratio = norm / NORM_MIN
     return tl.where(norm < NORM_MIN, (1 - ratio) * (1 + ratio), 0.0)
 
 
 @triton.jit
 def _lengths(student, teacher, size, BLOCK: tl.constexpr):
-    """|s|, |t|, (s - t).(s + t)."""
+    """Compute |s|, |t|, (s - t).(s + t)."""
     s_square = tl.zeros([BLOCK], tl.float32)
     t_square = tl.zeros([BLOCK], tl.float32)
     product = tl.zeros([BLOCK], tl.float32)
@@ -102,7 +102,7 @@ def cosine(
     GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """As `mse`. With s, t of student, teacher, w of `blocks.hidden` is of_s s + of_d d + of_t t."""
+    """Write as `mse`; `blocks.hidden` has w = of_s s + of_d d + of_t t, s student, t teacher."""
     row = tl.program_id(0).to(tl.int64)
     weight = tl.load(weights + row)
     out += row * out_stride

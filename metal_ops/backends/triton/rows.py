@@ -26,13 +26,13 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that no difference i
 
 @triton.jit
 def _load(row, cols, wanted):
-    """float32 entries of a row, -inf where not wanted."""
+    """Load float32 entries of a row, -inf where not wanted."""
     return tl.load(row + cols, mask=wanted, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
 def _take(x, top, total, inv_t):
-    """Each lane's running (largest, sum of exp((. - largest) * inv_t)), with x taken in."""
+    """Take x into each lane's running (largest, sum of exp((. - largest) * inv_t))."""
     above = x > top
     e = tl.exp(-tl.abs(x - top) * inv_t)  # one exponential, whichever of the two is larger
     return tl.where(above, x, top), tl.where(above, total * e + 1, total + e)
@@ -40,14 +40,14 @@ def _take(x, top, total, inv_t):
 
 @triton.jit
 def _merge(top, total, inv_t):
-    """The lanes' (largest, sum) as one."""
+    """Merge the lanes' (largest, sum) into one."""
     largest = tl.max(top, 0)
     return largest, tl.sum(total * tl.exp((top - largest) * inv_t), 0)
 
 
 @triton.jit
 def _fold(x, BLOCK: tl.constexpr, FOLD: tl.constexpr):
-    """[BLOCK] to [BLOCK // FOLD], by sums of neighbours."""
+    """Fold [BLOCK] to [BLOCK // FOLD], by sums of neighbours."""
     return tl.sum(tl.reshape(x, [BLOCK // FOLD, FOLD]), 1)
 
 
@@ -58,7 +58,7 @@ def _log_sum(top, total, inv_t):
 
 @triton.jit
 def _normalise(student, teacher, first, last, inv_t, BLOCK: tl.constexpr):
-    """(largest, sum) of columns [first, last) of a student's and a teacher's row."""
+    """Return (largest, sum) of columns [first, last) of a student's and a teacher's row."""
     x_top = tl.full([BLOCK], LOWEST, tl.float32)
     y_top = tl.full([BLOCK], LOWEST, tl.float32)
     x_sum = tl.zeros([BLOCK], tl.float32)
@@ -87,7 +87,7 @@ def normalise(
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Partials [4, N, SPLITS] from splits of `columns` each; of rows that count only."""
+    """Write partials [4, N, SPLITS] from splits of `columns` each; of rows that count only."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if tl.load(weights + row) != 0:
         first = split * columns
@@ -122,7 +122,7 @@ def _sums(
     BLOCK: tl.constexpr,
     FOLD: tl.constexpr,
 ):
-    """Sums over columns [first, last): f, h, both entropies; whether a largest is shared, cut."""
+    """Sum columns [first, last): f, h, both entropies; whether a largest is shared, one is cut."""
     x_top, x_sum, y_top, y_sum = normalisers
     x_log, y_log = tl.log(x_sum), tl.log(y_sum)
     apart = tl.log(tl.div_rn(y_sum, x_sum))  # of equal sums, zero
@@ -182,7 +182,7 @@ def forward(
     BLOCK: tl.constexpr,
     FOLD: tl.constexpr,
 ):
-    """Values [NUM_VALUES, N, SPLITS], whose sums over the splits are the row's (flags: above 0)."""
+    """Write values [NUM_VALUES, N, SPLITS]; sums over the splits are the row's (flags: above 0)."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot, plane = values + row * SPLITS + split, tl.num_programs(0).to(tl.int64) * SPLITS
     if tl.load(weights + row) != 0:
@@ -249,7 +249,7 @@ def backward(
     HARD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A block of `out` [N, V], which may be `student`: each entry is read before it is written."""
+    """Write a block of `out` [N, V], which may be `student`: an entry is read, then written."""
     row, cols = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     rows = tl.num_programs(0).to(tl.int64)
     inside = cols < vocab
@@ -281,7 +281,7 @@ def backward(
 
 @triton.jit
 def _store_log_sums(top, total, kept_top, kept_total, all_sums, rest_sums, inv_t):
-    """The log-sums of everything and of the rest, from the (largest, sum) of rest and kept."""
+    """Store the log-sums of everything and of the rest, from (largest, sum) of rest and kept."""
     tl.store(rest_sums, _log_sum(top, total, inv_t))
     largest = tl.maximum(top, kept_top)
     total = total * tl.exp((top - largest) * inv_t)
@@ -304,7 +304,7 @@ def log_sums(
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Result [2, N], all and the rest; with splits, partials [4, N, SPLITS] for `join_log_sums`.
+    """Write result [2, N], all and rest; with splits, partials [4, N, SPLITS] for `join_log_sums`.
 
     With KEPT, bits [N, words] int32 have a one for each entry that is not of the rest.
     """
@@ -346,7 +346,7 @@ def log_sums(
 
 @triton.jit
 def join_log_sums(partials, result, inv_t, SPLITS: tl.constexpr):
-    """Result [2, N] from partials [4, N, SPLITS]."""
+    """Write result [2, N] from partials [4, N, SPLITS]."""
     row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     slot, plane = partials + row * SPLITS + tl.arange(0, SPLITS), rows * SPLITS
     top, total = _merge(tl.load(slot), tl.load(slot + plane), inv_t)
@@ -356,7 +356,7 @@ def join_log_sums(partials, result, inv_t, SPLITS: tl.constexpr):
 
 @triton.jit
 def spread(logits, log_sum, factor, out, vocab, stride, out_stride, inv_t, BLOCK: tl.constexpr):
-    """A block of `out` [N, V], which may be `logits`: each entry is read before it is written."""
+    """Write a block of `out` [N, V], which may be `logits`: an entry is read, then written."""
     row, cols = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < vocab
     scale = tl.load(factor + row)

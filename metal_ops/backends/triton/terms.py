@@ -14,13 +14,13 @@ UP = tl.constexpr(2.0**64)  # times a probability: room for a mixture far below 
 
 @triton.jit
 def _times(weight, value):
-    """Weight * value with 0 * anything = 0; a NaN weight stays."""
+    """Return weight * value with 0 * anything = 0; a NaN weight stays."""
     return tl.where(weight == 0, 0.0, weight * value)
 
 
 @triton.jit
 def _expm1(x):
-    """exp(x) - 1 for x <= 0; by its series where the difference would cancel."""
+    """Compute exp(x) - 1 for x <= 0; by its series where the difference would cancel."""
     series = 1 / 5040 + x * (1 / 40320)
     series = 1 / 120 + x * (1 / 720 + x * series)
     series = x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * series))))
@@ -29,7 +29,7 @@ def _expm1(x):
 
 @triton.jit
 def _log_share(a, m, excess):
-    """log(a / m), given excess = a / m - 1: from it where the two agree, else from the ratio."""
+    """Compute log(a / m), given excess = a / m - 1: from it where they agree, else from a / m."""
     ratio = a / m
     far = tl.log(tl.where(ratio < TINY, TINY, ratio))
     s = excess / (2 + excess)  # log(1 + excess) = 2 artanh(s)
@@ -40,14 +40,14 @@ def _log_share(a, m, excess):
 
 @triton.jit
 def _difference(p, q, ratio):
-    """Q - p, from the logarithm of their ratio."""
+    """Compute q - p from the logarithm of their ratio."""
     less = _expm1(-tl.abs(ratio))
     return tl.where(p > q, p, q) * tl.where(ratio > 0, less, -less)
 
 
 @triton.jit
 def _mixture(a, b, beta, rest):
-    """A, b and m = beta a + rest b, all times UP; and (a - b) / m, with 0 / 0 = 0."""
+    """Return a, b and m = beta a + rest b, all times UP; and (a - b) / m, with 0 / 0 = 0."""
     a, b = a * UP, b * UP
     m = beta * a + rest * b
     m = tl.where(m < TINY, TINY, m)
@@ -111,7 +111,7 @@ def _alpha(p, q, ratio, beta, rest):
 
 @triton.jit
 def terms(p, q, log_q, ratio, beta, rest, KIND: tl.constexpr, WHOLE: tl.constexpr):
-    """(f, zero, h) as `blocks.terms.terms`; rest is 1 - beta. All zero where p and q are."""
+    """Return (f, zero, h) as `blocks.terms.terms`; rest is 1 - beta. All are 0 if p and q are."""
     zero = tl.zeros_like(p)
     if KIND == "soft_ce":
         f = _times(p, -log_q)
