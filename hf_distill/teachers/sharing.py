@@ -21,7 +21,7 @@ def _extent(tensor: Tensor) -> tuple[int, int, int] | None:
     size = tensor.element_size()
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.storage_offset() * size
-    return storage, start, start + (last + 1) * size
+    return storage, int(start), int(start + (last + 1) * size)
 
 
 def shared_trainable(teacher: nn.Module, student: nn.Module) -> tuple[str, str] | None:
