@@ -11,7 +11,6 @@ from difflib import SequenceMatcher
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -19,7 +18,7 @@ from hf_distill.data.batches import TokenRow, pad, unpad
 from hf_distill.data.sides import Side
 from hf_distill.models.forward import Reader, evaluating, kept_rng
 from hf_distill.models.structure import unwrap
-from hf_distill.teachers import SelfTeacher, Teacher, adapters_off
+from hf_distill.teachers import SelfTeacher, Teacher, adapters_off, has_adapters
 from metal_ops import DivergenceSpec, divergence
 
 logger = logging.getLogger(__name__)
@@ -130,7 +129,7 @@ class _Checked:
 
     def check_frozen(self, teacher: Teacher, said: Tensor) -> None:
         """A teacher that is not the live student says the same whatever the adapter's weights."""
-        if not isinstance(self.bare, PeftModel):
+        if not has_adapters(self.bare):
             return
         trainable = [p for p in self.bare.parameters() if p.requires_grad]
         kept = [p.detach().clone() for p in trainable]
@@ -151,7 +150,7 @@ class _Checked:
 
     def explain(self, teacher: SelfTeacher, said: Tensor, found: float) -> None:
         """Warn where an adapter is the reason, raise where none is known."""
-        if isinstance(self.bare, PeftModel):
+        if has_adapters(self.bare):
             with evaluating(self.model), adapters_off(self.bare):
                 without = self.reader.logits(self.model, self.side)
             if teacher.kind == "lora_scale" or _apart(without, said) <= self.tolerance:

@@ -1,10 +1,11 @@
 """Teachers: objects that read the teacher's side of a batch. The trainer does not know which."""
 
 from hf_distill.teachers.base import Teacher, UpdateTeacher
+from hf_distill.teachers.initial_adapters import adapters_off, has_adapters
 from hf_distill.teachers.model import ModelTeacher, as_teacher, place_model
 from hf_distill.teachers.remote import RemoteTeacher
 from hf_distill.teachers.routed import RoutedCollator, RoutedTeacher
-from hf_distill.teachers.self_teacher import SelfTeacher, SelfTeacherConfig, adapters_off
+from hf_distill.teachers.self_teacher import SelfTeacher, SelfTeacherConfig
 from hf_distill.teachers.vllm_client import RemoteTeacherError
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "UpdateTeacher",
     "adapters_off",
     "as_teacher",
+    "has_adapters",
     "place_model",
 ]

@@ -34,6 +34,7 @@ from hf_distill.models.structure import (
 )
 from hf_distill.run import Run
 from hf_distill.teachers.base import Teacher
+from hf_distill.teachers.sharing import check_sharing, evaluating_each, freeze
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +133,9 @@ def _tokenizer(name: str, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | N
 class ModelTeacher(Teacher):
     """Another causal LM or sequence classifier, frozen. Its dtype need not be the student's.
 
+    A trainer freezes it, but for modules and frozen parameters that it has in common with the
+    student. Parameters that the student trains must not be among them.
+
     Args:
         model: a model, or what `AutoModelForCausalLM.from_pretrained` takes. If the config of a
             name says that it is a classifier, `AutoModelForSequenceClassification.from_pretrained`
@@ -159,9 +163,11 @@ class ModelTeacher(Teacher):
         **from_pretrained_kwargs: Any,
     ) -> None:
         self._tokenizer, self._beside = tokenizer, None
+        self._common: list[nn.Module] = []  # modules that are the student's too
         if isinstance(model, str):
             self._beside = (model, from_pretrained_kwargs)
             model = _loaded(model, dtype, quantization, from_pretrained_kwargs)
+            model.eval().requires_grad_(False)
         else:
             given = {"dtype": dtype, "quantization": quantization}
             given = [k for k, v in given.items() if v is not None] + [*from_pretrained_kwargs]
@@ -170,7 +176,7 @@ class ModelTeacher(Teacher):
                     f"{given[0]} is for a teacher given by name; a {type(model).__name__} is "
                     "taken as it is"
                 )
-        self.model: nn.Module = model.eval().requires_grad_(False)
+        self.model: nn.Module = model  # frozen in `prepare`: a part of it may be the student's
 
     @property
     def vocab_size(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -197,17 +203,14 @@ class ModelTeacher(Teacher):
         return self._tokenizer
 
     def prepare(self, accelerator: Accelerator, student: nn.Module, refusal: str | None) -> None:
-        """Move the model to the trainer's device, unless it is placed.
+        """Freeze the model, and move it to the trainer's device unless it is placed.
 
         Raises:
-            ValueError: it is the student's own object.
+            ValueError: it is the student's own object, or shares what the student trains.
         """
-        if self.model is student:
-            raise ValueError(
-                "the teacher must not be the student's own object, which is frozen with it: use "
-                "SelfTeacher, or a copy"
-            )
+        check_sharing(self.model, student)
         place_model(self.model, accelerator.device)
+        self._common = freeze(self.model, student)
         self._reader = Reader("teacher", refusal)
 
     def watched_model(self, student: nn.Module) -> nn.Module:
@@ -220,7 +223,8 @@ class ModelTeacher(Teacher):
 
     def signal(self, student: nn.Module, side: Side) -> Signal:
         """The frozen model's view of its side of the batch."""
-        return self._reader.signal(self.model, side)
+        with evaluating_each(self._common):
+            return self._reader.signal(self.model, side)
 
 
 def as_teacher(teacher: Teacher | nn.Module | str | os.PathLike[str]) -> Teacher:

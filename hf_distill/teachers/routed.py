@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from hf_distill.data.sides import TEACHER_ROUTE, Side
@@ -13,9 +12,8 @@ from hf_distill.models.signals import Signal, join, without_padding
 from hf_distill.run import Run
 from hf_distill.teachers.base import Teacher
 from hf_distill.teachers.model import as_teacher
-from hf_distill.teachers.self_teacher import SelfTeacher
+from hf_distill.teachers.self_teacher import SHARDED, SelfTeacher
 
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 SEPARATOR = ":"  # between a teacher's name and its own key in a checkpoint
 
 

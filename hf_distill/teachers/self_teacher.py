@@ -2,15 +2,15 @@
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from peft import PeftModel
-from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
 from peft.utils import PeftType
 from torch import Tensor, nn
@@ -22,33 +22,25 @@ from hf_distill.models.signals import Signal
 from hf_distill.models.structure import unwrap
 from hf_distill.schedules import Schedule
 from hf_distill.teachers.base import Teacher
+from hf_distill.teachers.initial_adapters import (
+    BaseOfAdapters,
+    check_not_merged,
+    has_adapters,
+    holding,
+    trainable,
+)
 
 logger = logging.getLogger(__name__)
 
 SELF_TEACHERS = ("base", "live", "ema", "lora_scale")
 
 STEP = "step"  # of a schedule, in a checkpoint
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def _describe_memory(model: nn.Module) -> str:
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     return f"{size / 2**20:,.0f} MiB"
-
-
-@contextmanager
-def adapters_off(model: PeftModel) -> Iterator[None]:
-    """The base model inside the block; afterwards every requires_grad is as before.
-
-    PEFT turns requires_grad on for all parameters of the active adapter when it comes back, also
-    for those the user had frozen.
-    """
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 PLAIN_LORA = "teacher lora_scale needs a model with plain LoRA adapters"
@@ -91,16 +83,14 @@ def _check_layer(path: str, layer: LoraLayer, active: list[str]) -> None:
         raise ValueError(f"{PLAIN_LORA}, not merged into the weights; {path} is merged")
 
 
-def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
 class SelfTeacher(Teacher):
     """The student itself, as it was or as it is.
 
     Args:
         kind: "base" is the student before training: its adapters are switched off, which needs no
-            extra weights, or a frozen copy is kept if the whole model is trained. "ema" is an
+            extra weights, or a frozen copy is kept if the whole model is trained. Beside adapters a
+            copy is kept of what they do not switch off: biases that are trained, and the start that
+            PiSSA, OLoRA, CorDA and LoRA-GA take out of the weights. "ema" is an
             exponential moving average of the trainable parameters. It averages each parameter by
             itself, so of a LoRA adapter A and B are averaged apart, and the product of the averages
             is not the average of the products. "lora_scale" is the student with the effect of its
@@ -132,38 +122,59 @@ class SelfTeacher(Teacher):
         self.kind = kind
         self.ema_decay = ema_decay
         self._copy: nn.Module | None = None
+        self._base: tuple[nn.Module, BaseOfAdapters] | None = None  # and whose
         self._average: dict[str, Tensor] = {}
         self._step = 0
 
     def prepare(self, accelerator: Accelerator, student: nn.Module, refusal: str | None) -> None:
         """Take the frozen copy or the first average, and log what it costs.
 
+        A student that was its own teacher before keeps what its adapters started from.
+
         Raises:
-            ValueError: the student has no adapters that "lora_scale" could scale.
+            ValueError: the student has no adapters that "lora_scale" could scale; or its adapters
+                are merged; or the model before training cannot be had, see `BaseOfAdapters`.
         """
         self._reader = Reader("teacher", refusal)
-        if self.kind == "base" and not isinstance(student, PeftModel):
+        self._copy, self._average, self._step = None, {}, 0
+        if self.kind == "lora_scale":
+            check_scalable(student)
+        check_not_merged(student)
+        if self.kind in ("base", "lora_scale") and has_adapters(student):
+            self._keep_base(accelerator, student)
+        elif self.kind == "base":
             self._copy = copy.deepcopy(student).eval().requires_grad_(False)
             logger.info("teacher base: a frozen copy, %s", _describe_memory(self._copy))
-        elif self.kind == "base":
-            logger.info("teacher base: the student with its adapters off, no extra weights")
         elif self.kind == "ema":
             # in float32: a step of 1 - ema_decay would be lost in 16 bits
             self._average = {
                 n: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
-                for n, p in _trainable(student).items()
+                for n, p in trainable(student).items()
             }
             logger.info(
                 "teacher ema: decay %g, %d averaged tensors", self.ema_decay, len(self._average)
             )
-        elif self.kind == "lora_scale":
-            check_scalable(student)
-            logger.info("teacher lora_scale: %s, no extra weights", self.lora_scale)
         else:
             logger.warning(
                 "teacher live: a self-teacher that follows the student tends to collapse into "
                 "endless completions; watch completion_ended, or use 'base'"
             )
+
+    def _keep_base(self, accelerator: Accelerator, student: nn.Module) -> None:
+        model = unwrap(student)
+        if self._base is None or self._base[0] is not model:
+            self._base = model, BaseOfAdapters(model)
+        base = self._base[1]
+        if base.initial and accelerator.distributed_type in SHARDED:
+            raise ValueError(
+                "a sharded student cannot be given the values that it started with, got "
+                f"{accelerator.distributed_type.value} and {base}: give the model before training "
+                "as a teacher of its own"
+            )
+        if self.kind == "base":
+            logger.info("teacher base: %s", base)
+        else:
+            logger.info("teacher lora_scale: %s of %s", self.lora_scale, base)
 
     def watched_model(self, student: nn.Module) -> nn.Module:
         """The model whose layers `watch` numbers."""
@@ -178,35 +189,27 @@ class SelfTeacher(Teacher):
         if self._copy is not None:
             return self._reader.signal(self._copy, side)
         model = unwrap(student)
+        swaps = self.kind == "ema" or bool(self._base and self._base[1].initial)
         with evaluating(model), self._instead(model):
-            return self._reader.signal(model, side, frozen_head=self.kind == "ema")
+            return self._reader.signal(model, side, frozen_head=swaps)
 
     def _instead(self, model: nn.Module) -> Any:
         """The student is the teacher inside the block."""
-        if self.kind == "base":
-            assert isinstance(model, PeftModel)
-            return adapters_off(model)
         if self.kind == "ema":
             return self._swapped(model)
-        if self.kind == "lora_scale":
-            return rescale_adapter_scale(model, self.lora_scale.at(self._step))
-        return nullcontext()
+        if self._base is None:
+            return nullcontext()
+        base = self._base[1]
+        if self.kind == "base":
+            return base.inside(model)
+        return base.scaled(model, self.lora_scale.at(self._step))
 
-    @contextmanager
-    def _swapped(self, model: nn.Module) -> Iterator[None]:
-        parameters = self._averaged(model)
-        kept = {name: parameter.data for name, parameter in parameters.items()}
-        try:
-            for name, parameter in parameters.items():
-                parameter.data = self._average[name].to(parameter.dtype)
-            yield
-        finally:
-            for name, parameter in parameters.items():
-                parameter.data = kept[name]
+    def _swapped(self, model: nn.Module) -> Any:
+        return holding(self._averaged(model), self._average)
 
     def _averaged(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The student's trainable parameters, which must be those of the average."""
-        parameters = _trainable(model)
+        parameters = trainable(model)
         if parameters.keys() != self._average.keys():
             odd = sorted(parameters.keys() ^ self._average.keys())
             raise ValueError(
@@ -239,13 +242,13 @@ class SelfTeacher(Teacher):
         return float(torch.stack(differences).max())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The average by parameter name, or the schedule's step; empty for the other kinds."""
-        if self.kind == "lora_scale":
-            return {STEP: torch.tensor(self._step)}
-        return dict(self._average)
+        """The average or what the adapters started from, by parameter name; the schedule's step."""
+        kept = {} if self._base is None else self._base[1].initial
+        step = {STEP: torch.tensor(self._step)} if self.kind == "lora_scale" else {}
+        return {**self._average, **kept, **step}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the average or the schedule's step.
+        """Restore what `state_dict` holds.
 
         Raises:
             ValueError: the checkpoint's tensors are not those of this teacher.
@@ -255,10 +258,14 @@ class SelfTeacher(Teacher):
             odd = sorted(state.keys() ^ expected.keys())
             raise ValueError(
                 "the checkpoint's teacher must hold the student's trainable parameters for ema, "
-                f"{STEP!r} for lora_scale; {len(odd)} differ, the first is {odd[0]!r}"
+                f"what adapters do not switch off for base, {STEP!r} for lora_scale; {len(odd)} "
+                f"differ, the first is {odd[0]!r}"
             )
         if self.kind == "lora_scale":
             self._step = int(state[STEP])
+        if self._base is not None:
+            model, base = self._base
+            base.load(model, state)
         for name, average in self._average.items():
             average.copy_(state[name])
 

@@ -16,7 +16,7 @@ from hf_distill.data.batches import TokenRow, build_rows
 from hf_distill.data.rendering import RenderedSides
 from hf_distill.data.sides import INDEX_MAPS
 from hf_distill.monitoring.preflight import EmptyHintError
-from hf_distill.teachers import self_teacher
+from hf_distill.teachers import initial_adapters
 from tests.hf_distill.trainers import models
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
@@ -301,7 +301,7 @@ def test_an_adapter_that_is_not_off(
     run = trainer(
         tmp_path, HintCollator(models.tokenizer()), model=models.lora(models.llama()), teacher=kind
     )
-    monkeypatch.setattr(self_teacher, "adapters_off", contextlib.nullcontext)
+    monkeypatch.setattr(initial_adapters, "adapters_off", contextlib.nullcontext)
     monkeypatch.setattr(SelfTeacher, "_swapped", contextlib.nullcontext)
     with pytest.raises(EmptyHintError, match="adapter: the teacher must not change"):
         run.train()

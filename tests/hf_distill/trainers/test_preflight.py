@@ -14,7 +14,7 @@ from torch import nn
 from hf_distill import Hint, HintCollator, OPSDConfig, OPSDTrainer, SelfTeacher
 from hf_distill.data.batches import TokenRow
 from hf_distill.monitoring.preflight import EmptyHintError, find_lost_context
-from hf_distill.teachers import self_teacher
+from hf_distill.teachers import initial_adapters
 from tests.hf_distill.trainers import models
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
@@ -247,7 +247,7 @@ def test_an_adapter_that_is_not_off_is_an_error(tmp_path, monkeypatch, teacher):
     model = models.lora(models.llama())
     fill_adapter(model, 0.0)
     opsd = trainer(tmp_path, model, teacher=teacher)
-    monkeypatch.setattr(self_teacher, "adapters_off", contextlib.nullcontext)
+    monkeypatch.setattr(initial_adapters, "adapters_off", contextlib.nullcontext)
     monkeypatch.setattr(SelfTeacher, "_swapped", contextlib.nullcontext)
     with pytest.raises(EmptyHintError, match="adapter: the teacher must not change with the stud"):
         opsd.train()
