@@ -15,8 +15,10 @@ from hf_distill.cache.reader import CacheReader
 from hf_distill.cache.teacher import CachedTeacher
 from hf_distill.data import sides
 from hf_distill.data.sides import Side
+from hf_distill.data.turn_ends import tell_end_tokens
 from hf_distill.losses.sparse_teacher import sparse_terms
 from hf_distill.models.forward import Reader, evaluating
+from hf_distill.models.structure import causal_lm, generation_end_ids
 from metal_ops import DivergenceSpec, SparseTeacher, weighted_divergence
 
 LEAST_TAIL = -15.0  # log of a mass below which its error says nothing: 3e-7
@@ -86,6 +88,7 @@ def measure(
         raise ValueError(f"num_rows must be at least 1, got {num_rows}")
     count = min(num_rows, len(data))
     reader, device = Reader("teacher"), next(model.parameters()).device
+    collator = tell_end_tokens(collator, generation_end_ids(causal_lm(model)))
     found: list[dict[str, float]] = []
     for i in range(count):
         batch = collator([data[i * len(data) // count]])

@@ -34,8 +34,9 @@ from hf_distill.cache.errors import CacheError
 from hf_distill.cache.fingerprints import Collator, Data
 from hf_distill.cache.manifest import MANIFEST, Manifest, config_hash
 from hf_distill.cache.shard import write_shard
+from hf_distill.data.turn_ends import tell_end_tokens
 from hf_distill.models.forward import Reader
-from hf_distill.models.structure import causal_lm, vocab_size
+from hf_distill.models.structure import causal_lm, generation_end_ids, vocab_size
 from hf_distill.models.tokenizers import num_ids
 from hf_distill.teachers import ModelTeacher, Teacher, place_model
 
@@ -315,7 +316,10 @@ def cache_teacher(
     vocab, real_vocab = _vocabulary(teacher, tokenizer)
     encoder = Encoder(
         data=dataset,
-        collator=data_collator or default_collator(dataset, tokenizer),
+        collator=tell_end_tokens(
+            data_collator or default_collator(dataset, tokenizer),
+            generation_end_ids(causal_lm(teacher)),
+        ),
         codec=make_codec(codec) if isinstance(codec, str) else codec or HeadSamples(),
         seed=seed,
         batch_size=batch_size,

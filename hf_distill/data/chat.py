@@ -1,10 +1,13 @@
 """Dialogues as token ids: which tokens of a rendered chat are whose message."""
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple, cast
 
 from hf_distill.data.batches import TokenRow
-from hf_distill.data.hints import Messages, PlacedHint
+from hf_distill.data.hints import Messages, PlacedHint, Prompt, append_text
+from hf_distill.data.turn_ends import TurnEnds
 
 SCORED = ("all", "hinted", "after_hint")
 
@@ -35,34 +38,33 @@ def scored_messages(
     return sorted(i for i in found if i is not None)
 
 
-def ids_between_replies(
-    messages: Messages, template: Template, eos_token_id: int | None
-) -> list[int]:
+def ids_between_replies(messages: Messages, template: Template, ends: TurnEnds) -> list[int]:
     """Token ids between the end token of a reply and the next reply: messages, then its prompt.
 
     They do not depend on the dialogue before them: the messages are rendered behind a stand-in for
     it, so that replies which are token ids are never rendered.
 
     Raises:
-        ValueError: the template does not end replies with the tokenizer's end token.
+        ValueError: the template does not end replies with an end token.
     """
     opening = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
-    ends_of_opening = template(opening, False).count(cast(int, eos_token_id))
+    wanted = template(opening, False).count(ends.turn) if ends.turn is not None else 0
+    wanted += ends.opens_next
     ids = template([*opening, *messages], True)
-    ends = [i for i, token in enumerate(ids) if token == eos_token_id]
-    if not ends_of_opening or len(ends) < ends_of_opening:
+    found = [i for i, token in enumerate(ids) if token == ends.turn]
+    if not wanted or len(found) < wanted:
         raise ValueError(
             "a dialogue goes on behind the end token of a reply, and the chat template writes "
-            f"none of id {eos_token_id}"
+            f"none of id {ends.turn or list(ends.ids)}"
         )
-    return ids[ends[ends_of_opening - 1] + 1 :]
+    return ids[found[wanted - 1] + 1 :]
 
 
 def join_replies(
     between: Sequence[Sequence[int]],
     replies: Sequence[Sequence[int]],
     scored: Sequence[bool],
-    eos_token_id: int | None,
+    ends: TurnEnds,
 ) -> TokenRow:
     """A row from what stands in front of each reply, and the replies as they were sampled.
 
@@ -71,8 +73,8 @@ def join_replies(
     ids: list[int] = []
     at: list[int] = []
     for piece, reply, counts in zip(between, replies, scored, strict=True):
-        if ids and eos_token_id is not None and ids[-1] != eos_token_id:
-            ids.append(eos_token_id)
+        if ids and ends.turn is not None and ids[-1] not in ends.ids:
+            ids.append(ends.turn)
         ids += piece
         if counts:
             at += range(len(ids), len(ids) + len(reply))
@@ -80,40 +82,138 @@ def join_replies(
     return TokenRow(ids, at)
 
 
-def render_dialogue(
-    messages: Messages, scored: Sequence[int], template: Template, eos_token_id: int | None
-) -> TokenRow:
+@dataclass(frozen=True)
+class ChatIds:
+    """Token ids of dialogues, by one tokenizer and its template.
+
+    Attributes:
+        template: to token ids.
+        continued: token ids of messages the last of which goes on.
+        ends: the tokens that end replies.
+    """
+
+    template: Template
+    continued: Callable[[Messages], list[int]]
+    ends: TurnEnds
+
+    def context(self, messages: Messages, begun: bool) -> list[int]:
+        """Messages, ready for a reply, which the last of them begins if `begun`."""
+        return self.continued(messages) if begun else self.template(messages, True)
+
+    def between(
+        self, dialogue: "Dialogue", messages: Messages, replies: Sequence[int], last: bool = False
+    ) -> list[list[int]]:
+        """Token ids in front of each reply; with `last`, also in front of one to come.
+
+        Args:
+            dialogue: says whether the first reply is begun.
+            messages: its own, or with hints among them.
+            replies: where they stand there.
+            last: see above.
+        """
+        stops = [*replies, len(messages)] if last else replies
+        begun = [] if dialogue.begun is None else [dialogue.begun]
+        pieces = [self.context([*messages[: stops[0]], *begun], bool(begun))]
+        for start, stop in pairwise(stops):
+            between = messages[start + 1 : stop]
+            pieces.append(ids_between_replies(between, self.template, self.ends))
+        return pieces
+
+    def reply(self, messages: Messages, at: int) -> tuple[list[int], list[int]]:
+        """The ids in front of a message, and its own, up to its end token.
+
+        Raises:
+            ValueError: the template does not render the one as the beginning of both.
+        """
+        context = self.template(messages[:at], True)
+        whole = self.template(messages[: at + 1], False)
+        if whole[: len(context)] != context:
+            raise ValueError(
+                "the chat template must render prompt + completion as the prompt's ids and more; "
+                f"it does not for message {at}; pass the completion as text instead"
+            )
+        message = whole[len(context) :]
+        return context, message[: self.ends.end_of(message)]
+
+
+def render_dialogue(messages: Messages, scored: Sequence[int], chat: ChatIds) -> TokenRow:
     """The dialogue up to its last scored message, with the places of the scored messages' tokens.
 
-    A message ends at its last end token: what a template writes behind it is the next context's.
+    A message ends at its end token: what a template writes behind it is the next context's.
 
     Args:
         messages: the dialogue.
         scored: indices of assistant messages, ascending, at least one.
-        template: to token ids.
-        eos_token_id: of the tokenizer, or None.
+        chat: renders.
 
     Raises:
         ValueError: the template renders a message otherwise once others follow it.
     """
-    spans: list[tuple[list[int], int]] = []  # ids to the end of a message, and where it begins
-    for i in scored:
-        context, whole = template(messages[:i], True), template(messages[: i + 1], False)
-        if whole[: len(context)] != context:
-            raise ValueError(
-                "the chat template must render prompt + completion as the prompt's ids and more; "
-                f"it does not for message {i}; pass the completion as text instead"
-            )
-        message = whole[len(context) :]
-        if eos_token_id in message:
-            message = message[: len(message) - message[::-1].index(eos_token_id)]
-        spans.append(([*context, *message], len(context)))
-    ids = spans[-1][0]
-    for i, (part, _) in zip(scored, spans, strict=True):
+    spans = [chat.reply(messages, i) for i in scored]
+    ids = [token for part in spans[-1] for token in part]
+    if chat.ends.opens_next and not _ends(ids, chat.ends):
+        ids.append(cast(int, chat.ends.turn))
+    at: list[int] = []
+    for i, (context, message) in zip(scored, spans, strict=True):
+        part = [*context, *message]
         if ids[: len(part)] != part:
             raise ValueError(
                 "the chat template must render a dialogue as its beginning and more; it renders "
                 f"message {i} otherwise once others follow it: score one message a row"
             )
-    at = [position for part, start in spans for position in range(start, len(part))]
+        stop = len(part)
+        if chat.ends.opens_next and not _ends(part, chat.ends):
+            stop += _ends(ids[: stop + 1], chat.ends)
+        at += range(len(context), stop)
     return TokenRow(ids, at)
+
+
+def _ends(ids: Sequence[int], ends: TurnEnds) -> bool:
+    return bool(ids) and ids[-1] in ends.ids
+
+
+class Dialogue(NamedTuple):
+    """A prompt and what follows it; a reply that the prompt begins is one message with its rest.
+
+    messages: prompt and completion. num_prompt: how many stand in front of the first reply. begun:
+    the first reply as the prompt begins it, or None.
+    """
+
+    messages: Messages
+    num_prompt: int
+    begun: dict[str, Any] | None = None
+
+
+def begins_reply(prompt: Prompt) -> bool:
+    """Whether a prompt's last message is the assistant's: completions go on with it."""
+    return not isinstance(prompt, str) and bool(prompt) and prompt[-1]["role"] == "assistant"
+
+
+def join_dialogue(prompt: Messages, completion: Messages) -> Dialogue:
+    """The dialogue of a prompt and a completion.
+
+    Raises:
+        ValueError: the rest of a begun reply is more than text.
+    """
+    goes_on = begins_reply(prompt) and (not completion or completion[0]["role"] == "assistant")
+    if not goes_on:
+        return Dialogue([*prompt, *completion], len(prompt))
+    *before, begun = prompt
+    whole = [append_text(begun, text_of(message)) for message in completion[:1]] or [begun]
+    return Dialogue([*before, *whole, *completion[1:]], len(before), begun)
+
+
+def text_of(message: dict[str, Any]) -> str:
+    """The rest of a reply, as text.
+
+    Raises:
+        ValueError: it has more than text.
+    """
+    content, others = message.get("content"), {k for k, x in message.items() if x}
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+    if others - {"role", "content"} or any(part.get("type") != "text" for part in parts):
+        raise ValueError(
+            "the completion goes on with the reply that the prompt begins, so its first message "
+            f"must have text and nothing else, got {message!r}"
+        )
+    return "".join(part["text"] for part in parts)

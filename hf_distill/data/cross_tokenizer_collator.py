@@ -1,5 +1,6 @@
 """A data collator for a teacher with another tokenizer: one problem in the tokens of both."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -72,6 +73,12 @@ class CrossTokenizerCollator:
 
         self._student = side(student_tokenizer, chat_template_kwargs)
         self._teacher = side(teacher_tokenizer, teacher_chat_template_kwargs)
+
+    def with_end_tokens(self, ids: int | Sequence[int]) -> "CrossTokenizerCollator":
+        """The collator for a student that ends its replies with these tokens too."""
+        told = copy.copy(self)
+        told._student = self._student.with_end_tokens(ids)
+        return told
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Make a training batch.

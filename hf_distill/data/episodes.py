@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_distill.data.chat import Dialogue, join_dialogue
 from hf_distill.data.hints import Messages, Prompt, Row
 
 # Columns that a hint can read after the rollout, besides the row's and the environment's
@@ -17,7 +18,8 @@ class Attempt:
         row: the row of the data.
         messages: the prompt, and the replies and the environment's messages so far. The last one is
             the reply to judge. It is empty if the prompt is text.
-        text: the last reply as text, without special tokens.
+        text: the last reply as text, without special tokens. Of a reply that the prompt begins, it
+            is the rest; `messages` has the whole.
         ended: whether the reply ended with an end token.
         turn: the number of replies before this one.
         group: a number that is the same for all attempts at one row in one step, and different for
@@ -60,19 +62,24 @@ class Episode:
     context: list[int] = field(default_factory=list)
 
     @property
-    def messages(self) -> Messages:
-        """Return prompt, replies as text, the environment's messages; nothing for a text prompt."""
+    def dialogue(self) -> Dialogue:
+        """Return prompt, replies as text and what the environment said; empty for a text prompt."""
         if isinstance(self.prompt, str):
-            return []
-        result = [*self.prompt]
+            return Dialogue([], 0)
+        result = []
         for i, text in enumerate(self.texts):
             result.append({"role": "assistant", "content": text})
             result += self.said[i] if i < len(self.said) else []
-        return result
+        return join_dialogue(self.prompt, result)
+
+    @property
+    def messages(self) -> Messages:
+        """Return the messages of the dialogue."""
+        return self.dialogue.messages
 
     def replies(self) -> list[int]:
         """Return where among `messages` the replies stand."""
-        at, result = len(self.prompt), []
+        at, result = self.dialogue.num_prompt, []
         for i in range(len(self.completions)):
             result.append(at)
             at += 1 + (len(self.said[i]) if i < len(self.said) else 0)

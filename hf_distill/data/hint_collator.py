@@ -2,22 +2,23 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hf_distill.data import batches, rendering
+from hf_distill.data import batches, rendering, texts
 from hf_distill.data.batches import TokenRow
 from hf_distill.data.chat import (
     SCORED,
-    ids_between_replies,
+    begins_reply,
+    join_dialogue,
     join_replies,
-    render_dialogue,
     scored_messages,
+    text_of,
 )
+from hf_distill.data.dialogues import begun_row, rendered_row, written_row
 from hf_distill.data.episodes import Episode
 from hf_distill.data.hint_schedule import HintSchedule, Value
 from hf_distill.data.hints import (
@@ -30,6 +31,7 @@ from hf_distill.data.hints import (
     insert_hints,
     place_hint,
 )
+from hf_distill.data.prompt_ids import PromptIds
 from hf_distill.data.rendering import DROPPED, TRUNCATED, RenderedSides
 
 SHOWN_TOKENS = 8
@@ -39,7 +41,7 @@ Given = TypeVar("Given")
 Hints = Hint | str | Callable[[Row], str | None] | Sequence[Hint]
 
 
-class HintCollator:
+class HintCollator(PromptIds):
     """Batches whose student sees the prompt and whose teacher sees the prompt and a hint.
 
     A row has a prompt (text, or chat messages), what the hints need, and for off-policy training a
@@ -52,7 +54,8 @@ class HintCollator:
         hint: a `Hint`, or its text (a column, a template or a function of the row), or several.
         prompt_column: the column that holds the prompt.
         completion_column: the column that holds the completion. If a text completion lacks the end
-            token, the end token is appended. It is scored like every other token.
+            token, the end token is appended (that of a turn behind a chat). It is scored like every
+            other token.
         scored: says which replies of a completion of messages are scored: "all" scores all,
             "hinted" the first behind each hint, and "after_hint" all behind the first hint.
         max_prompt_length: the most tokens that the student's context may have. None means no limit.
@@ -95,7 +98,7 @@ class HintCollator:
         ):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-        self.tokenizer = tokenizer
+        super().__init__(tokenizer, chat_template_kwargs or {})
         several = [hint] if isinstance(hint, Hint | str) or callable(hint) else hint
         self.hints = tuple(x if isinstance(x, Hint) else Hint(x) for x in several)
         self.scored = scored
@@ -109,7 +112,6 @@ class HintCollator:
         self.hint_plan = plan if plan.depends_on_step else None
         self.max_hint_length, self._draw, self._leaves_out = plan.length_at(0), None, False
         self.max_completion_length = max_completion_length
-        self.chat_template_kwargs = dict(chat_template_kwargs or {})
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """A training batch from rows with completions: see `alignment.build_batch`."""
@@ -172,13 +174,10 @@ class HintCollator:
 
     def next_context(self, episode: Episode) -> list[int]:
         """The student's ids up to its next reply, behind what an environment has said."""
-        between = self._between(episode.messages, episode.replies(), last=True)
+        made, chat = episode.dialogue, self._chat
+        between = chat.between(made, made.messages, episode.replies(), last=True)
         replies, nothing = [*episode.completions, []], [False] * len(between)
-        return list(join_replies(between, replies, nothing, self.eos_token_id).ids)
-
-    def text(self, ids: Sequence[int]) -> str:
-        """A completion to be read, without special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return list(join_replies(between, replies, nothing, chat.ends).ids)
 
     def contexts(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Both contexts of each row, padded on the left, for completions yet to be generated.
@@ -221,9 +220,9 @@ class HintCollator:
         return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
 
     def _with_tail(self, row: Row) -> RenderedSides:
-        end = [] if self.eos_token_id is None else [self.eos_token_id]
-        tail = [*self._prompt(row)[-SHOWN_TOKENS:], *end]
-        prompt = row[self.prompt_column]
+        prompt, ids = self._column(row, self.prompt_column), self._prompt(row)
+        end = self._end_of(prompt, ids)
+        tail = [*ids[-SHOWN_TOKENS:], *([] if end is None else [end])]
         return self._episode(Episode(row, prompt, completions=[tail], texts=[self.text(tail)]))
 
     def _with_count(
@@ -234,35 +233,6 @@ class HintCollator:
         if self._leaves_out or self._draw is not None:
             batch[DROPPED] = torch.tensor([x.dropped for x in made])
         return batch
-
-    @property
-    def pad_token_id(self) -> int:
-        """The tokenizer's padding id, or its end id where it has none; masks tell it apart."""
-        for token_id in (self.tokenizer.pad_token_id, self.eos_token_id):
-            if token_id is not None:
-                return cast(int, token_id)
-        raise ValueError("the tokenizer must have a pad or eos token, got neither")
-
-    @property
-    def eos_token_id(self) -> int | None:
-        """The tokenizer's end id, or None."""
-        return cast("int | None", self.tokenizer.eos_token_id)
-
-    def context_ids(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, ready to be completed."""
-        if isinstance(prompt, str):
-            return cast(list[int], self.tokenizer(prompt)["input_ids"])
-        return self._template(prompt, add_generation_prompt=True)
-
-    def _template(self, messages: Messages, add_generation_prompt: bool) -> list[int]:
-        encoded: Any = self.tokenizer.apply_chat_template(
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=True,
-            return_dict=True,
-            **self.chat_template_kwargs,
-        )
-        return encoded["input_ids"]
 
     def _column(self, row: Row, column: str) -> Any:
         if row.get(column) is None:
@@ -290,15 +260,19 @@ class HintCollator:
         if isinstance(prompt, str):
             hints = [PlacedHint(hint, text, 0) for hint, text in self._rendered(row)]
         else:
-            hints = self._placed(row, prompt, len(prompt))
+            begun = begins_reply(prompt)
+            hints = self._placed(row, prompt, len(prompt) - begun)
+            check_before(hints, len(prompt) - begun)
 
         def teacher(hints: Sequence[PlacedHint]) -> TokenRow:
-            shown = prompt
             if not isinstance(prompt, str):
-                return TokenRow(self.context_ids(insert_hints(prompt, hints).messages), [])
+                hinted = insert_hints(prompt, hints).messages
+                return TokenRow(self._chat.context(hinted, begins_reply(prompt)), [])
+            start = texts.start_of_text(prompt, self.tokenizer)
+            shown = prompt[len(start) :]
             for hint, text, _ in hints:
                 shown = hint.insert(shown, text)
-            return TokenRow(self.context_ids(shown), [])
+            return TokenRow(self.context_ids(f"{start}{shown}"), [])
 
         return self._fit(prompt, TokenRow(ids, []), hints, teacher)
 
@@ -311,21 +285,10 @@ class HintCollator:
         if not isinstance(completion, str):
             return self._dialogue(row, prompt, completion)
         made = self._contexts(row)
-        eos = self.eos_token_id
-        ids = cast(list[int], self.tokenizer(completion, add_special_tokens=False)["input_ids"])
-        ids = ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
+        ids = self._text_ids(completion, prompt, made.student.ids)
         rendering.check_length(prompt, "completion", len(ids), self.max_completion_length)
         student, teacher = (batches.append_completion(side.ids, ids) for side in made[:2])
         return made._replace(student=student, teacher=teacher)
-
-    def _between(self, messages: Messages, replies: Sequence[int], last: bool) -> list[list[int]]:
-        """Token ids in front of each reply; with `last`, also in front of one to come."""
-        ends = [*replies, len(messages)] if last else replies
-        pieces = [self.context_ids(messages[: ends[0]])]
-        for start, end in pairwise(ends):
-            between = messages[start + 1 : end]
-            pieces.append(ids_between_replies(between, self._template, self.eos_token_id))
-        return pieces
 
     def _episode(self, episode: Episode) -> RenderedSides:
         """Both rows, from a dialogue that the student has written."""
@@ -336,47 +299,38 @@ class HintCollator:
             if self.scored != "all" and not made.hints and not made.dropped:
                 one, other = one._replace(scored=[]), other._replace(scored=[])
             return made._replace(student=one, teacher=other)
-        messages, replies = episode.messages, episode.replies()
-        hints = self._placed(row, messages, len(prompt))
+        dialogue, replies = episode.dialogue, episode.replies()
+        hints = self._placed(row, dialogue.messages, dialogue.num_prompt)
         check_before(hints, replies[-1])
-        chosen = scored_messages(messages, len(prompt), hints, self.scored)
-        counts = [reply in chosen for reply in replies]
-
-        def rendered(messages: Messages, replies: Sequence[int]) -> TokenRow:
-            between = self._between(messages, replies, last=False)
-            return join_replies(between, episode.completions, counts, self.eos_token_id)
-
-        def teacher(hints: Sequence[PlacedHint]) -> TokenRow:
-            hinted = insert_hints(messages, hints)
-            return rendered(hinted.messages, [hinted.moved[i] for i in replies])
-
-        return self._fit(prompt, rendered(messages, replies), hints, teacher)
+        scored = scored_messages(dialogue.messages, dialogue.num_prompt, hints, self.scored)
+        side = written_row(dialogue, replies, episode.completions, scored, self._chat)
+        return self._fit(prompt, side([]), hints, side)
 
     def _dialogue(self, row: Row, prompt: Prompt, completion: Messages) -> RenderedSides:
         if isinstance(prompt, str):
             raise ValueError("a text prompt needs a text completion")
-        messages = [*prompt, *completion]
-        hints = self._placed(row, messages, len(prompt))
-        replies = scored_messages(messages, len(prompt), hints, self.scored)
+        dialogue, chat = join_dialogue(prompt, completion), self._chat
+        messages, begun = dialogue.messages, dialogue.begun is not None
+        hints = self._placed(row, messages, dialogue.num_prompt)
+        replies = scored_messages(messages, dialogue.num_prompt, hints, self.scored)
         if not replies:
             raise ValueError(
                 f"the completion must have a reply to score ({self.scored!r}), got roles "
                 f"{[m['role'] for m in completion]} and {len(hints)} hints"
             )
         check_before(hints, replies[-1])
-        student = render_dialogue(messages, replies, self._template, self.eos_token_id)
-        length = len(self.context_ids(prompt))
+        context = chat.context(prompt, begun)
+        if begun:
+            rest = self._text_ids(text_of(completion[0]), prompt, context)
+            side = begun_row(dialogue, rest, replies, chat)
+        else:
+            side = rendered_row(messages, replies, chat)
+        student, length = side([]), len(context)
         rendering.check_length(prompt, "prompt", length, self.max_prompt_length)
         rendering.check_length(
             prompt, "completion", len(student.ids) - length, self.max_completion_length
         )
-
-        def teacher(hints: Sequence[PlacedHint]) -> TokenRow:
-            hinted = insert_hints(messages, hints)
-            moved = [hinted.moved[i] for i in replies]
-            return render_dialogue(hinted.messages, moved, self._template, self.eos_token_id)
-
-        return self._fit(prompt, student, hints, teacher)
+        return self._fit(prompt, student, hints, side)
 
     def _fit(
         self,

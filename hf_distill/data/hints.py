@@ -31,7 +31,7 @@ class Hint:
         turn: the message that "user", "before" and "after" mean, counted over prompt and
             completion, and from the end if negative. It is a number, a column that contains it, or
             a function of the row. None means the last user message of the prompt, or for "before"
-            and "after" the last message of the prompt.
+            and "after" the last message of the prompt in front of the reply.
         role: the role of a hint that is a message of its own.
         optional: whether a row in which one of the hint's columns is None has no such hint.
             Otherwise such a row raises an error.
@@ -179,14 +179,18 @@ def check_before(hints: Sequence[PlacedHint], reply: int) -> None:
             )
 
 
-def _appended(message: dict[str, Any], text: str) -> dict[str, Any]:
-    """Return the message with more text; its content is a string or a list of parts."""
+def append_text(message: dict[str, Any], text: str) -> dict[str, Any]:
+    """Return the message with more text; its content is a string or a list of parts.
+
+    Raises:
+        ValueError: it has another content, or none.
+    """
     content = message["content"]
     if isinstance(content, str):
         return message | {"content": content + text}
     if isinstance(content, list):
         return message | {"content": [*content, {"type": "text", "text": text}]}
-    raise ValueError(f"a hint needs a message with content to append to, got {message!r}")
+    raise ValueError(f"text needs a message with content to append to, got {message!r}")
 
 
 def insert_hints(messages: Messages, hints: Sequence[PlacedHint]) -> HintedMessages:
@@ -200,10 +204,10 @@ def insert_hints(messages: Messages, hints: Sequence[PlacedHint]) -> HintedMessa
             side = before if hint.where == "before" else after
             side[at].append({"role": hint.role, "content": text})
         elif hint.where == "user":
-            changed[at] = _appended(changed[at], hint.separator + text)
+            changed[at] = append_text(changed[at], hint.separator + text)
         elif first or (changed and changed[0]["role"] == "system"):
             target = first or changed
-            target[0] = _appended(target[0], hint.separator + text)
+            target[0] = append_text(target[0], hint.separator + text)
         else:
             first = [{"role": "system", "content": text}]
     result, moved = first, []

@@ -49,6 +49,14 @@ def vocab_size(lm: nn.Module) -> int | None:
     return None if config is None else getattr(config.get_text_config(), "vocab_size", None)
 
 
+def generation_end_ids(lm: nn.Module) -> list[int]:
+    """The ids at which the model's generation config ends a completion: none, one or several."""
+    ids = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)
+    if ids is None:
+        return []
+    return list(ids) if isinstance(ids, list | tuple) else [ids]
+
+
 CLASSIFIER = "ForSequenceClassification"  # how Transformers ends the names of their classes
 
 

@@ -98,7 +98,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     pad_token_id: int,
-    eos_token_id: int | None,
+    eos_token_id: int | Sequence[int] | None,
     max_completion_length: int,
     temperature: float,
     seed: int,
@@ -112,7 +112,8 @@ def generate(
         prompts: lists of token ids; they are padded on the left.
         pad_token_id: may equal an end token: a completion ends at its first end token, not where
             padding begins.
-        eos_token_id: the tokenizer's end token; those of the model's generation config count too.
+        eos_token_id: the tokenizer's end token, or several; those of the model's generation config
+            count too.
         max_completion_length: tokens.
         temperature: of sampling from the whole vocabulary; 0 is greedy. The loss's temperature is
             another one.

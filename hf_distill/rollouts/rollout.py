@@ -144,7 +144,7 @@ class Rollouts:
         self, model: nn.Module, batches: list[dict[str, Any]], step: int, training: bool
     ) -> list[list[Episode]]:
         """The episodes of each micro-batch, the replies of a round sampled in one call."""
-        end_ids = rollouts.end_token_ids(unwrap(model), self.collator.eos_token_id)
+        end_ids = rollouts.end_token_ids(unwrap(model), self.collator.ends.ids)
         # large odd multipliers keep steps and processes of neighbouring seeds apart
         seed = (self.args.seed * 1_000_003 + step) * 65_537 + self.args.process_index
 
@@ -277,7 +277,7 @@ def make_engine(
         )
     sampling = rollouts.Sampling(
         collator.pad_token_id,
-        collator.eos_token_id,
+        collator.ends.ids,
         run.args.max_completion_length,
         config.temperature,
         config.generation_kwargs,

@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
+from hf_distill.models.structure import generation_end_ids
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -14,24 +16,23 @@ class Sampling:
 
     Args:
         pad_token_id: may equal an end token.
-        eos_token_id: the tokenizer's end token, or None.
+        eos_token_id: the end token, or several: the tokenizer's, that of the chat template's turns.
         max_completion_length: tokens.
         temperature: of sampling from the whole vocabulary; 0 is greedy.
         generation_kwargs: further settings in the engine's own words.
     """
 
     pad_token_id: int
-    eos_token_id: int | None
+    eos_token_id: int | Sequence[int] | None
     max_completion_length: int
     temperature: float
     generation_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
-def end_token_ids(model: nn.Module, eos_token_id: int | None) -> list[int]:
-    """Return every id that ends a completion, of the generation config and of the tokenizer."""
-    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = ids if isinstance(ids, list | tuple) else [ids]
-    return sorted({i for i in (*ids, eos_token_id) if i is not None})
+def end_token_ids(model: nn.Module, eos_token_id: int | Sequence[int] | None) -> list[int]:
+    """Return every id that ends a completion: the generation config's, and those given."""
+    given = eos_token_id if isinstance(eos_token_id, Sequence) else [eos_token_id]
+    return sorted({i for i in (*generation_end_ids(model), *given) if i is not None})
 
 
 def cut_at_end_token(completion: Sequence[int], end_ids: Sequence[int]) -> list[int]:

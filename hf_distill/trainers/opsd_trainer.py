@@ -136,6 +136,10 @@ class OPSDTrainer(DistillTrainer):
                 f"{args.per_device_train_batch_size}"
             )
 
+    def _tell_end_tokens(self, ids: list[int]) -> None:
+        super()._tell_end_tokens(ids)
+        self.hint_collator = self.hint_collator.with_end_tokens(ids)
+
     def _collator_for(self, teacher: Teacher) -> Callable[[Any], Any]:
         # rows of prompts go to the rollouts, which add what the teacher needs
         return (lambda x: x) if self.args.on_policy else teacher.collator

@@ -10,13 +10,15 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from hf_distill.data.hint_schedule import collator_at_step, hint_schedule_of
 from hf_distill.data.hints import Row
 from hf_distill.data.rendering import DROPPED, TRUNCATED
+from hf_distill.data.turn_ends import tell_end_tokens
+from hf_distill.models.structure import causal_lm, generation_end_ids
 from hf_distill.monitoring.metrics import ShareMeter
 from hf_distill.trainers.checkpoints import StatefulTrainer
 
@@ -171,6 +173,11 @@ class StepCollatingTrainer(StatefulTrainer):
     ) -> None:
         self._hinting = StepCollation(args.seed)
         super().__init__(model, args, defer_collator(data_collator, args), *others, **kwargs)
+        self._tell_end_tokens(generation_end_ids(causal_lm(cast(nn.Module, self.model))))
+
+    def _tell_end_tokens(self, ids: list[int]) -> None:
+        """Tell collators of replies at which ids the student ends its own."""
+        self.data_collator = wrap_collator(self.data_collator, lambda x: tell_end_tokens(x, ids))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

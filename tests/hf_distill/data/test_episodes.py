@@ -8,6 +8,7 @@ import pytest
 from hf_distill import Hint, HintCollator
 from hf_distill.data.chat import ids_between_replies
 from hf_distill.data.episodes import Attempt, Episode
+from hf_distill.data.turn_ends import TurnEnds
 from hf_distill.rollouts.environments import Feedback, play, share_siblings
 from tests.hf_distill.data.test_chat import PROMPT, reply, text, user, words
 from tests.hf_distill.trainers import models
@@ -242,7 +243,9 @@ def test_thoughts_that_a_template_drops_later_stay_in_the_row() -> None:
 
 def test_a_template_without_end_tokens_cannot_go_on() -> None:
     with pytest.raises(ValueError, match="the chat template writes none of id 2"):
-        ids_between_replies([user("hi")], lambda messages, prompt: [5] * len(messages), 2)
+        ids_between_replies(
+            [user("hi")], lambda messages, prompt: [5] * len(messages), TurnEnds((2,), 2)
+        )
 
 
 @pytest.mark.parametrize("name", ["attempt", "dialogue", "sibling"])

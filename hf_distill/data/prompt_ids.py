@@ -1,0 +1,100 @@
+"""Token ids of prompts and replies, by one tokenizer and its chat template."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Self, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from hf_distill.data import texts
+from hf_distill.data.chat import ChatIds, begins_reply
+from hf_distill.data.hints import Messages, Prompt
+from hf_distill.data.turn_ends import TurnEnds, find_turn_ends
+
+
+class PromptIds:
+    """What a tokenizer makes of prompts that are to be completed, and of what completes them.
+
+    Args:
+        tokenizer: with a chat template if prompts are messages.
+        chat_template_kwargs: arguments of the template.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any]
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.chat_template_kwargs = dict(chat_template_kwargs)
+        self._told: tuple[int, ...] = ()
+        self._ends: TurnEnds | None = None
+
+    @property
+    def pad_token_id(self) -> int:
+        """The tokenizer's padding id, or its end id where it has none; masks tell it apart."""
+        for token_id in (self.tokenizer.pad_token_id, self.eos_token_id):
+            if token_id is not None:
+                return cast(int, token_id)
+        raise ValueError("the tokenizer must have a pad or eos token, got neither")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The tokenizer's end id, or None."""
+        return cast("int | None", self.tokenizer.eos_token_id)
+
+    @property
+    def ends(self) -> TurnEnds:
+        """The tokens that end replies, by the tokenizer, its template and `with_end_tokens`."""
+        if self._ends is None:
+            self._ends = find_turn_ends(self.tokenizer, self.chat_template_kwargs, self._told)
+        return self._ends
+
+    def with_end_tokens(self, ids: int | Sequence[int]) -> Self:
+        """The collator for a model that ends its replies with these tokens too.
+
+        Trainers call it with the ids of the model's generation config, one or several.
+        """
+        told = copy.copy(self)
+        told._told, told._ends = (ids,) if isinstance(ids, int) else tuple(ids), None
+        return told
+
+    def _end_of(self, prompt: Prompt, context: Sequence[int]) -> int | None:
+        """What ends a text completion: in a chat, also one that is rendered, the turn's end."""
+        of_chat = not isinstance(prompt, str) or self.ends.turn in context
+        end = self.ends.turn if of_chat else None
+        return self.ends.of_text if end is None else end
+
+    def context_ids(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, ready to be completed; a reply that it begins goes on."""
+        if isinstance(prompt, str):
+            return texts.context_of_text(prompt, self.tokenizer)
+        return self._chat.context(prompt, begins_reply(prompt))
+
+    @property
+    def _chat(self) -> ChatIds:
+        continued = partial(
+            self._template, add_generation_prompt=False, continue_final_message=True
+        )
+        return ChatIds(self._template, continued, self.ends)
+
+    def _template(
+        self, messages: Messages, add_generation_prompt: bool, **options: Any
+    ) -> list[int]:
+        encoded: Any = self.tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=True,
+            return_dict=True,
+            **options,
+            **self.chat_template_kwargs,
+        )
+        return encoded["input_ids"]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """A completion to be read, without special tokens and its end token."""
+        shown = list(ids[:-1] if ids and ids[-1] in self.ends.ids else ids)
+        return str(self.tokenizer.decode(shown, skip_special_tokens=True))
+
+    def _text_ids(self, text: str, prompt: Prompt, context: Sequence[int]) -> list[int]:
+        end = self._end_of(prompt, context)
+        return texts.completion_of_text(text, self.tokenizer, self.ends, end)

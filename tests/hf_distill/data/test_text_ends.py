@@ -1,0 +1,345 @@
+"""Where texts and replies begin and end: tokens around texts, ends of turns, begun replies."""
+
+from typing import Any
+
+import pytest
+
+from hf_distill import CrossTokenizerCollator, Hint, HintCollator
+from hf_distill.data.episodes import Episode
+from hf_distill.data.turn_ends import find_turn_ends, tell_end_tokens
+from tests.hf_distill.data import templates
+from tests.hf_distill.data.templates import TEMPLATES, characters, family
+from tests.hf_distill.data.test_chat import reply, user
+
+ASK = [user("1+1=?")]
+DIALOGUE = [reply("it is 2"), user("and 2+2=?"), reply("that is 4")]
+PLACES = {
+    "user": Hint(separator=" "),
+    "system": Hint(where="system"),
+    "before": Hint(where="before"),
+    "after": Hint(where="after"),
+}
+
+
+def row(prompt: Any, completion: Any = "2", hint: str = "two") -> dict[str, Any]:
+    return {"prompt": prompt, "completion": completion, "hint": hint}
+
+
+def scored(collator: HintCollator, made: dict[str, Any]) -> list[str]:
+    """The scored tokens of a row, as text, one string a stretch; the same on both sides."""
+    batch = collator([made])
+    labels = batch["labels"][0].tolist()
+    at = [i for i, label in enumerate(labels) if label != -100]
+    starts = [i for i in at if i - 1 not in at]
+    stretches = [[] for _ in starts]
+    for i in at:
+        stretches[sum(start <= i for start in starts) - 1].append(labels[i])
+    return [collator.tokenizer.decode(x) for x in stretches]
+
+
+# ---- texts
+
+
+@pytest.mark.parametrize("around", [None, "<s> $A", "$A </s>", "<s> $A </s>"])
+@pytest.mark.parametrize("where", ["user", "system"])
+def test_a_text_goes_on_without_the_token_that_ends_texts(around: str | None, where: str) -> None:
+    tokenizer = characters(around=around)
+    collator = HintCollator(tokenizer, Hint(where=where, separator=" "))
+    start = "<s>" * bool(around and around.startswith("<s>"))
+    shown = {"user": "1+1= two", "system": "two 1+1="}[where]
+    contexts = collator.contexts([row("1+1=")])
+    assert tokenizer.decode(contexts["prompt_ids"][0]) == f"{start}1+1="
+    assert tokenizer.decode(contexts["teacher_prompt_ids"][0]) == start + shown
+    batch = collator([row("1+1=")])
+    assert tokenizer.decode(batch["input_ids"][0]) == f"{start}1+1=2</s>"
+    assert tokenizer.decode(batch["teacher_input_ids"][0]) == f"{start}{shown}2</s>"
+    assert scored(collator, row("1+1=")) == ["2</s>"]
+
+
+def test_a_classifier_and_a_separator_are_a_start_and_an_end() -> None:
+    tokenizer = characters(around="<s> $A </s>")
+    tokenizer.bos_token = tokenizer.eos_token = None
+    tokenizer.cls_token, tokenizer.sep_token = "<s>", "</s>"
+    collator = HintCollator(tokenizer, [])
+    assert tokenizer.decode(collator.prompts([row("ab")])["prompt_ids"][0]) == "<s>ab"
+    assert tokenizer.decode(collator.prompts([row("")])["prompt_ids"][0]) == "<s>"
+    assert scored(collator, row("ab", "c")) == ["c"]  # no token that ends completions is known
+    told = collator.with_end_tokens([tokenizer.sep_token_id])
+    assert scored(told, row("ab", "c")) == ["c</s>"]
+
+
+@pytest.mark.parametrize("where", ["user", "system"])
+def test_a_rendered_prompt_gets_no_second_start_token(where: str) -> None:
+    template = TEMPLATES["llama3"][0]
+    tokenizer = characters(template, ["<|header|>", "<|/header|>", "<|eot_id|>"], "<s> $A")
+    collator = HintCollator(tokenizer, Hint(where=where, separator=" "))
+    text = tokenizer.apply_chat_template(ASK, tokenize=False, add_generation_prompt=True)
+    as_text, as_chat = (collator.contexts([row(x)]) for x in (text, ASK))
+    assert as_text["prompt_ids"].tolist() == as_chat["prompt_ids"].tolist()
+    teacher = tokenizer.decode(as_text["teacher_prompt_ids"][0])
+    assert teacher.count("<s>") == 1
+    assert teacher.startswith("<s>")
+    # and its completion ends as a reply of the chat does
+    assert scored(collator, row(text)) == ["2<|eot_id|>"]
+    assert scored(collator, row(ASK)) == ["2<|eot_id|>"]
+
+
+def test_an_end_token_that_the_user_wrote_stays() -> None:
+    collator = HintCollator(characters(around="<s> $A </s>"), [])
+    ids = collator.prompts([row("ab</s>")])["prompt_ids"][0]
+    assert collator.tokenizer.decode(ids) == "<s>ab</s>"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("ending", ["", "{end}", "{end}\n", "{end}\n</s>"])
+def test_a_text_completion_ends_once(name: str, ending: str) -> None:
+    tokenizer, _ = family(name)
+    end = TEMPLATES[name][1]
+    made = row(ASK, "2" + ending.format(end=end))
+    assert scored(HintCollator(tokenizer), made) == [f"2{end}"]
+
+
+def test_an_end_token_inside_a_completion_is_not_its_end() -> None:
+    assert scored(HintCollator(characters()), row("1", "a</s>b")) == ["a</s>b</s>"]
+
+
+# ---- ends of turns
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_reply_ends_with_the_token_that_ends_turns(name: str, told: bool) -> None:
+    tokenizer, end = family(name)
+    collator = HintCollator(tokenizer)
+    if told:  # Phi 3's model names the opening of a reply as an end token as well
+        opening = tokenizer.convert_tokens_to_ids("<|assistant|>")
+        collator = collator.with_end_tokens([end, opening, tokenizer.eos_token_id])
+    assert collator.ends.turn == end
+    found = scored(collator, row(ASK, DIALOGUE))
+    assert [x.count(TEMPLATES[name][1]) for x in found] == [1, 1]
+    assert all(x.endswith(TEMPLATES[name][1]) for x in found)
+    whole = tokenizer.apply_chat_template([*ASK, *DIALOGUE], return_dict=True)["input_ids"]
+    ids = collator([row(ASK, DIALOGUE)])["input_ids"][0].tolist()
+    assert whole[: len(ids)] == ids
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_dialogue_that_was_sampled_is_the_templates(name: str) -> None:
+    tokenizer, _ = family(name)
+    collator = HintCollator(tokenizer)
+    batch = collator([row(ASK, DIALOGUE)])
+    labels = batch["labels"][0]
+    texts = scored(collator, row(ASK, DIALOGUE))
+    first = tokenizer(texts[0], add_special_tokens=False)["input_ids"]
+    one = Episode(row(ASK), ASK, completions=[first], texts=["it is 2"], said=[DIALOGUE[1:2]])
+    context = collator.next_context(one)
+    template = tokenizer.apply_chat_template([*ASK, *DIALOGUE[:2]], add_generation_prompt=True)
+    assert context == template["input_ids"]
+    second = tokenizer(texts[1], add_special_tokens=False)["input_ids"]
+    one.completions.append(second)
+    one.texts.append("that is 4")
+    sampled, _ = collator.from_episodes([one])
+    assert all(sampled[x].tolist() == batch[x].tolist() for x in batch)
+    assert labels.tolist().count(-100) == len(labels) - len(first) - len(second)
+    assert [collator.text(x) for x in (first, second)] == [
+        x.removesuffix(TEMPLATES[name][1]).replace("<|end_response|>", "") for x in texts
+    ]
+
+
+def test_a_reply_that_ended_with_another_end_token_is_not_closed_again() -> None:
+    tokenizer, end = family("phi3")
+    first = [*tokenizer("it is 2")["input_ids"], tokenizer.eos_token_id]
+    one = Episode(row(ASK), ASK, completions=[first], texts=["it is 2"], said=[DIALOGUE[1:2]])
+    context = HintCollator(tokenizer).next_context(one)
+    assert tokenizer.decode(context) == (
+        "<|user|>\n1+1=?<|end|>\n<|assistant|>\nit is 2</s>\n<|user|>\nand 2+2=?<|end|>\n"
+        "<|assistant|>\n"
+    )
+    one.completions[0] = first[:-1]  # cut off
+    closed = HintCollator(tokenizer).next_context(one)
+    assert closed == [end if token == tokenizer.eos_token_id else token for token in context]
+
+
+def test_an_end_of_turn_that_is_a_plain_word_is_told_by_the_model() -> None:
+    template = TEMPLATES["chatml"][0]
+    tokenizer = characters(template, words=["<|im_start|>", "<|im_end|>"])
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    collator = HintCollator(tokenizer, [])
+    assert collator.ends.turn is None
+    told = collator.with_end_tokens([end])
+    assert scored(told, row(ASK, DIALOGUE)) == ["it is 2<|im_end|>", "that is 4<|im_end|>"]
+    assert told.text([*tokenizer("ab")["input_ids"], end]) == "ab"
+    assert collator.ends.turn is None  # the one that was not told is as it was
+
+
+def test_the_next_turns_first_token_may_end_a_reply() -> None:
+    special = ["<|user|>", "<|assistant|>", "<|system|>"]
+    tokenizer = characters(templates.NEXT_TURN, special)
+    user_id = tokenizer.convert_tokens_to_ids("<|user|>")
+    collator = HintCollator(tokenizer).with_end_tokens([2, user_id])
+    assert scored(collator, row(ASK, DIALOGUE)) == ["it is 2<|user|>", "that is 4<|user|>"]
+    assert scored(collator, row(ASK)) == ["2<|user|>"]
+    first = [*tokenizer("it is 2")["input_ids"], user_id]
+    one = Episode(row(ASK), ASK, completions=[first], texts=["it is 2"], said=[DIALOGUE[1:2]])
+    template = tokenizer.apply_chat_template([*ASK, *DIALOGUE[:2]], add_generation_prompt=True)
+    assert collator.next_context(one) == template["input_ids"]
+    one.completions[0] = first[:-1]  # cut off
+    assert collator.next_context(one) == template["input_ids"]
+
+
+def test_a_template_without_any_end_token_leaves_replies_as_they_are() -> None:
+    tokenizer = characters(templates.NEXT_TURN)
+    assert find_turn_ends(tokenizer, {}).turn is None
+    assert scored(HintCollator(tokenizer), row(ASK, [reply("2")])) == ["2"]
+    assert scored(HintCollator(tokenizer), row(ASK)) == ["2</s>"]
+
+
+def test_a_template_of_other_dialogues_says_nothing_of_ends() -> None:
+    refusing = "{{ raise_exception('tools only') }}"
+    assert find_turn_ends(characters(refusing), {}).turn == 2
+    assert find_turn_ends(characters(), {}, [5]).ids == (2, 5)
+
+
+def test_collators_inside_others_are_told() -> None:
+    class Around:
+        def __init__(self, collator: Any) -> None:
+            self.collator = collator
+
+    inner = HintCollator(characters())
+    told = tell_end_tokens(Around(Around(inner)), [7])
+    assert told.collator.collator.ends.ids == (2, 7)
+    assert inner.ends.ids == (2,)
+    plain = Around(len)
+    assert tell_end_tokens(plain, [7]) is plain
+    crossing = CrossTokenizerCollator(characters(), characters())
+    batch = tell_end_tokens(crossing, [4])([row("1", "2" + templates.LETTERS[0])])
+    assert batch["labels"][0].tolist()[-1] == 4  # "a" ends it: </s> is not appended
+
+
+# ---- replies that the prompt begins
+
+BEGUN = [*ASK, reply("it is")]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_begun_reply_goes_on(name: str, place: str) -> None:
+    tokenizer, _ = family(name)
+    end = TEMPLATES[name][1]
+    collator = HintCollator(tokenizer, PLACES[place])
+    template = tokenizer.apply_chat_template(BEGUN, continue_final_message=True)["input_ids"]
+    assert tokenizer.decode(template).endswith("it is")
+    assert collator.prompts([row(BEGUN)])["prompt_ids"][0].tolist() == template
+    contexts = collator.contexts([row(BEGUN)])
+    assert contexts["prompt_ids"][0].tolist() == template
+    teacher = tokenizer.decode(contexts["teacher_prompt_ids"][0])
+    assert teacher.endswith("it is")
+    assert "two" in teacher
+    for completion in (" 2", [reply(" 2")]):
+        made = row(BEGUN, completion)
+        assert scored(collator, made) == [f" 2{end}"]
+        ids = collator([made])["input_ids"][0].tolist()
+        assert ids[: len(template)] == template
+        hinted = tokenizer.decode(collator([made])["teacher_input_ids"][0])
+        assert hinted == f"{teacher} 2{end}"
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_dialogue_behind_a_begun_reply(name: str, place: str) -> None:
+    tokenizer, _ = family(name)
+    end = TEMPLATES[name][1]
+    completion = [reply(" 2"), *DIALOGUE[1:]]
+    collator = HintCollator(tokenizer, PLACES[place])
+    found = scored(collator, row(BEGUN, completion))
+    assert found[0] == f" 2{end}"
+    assert found[1].strip().startswith("that is 4")
+    # the row is the template's of the whole dialogue where the rest is rendered as it is written
+    if name not in ("llama2", "command"):
+        messages = [*ASK, reply("it is 2"), *DIALOGUE[1:]]
+        whole = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+        ids = collator([row(BEGUN, completion)])["input_ids"][0].tolist()
+        assert whole[: len(ids)] == ids
+    later = Hint(where="before", turn=2, role="user")
+    hinted = HintCollator(tokenizer, later)([row(BEGUN, completion)])
+    teacher = tokenizer.decode(hinted["teacher_input_ids"][0])
+    assert teacher.index("two") > teacher.index("it is 2")
+
+
+def test_a_begun_reply_that_was_sampled() -> None:
+    tokenizer, end = family("chatml")
+    collator = HintCollator(tokenizer, PLACES["user"])
+    rest = [*tokenizer(" 2")["input_ids"], end]
+    one = Episode(row(BEGUN), BEGUN, completions=[rest], texts=[" 2"], said=[DIALOGUE[1:2]])
+    assert one.messages == [*ASK, reply("it is 2"), DIALOGUE[1]]
+    assert one.seen()["attempt"] == " 2"
+    template = tokenizer.apply_chat_template(one.messages, add_generation_prompt=True)
+    assert collator.next_context(one) == template["input_ids"]
+    one.completions.append([*tokenizer("4")["input_ids"], end])
+    one.texts.append("4")
+    batch, _ = collator.from_episodes([one])
+    text = tokenizer.decode(batch["teacher_input_ids"][0])
+    assert text == (
+        "<|im_start|>user\n1+1=? two<|im_end|>\n<|im_start|>assistant\nit is 2<|im_end|>\n"
+        "<|im_start|>user\nand 2+2=?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>"
+    )
+
+
+@pytest.mark.parametrize("begun", ["it is", "<think>\nLet me"])
+def test_a_template_that_rewrites_thoughts_continues_a_begun_reply(begun: str) -> None:
+    tokenizer = characters(templates.THINKING, ["<|im_start|>", "<|im_end|>"])
+    prompt = [*ASK, reply(begun)]
+    context = tokenizer.apply_chat_template(prompt, continue_final_message=True)["input_ids"]
+    collator = HintCollator(tokenizer, PLACES["user"])
+    for completion in ("\n</think>\n\n2", [reply("\n</think>\n\n2"), *DIALOGUE[1:]]):
+        ids = collator([row(prompt, completion)])["input_ids"][0].tolist()
+        assert ids[: len(context)] == context
+        found = scored(collator, row(prompt, completion))
+        assert found[0] == "\n</think>\n\n2<|im_end|>"
+    assert found[1].endswith("that is 4<|im_end|>")
+
+
+def test_a_begun_reply_that_the_template_takes_away_is_an_error() -> None:
+    tokenizer = characters(templates.THINKING, ["<|im_start|>", "<|im_end|>"])
+    prompt = [*ASK, reply("<think>one</think>")]
+    with pytest.raises(ValueError, match="row 0 of the batch: continue_final_message is set but"):
+        HintCollator(tokenizer).prompts([row(prompt)])
+
+
+def test_a_reply_of_the_prompt_that_is_answered_is_not_continued() -> None:
+    tokenizer, _ = family("chatml")
+    made = row([*ASK, reply("it is 2")], DIALOGUE[1:])
+    assert scored(HintCollator(tokenizer), made) == ["that is 4<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("hint", "message"),
+    [
+        (Hint(where="after", turn=1), "a hint must stand before a reply that is scored"),
+        (Hint(where="user", turn=1), "a hint in the user turn needs a user message"),
+    ],
+)
+def test_a_hint_cannot_come_between_a_begun_reply_and_its_rest(hint: Hint, message: str) -> None:
+    tokenizer, _ = family("chatml")
+    for made in (row(BEGUN), row(BEGUN, [reply(" 2")])):
+        with pytest.raises(ValueError, match=message):
+            HintCollator(tokenizer, hint)([made])
+    with pytest.raises(ValueError, match=message):
+        HintCollator(tokenizer, hint).contexts([row(BEGUN)])
+
+
+def test_the_rest_of_a_begun_reply_is_text() -> None:
+    tokenizer, _ = family("chatml")
+    parts = [{"type": "text", "text": " 2"}]
+    made = row(BEGUN, [{"role": "assistant", "content": parts, "tool_calls": None}])
+    assert scored(HintCollator(tokenizer), made) == [" 2<|im_end|>"]
+    called = row(BEGUN, [reply(" 2") | {"tool_calls": [{"name": "add"}]}])
+    with pytest.raises(ValueError, match="must have text and nothing else"):
+        HintCollator(tokenizer)([called])
+
+
+def test_an_assistants_hint_is_no_begun_reply() -> None:
+    tokenizer, _ = family("chatml")
+    hint = Hint(where="after", role="assistant")
+    teacher = HintCollator(tokenizer, hint).contexts([row(ASK)])["teacher_prompt_ids"][0]
+    assert tokenizer.decode(teacher).endswith("two<|im_end|>\n<|im_start|>assistant\n")
