@@ -61,13 +61,23 @@ def _probed(model: nn.Module, ids: Tensor) -> str | None:
 
 
 @torch.no_grad()
-def _ignores_count(model: nn.Module, ids: Tensor) -> bool:
+def ignores_count(model: nn.Module, ids: Tensor) -> bool:
+    """Whether a model's loss of [1, n] ids is the same whatever count of tokens it is given."""
     with evaluating(model):
         once, twice = (
             model(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(n)).loss
             for n in (ids.shape[1] - 1, 2 * ids.shape[1] - 2)
         )
     return bool((once == twice).all())
+
+
+def probe_row(inputs: Mapping[str, Any]) -> Tensor | None:
+    """[1, n] the first ids of a batch's first row, or None where it has fewer than two."""
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if ids is None:
+        return None
+    row = ids[0] if mask is None or mask.ndim != 2 else ids[0][mask[0].bool()]
+    return None if len(row) < 2 else row[None, :PROBE_TOKENS]
 
 
 class HardLoss:
@@ -127,10 +137,8 @@ class HardLoss:
         if ids is None or "labels" not in inspect.signature(lm.forward).parameters:
             self.to_probe = False
             return False
-        mask = inputs.get("attention_mask")
-        row = ids[0] if mask is None or mask.ndim != 2 else ids[0][mask[0].bool()]
-        row = row[None, :PROBE_TOKENS]
-        if row.shape[1] < 2:
+        row = probe_row(inputs)
+        if row is None:
             return False
         self.to_probe, is_new = False, self._found is None
         if is_new:
@@ -138,7 +146,7 @@ class HardLoss:
             if reason is None:
                 return False
             self._note(_Found(reason))
-        if self._found is not None and self._accepts_count and _ignores_count(lm, row):
+        if self._found is not None and self._accepts_count and ignores_count(lm, row):
             self._found = self._found._replace(ignores_count=True)
         return is_new
 

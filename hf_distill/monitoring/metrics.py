@@ -1,5 +1,6 @@
 """Metrics, summed where they arise and read once per log."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from hf_distill.data.token_classes import CLASSES
+
+logger = logging.getLogger(__name__)
 
 MEANS = ("soft", "hard", "student_entropy", "teacher_entropy", "top1_agreement", "clipped")
 TOKENS = "tokens"  # the metric that is their number
@@ -102,6 +105,44 @@ class ShareMeter:
         return {self.name: flagged / count} if count else {}
 
 
+UNSCORED = "unscored_batches"
+
+
+class UnscoredMeter:
+    """Counts batches without a token (or row) to score since the last reading, over all processes.
+
+    Where there are some, `unscored_batches` is their number; the first time a warning says so too.
+    """
+
+    def __init__(self) -> None:
+        self._seen = 0
+        self._unscored: Tensor | int = 0
+        self._warned = False
+
+    def add(self, unscored: Tensor | bool) -> None:
+        """Count a batch; a tensor [] is not waited for."""
+        self._seen += 1
+        self._unscored = self._unscored + unscored
+
+    def start(self) -> None:
+        """Forget what was counted."""
+        self._seen, self._unscored = 0, 0
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return the metric, and start anew. Every process must call it."""
+        unscored, seen = _total([int(self._unscored), self._seen], accelerator)
+        self.start()
+        if unscored and not self._warned and accelerator.is_main_process:
+            logger.warning(
+                "%d of %d batches had nothing to score: all their labels are -100 (the first token "
+                "of a row is never scored), or their weights are 0. In training their loss is 0, "
+                "an evaluation skips them; %s counts them from here on",
+                unscored, seen, UNSCORED,
+            )  # fmt: skip
+        self._warned = self._warned or bool(unscored)
+        return {UNSCORED: unscored} if unscored else {}
+
+
 class TokenMeter:
     """Averages over the scored tokens since the last reading, over all processes.
 
@@ -119,6 +160,10 @@ class TokenMeter:
         self._classes = classes
         self._sums: dict[str, Tensor] = {}  # by name [2]: the sum, and how many
         self._of_classes: Tensor | None = None  # [2 * CLASSES]: sums of soft, numbers of tokens
+
+    def start(self) -> None:
+        """Forget what was counted: of a run or an evaluation that did not end, say."""
+        self._sums, self._of_classes = {}, None
 
     def add(
         self,
@@ -160,7 +205,7 @@ class TokenMeter:
             return
         self._classes = self._classes.to(targets.device)  # once
         numbers = torch.arange(len(CLASSES), device=targets.device)
-        dtype = _sum_dtype(targets.device)
+        dtype = sum_dtype(targets.device)
         member = (self._classes[targets] == numbers[:, None]).to(dtype)
         sums = torch.cat([member @ values["soft"].to(dtype), member.sum(1)])
         self._of_classes = sums if self._of_classes is None else self._of_classes + sums
@@ -168,13 +213,13 @@ class TokenMeter:
     def read(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the metrics, and start anew. Every process must call it."""
         names = self._names(accelerator)
-        dtype, device = _sum_dtype(accelerator.device), accelerator.device
+        dtype, device = sum_dtype(accelerator.device), accelerator.device
         zero = torch.zeros(2, dtype=dtype, device=device)
         parts = [self._sums.get(name, zero) for name in names]
         if self._classes is not None:
             empty = torch.zeros(2 * len(CLASSES), dtype=dtype, device=device)
             parts.append(empty if self._of_classes is None else self._of_classes)
-        self._sums, self._of_classes = {}, None
+        self.start()
         if not parts:
             return {}
         total: Any = accelerator.reduce(torch.cat(parts), reduction="sum")
@@ -192,14 +237,15 @@ class TokenMeter:
         return known + sorted(names - {*known})
 
 
-def _sum_dtype(device: torch.device) -> torch.dtype:
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """What many numbers are summed in: float64 where the device has it."""
     # MPS has no float64; float32 counts tokens exactly up to 2^24 between two readings
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _sums(rows: Tensor) -> Tensor:
     """Return [k, 2]: the sums of rows [k, n], and how many values each has that are no NaN."""
-    dtype = _sum_dtype(rows.device)
+    dtype = sum_dtype(rows.device)
     return torch.stack([rows.nansum(1, dtype=dtype), (~rows.isnan()).sum(1, dtype=dtype)], dim=1)
 
 

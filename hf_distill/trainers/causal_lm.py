@@ -28,7 +28,8 @@ from hf_distill.models.signals import Signal
 from hf_distill.models.structure import vocab_size
 from hf_distill.run import Run
 from hf_distill.trainers.checks import check_anchor, check_unweighted
-from hf_distill.trainers.tasks import Ask, Batch
+from hf_distill.trainers.evaluation import Part
+from hf_distill.trainers.tasks import Ask, Batch, at_least_one_item
 
 BEHAVIOUR = "behaviour_log_probs"
 
@@ -103,7 +104,7 @@ class CausalLM:
         """The scored tokens; the anchor is a part of the training loss only.
 
         Raises:
-            ValueError: no token counts, or the shape of `behaviour_log_probs` is not the labels'.
+            ValueError: the shape of `behaviour_log_probs` is not the labels'.
         """
         inputs, predicts = batch.inputs, batch.student.predicts
         targets = sides.targets(inputs["labels"], predicts)
@@ -121,26 +122,27 @@ class CausalLM:
         return tokens._replace(anchor=anchor)
 
     def _weights(self, batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[N] float32 weights that make a sum over tokens the mean over an optimizer step."""
+        """[N] float32 weights that make a sum over tokens the mean over an optimizer step.
+
+        Where nothing of a step is scored they are 0, or there are none.
+        """
+        counted = batch.counted_tokens
         if batch.weights is None:
-            own, counted = torch.ones(len(targets), device=targets.device), None
+            own = torch.ones(len(targets), device=targets.device)
         else:
             own = sides.targets(batch.weights, batch.student.predicts)
-            counted = own != 0
-        num_items = own.sum() if batch.num_items is None else batch.num_items
-        if num_items == 0 and counted is not None and len(targets):
-            raise ValueError(
-                "the weights of a step's scored tokens must not sum to 0: all are 0 "
-                f"({KEY} of the batch and of the settings)"
-            )
-        if num_items == 0:
-            raise ValueError(
-                "a step needs a token to score, got none: all labels are -100 "
-                "(the first token of a row is never scored)"
-            )
+            counted = own != 0 if counted is None else counted & (own != 0)
+        if counted is None:
+            batch.unscored = not len(targets)
+        else:
+            own = torch.where(counted, own, 0.0)
+            batch.unscored = batch.num_rows != 0 and ~counted.any()
+        batch.count = own.sum()
+        num_items = batch.count if batch.num_items is None else batch.num_items
         if isinstance(num_items, Tensor):
             num_items = num_items.to(own.device)
-        return own * (batch.num_averaged / num_items), counted
+        batch.num_items = at_least_one_item(num_items)
+        return own * (batch.num_averaged / batch.num_items), counted
 
     def _importance(self, batch: Batch) -> Importance | None:
         clip, behaviour = self.settings.importance_clip, batch.inputs.get(BEHAVIOUR)
@@ -165,7 +167,7 @@ class CausalLM:
         """Run the student; its outputs are formed only for who needs them."""
         if not (return_outputs or self.hard_loss.replaces):
             return self.student.run(model, batch.student, terms_of, at_head), None
-        labels, side = batch.inputs["labels"], batch.student
+        labels, side = batch.counted_labels(batch.inputs["labels"]), batch.student
         asked = self.hard_loss.arguments(labels, batch.num_items)
         with self.student.watching(model, side) as states:
             outputs = model(**self.student.forward_inputs(model, side.inputs), **asked)
@@ -196,6 +198,10 @@ class CausalLM:
         if self.hard_loss.replaces:
             check_unweighted(weights)
         return token_weights.total_weight(batches, weights).to(device)
+
+    def parts(self, batch: Batch, loss: Tensor) -> Sequence[Part]:
+        """The loss of all its tokens together, over the sum of their weights."""
+        return [(loss * batch.count, batch.count)]
 
     def named(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """As they are."""

@@ -20,8 +20,9 @@ from hf_distill.losses.hard_loss import HardLoss
 from hf_distill.models.forward import Reader
 from hf_distill.models.signals import Signal
 from hf_distill.run import Run
+from hf_distill.trainers.evaluation import Part
 from hf_distill.trainers.opsd_config import OPSDConfig
-from hf_distill.trainers.tasks import Ask, Batch
+from hf_distill.trainers.tasks import Ask, Batch, at_least_one_item
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +40,16 @@ class Counts(NamedTuple):
 
 @dataclasses.dataclass(kw_only=True)
 class RowBatch(Batch):
-    """A classifier's batch: targets [B] int64, or -100; how many there are; the step's counts."""
+    """A classifier's batch.
+
+    targets: [B] int64, or -100. labelled: how many there are. counts: of the step. hard: set by
+    `Classification.run`, the hard part of the loss before its share.
+    """
 
     targets: Tensor
     labelled: int
     counts: Counts
+    hard: Tensor | None = None
 
 
 def _counts(num_items: Tensor | int | None, labelled: int, rows: int) -> Counts:
@@ -97,11 +103,20 @@ def check_classifier(run: Run) -> None:
             )
 
 
+def _problem(config: Any) -> str | None:
+    """What kind of labels a model's rows have, None if their dtype decides."""
+    one = config.problem_type is None and config.num_labels == 1
+    return "regression" if one else config.problem_type
+
+
+def compares_classes(config: Any) -> bool:
+    """Whether a row of a model has one class, as far as its config says."""
+    return _problem(config) in (None, SINGLE_LABEL)
+
+
 def _check_problem(config: Any) -> None:
-    problem = config.problem_type
-    if problem is None and config.num_labels == 1:
-        problem = "regression"
-    if problem not in (None, SINGLE_LABEL):
+    problem = _problem(config)
+    if not compares_classes(config):
         raise ValueError(
             f"problem_type must be {SINGLE_LABEL!r}: a divergence compares distributions over "
             f"classes, of which a row has one; got {problem!r}"
@@ -245,8 +260,18 @@ class Classification:
     def tokens(self, batch: Batch, training: bool) -> Tokens:
         """The rows, each of which counts as one."""
         rows = cast(RowBatch, batch)
-        share = rows.num_averaged / rows.counts.rows
-        return Tokens(rows.targets, torch.ones_like(rows.targets, dtype=torch.float32) * share)
+        counted = rows.counted_tokens
+        if counted is not None and rows.num_rows is not None:
+            rows.targets = rows.counted_labels(rows.targets)
+            rows.labelled = int((rows.targets != IGNORE_INDEX).sum())
+            rows.counts = Counts(rows.labelled, rows.num_rows)
+        only_labels = self.present_loss().alpha == 0.0
+        rows.unscored = only_labels and rows.labelled == 0 and rows.num_rows != 0
+        weights = torch.ones_like(rows.targets, dtype=torch.float32)
+        if counted is not None:
+            weights = torch.where(counted, weights, 0.0)
+        share = rows.num_averaged / at_least_one_item(rows.counts.rows)
+        return Tokens(rows.targets, weights * share, counted)
 
     def run(
         self,
@@ -258,7 +283,8 @@ class Classification:
     ) -> tuple[Terms, Any]:
         """Run the student, with its labels where its own loss is the hard one."""
         rows, labels = cast(RowBatch, batch), batch.inputs.get(self.label_name)
-        labelled, count = rows.labelled, rows.counts.labelled
+        labels = None if labels is None else rows.counted_labels(labels)
+        labelled, count = rows.labelled, at_least_one_item(rows.counts.labelled)
         use_labels = labelled > 0 and self.present_loss().alpha < 1.0
         own = use_labels and not self.hard_loss.replaces
         named = {self.label_name: labels} if own else {}
@@ -268,14 +294,22 @@ class Classification:
             # without a count it is a mean over the batch's labelled rows, in every model
             hard = outputs.loss * (labelled * batch.num_averaged / count)
         elif use_labels:
-            given = None if batch.num_items is None else count
-            found = self.hard_loss.of(outputs, cast(Tensor, labels), given)
+            found = self.hard_loss.of(outputs, cast(Tensor, labels), count)
             hard = cast(Tensor, found) * batch.num_averaged
+        rows.hard = hard.detach()
         terms = terms_of(Signal(logits=outputs.logits, own_loss=hard))
         if "hard" not in terms.metrics:
             return terms, outputs
         per_row = terms.metrics["hard"].masked_fill(rows.targets == IGNORE_INDEX, torch.nan)
         return terms._replace(metrics={**terms.metrics, "hard": per_row}), outputs
+
+    def parts(self, batch: Batch, loss: Tensor) -> Sequence[Part]:
+        """The soft part over the rows, the hard part over the labelled ones."""
+        rows = cast(RowBatch, batch)
+        assert rows.hard is not None
+        hard = (1 - self.present_loss().alpha) * rows.hard
+        soft, counts = loss - hard, rows.counts
+        return [(soft * counts.rows, counts.rows), (hard * counts.labelled, counts.labelled)]
 
     def named(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """The metrics with `rows`; `hard` is the mean of the labelled rows."""
@@ -303,8 +337,6 @@ class Classification:
                 f"alpha {alpha} < 1 needs labels, got a batch without {self.label_name!r}; set "
                 "alpha=1 to learn from the teacher alone"
             )
-        if counts.labelled == 0 and alpha == 0.0:
-            raise ValueError(f"alpha 0 needs a labelled row in a step, got {IGNORE_INDEX} in all")
         if counts.labelled == 0 and not self._warned:
             self._warned = True
             logger.warning(

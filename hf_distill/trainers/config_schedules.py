@@ -1,6 +1,7 @@
 """The settings of a config that may follow training."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any, NamedTuple
@@ -26,6 +27,9 @@ RANGES = {
     "hidden_weight": Range(lambda x: x >= 0.0, "at least 0"),
 }
 """The fields of `DistillConfig` that take a `Value`, in the order of the log."""
+
+
+LAST_STEP = sys.maxsize  # where every schedule has reached its last value
 
 
 def checked_value(name: str, value: Value) -> Value:

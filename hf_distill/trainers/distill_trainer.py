@@ -25,6 +25,7 @@ from hf_distill.rollouts import end_token_ids
 from hf_distill.run import Run
 from hf_distill.teachers import Teacher, UpdateTeacher, as_teacher
 from hf_distill.trainers import config_schedules
+from hf_distill.trainers.accounting import AccountingTrainer
 from hf_distill.trainers.causal_lm import CausalLM
 from hf_distill.trainers.checks import (
     LOSS_SETTINGS,
@@ -37,14 +38,14 @@ from hf_distill.trainers.checks import (
 )
 from hf_distill.trainers.classification import check_classifier, make_classification
 from hf_distill.trainers.distill_config import DistillConfig
-from hf_distill.trainers.step_collation import StepCollatingTrainer, given_collator, wrap_collator
+from hf_distill.trainers.step_collation import given_collator, wrap_collator
 from hf_distill.trainers.tasks import Batch, Task
 from hf_distill.trainers.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
 
-class DistillTrainer(StepCollatingTrainer):
+class DistillTrainer(AccountingTrainer):
     """A `Trainer` for causal LMs and classifiers: loss = alpha * soft + (1 - alpha) * hard.
 
     soft is the divergence of the args between teacher and student at every labelled token, hard the
@@ -102,6 +103,7 @@ class DistillTrainer(StepCollatingTrainer):
         self.teacher = None if teacher is None else as_teacher(teacher)
         if self.teacher is None:
             check_without_teacher(args, self.data_collator, loss)
+            self._count_without_teacher()
         else:
             self._set_up(self._make_run(self.teacher))
 
@@ -117,8 +119,8 @@ class DistillTrainer(StepCollatingTrainer):
             self.is_fsdp_enabled or self.is_deepspeed_enabled,
             losses_of_run(self.args, self._own_loss),
             own_loss=self._own_loss is not None,
-            num_copies=self.get_tp_size(),
-            num_parts=self.get_cp_size() * self.get_sp_size(),
+            num_copies=self._num_copies,
+            num_parts=self._num_parts,
         )
 
     def _set_up(self, run: Run) -> None:
@@ -195,19 +197,31 @@ class DistillTrainer(StepCollatingTrainer):
 
     @property
     def loss(self) -> Loss:
-        """The loss of a token now: of every micro-batch of the next optimizer step."""
+        """The loss of a token now: of every micro-batch of the next optimizer step.
+
+        In an evaluation it is that of the schedules' last values, the same whenever it is asked.
+        """
         # a search for hyperparameters changes settings between its runs
-        made_of = LOSS_SETTINGS(self.args), self.state.global_step if self._moves else 0
+        at = (self._step() if self._moves else 0), self._evaluation.active
+        made_of = LOSS_SETTINGS(self.args), *at
         if self._present is None or self._present[0] != made_of:
             self._moves = bool(config_schedules.moving_schedules(self.args))
-            self._present = made_of, self._loss_at(self.state.global_step)
+            self._present = made_of, self._loss_at(self._step())
         return self._present[1]
 
+    def _step(self) -> int:
+        """The optimizer step whose values schedules have now."""
+        return config_schedules.LAST_STEP if self._evaluation.active else self.state.global_step
+
     def _loss_at(self, step: int) -> Loss:
+        evaluates = self._evaluation.active and self._scores_data()
+        measures_hard = self.args.measures_hard or evaluates
         if self._own_loss is None:
-            return self.args.loss_at(step)
+            made = self.args.loss_at(step)
+            same = made.measures_hard == measures_hard
+            return made if same else made.with_share(made.alpha, measures_hard)
         alpha = config_schedules.value_at(self.args, "alpha", step)
-        self._own_loss.set_share(alpha, self.args.measures_hard)
+        self._own_loss.set_share(alpha, measures_hard)
         return self._own_loss
 
     def compute_loss(
@@ -226,8 +240,8 @@ class DistillTrainer(StepCollatingTrainer):
         terms_of = lambda student: self._terms(student, teacher, tokens)
         at_head = teacher.logits is None
         terms, outputs = self.task.run(model, batch, terms_of, at_head, return_outputs)
-        self._note(terms, batch, tokens, model.training)
-        return (terms.loss, outputs) if return_outputs else terms.loss
+        loss = self._note(terms, batch, tokens, model.training)
+        return (loss, outputs) if return_outputs else loss
 
     def token_loss(self, student: Signal, teacher: Signal, tokens: Tokens) -> Terms:
         """The loss of the scored tokens of a micro-batch. Override it for a loss of your own.
@@ -251,19 +265,8 @@ class DistillTrainer(StepCollatingTrainer):
         terms = losses.step_terms(self.token_loss, student, teacher, tokens)
         if self._layers is None:
             return terms
-        weight = config_schedules.value_at(self.args, "hidden_weight", self.state.global_step)
+        weight = config_schedules.value_at(self.args, "hidden_weight", self._step())
         return self._layers.add(terms, student, teacher, tokens, weight)
-
-    def _without_teacher(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool,
-        num_items: Tensor | int | None,
-    ) -> Any:
-        if token_weights.KEY in inputs:
-            raise ValueError(f"{token_weights.KEY} need a teacher; without one this is a Trainer")
-        return super().compute_loss(model, inputs, return_outputs, num_items)
 
     def _read(
         self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None
@@ -271,7 +274,10 @@ class DistillTrainer(StepCollatingTrainer):
         """The batch, checked; the first ones are looked at closely."""
         if not self.task.was_asked(inputs):
             self._check_batch(inputs)
-        batch = self.task.read(inputs, num_items, self._num_averaged(num_items))
+        evaluates = self._evaluation.active
+        averaged = 1 if evaluates else self._num_averaged(num_items)
+        batch = self.task.read(inputs, None if evaluates else num_items, averaged)
+        batch.num_rows = self._evaluation.num_rows
         if not self._looked:
             done, probe = self.task.look(model, batch), self._probe
             kept = probe is None or probe.keep(model, batch.student, batch.teacher)
@@ -309,40 +315,25 @@ class DistillTrainer(StepCollatingTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self._signal(cast(nn.Module, self.model_wrapped), batch)
 
-    def _note(self, terms: Terms, batch: Batch, tokens: Tokens, training: bool) -> None:
-        """Stop at a loss that is not a number; count the metrics."""
+    def _note(self, terms: Terms, batch: Batch, tokens: Tokens, training: bool) -> Tensor:
+        """Stop at a loss that is not a number; count the metrics. Returns the loss."""
         losses.assert_finite(terms)
+        if self._evaluation.active:
+            self._evaluation.add(self.task.parts(batch, terms.loss))
+        self._unscored[training].add(batch.unscored)
         if self._taid is not None and training:
             self._taid.add(terms.metrics["soft"], tokens.weights)
         meter = self._meters[training]
         meter.add(terms.metrics, tokens.targets, tokens.counted)
-        others = {**terms.others, **(batch.logged or {})}
+        logged, counted = batch.logged or {}, batch.counted_tokens
+        if counted is not None:
+            logged = {name: value[counted] for name, value in logged.items()}
+        others = {**terms.others, **logged}
         if others:
             meter.add(others)
-
-    def _num_ranks(self) -> int:
-        """Processes with rows of their own, whose gradients are averaged."""
-        return self.accelerator.num_processes // self.get_tp_size()
-
-    def _num_averaged(self, num_items_in_batch: Tensor | int | None) -> int:
-        """Processes whose gradients will be averaged though the count is of all of them."""
-        if num_items_in_batch is None or not self.args.average_tokens_across_devices:
-            return 1
-        return self._num_ranks()
-
-    def _get_num_items_in_batch(
-        self, batch_samples: list[Any], device: torch.device
-    ) -> Tensor | int | None:
-        """As in `Trainer`; of tokens with weights the sum of these, of classifiers their rows."""
-        count = None
-        if self.teacher is not None:
-            count = self.task.count(batch_samples, device, self._prepare_inputs, self._ask)
-        if count is None:
-            return super()._get_num_items_in_batch(batch_samples, device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            count = cast(Tensor, self.accelerator.gather(count[None])).sum(0)
-        # processes that share rows have counted them several times
-        return count / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
+        # no number, as in `Trainer`: an evaluation skips it
+        skipped = self._evaluation.active and batch.unscored is True
+        return torch.full_like(terms.loss, torch.nan) if skipped else terms.loss
 
     def _set_signature_columns_if_needed(self) -> None:
         """As in `Trainer`, with the columns that this class and its collators read."""
@@ -352,35 +343,13 @@ class DistillTrainer(StepCollatingTrainer):
         read += getattr(self.data_collator, "columns", ())
         columns.extend(name for name in read if name not in columns)
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The loss; logits and labels only for who computes metrics from them."""
-        if self.teacher is None or not prediction_loss_only:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        inputs = self._prepare_inputs(inputs)
-        count = self._get_num_items_in_batch([inputs], self.args.device)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs, num_items_in_batch=count)
-        return loss.detach(), None, None
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """As in `Trainer`, with the metrics of the scored tokens added."""
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        for name, value in self._read_metrics(training=False).items():
-            cast(dict, output.metrics)[f"{metric_key_prefix}_{name}"] = value
-        return output
-
     def _read_metrics(self, training: bool) -> dict[str, float]:
         if self.teacher is None:
             return {}
         self._alignment.read(self.accelerator)
         metrics = self._meters[training].read(self.accelerator)
         metrics |= self._hinting.read(self.accelerator, training)
+        metrics |= self._unscored[training].read(self.accelerator)
         return self.task.named(metrics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -393,5 +362,7 @@ class DistillTrainer(StepCollatingTrainer):
             if self.teacher is not None and self._probe is not None:
                 logs.update(self._probe.read(cast(nn.Module, self.model)))
         elif "train_loss" in logs and self.teacher is not None:
-            self._alignment.read(self.accelerator)  # the run ends; it may not have logged before
+            # the run ends; it may not have logged before
+            self._alignment.read(self.accelerator)
+            self._unscored[True].read(self.accelerator)
         super().log(logs, start_time)

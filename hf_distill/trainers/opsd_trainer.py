@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_utils import has_length
 
-from hf_distill.data import sides
 from hf_distill.data.hint_collator import HintCollator
 from hf_distill.losses import ClipConfig, Loss, LossFunction, behaviour_log_probs
 from hf_distill.monitoring.completion_table import WriteTable
@@ -207,8 +206,6 @@ class OPSDTrainer(DistillTrainer):
                 self._window = self._new_window(self.rollouts, batches, step)
             batches = [dict(batch) for batch in self._window.batches]
             count = self._get_num_items_in_batch(batches, device)
-            if count is not None and not count:  # no reply with a hint, say: a step of no loss
-                count = count + 1
             for batch in batches:
                 self._hinting.count(batch, training=True)
         return batches, count
@@ -257,14 +254,14 @@ class OPSDTrainer(DistillTrainer):
             collator = self._hinting.at(self.hint_collator, step, training=False)
             inputs = self.rollouts.batch(model, episodes, collator)
             self._hinting.count(inputs, training=False)
-        if not (inputs["labels"] != sides.IGNORE_INDEX).any():  # no reply with a hint, say
-            return torch.zeros((), device=self.args.device), None, None
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `DistillTrainer`; every evaluation samples with the same seeds."""
-        self._eval_batches = 0
-        return super().evaluation_loop(*args, **kwargs)
+    def _start_evaluation(self) -> None:
+        super()._start_evaluation()
+        self._eval_batches = 0  # every evaluation samples with the same seeds
+
+    def _scores_data(self) -> bool:
+        return self.rollouts is None  # else what the student has sampled
 
     def get_train_dataloader(self) -> DataLoader:
         """As in `Trainer`; rows are repeated if the rollout asks for it."""

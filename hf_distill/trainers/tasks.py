@@ -11,9 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hf_distill.data.sides import Side
+from hf_distill.data.sides import IGNORE_INDEX, Side
 from hf_distill.losses import Terms, Tokens
 from hf_distill.models.signals import Signal
+from hf_distill.trainers.evaluation import Part
 
 
 @dataclass
@@ -29,6 +30,10 @@ class Batch:
         num_averaged: processes whose gradients are averaged though num_items is of all of them.
         weights: [B, T] of the tokens, if some count more than others.
         logged: by name, values of the scored tokens that are logged beside the loss's metrics.
+        num_rows: how many of the first rows count, or None for all: in an evaluation by several
+            processes the others fill the last batch.
+        count: set by `Task.tokens`: what the sums over this batch alone are divided by.
+        unscored: set by `Task.tokens`: whether there is nothing to score.
     """
 
     inputs: Mapping[str, Any]
@@ -38,6 +43,36 @@ class Batch:
     num_averaged: int = 1
     weights: Tensor | None = None
     logged: Mapping[str, Tensor] | None = None
+    num_rows: int | None = None
+    count: Tensor | int = 0
+    unscored: Tensor | bool = False
+
+    @property
+    def counted_tokens(self) -> Tensor | None:
+        """[N] bool: which scored tokens stand in rows that count, or None for all."""
+        if self.num_rows is None:
+            return None
+        return self.student.predicts.nonzero()[:, 0] < self.num_rows
+
+    def counted_labels(self, labels: Tensor) -> Tensor:
+        """The labels [B, ...], ignored in rows that do not count."""
+        return ignore_rows_from(self.num_rows, labels)
+
+
+def ignore_rows_from(num_rows: int | None, labels: Tensor) -> Tensor:
+    """The labels [B, ...], ignored behind the first rows; None keeps all."""
+    if num_rows is None:
+        return labels
+    labels = labels.clone()
+    labels[num_rows:] = IGNORE_INDEX
+    return labels
+
+
+def at_least_one_item(num_items: Tensor | float) -> Tensor | float:
+    """What sums are divided by: 1 where there is nothing to sum, so that they are 0 and no NaN."""
+    if isinstance(num_items, Tensor):
+        return torch.where(num_items > 0, num_items, 1)
+    return num_items or 1
 
 
 Ask = Callable[[], Signal]
@@ -124,6 +159,19 @@ class Task(Protocol):
 
         Returns:
             None if it is the number of labelled tokens, which the `Trainer` counts itself.
+        """
+        ...
+
+    def parts(self, batch: Batch, loss: Tensor) -> Sequence[Part]:
+        """What an evaluation sums of a batch, which was read without a count of a step.
+
+        Args:
+            batch: whose loss was computed.
+            loss: [], that loss.
+
+        Returns:
+            Sums, each with what it is to be divided by; the loss of an evaluation is the sum of
+            their quotients. At most `evaluation.NUM_PARTS`.
         """
         ...
 

@@ -1,0 +1,172 @@
+"""What losses are divided by: in an optimizer step, and in an evaluation."""
+
+import logging
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from hf_distill.models.signals import Signal
+from hf_distill.models.structure import causal_lm
+from hf_distill.monitoring.metrics import UnscoredMeter
+from hf_distill.trainers import config_schedules
+from hf_distill.trainers.distill_config import DistillConfig
+from hf_distill.trainers.evaluation import Evaluation, perplexity, rows_that_count
+from hf_distill.trainers.step_collation import StepCollatingTrainer
+from hf_distill.trainers.tasks import Task
+from hf_distill.trainers.without_teacher import ModelLoss, find_label_name
+
+logger = logging.getLogger(__name__)
+
+
+class AccountingTrainer(StepCollatingTrainer):
+    """A `Trainer` whose losses are means over scored tokens, or rows of a classifier.
+
+    That of an optimizer step is over all its micro-batches and processes, and that of an evaluation
+    over all its batches and processes, of the schedules' last values.
+    """
+
+    args: DistillConfig
+    task: Task
+    _model_loss: ModelLoss | None = None  # without a teacher
+    _told: bool = False  # which values an evaluation has
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._evaluation = Evaluation()
+        self._unscored = {training: UnscoredMeter() for training in (True, False)}
+        super().__init__(*args, **kwargs)
+        self._num_copies = self.get_tp_size()  # processes that share the same rows
+        self._num_parts = self.get_cp_size() * self.get_sp_size()  # that a row is split over
+
+    def _count_without_teacher(self) -> None:
+        """Without a teacher the loss is the same mean, of what the model computes."""
+        lm = causal_lm(cast(nn.Module, self.model))
+        label_name = find_label_name(lm, self.label_names)
+        if label_name is None:
+            return
+        self._model_loss = ModelLoss(
+            lm,
+            label_name,
+            accepts_count=self.model_accepts_loss_kwargs,
+            has_users_loss=lambda: bool(self.compute_loss_func or self.label_smoother),
+            sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
+        )
+        self.loss_is_scaled_for_ga = True
+
+    def _without_teacher(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool,
+        num_items: Tensor | int | None,
+    ) -> Any:
+        def compute(given: Any, count: Any) -> tuple[Tensor, Any]:
+            found = Trainer.compute_loss(self, model, dict(given), True, count)
+            loss, outputs = cast("tuple[Tensor, Any]", found)
+            multiplies = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+            done = self._num_averaged(count) if multiplies else 1
+            wanted = 1 if self._evaluation.active else self._num_averaged(num_items)
+            return (loss if done == wanted else loss * (wanted / done)), outputs
+
+        of_model = self._model_loss
+        if of_model is None:
+            loss, outputs = compute(inputs, num_items)
+        else:
+            loss, outputs = of_model(compute, inputs, num_items, self._evaluation)
+        return (loss, outputs) if return_outputs else loss
+
+    def _num_ranks(self) -> int:
+        """Processes with rows of their own, whose gradients are averaged."""
+        return self.accelerator.num_processes // self._num_copies
+
+    def _num_averaged(self, num_items_in_batch: Tensor | int | None) -> int:
+        """Processes whose gradients will be averaged though the count is of all of them."""
+        if num_items_in_batch is None or not self.args.average_tokens_across_devices:
+            return 1
+        return self._num_ranks()
+
+    def _count(self, batches: list[Any], device: torch.device) -> Tensor | None:
+        """What this process's sums over some batches are divided by; None if the Trainer counts."""
+        if self.teacher is not None:
+            return self.task.count(batches, device, self._prepare_inputs, self._ask)
+        return None if self._model_loss is None else self._model_loss.count(batches, device)
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[Any], device: torch.device
+    ) -> Tensor | int | None:
+        """As in `Trainer`; of tokens with weights the sum of these, of classifiers their rows."""
+        count = self._count(batch_samples, device)
+        if self._evaluation.active and (self.teacher is not None or self._model_loss is not None):
+            return None  # a batch of an evaluation has its own
+        if count is None:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = cast(Tensor, self.accelerator.gather(count[None])).sum(0)
+        # processes that share rows have counted them several times
+        return count / (self._num_copies * self._num_parts)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The loss; logits and labels only for who computes metrics from them."""
+        with self._evaluation.batch(rows_that_count(self.accelerator, inputs)):
+            if self.teacher is None or not prediction_loss_only:
+                return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            inputs = self._prepare_inputs(inputs)
+            self._get_num_items_in_batch([inputs], self.args.device)  # may ask the teacher
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = self.compute_loss(model, inputs)
+            return loss.detach(), None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """As in `Trainer`, with the metrics of the scored tokens; the loss is the mean over all."""
+        self._start_evaluation()
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        metrics = self._read_metrics(training=False)
+        of_text = self.teacher is not None and self.task.shifts_labels and self._scores_data()
+        if of_text and "hard" in metrics:
+            metrics["perplexity"] = perplexity(metrics["hard"])
+        loss = self._evaluation.read(self.accelerator)
+        if loss is not None:
+            metrics["loss"] = loss
+        for name, value in metrics.items():
+            cast(dict, output.metrics)[f"{metric_key_prefix}_{name}"] = value
+        return output
+
+    def _scores_data(self) -> bool:
+        """Whether an evaluation scores labels of the data, whose cross-entropy then tells much."""
+        return True
+
+    def _start_evaluation(self) -> None:
+        """Forget what an evaluation has left that did not end, and say what is evaluated."""
+        self._evaluation.start()
+        self._unscored[False].start()
+        moving = config_schedules.moving_schedules(self.args)
+        if moving and not self._told:
+            values = config_schedules.values_at(self.args, config_schedules.LAST_STEP)
+            shown = ", ".join(f"{name} {values[name]:g}" for name in moving)
+            logger.info("evaluation: its losses are those of the schedules' last values, %s", shown)
+        self._told = True
+
+    def _read_metrics(self, training: bool) -> dict[str, float]:
+        """What was measured since the last reading; every process must call it."""
+        raise NotImplementedError
+
+    def _ask(self, inputs: dict[str, Any]) -> Signal:
+        """The teacher's signal of a batch on its device."""
+        raise NotImplementedError

@@ -1,0 +1,126 @@
+"""The loss of a trainer without a teacher: the student's own, counted as with one."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from hf_distill.data import token_weights
+from hf_distill.data.sides import IGNORE_INDEX
+from hf_distill.losses.hard_loss import ignores_count, probe_row
+from hf_distill.models.structure import check_kind, is_classifier, output_head
+from hf_distill.trainers.classification import compares_classes
+from hf_distill.trainers.evaluation import Evaluation
+from hf_distill.trainers.tasks import at_least_one_item, ignore_rows_from
+
+Compute = Callable[[Mapping[str, Any], Any], tuple[Tensor, Any]]
+"""The Trainer's loss and outputs of a batch, given what sums are divided by, or None."""
+
+
+class ModelLoss:
+    """The mean of the student's loss over the labelled tokens or rows of an optimizer step.
+
+    The Trainer leaves it to the model what the loss is divided by. Of models whose loss counts the
+    first label of a row, or is a mean over each micro-batch, it would not be this mean.
+
+    Args:
+        lm: the student without wrappers.
+        label_name: the batch's key of the labels.
+        accepts_count: whether its forward takes `num_items_in_batch`.
+        has_users_loss: whether there is a `compute_loss_func` or label smoothing now.
+        sharded: whether parameters lie in pieces, so that the model cannot be probed.
+    """
+
+    def __init__(
+        self,
+        lm: nn.Module,
+        label_name: str,
+        *,
+        accepts_count: bool,
+        has_users_loss: Callable[[], bool],
+        sharded: bool,
+    ) -> None:
+        self._lm, self._label_name, self._has_users_loss = lm, label_name, has_users_loss
+        self._of_rows = is_classifier(lm)
+        # a classifier's loss is a mean over the rows of a micro-batch in every model
+        self._counts = accepts_count and not self._of_rows
+        self._to_probe = self._counts and not sharded
+
+    def labelled(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """[] how many tokens or rows of a batch have labels, or None where it has none."""
+        labels = batch.get(self._label_name)
+        if not isinstance(labels, Tensor) or labels.is_floating_point():
+            return None
+        if self._of_rows:
+            return (labels != IGNORE_INDEX).sum()
+        shifted = batch.get("shift_labels")
+        return ((labels[..., 1:] if shifted is None else shifted) != IGNORE_INDEX).sum()
+
+    def count(self, batches: Sequence[Any], device: torch.device) -> Tensor | None:
+        """[] those of a step, or None where a batch has none."""
+        found = [self.labelled(x) if isinstance(x, Mapping) else None for x in batches]
+        if not found or any(each is None for each in found):
+            return None
+        return torch.stack([cast(Tensor, each).to(device) for each in found]).sum()
+
+    def __call__(
+        self,
+        compute: Compute,
+        inputs: Mapping[str, Any],
+        num_items: Tensor | int | None,
+        evaluation: Evaluation,
+    ) -> tuple[Tensor, Any]:
+        """The batch's part of the loss, and the outputs.
+
+        Args:
+            compute: the Trainer's own.
+            inputs: the batch.
+            num_items: the count of the step; of an evaluation it is the batch's.
+            evaluation: sums what it computes.
+
+        Raises:
+            ValueError: the batch has weights of tokens, which the model cannot read.
+        """
+        if token_weights.KEY in inputs:
+            raise ValueError(
+                f"{token_weights.KEY} need a teacher; without one the model computes the loss"
+            )
+        if evaluation.active and self.labelled(inputs) is not None:
+            labels = ignore_rows_from(evaluation.num_rows, inputs[self._label_name])
+            inputs = {**inputs, self._label_name: labels}
+            num_items = self.labelled(inputs)
+        own = self.labelled(inputs)
+        if own is None:
+            return compute(inputs, num_items)
+        self._probe(inputs)
+        count = at_least_one_item(own if num_items is None else num_items)
+        if self._counts or self._has_users_loss():
+            loss, outputs = compute(inputs, count)
+        else:
+            mean, outputs = compute(inputs, None)
+            loss = torch.where(own > 0, mean, 0.0) * (own / count)
+        if evaluation.active:
+            evaluation.add([(loss * own, own)])
+        return loss, outputs
+
+    def _probe(self, inputs: Mapping[str, Any]) -> None:
+        row = probe_row(inputs) if self._to_probe else None
+        if row is not None:
+            self._to_probe, self._counts = False, not ignores_count(self._lm, row)
+
+
+def find_label_name(lm: nn.Module, names: Sequence[str]) -> str | None:
+    """The labels of a model whose loss is a mean over labelled tokens or rows; else None."""
+    if len(names) != 1:
+        return None
+    if is_classifier(lm):
+        return names[0] if compares_classes(cast(Any, lm).config) else None
+    config = getattr(lm, "config", None)
+    if getattr(config, "is_encoder_decoder", False) or output_head(lm) is None:
+        return None
+    try:
+        check_kind(lm)
+    except ValueError:
+        return None  # of another task: its loss is what the Trainer makes of it
+    return names[0]
