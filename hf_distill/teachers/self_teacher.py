@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hf_distill.data.sides import Side
 from hf_distill.models.forward import Reader, evaluating
 from hf_distill.models.layers import LayerWatcher
+from hf_distill.models.precision import weights_replaced
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import unwrap
 from hf_distill.schedules import Schedule
@@ -178,7 +179,7 @@ class SelfTeacher(Teacher):
         if self._copy is not None:
             return self._reader.signal(self._copy, side)
         model = unwrap(student)
-        with evaluating(model), self._instead(model):
+        with weights_replaced(), evaluating(model), self._instead(model):
             return self._reader.signal(model, side, frozen_head=self.kind == "ema")
 
     def _instead(self, model: nn.Module) -> Any:
