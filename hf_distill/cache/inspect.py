@@ -16,7 +16,8 @@ from hf_distill.cache.teacher import CachedTeacher
 from hf_distill.data import sides
 from hf_distill.data.sides import Side
 from hf_distill.losses.sparse_teacher import sparse_terms
-from hf_distill.models.forward import Reader, evaluating
+from hf_distill.models.forward import Reader
+from hf_distill.models.modes import evaluating
 from metal_ops import DivergenceSpec, SparseTeacher, weighted_divergence
 
 LEAST_TAIL = -15.0  # log of a mass below which its error says nothing: 3e-7

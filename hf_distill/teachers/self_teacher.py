@@ -16,8 +16,9 @@ from peft.utils import PeftType
 from torch import Tensor, nn
 
 from hf_distill.data.sides import Side
-from hf_distill.models.forward import Reader, evaluating
+from hf_distill.models.forward import Reader
 from hf_distill.models.layers import LayerWatcher
+from hf_distill.models.modes import evaluating
 from hf_distill.models.precision import weights_replaced
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import unwrap
