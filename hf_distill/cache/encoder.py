@@ -19,7 +19,8 @@ from hf_distill.data import batches
 from hf_distill.data.hint_schedule import hint_schedule_of
 from hf_distill.data.sides import Side
 from hf_distill.losses import chunks
-from hf_distill.models.forward import PROBE_TOKENS, Reader, evaluating
+from hf_distill.models.forward import PROBE_TOKENS, Reader
+from hf_distill.models.modes import evaluating
 from hf_distill.models.signals import Signal
 
 

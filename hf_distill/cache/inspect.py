@@ -17,7 +17,8 @@ from hf_distill.data import sides
 from hf_distill.data.sides import Side
 from hf_distill.data.turn_ends import tell_end_tokens
 from hf_distill.losses.sparse_teacher import sparse_terms
-from hf_distill.models.forward import Reader, evaluating
+from hf_distill.models.forward import Reader
+from hf_distill.models.modes import evaluating
 from hf_distill.models.structure import causal_lm, generation_end_ids
 from metal_ops import DivergenceSpec, SparseTeacher, weighted_divergence
 

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from hf_distill.data import sides
 from hf_distill.losses import chunks
-from hf_distill.models.forward import Reader, evaluating
+from hf_distill.models.forward import Reader
+from hf_distill.models.modes import evaluating
 from hf_distill.models.structure import unwrap
 
 

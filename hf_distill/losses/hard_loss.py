@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from hf_distill.data.sides import IGNORE_INDEX
-from hf_distill.models.forward import PROBE_TOKENS, evaluating
+from hf_distill.models.forward import PROBE_TOKENS
+from hf_distill.models.modes import evaluating
 from hf_distill.models.structure import causal_lm
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_distill.losses.base import Terms, Tokens
-from hf_distill.models.forward import kept_rng
 from hf_distill.models.layers import LayerWatcher, decoder_blocks, match_layers
+from hf_distill.models.modes import kept_rng
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import causal_lm
 from metal_ops import hidden_divergence

@@ -1,6 +1,7 @@
 """Models: what they are made of, and what they say about scored tokens."""
 
-from hf_distill.models.forward import Reader, evaluating, kept_rng
+from hf_distill.models.forward import Reader
+from hf_distill.models.modes import evaluating, kept_rng
 from hf_distill.models.signals import Head, Signal, TailRule
 from hf_distill.models.structure import causal_lm, is_classifier, unwrap, vocab_size
 

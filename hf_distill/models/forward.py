@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hf_distill.data.sides import Side
 from hf_distill.models.layers import LayerWatcher, States
+from hf_distill.models.modes import evaluating
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import causal_lm, is_classifier, output_head
 from metal_ops import Head
@@ -27,30 +28,6 @@ from metal_ops import Head
 logger = logging.getLogger(__name__)
 
 PROBE_TOKENS = 8
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode (no dropout, no gradient checkpointing) inside the block."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-@contextmanager
-def kept_rng(device: torch.device) -> Iterator[None]:
-    """The random state of the CPU and of a device is afterwards as it was."""
-    module = None if device.type == "cpu" else getattr(torch, device.type)
-    state = None if module is None else module.get_rng_state()
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            if module is not None:
-                module.set_rng_state(state)
 
 
 @contextmanager

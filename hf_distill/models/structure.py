@@ -7,6 +7,7 @@ from typing import Any, cast
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,12 @@ def causal_lm(model: nn.Module) -> nn.Module:
     """The Transformers model itself, without parallel wrapper and PEFT wrapper."""
     model = unwrap(model)
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters lie in pieces on several processes (FSDP 1 and 2, DeepSpeed ZeRO-3)."""
+    wrapped = any(isinstance(m, FSDPModule | FullyShardedDataParallel) for m in model.modules())
+    return wrapped or any(hasattr(p, "ds_id") for p in model.parameters())
 
 
 def output_head(lm: nn.Module) -> Any:

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_distill.data.batches import TokenRow, pad, unpad
 from hf_distill.data.sides import Side
-from hf_distill.models.forward import Reader, evaluating, kept_rng
+from hf_distill.models.forward import Reader
+from hf_distill.models.modes import evaluating, kept_rng
 from hf_distill.models.structure import unwrap
 from hf_distill.teachers import SelfTeacher, Teacher, adapters_off, has_adapters
 from metal_ops import DivergenceSpec, divergence

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from transformers import ContinuousBatchingConfig
 
-from hf_distill.models.forward import evaluating, kept_rng
-from hf_distill.models.structure import causal_lm, unwrap
+from hf_distill.models.modes import evaluating, kept_rng
+from hf_distill.models.structure import causal_lm, is_sharded, unwrap
 from hf_distill.rollouts.generate import generation_config, manual_seed
-from hf_distill.rollouts.sampling import Sampling, cut_at_end_token, end_token_ids, is_sharded
+from hf_distill.rollouts.sampling import Sampling, cut_at_end_token, end_token_ids
 
 # Of prompts in one forward, and of a page. Without flash attention a mask of [tokens of a forward,
 # tokens of the cache] is kept; flash attention's kernels want whole pages of 256.

@@ -12,9 +12,9 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import GenerationConfig
 
 from hf_distill.data.batches import pad
-from hf_distill.models.forward import evaluating, kept_rng
-from hf_distill.models.structure import causal_lm, unwrap
-from hf_distill.rollouts.sampling import Sampling, cut_at_end_token, end_token_ids, is_sharded
+from hf_distill.models.modes import evaluating, kept_rng
+from hf_distill.models.structure import causal_lm, is_sharded, unwrap
+from hf_distill.rollouts.sampling import Sampling, cut_at_end_token, end_token_ids
 
 
 @contextmanager

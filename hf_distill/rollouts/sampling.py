@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from hf_distill.models.structure import generation_end_ids
 
@@ -41,9 +40,3 @@ def cut_at_end_token(completion: Sequence[int], end_ids: Sequence[int]) -> list[
         if token in end_ids:
             return list(completion[: position + 1])
     return list(completion)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Return whether parameters lie in pieces on processes (FSDP 1 and 2, DeepSpeed ZeRO-3)."""
-    wrapped = any(isinstance(m, FSDPModule | FullyShardedDataParallel) for m in model.modules())
-    return wrapped or any(hasattr(p, "ds_id") for p in model.parameters())

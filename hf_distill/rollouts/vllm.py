@@ -13,9 +13,10 @@ from peft import PeftModel
 from torch import nn
 from trl.import_utils import is_vllm_available
 
-from hf_distill.models.forward import kept_rng
+from hf_distill.models.modes import kept_rng
+from hf_distill.models.structure import is_sharded
 from hf_distill.rollouts.generate import manual_seed
-from hf_distill.rollouts.sampling import Sampling, cut_at_end_token, end_token_ids, is_sharded
+from hf_distill.rollouts.sampling import Sampling, cut_at_end_token, end_token_ids
 
 # What the engine itself gives to TRL
 GIVEN = (

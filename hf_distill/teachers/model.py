@@ -4,6 +4,7 @@ import inspect
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from hf_distill.data.sides import Side
 from hf_distill.models.forward import Reader
 from hf_distill.models.layers import LayerWatcher
+from hf_distill.models.precision import follows_autocast, stored
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import (
     CLASSIFIER,
@@ -136,6 +138,9 @@ class ModelTeacher(Teacher):
     A trainer freezes it, but for modules and frozen parameters that it has in common with the
     student. Parameters that the student trains must not be among them.
 
+    With `bf16` or `fp16` in the training arguments it computes under the student's autocast if it
+    is stored in float32, or as the student is; one in 16 bits or quantized computes as it is.
+
     Args:
         model: a model, or what `AutoModelForCausalLM.from_pretrained` takes. If the config of a
             name says that it is a classifier, `AutoModelForSequenceClassification.from_pretrained`
@@ -177,6 +182,7 @@ class ModelTeacher(Teacher):
                     "taken as it is"
                 )
         self.model: nn.Module = model  # frozen in `prepare`: a part of it may be the student's
+        self._leaves_autocast = False
 
     @property
     def vocab_size(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -212,6 +218,22 @@ class ModelTeacher(Teacher):
         place_model(self.model, accelerator.device)
         self._common = freeze(self.model, student)
         self._reader = Reader("teacher", refusal)
+        self._choose_precision(accelerator, causal_lm(student))
+
+    def _choose_precision(self, accelerator: Accelerator, student: nn.Module) -> None:
+        """Decide whether it computes under the run's autocast, if there is one."""
+        if not accelerator.native_amp:
+            return
+        lm, autocast = causal_lm(self.model), accelerator.mixed_precision
+        self._leaves_autocast = not follows_autocast(lm, student)
+        how = "as it is, not" if self._leaves_autocast else "as the student does,"
+        logger.info("teacher: stored in %s, computes %s in %s autocast", stored(lm), how, autocast)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if not self._leaves_autocast:
+            return nullcontext()
+        device = next(self.model.parameters()).device.type
+        return torch.autocast(device, enabled=False)
 
     def watched_model(self, student: nn.Module) -> nn.Module:
         """The model whose layers `watch` numbers."""
@@ -223,7 +245,7 @@ class ModelTeacher(Teacher):
 
     def signal(self, student: nn.Module, side: Side) -> Signal:
         """The frozen model's view of its side of the batch."""
-        with evaluating_each(self._common):
+        with evaluating_each(self._common), self._autocast():
             return self._reader.signal(self.model, side)
 
 

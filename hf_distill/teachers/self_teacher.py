@@ -16,8 +16,10 @@ from peft.utils import PeftType
 from torch import Tensor, nn
 
 from hf_distill.data.sides import Side
-from hf_distill.models.forward import Reader, evaluating
+from hf_distill.models.forward import Reader
 from hf_distill.models.layers import LayerWatcher
+from hf_distill.models.modes import evaluating
+from hf_distill.models.precision import weights_replaced
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import unwrap
 from hf_distill.schedules import Schedule
@@ -190,7 +192,7 @@ class SelfTeacher(Teacher):
             return self._reader.signal(self._copy, side)
         model = unwrap(student)
         swaps = self.kind == "ema" or bool(self._base and self._base[1].initial)
-        with evaluating(model), self._instead(model):
+        with weights_replaced(), evaluating(model), self._instead(model):
             return self._reader.signal(model, side, frozen_head=swaps)
 
     def _instead(self, model: nn.Module) -> Any:

@@ -297,7 +297,8 @@ class DistillTrainer(AccountingTrainer):
 
     def _signal(self, model: nn.Module, batch: Batch) -> Signal:
         """The teacher's, about the entries of the vocabulary that are used."""
-        signal = cast(Teacher, self.teacher).signal(model, batch.teacher)
+        with self.accelerator.autocast():  # the student's forward has its own
+            signal = cast(Teacher, self.teacher).signal(model, batch.teacher)
         if not isinstance(signal, Signal):
             name = type(self.teacher).__name__
             raise TypeError(f"{name}.signal must return a Signal, got a {type(signal).__name__}")

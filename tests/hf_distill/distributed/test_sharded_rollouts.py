@@ -11,9 +11,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
+from hf_distill.models.structure import is_sharded
 from hf_distill.rollouts import generate
 from hf_distill.rollouts.continuous_batching import continuous_batching_refusal
-from hf_distill.rollouts.sampling import is_sharded
 from tests.hf_distill.trainers import models
 from tests.processes import run_two
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_distill.models.forward import kept_rng
+from hf_distill.models.modes import kept_rng
 from hf_distill.rollouts import cut_at_end_token, end_token_ids, generate
 from tests.hf_distill.trainers import models
 

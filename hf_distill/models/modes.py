@@ -1,0 +1,31 @@
+"""A model or the random state for a while as it is not: in eval mode, or afterwards as before."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode (no dropout, no gradient checkpointing) inside the block."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def kept_rng(device: torch.device) -> Iterator[None]:
+    """The random state of the CPU and of a device is afterwards as it was."""
+    module = None if device.type == "cpu" else getattr(torch, device.type)
+    state = None if module is None else module.get_rng_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            if module is not None:
+                module.set_rng_state(state)
