@@ -5,9 +5,10 @@ TORCH_ARGS ?=# e.g. --index-url https://download.pytorch.org/whl/cpu for a CPU-o
 VENV ?= .venv
 BIN := $(VENV)/bin
 SEED ?= 0
+JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow test-metal bench kernel docs lint format clean
+.PHONY: demo test test-slow test-metal test-models bench kernel docs lint format clean
 .DEFAULT_GOAL := test
 
 # torch first and alone: its version decides which build the resolver takes for the rest
@@ -35,6 +36,12 @@ test-slow: $(VENV)/.installed-test
 # every kind, dtype and width through the checked simulator, and mistakes planted in the kernels
 test-metal: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto -m 'slow or not slow' tests/metal_ops/metal tests/metal_ops/mslsim
+
+# every causal-LM type of Transformers and every adapter of PEFT, tiny; writes docs/pages/tried.md
+test-models: $(VENV)/.installed-test
+	$(BIN)/python -m tests.sweeps.architectures --jobs $(JOBS) --write docs/pages/tried.md
+	$(BIN)/python -m tests.sweeps.architectures --windows --jobs $(JOBS) --write docs/pages/tried.md
+	$(BIN)/python -m tests.sweeps.adapters --jobs $(JOBS) --write docs/pages/tried.md
 
 # liger-kernel declares triton, which does not install everywhere; --no-deps keeps it out
 bench: $(VENV)/.installed-bench

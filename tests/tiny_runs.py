@@ -54,7 +54,7 @@ ROWS, EVAL_ROWS = 80, 6
 SELF_TEACHERS = ("base", "ema", "live", "lora_scale")
 
 
-def _silence() -> None:
+def silence() -> None:
     """At exit Triton's binding lists what it did not free, thirty lines."""
     if "triton" in sys.modules:
         sys.stderr.flush()
@@ -63,7 +63,7 @@ def _silence() -> None:
 
 def prepare() -> None:
     """One thread, deterministic operations, no log lines and warnings of names; once a process."""
-    atexit.register(_silence)
+    atexit.register(silence)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     logging.disable(logging.WARNING)

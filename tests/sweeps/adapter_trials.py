@@ -1,0 +1,161 @@
+"""The trials of one adapter: what its self-teachers say, and a step with it as the student."""
+
+import tempfile
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_distill import DistillConfig, DistillTrainer, SelfTeacher
+from tests.sweeps import adapter_setups, reference, running, tiny_configs
+from tests.sweeps.cells import (
+    CLEAR,
+    GRADIENT,
+    LOGITS,
+    LOSS,
+    RIGHT,
+    Cell,
+    as_json,
+    furthest,
+    measured,
+    relative,
+    tried,
+    worst,
+)
+
+COLUMNS = ("base", "student", "ema", "live", "scale", "step")
+STEPS = 4
+RATE = 3e-2  # so large that three steps change logits by far more than rounding
+
+
+def scored(model: nn.Module) -> Tensor:
+    """[N, V] logits of the sweep's scored tokens, row by row without padding, as in evaluation."""
+    was_training = model.training
+    model.eval()
+    found = []
+    with torch.no_grad():
+        for row in reference.rows():
+            keep = torch.tensor(row["labels"])[1:] != reference.IGNORE
+            found.append(reference.logits(model, row["input_ids"])[:-1][keep])
+    model.train(was_training)
+    return torch.cat(found)
+
+
+def apart(got: Tensor, expected: Tensor) -> float:
+    """The largest difference of logits, as a share of the largest logit."""
+    return float((got.double() - expected).abs().max() / expected.abs().max())
+
+
+class Subject:
+    """An adapter on a base model.
+
+    Attributes:
+        name: of the adapter.
+        base: the type of the model.
+    """
+
+    def __init__(self, name: str, base: str) -> None:
+        self.name, self.base = name, base
+        self.original = tiny_configs.model(base)
+        self.logits = scored(self.original)
+
+    def student(self) -> Any:
+        """A model with a new adapter."""
+        return adapter_setups.adapted(running.copied(self.original), self.name, self.base)
+
+
+def _said(subject: Subject, teacher: SelfTeacher) -> list[tuple[Tensor, Tensor]]:
+    """At each of some steps what a self-teacher says, and what the student would say alone."""
+    adapted, said = subject.student(), []
+    signal = teacher.signal
+
+    def noted(student: nn.Module, side: Any) -> Any:
+        found = signal(student, side)
+        said.append((found.dense().detach().clone(), scored(adapted)))
+        return found
+
+    teacher.signal = noted
+    with tempfile.TemporaryDirectory() as folder:
+        given = running.options(folder, max_steps=STEPS, learning_rate=RATE)
+        collator, data = reference.Pad(adapted), reference.rows()
+        running.train(
+            DistillTrainer(adapted, DistillConfig(**given), collator, data, teacher=teacher)
+        )
+    return said[:1] + said[-1:]
+
+
+def base(subject: Subject) -> Cell:
+    """The base teacher is the untouched model, before the first step and after three."""
+    off = [apart(got, subject.logits) for got, _ in _said(subject, SelfTeacher("base"))]
+    return measured(max(off), LOGITS, " / ".join(f"{x:.0e}" for x in off))
+
+
+def student(subject: Subject) -> Cell:
+    """How far the new student is from the untouched model; there is no right or wrong."""
+    return Cell(RIGHT, f"{apart(scored(subject.student()), subject.logits):.0e}")
+
+
+def ema(subject: Subject) -> Cell:
+    """An average that forgets at once is the student."""
+    off = [apart(*pair) for pair in _said(subject, SelfTeacher("ema", ema_decay=0.0))]
+    return measured(max(off), LOGITS)
+
+
+def live(subject: Subject) -> Cell:
+    """The live teacher is the student."""
+    return measured(max(apart(*pair) for pair in _said(subject, SelfTeacher("live"))), LOGITS)
+
+
+def scale(subject: Subject) -> Cell:
+    """Adapters without effect leave the untouched model."""
+    off = [
+        apart(got, subject.logits)
+        for got, _ in _said(subject, SelfTeacher("lora_scale", lora_scale=0.0))
+    ]
+    return measured(max(off), LOGITS)
+
+
+def step(subject: Subject) -> Cell:
+    """Loss and gradients of a first step with another model as the teacher."""
+    mine, other = subject.student(), tiny_configs.model(subject.base, 1)
+    collator = reference.Pad(mine)
+    first = running.distill(mine, other, collator, reference.ALPHA)
+    student = subject.student()
+    if reference.is_random(student):
+        with torch.no_grad():
+            expected = float(reference.distillation(student, other, reference.ALPHA))
+        off = relative(running.evaluated(student, other, collator, reference.ALPHA), expected)
+        return measured(off, LOSS, f"evaluated {off:.0e}")
+    loss, gradients = reference.distillation_step(student, other, reference.ALPHA)
+    off = relative(first.loss if first.loss is not None else float("nan"), loss)
+    far = furthest(first.gradients, gradients)
+    text = f"{off:.0e} / {far:.0e}"
+    return worst(measured(off, LOSS, text), measured(far, GRADIENT, text))
+
+
+TRIALS = {"base": base, "student": student, "ema": ema, "live": live, "scale": scale, "step": step}
+
+
+def plain(subject: Subject) -> None:
+    """A forward of the adapted model by PEFT alone."""
+    scored(subject.student())
+
+
+def trial(name: str, columns: tuple[str, ...] = COLUMNS) -> dict[str, Any]:
+    """All cells of an adapter; `name` is "adapter on base". See `architecture_trials.trial`."""
+    adapter, _, base_name = name.rpartition(" on ")
+    subject = Subject(adapter, base_name)
+    try:
+        kind = type(subject.student()).__name__
+    except Exception as error:  # PEFT's own: there is nothing to try
+        return {"kind": name, "failed": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+    cells, path = {}, ""
+    for column in columns:
+        with running.heard() as said:
+            cells[column] = tried(
+                partial(TRIALS[column], subject), (kind,), partial(plain, subject)
+            )
+        path = running.path_of(said) if column == "step" else path
+    path = "-" if cells.get("step", ("",))[0] == CLEAR else path
+    return {"kind": name, "class": kind, "path": path, "note": "", "cells": as_json(cells)}

@@ -1,0 +1,153 @@
+"""Rows, and what is right for them: each alone, unpadded, from `model(**inputs).logits`."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+PAD, BOS, IGNORE = 0, 1, -100
+FILLS = {"input_ids": PAD, "attention_mask": 0, "labels": IGNORE}
+TEMPERATURE, ALPHA = 2.0, 0.6
+
+
+def rows() -> list[dict[str, list[int]]]:
+    """Rows of 13, 9 and 6 tokens, all begun alike; 3, 2 and 1 labels are ignored."""
+    generator = torch.Generator().manual_seed(5)
+    made = []
+    for length, ignored in ((13, 3), (9, 2), (6, 1)):
+        ids = [BOS, *torch.randint(5, 60, (length - 1,), generator=generator).tolist()]
+        labels = [IGNORE] * ignored + ids[ignored:]
+        made.append({"input_ids": ids, "attention_mask": [1] * length, "labels": labels})
+    return made
+
+
+def takes(model: nn.Module, name: str) -> bool:
+    """Whether the forward of a model, or of the model in its adapters, names an argument."""
+    get_base_model = getattr(model, "get_base_model", None)
+    lm = model if get_base_model is None else get_base_model()
+    return name in inspect.signature(lm.forward).parameters
+
+
+class Pad:
+    """A collator that pads on one side, with those columns that a model takes."""
+
+    def __init__(self, model: nn.Module, side: str = "right") -> None:
+        masked = takes(model, "attention_mask")
+        self.names = [name for name in FILLS if masked or name != "attention_mask"]
+        self.side = side
+
+    def __call__(self, batch: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
+        width = max(len(row["input_ids"]) for row in batch)
+        made = {}
+        for name in self.names:
+            fills = [[FILLS[name]] * (width - len(row[name])) for row in batch]
+            pairs = [(list(row[name]), gap) for row, gap in zip(batch, fills, strict=True)]
+            joined = [a + b if self.side == "right" else b + a for a, b in pairs]
+            made[name] = torch.tensor(joined)
+        return made
+
+
+def inputs_of(model: nn.Module, ids: Sequence[int]) -> dict[str, Any]:
+    """Arguments of a forward of one row alone."""
+    inputs: dict[str, Any] = {"input_ids": torch.tensor([list(ids)])}
+    if takes(model, "attention_mask"):
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if takes(model, "use_cache"):
+        inputs["use_cache"] = False
+    return inputs
+
+
+def logits(model: nn.Module, ids: Sequence[int]) -> Tensor:
+    """[T, V] float64 logits of one row alone."""
+    return model(**inputs_of(model, ids)).logits[0].double()
+
+
+def distillation(student: nn.Module, teacher: nn.Module, alpha: float) -> Tensor:
+    """The mean over the rows' tokens of alpha T² KL(teacher || student) + (1 - alpha) CE."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for row in rows():
+        labels = torch.tensor(row["labels"])[1:]
+        keep = labels != IGNORE
+        own = logits(student, row["input_ids"])[:-1][keep]
+        with torch.no_grad():
+            other = logits(teacher, row["input_ids"])[:-1][keep]
+        p, log_p = (other / TEMPERATURE).softmax(-1), (other / TEMPERATURE).log_softmax(-1)
+        soft = (p * (log_p - (own / TEMPERATURE).log_softmax(-1))).sum()
+        hard = F.cross_entropy(own, labels[keep], reduction="sum")
+        total = total + alpha * TEMPERATURE**2 * soft + (1 - alpha) * hard
+        count += int(keep.sum())
+    return total / count
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of a model's gradients, of those parameters that have one."""
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def distillation_step(
+    student: nn.Module, teacher: nn.Module, alpha: float
+) -> tuple[float, dict[str, Tensor]]:
+    """The loss of the rows and its gradients; the student is in training mode."""
+    student.train().zero_grad()
+    loss = distillation(student, teacher.eval(), alpha)
+    loss.backward()
+    return float(loss), gradients(student)
+
+
+@torch.no_grad()
+def divergence(
+    student: nn.Module,
+    teacher: nn.Module,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int], int]],
+) -> float:
+    """The mean JSD over the completions of (student's ids, teacher's ids, completion's length)."""
+    total, count = 0.0, 0
+    for own, other, length in pairs:
+        p, q = (
+            logits(model, ids)[-length - 1 : -1].softmax(-1)
+            for model, ids in ((teacher, other), (student, own))
+        )
+        m = ((p + q) / 2).log()
+        total += float((p * (p.log() - m) + q * (q.log() - m)).sum() / 2)
+        count += length
+    return total / count
+
+
+@torch.no_grad()
+def is_random(model: nn.Module) -> bool:
+    """Whether a forward in training mode depends on random numbers."""
+    ids, found = rows()[0]["input_ids"], []
+    model.train()
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        found.append(logits(model, ids))
+    model.eval()
+    return not torch.equal(*found)
+
+
+def has_own_loss(model: nn.Module) -> bool:
+    """Whether the loss that the model computes itself is not the next tokens' cross-entropy."""
+    row = rows()[0]
+    labels = torch.tensor([row["labels"]])
+    with torch.no_grad():
+        found = logits(model, row["input_ids"])[:-1]
+        expected = float(F.cross_entropy(found, labels[0, 1:]))
+        try:
+            own = model(**inputs_of(model, row["input_ids"]), labels=labels).loss
+        except (ValueError, RuntimeError, TypeError):
+            return True  # git, say, counts an image's positions among those of the labels
+    return own is None or abs(float(own) - expected) > 1e-4 * expected
+
+
+@torch.no_grad()
+def is_greedy(
+    model: nn.Module, prompt: Sequence[int], completion: Sequence[int], tolerance: float
+) -> bool:
+    """Whether each token of a completion is the most probable one, or as good as that."""
+    found = logits(model, [*prompt, *completion])[len(prompt) - 1 : -1]
+    chosen = found.gather(-1, torch.tensor(list(completion))[:, None])[:, 0]
+    gap = found.amax(-1) - chosen
+    return bool((gap <= tolerance * found.abs().amax(-1)).all())

@@ -1,0 +1,108 @@
+"""Runs the trials of many names in processes, with a limit of time for each."""
+
+import json
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from tests.sweeps import running
+from tests.sweeps.cells import CLEAR, NONE, RIGHT, WRONG
+
+LIMIT = 180  # seconds of one name
+Result = dict[str, Any]
+Trial = Callable[[str], Result]
+
+
+class TooSlowError(Exception):
+    """A name has taken longer than its limit."""
+
+
+def _stop(*_: Any) -> None:
+    raise TooSlowError(f"more than {LIMIT} s")
+
+
+def _limited(trial: Trial, name: str) -> Result:
+    signal.signal(signal.SIGALRM, _stop)
+    signal.alarm(LIMIT)
+    start = time.monotonic()
+    try:
+        return trial(name) | {"seconds": round(time.monotonic() - start, 1)}
+    except TooSlowError as error:
+        return {"kind": name, "failed": str(error)}
+    finally:
+        signal.alarm(0)
+
+
+def run(trial: Trial, names: Sequence[str], jobs: int) -> list[Result]:
+    """The results in the order of the names; a line is printed as each is there.
+
+    Args:
+        trial: a function of a module, or a `partial` of one.
+        names: what is tried.
+        jobs: processes; 1 is this one.
+    """
+    found: dict[str, Result] = {}
+    if jobs == 1:
+        running.prepare()
+        for name in names:
+            found[name] = _limited(trial, name)
+            print(line(found[name]), flush=True)
+        return list(found.values())
+    context = get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, running.prepare) as pool:
+        waiting = {pool.submit(partial(_limited, trial), name): name for name in names}
+        for future in as_completed(waiting):
+            found[waiting[future]] = future.result()
+            print(line(future.result()), flush=True)
+    return [found[name] for name in names]
+
+
+def line(result: Result) -> str:
+    """A result as a line of a terminal."""
+    if "failed" in result:
+        return f"{result['kind']:26s} not tried: {result['failed'][:150]}"
+    shown = {CLEAR: "clear", RIGHT: "right", WRONG: "WRONG", NONE: "-"}
+    cells = [f"{name} {shown[verdict]}" for name, (verdict, _) in result["cells"].items()]
+    wrong = [
+        f"\n    {name}: {text}"
+        for name, (verdict, text) in result["cells"].items()
+        if verdict == WRONG
+    ]
+    head = f"{result['kind']:26s} {result['path']:6s} {'; '.join(cells)}"
+    return f"{head}  {result.get('note', '')}".rstrip() + "".join(wrong)
+
+
+def counts(results: Sequence[Result]) -> dict[str, Counter[str]]:
+    """For each column how often each verdict was found."""
+    made: dict[str, Counter[str]] = {}
+    for result in results:
+        for column, (verdict, _) in result.get("cells", {}).items():
+            made.setdefault(column, Counter())[verdict] += 1
+    return made
+
+
+def summary(results: Sequence[Result]) -> str:
+    """The counts as lines."""
+    tried = [x for x in results if "cells" in x]
+    lines = [f"{len(tried)} of {len(results)} tried"]
+    for column, found in counts(results).items():
+        words = (f"{kind} {found[kind]}" for kind in (RIGHT, CLEAR, WRONG, NONE))
+        lines.append(f"  {column:20s} {', '.join(words)}")
+    return "\n".join(lines)
+
+
+def save(results: Sequence[Result], path: Path | None) -> None:
+    """Write the results as JSON."""
+    if path is not None:
+        path.write_text(json.dumps(list(results), indent=1) + "\n", encoding="utf-8")
+
+
+def any_wrong(results: Sequence[Result]) -> bool:
+    """Whether a cell is wrong."""
+    return any(found[WRONG] for found in counts(results).values())
