@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_distill.losses.base import Terms, Tokens
-from hf_distill.models.layers import LayerWatcher, decoder_blocks, match_layers
+from hf_distill.models.layers import LayerWatcher, match_layers
 from hf_distill.models.modes import kept_rng
 from hf_distill.models.signals import Signal
+from hf_distill.models.stacks import Layer, decoder_blocks
 from hf_distill.models.structure import causal_lm
 from metal_ops import hidden_divergence
 
@@ -84,7 +85,7 @@ def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tens
 
     A head of the student is compared with the same head of the teacher, and the mean is taken over
     heads, as in MiniLM (arXiv:2002.10957). Where the numbers of heads differ, each side's heads
-    are averaged first. 0 log 0 is 0; what the student's dropout has removed counts as 1e-12.
+    are averaged first. 0 log 0 is 0; a probability of the student below 1e-12 counts as that.
 
     Args:
         student: of each pair [N, A, T], the probabilities of the keys.
@@ -107,9 +108,11 @@ FILE = f"{MODULE}.safetensors"  # of a checkpoint
 HIDDEN_NAME, ATTENTION_NAME = "hidden", "attention"
 
 
-def _width(lm: nn.Module) -> int:
+def _widths(lm: nn.Module, every: Sequence[Layer], layers: Sequence[int]) -> list[int]:
+    """The width of the states of some layers; of a sharded model that of its config."""
     config: Any = lm.config
-    return config.get_text_config().hidden_size
+    widths = (every[number - 1].width for number in layers)
+    return [config.get_text_config().hidden_size if x is None else x for x in widths]
 
 
 class HiddenAlignment:
@@ -150,16 +153,19 @@ class HiddenAlignment:
             )
         self.student, source = causal_lm(model), causal_lm(other)
         self.settings = settings
-        self.pairs = match_layers(
-            layers, len(decoder_blocks(self.student)), len(decoder_blocks(source))
-        )
+        mine, theirs = decoder_blocks(self.student), decoder_blocks(source)
+        self.pairs = match_layers(layers, len(mine), len(theirs))
+        own, others = zip(*self.pairs, strict=True)
         attends = settings.attention_weight > 0
         if attends:
             for name, lm in (("student", self.student), ("teacher", source)):
                 _check_attention(name, lm)
-        self.watch = LayerWatcher("student", [pair.student for pair in self.pairs], attends)
-        teacher.watch([pair.teacher for pair in self.pairs], attends)
-        self.projections = self._make_projections(_width(self.student), _width(source), seed)
+            LayerWatcher("teacher", others, attends).look(source, theirs)
+        self.watch = LayerWatcher("student", own, attends)
+        self.watch.look(self.student, mine)
+        teacher.watch(others, attends)
+        widths = _widths(self.student, mine, own), _widths(source, theirs, others)
+        self.projections = self._make_projections(*widths, seed)
         if self.projections is not None and sharded:
             raise ValueError(
                 "hidden layers of different widths need projections, which are not saved where "
@@ -173,13 +179,15 @@ class HiddenAlignment:
             "" if self.projections is None else ", with trained projections",
         )
 
-    def _make_projections(self, own: int, other: int, seed: int) -> nn.ModuleList | None:
-        if own == other:
+    def _make_projections(
+        self, own: Sequence[int], others: Sequence[int], seed: int
+    ) -> nn.ModuleList | None:
+        if own == others:
             return None
         like = next(p for p in self.student.parameters() if p.is_floating_point())
         with kept_rng(torch.device("cpu")):  # every process makes the same, and uses up no numbers
             torch.manual_seed(seed)
-            made = [nn.Linear(own, other, bias=False) for _ in self.pairs]
+            made = [nn.Linear(a, b, bias=False) for a, b in zip(own, others, strict=True)]
         return nn.ModuleList(made).to(like.device, like.dtype)
 
     @contextmanager

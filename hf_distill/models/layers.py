@@ -1,17 +1,24 @@
 """Layers of a model that are compared: which pairs, and their states, taken while the model runs.
 
-A layer's number is that of `output_hidden_states`: k is the output of block k, counted from 1, and
--1 is that of the last block. The last one is taken before the model's final norm.
+Layer k is the output of the k-th block that a forward runs, counted from 1, and -1 is that of the
+last one, before the model's final norm. In most models it is `output_hidden_states`' entry k; those
+that do not list the embeddings (Mamba, RWKV) have it at k - 1.
 
 Shapes: B rows, T positions, N scored tokens, H hidden, A attention heads.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from hf_distill.models.stacks import Layer, Map, decoder_blocks, states_of, tensors
 
 NAMED = ("uniform", "last")
 FORMS = f"{NAMED}, a list of student layers such as [6, 12], or of pairs [[6, 12], [12, 24]]"
@@ -86,27 +93,6 @@ def match_layers(layers: str | list[Any], num_student: int, num_teacher: int) ->
     return pairs
 
 
-def decoder_blocks(lm: nn.Module) -> nn.ModuleList:
-    """The blocks of a Transformers model, in order.
-
-    Raises:
-        ValueError: there is no list of as many modules as the config has layers, or more than one.
-    """
-    get_decoder = getattr(lm, "get_decoder", None)
-    root = lm if get_decoder is None else get_decoder() or lm
-    config: Any = lm.config
-    count = config.get_text_config().num_hidden_layers
-    found = [m for m in root.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    inner = {id(x) for m in found for x in m.modules() if x is not m}
-    found = [m for m in found if id(m) not in inner]
-    if len(found) != 1:
-        raise ValueError(
-            f"hidden_layers need a model with one list of {count} blocks, {type(lm).__name__} has "
-            f"{len(found)}"
-        )
-    return found[0]
-
-
 class States(NamedTuple):
     """Of the chosen layers, in order: hidden states [N, H], and attention maps [N, A, T]."""
 
@@ -114,45 +100,118 @@ class States(NamedTuple):
     attention: tuple[Tensor, ...] = ()
 
 
-class LayerStates:
-    """What hooks have taken in one forward pass."""
+class _BeforeDropout(TorchFunctionMode):
+    """Remembers what dropout was given, by the memory of what it made of it."""
 
-    def __init__(self, layers: Sequence[int], attention: bool, name: str) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function."""
+        made = func(*args, **(kwargs or {}))
+        if func in (F.dropout, torch.dropout):
+            given = args[0] if args else (kwargs or {})["input"]
+            # what was made is kept too, so that no other tensor gets its memory
+            self._made[made.untyped_storage().data_ptr()] = made, given
+        return made
+
+    def before(self, made: Tensor) -> Tensor:
+        """What dropout was given where it made this tensor, else the tensor."""
+        found = self._made.get(made.untyped_storage().data_ptr())
+        return made if found is None else found[1].reshape(made.shape)
+
+
+class LayerStates:
+    """What hooks have taken in one forward pass.
+
+    Args:
+        layers: by number.
+        attention: whether maps are taken.
+        name: "student" or "teacher", for errors.
+        predicts: [B, T] bool, the scored positions.
+    """
+
+    def __init__(
+        self, layers: Mapping[int, Layer], attention: bool, name: str, predicts: Tensor
+    ) -> None:
         self.layers, self.with_attention, self.name = layers, attention, name
+        self._predicts, self._with_grad = predicts, torch.is_grad_enabled()
         self._hidden: dict[int, Tensor] = {}
         self._attention: dict[int, Tensor] = {}
+        self._later: list[Callable[[], None]] = []
+        self._turns: Counter[nn.Module] = Counter()
 
     def states(self) -> States:
         """What has been taken.
 
         Raises:
-            ValueError: the model's attention gives no maps.
+            ValueError: the model's attention gives no maps, or a layer has another shape.
             RuntimeError: a layer did not run.
         """
+        for take in self._later:
+            take()
+        self._later.clear()
         missing = [layer for layer in self.layers if layer not in self._hidden]
         if missing:
             raise RuntimeError(f"layer {missing[0]} of the {self.name} did not run")
         blind = [layer for layer in self.layers if layer not in self._attention]
         if self.with_attention and blind:
-            raise ValueError(
-                "attention transfer needs attention maps, which only attn_implementation='eager' "
-                f"returns: layer {blind[0]} of the {self.name} gave none"
-            )
+            raise ValueError(NO_MAP.format(layer=blind[0], name=self.name))
         return States(
             tuple(self._hidden[layer] for layer in self.layers),
             tuple(self._attention[layer] for layer in self.layers if self.with_attention),
         )
 
-    def keep(self, layer: int, output: Any, predicts: Tensor) -> None:
-        """Take a block's output at the scored positions."""
-        hidden = output[0] if isinstance(output, tuple) else output
-        self._hidden[layer] = hidden[predicts]
+    def turn(self, module: nn.Module) -> int:
+        """Which run of a module has just ended, from 0."""
+        self._turns[module] += 1
+        return self._turns[module] - 1
 
-    def keep_attention(self, layer: int, output: Any, predicts: Tensor) -> None:
-        """Take the map [B, A, T, T] of an attention module's output, if there is one."""
-        for value in output if isinstance(output, tuple) else ():
-            if isinstance(value, Tensor) and value.ndim == 4 and value.shape[2] == value.shape[3]:
-                self._attention[layer] = value.transpose(1, 2)[predicts]
+    def _take(self, number: int, take: Callable[[], None]) -> None:
+        """Take the scored positions: at once, or behind a forward with a gradient.
+
+        Inside of gradient checkpointing the forward must save no tensor that the recomputation,
+        which has no hooks, does not save.
+        """
+        if torch.is_grad_enabled():
+            self._later.append(take)
+        elif self._with_grad:
+            raise ValueError(
+                f"layer {number} of the {self.name} is read where the forward has no gradient: "
+                "gradient checkpointing must be that with gradient_checkpointing_kwargs="
+                '{"use_reentrant": False}; where it is off, compare other hidden_layers'
+            )
+        else:
+            take()
+
+    def keep(self, number: int, output: Any) -> None:
+        """Take a block's output at the scored positions."""
+        layer, found = self.layers[number], states_of(output)
+
+        def take() -> None:
+            self._hidden[number] = layer.states(found, self._predicts)
+
+        self._take(number, take)
+
+    def keep_map(self, number: int, output: Any, dropped: _BeforeDropout | None) -> None:
+        """Take the map [B, A, T, T] of an attention module's output, before its dropout."""
+        found = list(tensors(output))
+        place = cast(Map, self.layers[number].map).place
+        if place >= len(found) or found[place].ndim != 4:
+            return
+        value = found[place] if dropped is None else dropped.before(found[place])
+
+        def take() -> None:
+            self._attention[number] = value.transpose(1, 2)[self._predicts]
+
+        self._take(number, take)
+
+
+NO_MAP = (
+    "attention transfer needs attention maps, which few kinds of attention return, and those only "
+    "with attn_implementation='eager': layer {layer} of the {name} gave none"
+)
 
 
 class LayerWatcher:
@@ -166,6 +225,25 @@ class LayerWatcher:
 
     def __init__(self, name: str, layers: Sequence[int] = (), attention: bool = False) -> None:
         self.name, self.layers, self.attention = name, tuple(layers), attention
+        self._seen: tuple[nn.Module, Sequence[Layer]] | None = None
+
+    def look(self, lm: nn.Module, every: Sequence[Layer] | None = None) -> Sequence[Layer]:
+        """The layers of the model, which are found once.
+
+        Args:
+            lm: the Transformers model itself.
+            every: its layers, if they were found before.
+
+        Raises:
+            ValueError: as `decoder_blocks`, or a chosen layer gives no attention map.
+        """
+        if self._seen is None or self._seen[0] is not lm:
+            found = decoder_blocks(lm) if every is None else every
+            blind = [i for i in self.layers if self.attention and found[i - 1].map is None]
+            if blind:
+                raise ValueError(NO_MAP.format(layer=blind[0], name=f"{self.name}'s {_kind(lm)}"))
+            self._seen = lm, found
+        return self._seen[1]
 
     @contextmanager
     def on(self, lm: nn.Module, predicts: Tensor) -> Iterator[LayerStates]:
@@ -174,24 +252,60 @@ class LayerWatcher:
         Args:
             lm: the Transformers model itself.
             predicts: [B, T] bool, N are true.
+
+        Raises:
+            ValueError: as `look`.
         """
-        seen = LayerStates(self.layers, self.attention, self.name)
-        if not self.layers:
-            yield seen
-            return
-        every = decoder_blocks(lm)
+        every = self.look(lm) if self.layers else ()
+        chosen = {number: every[number - 1] for number in self.layers}
+        seen = LayerStates(chosen, self.attention, self.name, predicts)
         with ExitStack() as stack:
-            for layer in set(self.layers):
-                block = every[layer - 1]
-
-                def hook(_: Any, __: Any, output: Any, layer: int = layer) -> None:
-                    seen.keep(layer, output, predicts)
-
-                def look(_: Any, __: Any, output: Any, layer: int = layer) -> None:
-                    seen.keep_attention(layer, output, predicts)
-
-                stack.callback(block.register_forward_hook(hook).remove)
-                for module in block.modules() if self.attention else ():
-                    if "Attention" in type(module).__name__:
-                        stack.callback(module.register_forward_hook(look).remove)
+            for block in {layer.block for layer in chosen.values()}:
+                turns = {x.turn: n for n, x in chosen.items() if x.block is block}
+                _hook(stack, seen, block, turns)
+                for module in {x.map.module for x in chosen.values() if x.block is block and x.map}:
+                    if self.attention:
+                        _hook_map(stack, seen, module, turns, lm.training)
             yield seen
+
+
+def _kind(lm: nn.Module) -> str:
+    return type(lm).__name__
+
+
+def _hook(stack: ExitStack, seen: LayerStates, block: nn.Module, turns: Mapping[int, int]) -> None:
+    """Take the output of a block in those of its runs that are layers."""
+
+    def hook(module: Any, _: Any, output: Any) -> None:
+        number = turns.get(seen.turn(module))
+        if number is not None:
+            seen.keep(number, output)
+
+    stack.callback(block.register_forward_hook(hook).remove)
+
+
+def _hook_map(
+    stack: ExitStack,
+    seen: LayerStates,
+    module: nn.Module,
+    turns: Mapping[int, int],
+    training: bool,
+) -> None:
+    """As `_hook`, of an attention module's map; in training it is that before dropout."""
+    running: list[_BeforeDropout] = []
+
+    def begin(_: Any, __: Any) -> None:
+        running.append(_BeforeDropout())
+        running[-1].__enter__()
+
+    def end(module: Any, _: Any, output: Any) -> None:
+        dropped = running.pop() if running else None
+        if dropped is not None:
+            dropped.__exit__(None, None, None)
+        number = turns.get(seen.turn(module))
+        if number is not None:
+            seen.keep_map(number, output, dropped)
+
+    if training:
+        stack.callback(module.register_forward_pre_hook(begin).remove)
+    stack.callback(module.register_forward_hook(end, always_call=training).remove)

@@ -1,0 +1,88 @@
+"""Which modules a model's layers are, and how the states of tokens lie in their outputs."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_distill.models.layers import LayerWatcher
+from hf_distill.models.stacks import decoder_blocks
+from tests.hf_distill.models import stacks
+
+IDS = torch.randint(3, 61, (5, 5), generator=torch.Generator().manual_seed(0))
+PREDICTS = torch.rand(5, 5, generator=torch.Generator().manual_seed(1)) < 0.6
+NAMED_OTHERWISE = ("mamba", "rwkv")  # `hidden_states` begin behind the first block
+WRONG = ("cpmant", "prophetnet", "xlm")
+
+
+def flat(states: Tensor) -> Tensor:
+    """[N, S * H] of what the library gives, whose streams may come first."""
+    if states.ndim == 4 and states.shape[:2] != PREDICTS.shape:
+        states = states.permute(1, 2, 0, 3)
+    return states[PREDICTS].flatten(1)
+
+
+@pytest.mark.parametrize("kind", [x for x in stacks.CONFIGS if x not in WRONG])
+@torch.no_grad()
+def test_states_are_those_of_the_library(kind: str) -> None:
+    """As many rows as tokens: the shape of such a batch does not tell the axes apart."""
+    lm = stacks.model(kind)
+    layers = decoder_blocks(lm)
+    with LayerWatcher("student", range(1, len(layers) + 1)).on(lm, PREDICTS) as seen:
+        every = lm(input_ids=IDS, output_hidden_states=True, use_cache=False).hidden_states
+    assert len(every) == len(layers) + 1
+    found = seen.states().hidden
+    assert {x.shape[1] for x in found} == {layer.width for layer in layers}
+    first = 0 if kind in NAMED_OTHERWISE else 1
+    for number, states in enumerate(found[:-1]):  # the last of the library is behind the norm
+        assert torch.equal(states, flat(every[number + first])), number
+
+
+def test_streams_lie_side_by_side() -> None:
+    assert {layer.width for layer in decoder_blocks(stacks.model("gemma3n_text"))} == {4 * 32}
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ("cpmant", r"block 1, a CpmAntTransformerBlock, gives \[1, 39, 32\]"),
+        ("prophetnet", r"of a ProphetNetForCausalLM block 1, .* gives \[1, 21, 32\]"),
+        ("xlm", "a XLMWithLMHeadModel has 0"),
+    ],
+)
+def test_what_cannot_be_told_is_an_error(kind: str, named: str) -> None:
+    with pytest.raises(ValueError, match=f"hidden_layers need .*{named}.* hidden_layers=None"):
+        decoder_blocks(stacks.model(kind))
+
+
+def test_a_batch_of_another_form_is_an_error() -> None:
+    lm = stacks.model("llama")
+    with LayerWatcher("student", [1]).on(lm, PREDICTS) as seen:
+        lm(input_ids=IDS[:, :4])
+    with pytest.raises(ValueError, match=r"\[5, 5\] tokens; a LlamaDecoderLayer gives \[5, 4, 32"):
+        seen.states()
+
+
+def test_finding_layers_leaves_no_trace() -> None:
+    lm, before = stacks.model("hrm_text").train(), torch.get_rng_state()
+    decoder_blocks(lm)
+    assert lm.training
+    assert torch.equal(before, torch.get_rng_state())
+    hooks = [m for m in lm.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert not hooks
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "modernbert-decoder"])
+def test_of_sharded_parameters_blocks_are_found_without_a_forward(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = stacks.model(kind)
+    lm.set_attn_implementation("eager")
+    run = decoder_blocks(lm)
+    monkeypatch.setattr("hf_distill.models.stacks.is_sharded", lambda _: True)
+    lm.register_forward_pre_hook(lambda *_: pytest.fail("it runs"))
+    named = decoder_blocks(lm)
+    assert [x.block for x in named] == [x.block for x in run]
+    assert [x.map for x in named] == [x.map for x in run]
+    lm.config.num_hidden_layers = 7
+    with pytest.raises(ValueError, match=f"one list of 7 blocks .* a {type(lm).__name__} has 0"):
+        decoder_blocks(lm)
