@@ -20,7 +20,9 @@ from hf_distill.models.signals import Signal
 
 IMPORTANCE_NAMES = ("importance_ratio", "importance_clipped")
 ANCHOR_NAME = "anchor"
-TAKEN_NAMES = frozenset(("soft", "hard", "loss", "tokens", "rows", ANCHOR_NAME, *IMPORTANCE_NAMES))
+ROUTER_NAMES = ("aux", "expert_agreement")
+TAKEN_NAMES = frozenset(("soft", "hard", "loss", "tokens", "rows", ANCHOR_NAME))
+TAKEN_NAMES |= {*IMPORTANCE_NAMES, *ROUTER_NAMES}
 
 PerToken = Tensor | tuple[Tensor, Mapping[str, Tensor]]
 """What `Loss.per_token` returns: the losses [n], or these and metrics [n] by name."""

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from hf_distill.data.sides import Side
 from hf_distill.models.layers import LayerWatcher, States
-from hf_distill.models.modes import evaluating
+from hf_distill.models.modes import evaluating, replaced_forward
+from hf_distill.models.routers import RouterWatcher
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import causal_lm, is_classifier, output_head
 from metal_ops import Head
@@ -28,19 +29,6 @@ from metal_ops import Head
 logger = logging.getLogger(__name__)
 
 PROBE_TOKENS = 8
-
-
-@contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    had = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if had is None:
-            del module.forward
-        else:
-            module.forward = had
 
 
 @contextmanager
@@ -58,7 +46,7 @@ def _tapped(lm: nn.Module, read: Callable[[Tensor, Any], Any]) -> Iterator[None]
         forward(*args, **kwargs)
         return results.pop()
 
-    with _replaced_forward(head, tap), _replaced_forward(lm, run):
+    with replaced_forward(head, tap), replaced_forward(lm, run):
         yield
 
 
@@ -133,6 +121,7 @@ class Reader:
     def __init__(self, name: str, refusal: str | None = None, vocab: int | None = None) -> None:
         self.name, self.vocab = name, vocab
         self.watch = LayerWatcher(name)  # layers whose states a signal has
+        self.routers = RouterWatcher()  # of a mixture of experts
         self._refusal = refusal
         self._post: tuple[float, float | None] | None = None
 
@@ -230,12 +219,17 @@ class Reader:
 
     @contextmanager
     def watching(self, model: nn.Module, side: Side) -> Iterator[Callable[[], States]]:
-        """Inside the block the chosen layers are watched; what is yielded gives their states."""
-        if not self.watch.layers:
-            yield States
-            return
-        with self.watch.on(causal_lm(model), side.predicts) as seen:
-            yield seen.states
+        """Inside the block routers and the chosen layers are watched.
+
+        What is yielded gives the layers' states.
+        """
+        lm = causal_lm(model)
+        with self.routers.on(lm, side.predicts):
+            if not self.watch.layers:
+                yield States
+                return
+            with self.watch.on(lm, side.predicts) as seen:
+                yield seen.states
 
     @torch.no_grad()
     def signal(self, model: nn.Module, side: Side, frozen_head: bool = True) -> Signal:
@@ -247,7 +241,8 @@ class Reader:
             frozen_head: False keeps the head's own parameter in the signal, so that the op can see
                 that student and teacher share it; True takes its value now.
         """
-        return self.run(model, side, _frozen if frozen_head else _same)
+        said = self.run(model, side, _frozen if frozen_head else _same)
+        return replace(said, experts=self.routers.experts)
 
 
 def _same(signal: Signal) -> Signal:

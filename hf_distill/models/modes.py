@@ -1,7 +1,8 @@
-"""A model or the random state for a while as it is not: in eval mode, or afterwards as before."""
+"""What holds of a model for the length of a block: its mode, its random state, its forward."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,3 +30,17 @@ def kept_rng(device: torch.device) -> Iterator[None]:
         finally:
             if module is not None:
                 module.set_rng_state(state)
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """The module's forward is another one inside the block."""
+    had = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if had is None:
+            del module.forward
+        else:
+            module.forward = had

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_distill.models.layers import States
+from hf_distill.models.routers import Experts
 from metal_ops import Head, PowerSums, SparseTeacher, TailSamples, reference
 
 NO_ENTRY = -1  # padding of a sparse signal's ids
@@ -35,7 +36,8 @@ class Signal:
     `logits` [N, V]; `hidden` [N, H] and `head`; or `sparse`, the log-probabilities of a few entries
     and the mass of the rest, with a rule for that rest. Exactly one form is set. `states` are
     those of the layers that are compared. `own_loss` [] is the model's own loss of its labels, for
-    the whole optimizer step, where it takes the place of the cross-entropy.
+    the whole optimizer step, where it takes the place of the cross-entropy. `experts` are those
+    that a mixture of experts prefers for the tokens, where its config asks for them.
 
     `paired` [N] bool: the scored tokens that the signal is about, its rows in their order; None is
     all of them. Teachers with another tokenizer have not a token for each of the student's.
@@ -49,6 +51,7 @@ class Signal:
     states: States = field(default_factory=States)
     paired: Tensor | None = None
     own_loss: Tensor | None = None
+    experts: Experts | None = None
 
     def __len__(self) -> int:
         """The number of rows: N, or how many of the N tokens it is about."""

@@ -24,8 +24,9 @@ from hf_distill.losses import (
 )
 from hf_distill.losses.hard_loss import HardLoss
 from hf_distill.models.forward import Reader
+from hf_distill.models.routers import silent_routers
 from hf_distill.models.signals import Signal
-from hf_distill.models.structure import vocab_size
+from hf_distill.models.structure import causal_lm, vocab_size
 from hf_distill.run import Run
 from hf_distill.trainers.checks import check_anchor, check_unweighted
 from hf_distill.trainers.evaluation import Part
@@ -87,7 +88,9 @@ class CausalLM:
         Raises:
             ValueError: its loss is its own, and this run needs the cross-entropy of each token.
         """
-        if self.hard_loss.look(model, batch.inputs):
+        with silent_routers(causal_lm(model)):  # theirs is no loss of labels
+            is_own = self.hard_loss.look(model, batch.inputs)
+        if is_own:
             check_anchor(self.settings.anchor_weight, True)
             check_unweighted([self.weighing.known(batch.inputs)])
         return not self.hard_loss.to_probe

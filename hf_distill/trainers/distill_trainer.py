@@ -15,6 +15,7 @@ from hf_distill.data.token_classes import token_classes
 from hf_distill.losses import HiddenConfig, Loss, TaidConfig, Terms, Tokens
 from hf_distill.losses.hard_loss import HardLoss
 from hf_distill.losses.hidden_states import HiddenAlignment
+from hf_distill.losses.router_loss import add_router_loss
 from hf_distill.losses.taid import TaidCallback
 from hf_distill.models.forward import Reader
 from hf_distill.models.signals import Signal
@@ -76,6 +77,7 @@ class DistillTrainer(AccountingTrainer):
 
     args: DistillConfig
     task: Task
+    current_gradient_accumulation_steps: int = 1  # the Trainer's: micro-batches of this step
     _moves: bool = False  # whether a schedule does
 
     def __init__(
@@ -240,6 +242,8 @@ class DistillTrainer(AccountingTrainer):
         terms_of = lambda student: self._terms(student, teacher, tokens)
         at_head = teacher.logits is None
         terms, outputs = self.task.run(model, batch, terms_of, at_head, return_outputs)
+        num_batches = self.current_gradient_accumulation_steps if model.training else None
+        terms = add_router_loss(terms, self._reader.routers, teacher, tokens, num_batches)
         loss = self._note(terms, batch, tokens, model.training)
         return (loss, outputs) if return_outputs else loss
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_distill import DistillConfig, DistillTrainer, HintCollator, OPSDConfig, OPSDTrainer
 from hf_distill.cache import CachedTeacher, HeadSamples, cache_teacher
 from hf_distill.data.batches import unpad
-from tests.hf_distill.trainers import classifying, models, own_losses
+from tests.hf_distill.trainers import classifying, experts, models, own_losses
 
 ROWS_PER_STEP = 4
 SAVED_AT = 3
@@ -63,6 +63,14 @@ def distill_local_mean(folder: Path, num_processes: int) -> DistillTrainer:
 def distill_logits(folder: Path, num_processes: int) -> DistillTrainer:
     """Label smoothing reads logits and has a hard loss of its own."""
     return distill(folder, num_processes, label_smoothing_factor=0.1)
+
+
+def distill_experts(folder: Path, num_processes: int) -> DistillTrainer:
+    """Their auxiliary loss is one of each micro-batch, so that these have the same rows here."""
+    batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4 // num_processes}
+    args = DistillConfig(**models.options(folder, max_steps=2, **batches))
+    rows, teacher = models.rows(longest=30), experts.moe(seed=1)
+    return DistillTrainer(experts.moe(), args, models.Pad(), rows, teacher=teacher)
 
 
 def distill_nothing_to_score(folder: Path, num_processes: int) -> DistillTrainer:
@@ -210,6 +218,7 @@ SETUPS = (
     distill_cached,
     distill,
     distill_entropy,
+    distill_experts,
     distill_local_mean,
     distill_logits,
     distill_nothing_to_score,

@@ -57,7 +57,7 @@ def test_two_processes_are_one(two_processes: Path, tmp_path: Path, setup) -> No
     for step, want in zip(logs, expected_logs, strict=True):
         assert step["soft"] == pytest.approx(want["soft"], rel=1e-4)  # weights differ after step 1
         means = {"anchor", "advantage", "hard", "taid_t", "taid_teacher_kl", "entropy_factor"}
-        means |= {"target_id", "teacher_right", "above_30", "width"}
+        means |= {"target_id", "teacher_right", "above_30", "width", "aux", "expert_agreement"}
         for name in (means | {"reasoning_share"}) & want.keys():
             assert step[name] == pytest.approx(want[name], rel=1e-4, abs=1e-5)
         split = {name for name in want if name.startswith(SAME)}
