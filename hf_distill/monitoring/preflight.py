@@ -11,27 +11,22 @@ from difflib import SequenceMatcher
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from hf_distill.data.batches import TokenRow, pad, unpad
 from hf_distill.data.sides import Side
-from hf_distill.models.forward import Reader
-from hf_distill.models.modes import evaluating, kept_rng
+from hf_distill.models.modes import kept_rng
 from hf_distill.models.structure import unwrap
-from hf_distill.teachers import SelfTeacher, Teacher, adapters_off, has_adapters
-from metal_ops import DivergenceSpec, divergence
+from hf_distill.monitoring.self_teacher_check import Compared, SelfTeacherError, apart
+from hf_distill.teachers import SelfTeacher
 
 logger = logging.getLogger(__name__)
 
-# Largest JSD of a token, in nats. Rounding gives 1e-10 in float32 and some 1e-4 in bfloat16, whose
-# logits are off by a hundredth; the faults give more than 1e-2.
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-6}
-TOLERANCE_16_BIT = 5e-3
 FEW = 16  # tokens at either end of a completion
 
 
-class EmptyHintError(ValueError):
+class EmptyHintError(SelfTeacherError):
     """Without a hint the teacher does not say what the student says."""
 
 
@@ -46,11 +41,6 @@ def _side(rows: Sequence[TokenRow], fill: int, padding: str, device: torch.devic
         "attention_mask": pad([[1] * len(row.ids) for row in rows], 0, padding).to(device),
     }
     return Side(inputs, predicts.to(device))
-
-
-def _apart(one: Tensor, other: Tensor) -> float:
-    """The largest JSD of a token, in nats, of logits [N, V]."""
-    return float(divergence(one, other, DivergenceSpec("jsd")).max())
 
 
 def _few(row: TokenRow) -> TokenRow:
@@ -73,7 +63,7 @@ def _check_contexts(student: Sequence[TokenRow], teacher: Sequence[TokenRow]) ->
         )
 
 
-class _Checked:
+class _Checked(Compared):
     """The student and its rows.
 
     Args:
@@ -83,39 +73,30 @@ class _Checked:
         in_16_bit: whether the model computes in 16 bits though its logits may be float32.
     """
 
+    error = EmptyHintError
+    rows = "without a hint"
+
     def __init__(
         self, model: nn.Module, rows: Sequence[TokenRow], pad_token_id: int, in_16_bit: bool
     ) -> None:
-        self.model, self.rows, self.pad_token_id = model, rows, pad_token_id
-        self.bare = unwrap(model)
-        self.reader = Reader("student", "read once, before training")
-        self.device = next(self.bare.parameters()).device
-        self.side = self.padded("right", pad_token_id)
-        self.calm = self.logits(self.side)
-        wide = all(p.dtype in TOLERANCE for p in self.bare.parameters()) and not in_16_bit
-        self.tolerance = (
-            TOLERANCE.get(self.calm.dtype, TOLERANCE_16_BIT) if wide else TOLERANCE_16_BIT
-        )
+        self.token_rows, self.pad_token_id = rows, pad_token_id
+        self.device = next(unwrap(model).parameters()).device
+        super().__init__(model, self.padded("right", pad_token_id), in_16_bit)
 
     def padded(self, padding: str, fill: int) -> Side:
-        return _side(self.rows, fill, padding, self.device)
-
-    def logits(self, side: Side) -> Tensor:
-        """[N, V], without dropout."""
-        with evaluating(self.model):
-            return self.reader.logits(self.model, side)
+        return _side(self.token_rows, fill, padding, self.device)
 
     def check_padding(self) -> None:
         """Rows padded on either side give the logits of rows alone."""
-        sides = [_side([row], self.pad_token_id, "right", self.device) for row in self.rows]
+        sides = [_side([row], self.pad_token_id, "right", self.device) for row in self.token_rows]
         alone = torch.cat([self.logits(side) for side in sides])
         for where in ("right", "left"):
             padded = self.logits(self.padded(where, self.pad_token_id))
-            found = _apart(padded, alone)
+            found = apart(padded, alone)
             if found <= self.tolerance:
                 continue
             other = next(i for i in range(2) if i != self.pad_token_id)
-            read = _apart(padded, self.logits(self.padded(where, other)))
+            read = apart(padded, self.logits(self.padded(where, other)))
             name, why = "padding", "other ids in it change them: does the model use attention_mask?"
             if read <= self.tolerance:
                 name, why = (
@@ -128,52 +109,12 @@ class _Checked:
                 f"{found:.2g} nats apart (limit {self.tolerance:g}); {why}"
             )
 
-    def check_frozen(self, teacher: Teacher, said: Tensor) -> None:
-        """A teacher that is not the live student says the same whatever the adapter's weights."""
-        if not has_adapters(self.bare):
-            return
-        trainable = [p for p in self.bare.parameters() if p.requires_grad]
-        kept = [p.detach().clone() for p in trainable]
-        with kept_rng(self.device):
-            try:
-                for parameter in trainable:
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-                found = _apart(teacher.signal(self.model, self.side).dense(), said)
-            finally:
-                for parameter, value in zip(trainable, kept, strict=True):
-                    parameter.copy_(value)
-        if not found <= self.tolerance:
-            raise EmptyHintError(
-                "adapter: the teacher must not change with the student's adapter; once its weights "
-                f"are others the teacher is {found:.2g} nats from itself (limit "
-                f"{self.tolerance:g}): the adapter is not switched off"
-            )
-
-    def explain(self, teacher: SelfTeacher, said: Tensor, found: float) -> None:
-        """Warn where an adapter is the reason, raise where none is known."""
-        if has_adapters(self.bare):
-            with evaluating(self.model), adapters_off(self.bare):
-                without = self.reader.logits(self.model, self.side)
-            if teacher.kind == "lora_scale" or _apart(without, said) <= self.tolerance:
-                logger.warning(
-                    "adapter: without a hint the student and its teacher, the model with its "
-                    "adapters off or weaker, are %.2g nats apart: the adapter was trained before, "
-                    "and is pulled back towards the base where hints say nothing",
-                    found,
-                )
-                return
-        raise EmptyHintError(
-            f"teacher: without a hint it must say what the student says, they are {found:.2g} nats "
-            f"apart (limit {self.tolerance:g}) on the same rows in eval mode: its weights or its "
-            "adapters are others"
-        )
-
     def warn_of_dropout(self) -> None:
         was_training = self.model.training
         with kept_rng(self.device):
             self.model.train()
             try:
-                found = _apart(self.reader.logits(self.model, self.side), self.calm)
+                found = apart(self.reader.logits(self.model, self.side), self.calm)
             finally:
                 self.model.train(was_training)
         if not found <= self.tolerance:
@@ -213,12 +154,7 @@ def check_empty_hint(
         return 0.0  # empty rows
     checked = _Checked(model, rows, pad_token_id, in_16_bit)
     checked.check_padding()
-    said = teacher.signal(model, checked.side).dense()
-    found = _apart(checked.calm, said)
-    if not found <= checked.tolerance:
-        checked.explain(teacher, said, found)
-    if teacher.kind in ("base", "ema"):
-        checked.check_frozen(teacher, said)
+    found = checked.check(teacher)
     checked.warn_of_dropout()
     return found
 

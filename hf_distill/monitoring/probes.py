@@ -31,7 +31,7 @@ def _first_row(side: Side) -> Side:
     return Side({key: value[one] for key, value in side.inputs.items()}, chosen[one])
 
 
-def _some_tokens(side: Side) -> Side:
+def some_tokens(side: Side) -> Side:
     """The first PROBE_ROWS rows, of each PROBE_TOKENS scored tokens, evenly spread."""
     num_scored, number = side.predicts.sum(1, keepdim=True), side.predicts.cumsum(1) - 1
     at = torch.arange(PROBE_TOKENS, device=number.device)
@@ -119,9 +119,9 @@ class LiveProbe:
         """
         if self._kept is not None or not bool(side.predicts.any()):
             return self._kept is not None
-        rows = _some_tokens(side)
+        rows = some_tokens(side)
         before = self._said(student, rows)
-        unaided = self._said(student, _some_tokens(student_side))
+        unaided = self._said(student, some_tokens(student_side))
         self._kept = rows, before, max(_mean_jsd(unaided, before), LEAST_GAP)
         return True
 

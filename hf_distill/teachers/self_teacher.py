@@ -128,6 +128,10 @@ class SelfTeacher(Teacher):
         self._average: dict[str, Tensor] = {}
         self._step = 0
 
+    def become(self, other: "SelfTeacher") -> None:
+        """Follow the student as another teacher would, from the next `prepare` on."""
+        self.kind, self.ema_decay, self.lora_scale = other.kind, other.ema_decay, other.lora_scale
+
     def prepare(self, accelerator: Accelerator, student: nn.Module, refusal: str | None) -> None:
         """Take the frozen copy or the first average, and log what it costs.
 

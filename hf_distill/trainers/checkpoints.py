@@ -4,9 +4,10 @@ import json
 import logging
 import os
 import re
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any, cast
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer
@@ -127,6 +128,37 @@ class ResumableTrainer(Trainer):
 TEACHER_FILE = "teacher.safetensors"
 
 
+def add_to_optimizer(
+    optimizer: torch.optim.Optimizer, projections: nn.Module, student: nn.Module, scheduler: Any
+) -> None:
+    """Put projections of hidden layers into an optimizer that was made without them.
+
+    Args:
+        optimizer: one that lists parameters of the student; another trains what it finds.
+        projections: their parameters get the optimizer's own defaults.
+        student: that they are a part of.
+        scheduler: the user's, or None.
+
+    Raises:
+        ValueError: there is a scheduler, which has a rate for the groups that it knows only.
+    """
+    listed = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [p for p in projections.parameters() if p.requires_grad and id(p) not in listed]
+    if not missing or not any(id(p) in listed for p in student.parameters()):
+        return
+    if scheduler is not None:
+        raise ValueError(
+            "hidden_layers of different widths have projections, which must be trained: they are "
+            f"not in the {type(optimizer).__name__} that was given with its scheduler; give "
+            "optimizers=(optimizer, None), to which they are added, or optimizer_cls_and_kwargs"
+        )
+    optimizer.add_param_group({"params": missing})
+    logger.info(
+        "%d projections of hidden layers were added to the optimizer, with its defaults",
+        len(missing),
+    )
+
+
 class StatefulTrainer(ResumableTrainer):
     """A `Trainer` with a teacher, projections of hidden states and the t of TAID, or without."""
 
@@ -134,10 +166,30 @@ class StatefulTrainer(ResumableTrainer):
     _layers: HiddenAlignment | None = None
     _taid: TaidCallback | None = None
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`; projections of hidden states are a part of the model meanwhile."""
-        with nullcontext() if self._layers is None else self._layers.attached():
-            return super().train(*args, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._attached = ExitStack()
+        super().__init__(*args, **kwargs)
+
+    def _attach_layers(self) -> None:
+        """Projections of hidden layers are a part of the model from now on."""
+        if self._layers is not None:
+            self._attached.enter_context(self._layers.attached())
+
+    def _detach_layers(self) -> None:
+        """The model is as it was before `_attach_layers`."""
+        self._attached.close()
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As in `Trainer`; projections of hidden layers are in an optimizer of the user's too.
+
+        Raises:
+            ValueError: they cannot be put into it, because its scheduler is the user's as well.
+        """
+        optimizer = super().create_optimizer(*args, **kwargs)
+        projections = None if self._layers is None else self._layers.projections
+        if projections is not None:
+            add_to_optimizer(optimizer, projections, cast(nn.Module, self.model), self.lr_scheduler)
+        return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         with nullcontext() if self._layers is None else self._layers.detached():

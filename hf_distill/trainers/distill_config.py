@@ -149,6 +149,14 @@ class DistillConfig(TrainingArguments):
     def __post_init__(self) -> None:
         """Check the values where they are given."""
         super().__post_init__()
+        self.check_values()
+
+    def check_values(self) -> None:
+        """Check the values, and make groups of what was given for them.
+
+        Raises:
+            ValueError: a value is unknown or out of range, or does not go with another.
+        """
         for name in config_schedules.RANGES:
             setattr(self, name, config_schedules.checked_value(name, getattr(self, name)))
         config_schedules.check_schedules_are_read(self)

@@ -24,7 +24,7 @@ from hf_distill.monitoring.metrics import TokenMeter
 from hf_distill.monitoring.watchdog import make_watchdog
 from hf_distill.rollouts import end_token_ids
 from hf_distill.run import Run
-from hf_distill.teachers import Teacher, UpdateTeacher, as_teacher
+from hf_distill.teachers import Teacher, as_teacher
 from hf_distill.trainers import config_schedules
 from hf_distill.trainers.accounting import AccountingTrainer
 from hf_distill.trainers.causal_lm import CausalLM
@@ -39,7 +39,8 @@ from hf_distill.trainers.checks import (
 )
 from hf_distill.trainers.classification import check_classifier, make_classification
 from hf_distill.trainers.distill_config import DistillConfig
-from hf_distill.trainers.step_collation import given_collator, wrap_collator
+from hf_distill.trainers.restarts import continued
+from hf_distill.trainers.step_collation import given_collator
 from hf_distill.trainers.tasks import Batch, Task
 from hf_distill.trainers.vocabulary import Vocabulary
 
@@ -102,6 +103,7 @@ class DistillTrainer(AccountingTrainer):
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
         )
+        self._accepts_count = self.model_accepts_loss_kwargs  # the Trainer has looked
         self.teacher = None if teacher is None else as_teacher(teacher)
         if self.teacher is None:
             check_without_teacher(args, self.data_collator, loss)
@@ -125,7 +127,7 @@ class DistillTrainer(AccountingTrainer):
             num_parts=self._num_parts,
         )
 
-    def _set_up(self, run: Run) -> None:
+    def _set_up(self, run: Run, keeps_teacher: bool = False) -> None:
         """Make what a step needs: the task, the teacher, what is measured."""
         if run.is_classifier:
             check_classifier(run)
@@ -142,10 +144,12 @@ class DistillTrainer(AccountingTrainer):
         self._loss_shifts_labels = self.task.shifts_labels
         self.label_names = [self.task.label_name]  # PEFT's forward hides them from the Trainer
         self._run = run
-        run.teacher.prepare(self.accelerator, run.student, refusal)
-        self.data_collator = wrap_collator(self.data_collator, self._collator_for(run.teacher))
+        if not keeps_teacher:
+            run.teacher.prepare(self.accelerator, run.student, refusal)
+        self._wrap_collator(self._collator_for(run.teacher))
         self._layers = self._make_layers(run)
         self._make_monitors(run)
+        self._note_set_up(run)
 
     def _make_hard_loss(self, run: Run) -> HardLoss:
         return HardLoss(
@@ -154,7 +158,7 @@ class DistillTrainer(AccountingTrainer):
             sharded=run.sharded,
             users=lambda: (self.compute_loss_func, self.label_smoother),
             shifts_labels=not run.is_classifier,
-            accepts_count=self.model_accepts_loss_kwargs,  # the Trainer has looked
+            accepts_count=self._accepts_count,
         )
 
     def _make_task(self, run: Run, hard_loss: HardLoss) -> Task:
@@ -176,7 +180,7 @@ class DistillTrainer(AccountingTrainer):
         layers = args.hidden_layers
         made = HiddenAlignment(run.student, run.teacher, layers, settings, args.seed, run.sharded)
         self._reader.watch = made.watch
-        return made
+        return continued(made, self._layers)
 
     def _make_monitors(self, run: Run) -> None:
         """Meters, and callbacks that follow the training."""
@@ -188,14 +192,11 @@ class DistillTrainer(AccountingTrainer):
         eos_token_id = getattr(self.processing_class, "eos_token_id", None)
         self._alignment = AlignmentMeter(end_token_ids(run.language_model, eos_token_id))
         self._looked = False
-        self.add_callback(UpdateTeacher(run.teacher))
-        if self.args.taid is not None and self._own_loss is None:
-            self._taid = TaidCallback(cast(TaidConfig, self.args.taid), self.accelerator)
-            self.add_callback(self._taid)
+        taid = cast("TaidConfig | None", self.args.taid) if self._own_loss is None else None
+        self._taid = self._put_callback(TaidCallback(taid, self.accelerator)) if taid else None
         watchdog, self._probe = make_watchdog(run, self._vocabulary.size)
         if watchdog is not None:
-            # before the callbacks that report, so that they see its metrics
-            self.callback_handler.callbacks.insert(0, watchdog)
+            self._put_callback(watchdog, first=True)
 
     @property
     def loss(self) -> Loss:
@@ -282,6 +283,7 @@ class DistillTrainer(AccountingTrainer):
         averaged = 1 if evaluates else self._num_averaged(num_items)
         batch = self.task.read(inputs, None if evaluates else num_items, averaged)
         batch.num_rows = self._evaluation.num_rows
+        self._start_check.look(model, batch.student)
         if not self._looked:
             done, probe = self.task.look(model, batch), self._probe
             kept = probe is None or probe.keep(model, batch.student, batch.teacher)

@@ -98,9 +98,9 @@ class OPSDConfig(DistillConfig):
         },
     )
 
-    def __post_init__(self) -> None:
-        """Check the values where they are given."""
-        super().__post_init__()
+    def check_values(self) -> None:
+        """As in `DistillConfig`."""
+        super().check_values()
         self.self_teacher = as_group("self_teacher", SelfTeacherConfig, self.self_teacher)
         self.rollout = as_group("rollout", RolloutConfig, self.rollout)
         self.make_teacher()

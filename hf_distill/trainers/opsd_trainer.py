@@ -15,11 +15,12 @@ from hf_distill.data.hint_collator import HintCollator
 from hf_distill.losses import ClipConfig, Loss, LossFunction, behaviour_log_probs
 from hf_distill.monitoring.completion_table import WriteTable
 from hf_distill.monitoring.preflight import check_empty_hint, warn_of_lost_context
-from hf_distill.rollouts import TellEngine
+from hf_distill.rollouts import Engine, TellEngine
 from hf_distill.rollouts.config import RolloutConfig
 from hf_distill.rollouts.environments import Environment
 from hf_distill.rollouts.repeat_sampler import RepeatSampler
 from hf_distill.rollouts.rollout import EVAL_STEP, Rollouts, RolloutWindow, make_engine, make_table
+from hf_distill.run import Run
 from hf_distill.teachers import SelfTeacher, Teacher, as_teacher
 from hf_distill.trainers.causal_lm import BEHAVIOUR
 from hf_distill.trainers.checks import unused_opsd_settings
@@ -85,12 +86,11 @@ class OPSDTrainer(DistillTrainer):
             )
         self._check_rollout(args, environment)
         self.hint_collator, self.environment = data_collator, environment
-        self._window: RolloutWindow | None = None
-        self._resumed: dict[str, Any] | None = None
-        self._has_shown_hints = False
+        self.rollouts: Rollouts | None = None
         for text in unused_opsd_settings(args, environment is not None, teacher is None):
             logger.warning("a setting is not used: %s", text)
-        teacher = args.make_teacher() if teacher is None else as_teacher(teacher)
+        self._teacher_of_args = None if teacher is not None else args.make_teacher()
+        teacher = self._teacher_of_args or as_teacher(cast(Any, teacher))
         if args.on_policy and not all(x.knows_new_rows for x in teacher.each()):
             raise ValueError(
                 "a cached teacher knows the rows that were written, not those that the student "
@@ -108,7 +108,6 @@ class OPSDTrainer(DistillTrainer):
             loss=loss,
             **kwargs,
         )
-        self.rollouts = self._make_rollouts(environment) if args.on_policy else None
         clip = cast(ClipConfig, args.clip)
         if loss is None and clip.bound is not None and clip.level == "vocab_entry":
             logger.warning(
@@ -139,29 +138,39 @@ class OPSDTrainer(DistillTrainer):
         super()._tell_end_tokens(ids)
         self.hint_collator = self.hint_collator.with_end_tokens(ids)
 
+    def _set_up(self, run: Run, keeps_teacher: bool = False) -> None:
+        if self._teacher_of_args is not None:
+            self._teacher_of_args.become(self.args.make_teacher())
+        super()._set_up(run, keeps_teacher)
+        self._window: RolloutWindow | None = None
+        self._resumed: dict[str, Any] | None = None
+        self._has_shown_hints = False
+        self.rollouts = self._make_rollouts(self.environment) if self.args.on_policy else None
+
     def _collator_for(self, teacher: Teacher) -> Callable[[Any], Any]:
         # rows of prompts go to the rollouts, which add what the teacher needs
         return (lambda x: x) if self.args.on_policy else teacher.collator
 
     def _make_rollouts(self, environment: Environment | None) -> Rollouts:
         run, collator = self._run, self.hint_collator
-        engine, table = make_engine(run, collator, environment), make_table(run, collator)
-        self.add_callback(TellEngine(engine))
+        engine, table = self._engine(), make_table(run, collator)
+        self._put_callback(TellEngine(engine))
         if table is not None:
-            self.add_callback(WriteTable(table))
+            self._put_callback(WriteTable(table))
         route = run.teacher.route
         return Rollouts(self.args, collator, environment, engine, self.accelerator, route, table)
 
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> Any:
-        """As in `Trainer`; a new run first checks a self-teacher without hints, see `preflight`."""
-        if not resume_from_checkpoint and self.state.global_step == 0:
+    def _engine(self) -> Engine:
+        """The engine; vLLM's is made once, as it has a model of its own on the devices."""
+        config = cast(RolloutConfig, self.args.rollout)
+        if self.rollouts is not None and config.engine == "vllm":
+            return self.rollouts.engine
+        return make_engine(self._run, self.hint_collator, self.environment)
+
+    def _before_training(self) -> None:
+        """A run that is not resumed first checks a self-teacher without hints, see `preflight`."""
+        if not self._is_resumed:
             self._check_empty_hint()
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _check_empty_hint(self) -> None:
         reason, own = None, self.teacher
@@ -187,6 +196,7 @@ class OPSDTrainer(DistillTrainer):
         with self.accelerator.autocast():
             found = check_empty_hint(model, own, student, teacher, collator.pad_token_id, in_16_bit)
         logger.info("without a hint student and teacher are %.1e nats apart", found)
+        self._start_check.skip()
 
     def _check_batch(self, inputs: dict[str, Any]) -> None:
         super()._check_batch(inputs)

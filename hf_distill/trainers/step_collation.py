@@ -20,7 +20,7 @@ from hf_distill.data.rendering import DROPPED, TRUNCATED
 from hf_distill.data.turn_ends import tell_end_tokens
 from hf_distill.models.structure import causal_lm, generation_end_ids
 from hf_distill.monitoring.metrics import ShareMeter
-from hf_distill.trainers.checkpoints import StatefulTrainer
+from hf_distill.trainers.restarts import RestartingTrainer
 
 ROWS = "rows_to_collate"  # the only key of a batch that is not made yet
 
@@ -165,19 +165,31 @@ class CollatingLoader:
         return getattr(self._loader, name)
 
 
-class StepCollatingTrainer(StatefulTrainer):
+class StepCollatingTrainer(RestartingTrainer):
     """A `Trainer` that makes batches of rows where hints depend on the step."""
 
     def __init__(
         self, model: Any, args: TrainingArguments, data_collator: Any, *others: Any, **kwargs: Any
     ) -> None:
         self._hinting = StepCollation(args.seed)
+        self._wrapped: tuple[Any, Any] = None, None  # a collator, and the one around it
         super().__init__(model, args, defer_collator(data_collator, args), *others, **kwargs)
         self._tell_end_tokens(generation_end_ids(causal_lm(cast(nn.Module, self.model))))
 
     def _tell_end_tokens(self, ids: list[int]) -> None:
         """Tell collators of replies at which ids the student ends its own."""
         self.data_collator = wrap_collator(self.data_collator, lambda x: tell_end_tokens(x, ids))
+
+    def _set_up_again(self, keeps_teacher: bool) -> None:
+        self._hinting = StepCollation(self.args.seed)
+        if self.data_collator is self._wrapped[1]:
+            self.data_collator = self._wrapped[0]
+        super()._set_up_again(keeps_teacher)
+
+    def _wrap_collator(self, wrap: Callable[[Any], Any]) -> None:
+        given = self.data_collator
+        self.data_collator = wrap_collator(given, wrap)
+        self._wrapped = given, self.data_collator
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

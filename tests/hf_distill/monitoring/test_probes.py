@@ -11,8 +11,8 @@ from hf_distill.monitoring.probes import (
     DriftProbe,
     LiveProbe,
     _first_row,
-    _some_tokens,
     make_probe,
+    some_tokens,
 )
 from hf_distill.teachers import ModelTeacher, SelfTeacher
 from tests.hf_distill.trainers import models
@@ -55,11 +55,11 @@ def test_only_frozen_teachers_are_held_to_their_start(teacher, expected):
     assert type(make_probe(teacher, None)) is expected
 
 
-def test_some_tokens_are_spread_evenly():
+def testsome_tokens_are_spread_evenly():
     predicts = torch.zeros(PROBE_ROWS + 1, 50, dtype=torch.bool)
     predicts[:, 10:42] = True  # twice as many as are read
     predicts[1, 14:] = False
-    kept = _some_tokens(Side({"input_ids": torch.zeros(PROBE_ROWS + 1, 50)}, predicts))
+    kept = some_tokens(Side({"input_ids": torch.zeros(PROBE_ROWS + 1, 50)}, predicts))
     assert kept.predicts.shape == (PROBE_ROWS, 50)
     assert kept.predicts[0].nonzero()[:, 0].tolist() == list(range(10, 42, 2))
     assert kept.predicts[1].nonzero()[:, 0].tolist() == list(range(10, 14))
@@ -79,7 +79,7 @@ def test_a_live_teacher_moves_by_a_share_of_what_it_had_to_teach():
 
     @torch.no_grad()
     def said(one: Side) -> torch.Tensor:
-        chosen = _some_tokens(one)
+        chosen = some_tokens(one)
         return model(**chosen.inputs).logits[chosen.predicts].double().log_softmax(-1)
 
     def jsd(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

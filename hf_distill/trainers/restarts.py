@@ -1,0 +1,195 @@
+"""Every training of a trainer begins as that of a new trainer would.
+
+`model_init` makes another model for every `train()`, a search for hyperparameters changes the
+settings between them, and a second `train()` of one model goes on from its weights. What belongs to
+one training is therefore made anew for each: the teacher's average or frozen copy, schedules, t of
+TAID, meters, the watchdog, rollouts. Projections of hidden layers are a part of the student and go
+on with its weights, as the `Trainer`'s optimizer does.
+"""
+
+import dataclasses
+import logging
+from typing import Any, TypeVar, cast
+
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import HPSearchBackend, default_compute_objective
+
+from hf_distill.losses.hidden_states import HiddenAlignment
+from hf_distill.models.structure import unwrap
+from hf_distill.monitoring.self_teacher_check import SelfTeacherCheck
+from hf_distill.run import Run
+from hf_distill.teachers import Teacher, UpdateTeacher
+from hf_distill.trainers.checkpoints import StatefulTrainer
+
+logger = logging.getLogger(__name__)
+
+Callback = TypeVar("Callback", bound=TrainerCallback)
+
+
+def continued(layers: HiddenAlignment, before: HiddenAlignment | None) -> HiddenAlignment:
+    """Layers whose projections are those of the training before, if the student is the same."""
+    if before is None or before.student is not layers.student:
+        return layers
+    old, new = (
+        {} if x.projections is None else x.projections.state_dict() for x in (before, layers)
+    )
+    if {k: v.shape for k, v in old.items()} == {k: v.shape for k, v in new.items()}:
+        layers.projections = before.projections
+    return layers
+
+
+class RestartingTrainer(StatefulTrainer):
+    """A `Trainer` that sets itself up again for a training if the last set-up is not for it."""
+
+    _run: Run
+    _start_check: SelfTeacherCheck
+    _is_new = True  # whether no training has used the set-up
+    _is_resumed = False
+    _loops = 0  # of the training that runs
+    _metrics_of_trainer: frozenset[str] = frozenset()
+    _callbacks_of_set_up: tuple[TrainerCallback, ...] = ()
+
+    def _set_up_again(self, keeps_teacher: bool) -> None:
+        """Make what belongs to a training anew; `keeps_teacher`: but for the teacher's state."""
+        self._set_up(self._make_run(cast(Teacher, self.teacher)), keeps_teacher)
+
+    def _make_run(self, teacher: Teacher) -> Run:
+        """What helpers are told of this trainer."""
+        raise NotImplementedError
+
+    def _set_up(self, run: Run, keeps_teacher: bool = False) -> None:
+        """Make what a training needs."""
+        raise NotImplementedError
+
+    def _before_training(self) -> None:
+        """Called when all is set up; the student has its first weights, also in a resumed run."""
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`; a training that is not the first begins as that of a new trainer."""
+        self._is_resumed, self._loops = bool(resume_from_checkpoint), 0
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._detach_layers()
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        # train() calls it when the model is the one to train and the arguments are its arguments
+        self._take_values(trial)
+        if self.teacher is not None and self.is_in_train:
+            self._begin()
+
+    def _begin(self) -> None:
+        self._detach_layers()  # of a training that has ended in an error
+        if not self._is_ready():
+            before = self._callbacks_of_set_up
+            self._set_up_again(self._is_resumed and self.model is self._run.student)
+            stale = [x for x in self._callbacks_of_set_up if x in before]
+            for callback in stale:
+                self.remove_callback(callback)
+            self._callbacks_of_set_up = tuple(
+                x for x in self._callbacks_of_set_up if x not in stale
+            )
+        self._is_new = False
+        if self._is_resumed:
+            self._start_check.skip()
+        self._before_training()
+        self._attach_layers()
+
+    def _is_ready(self) -> bool:
+        """Whether the last set-up is for the training that begins."""
+        run, model = self._run, cast(Any, self.model)
+        same = unwrap(model) is unwrap(run.student)
+        if same and run.sharded and not self._is_new:
+            logger.warning(
+                "the parameters are sharded: what this training has of its own (the teacher's "
+                "state, meters, the watchdog) goes on from the one before; make a new trainer to "
+                "begin anew"
+            )
+            return True
+        return self._is_new and same and self.accelerator is run.accelerator and not self._moved
+
+    @property
+    def _moved(self) -> bool:
+        """Whether the student lies elsewhere than at the set-up."""
+        return self._device != next(cast(Any, self.model).parameters()).device
+
+    def _note_set_up(self, run: Run) -> None:
+        """Called behind each set-up."""
+        self._put_callback(UpdateTeacher(run.teacher))
+        self._is_new = True
+        self._device = next(run.student.parameters()).device
+        in_16_bit = run.args.bf16 or run.args.fp16 or getattr(run.student, "is_quantized", False)
+        self._start_check = SelfTeacherCheck(run.teachers, bool(in_16_bit))
+        if run.sharded:
+            self._start_check.skip()
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._loops += 1
+        if self._loops > 1 and self.teacher is not None:  # a smaller batch, after one did not fit
+            self._begin()
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _put_callback(self, callback: Callback, first: bool = False) -> Callback:
+        """Add a callback of the set-up, in the place of that of the set-up before.
+
+        Args:
+            callback: to add.
+            first: before the callbacks that report, so that they see its metrics.
+        """
+        callbacks, kind = self.callback_handler.callbacks, type(callback)
+        before = next((x for x in self._callbacks_of_set_up if type(x) is kind), None)
+        if before in callbacks:
+            callbacks[callbacks.index(before)] = callback
+        elif first:
+            callbacks.insert(0, callback)
+        else:
+            self.add_callback(callback)
+        kept = [x for x in self._callbacks_of_set_up if x is not before]
+        self._callbacks_of_set_up = (*kept, callback)
+        return callback
+
+    def _take_values(self, trial: Any) -> None:
+        """Give the settings the values of a trial.
+
+        The `Trainer` makes a value the type of the setting's present one, which a schedule and a
+        number do not share; those of this library's own settings are taken as in a config.
+        """
+        own: dict[str, Any] = {}
+        if self.hp_search_backend is None or trial is None:
+            super()._hp_search_setup(trial)
+        else:
+            space = cast(Any, self.hp_space)
+            is_optuna = self.hp_search_backend == HPSearchBackend.OPTUNA
+            values = dict(space(trial) if is_optuna else trial)
+            plain = {field.name for field in dataclasses.fields(TrainingArguments)}
+            names = {field.name for field in dataclasses.fields(self.args)} - plain
+            own = {name: values.pop(name) for name in names & values.keys()}
+            self.hp_space = lambda _: values
+            try:
+                super()._hp_search_setup(trial if is_optuna else values)
+            finally:
+                self.hp_space, self._trial = space, trial
+        for name, value in own.items():
+            setattr(self.args, name, value)
+        cast(Any, self.args).check_values()
+
+    def hyperparameter_search(
+        self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in `Trainer`.
+
+        The default objective is that of `Trainer`: the sum of what `compute_metrics` gives, else
+        the loss. What this class adds to an evaluation's metrics is not a part of it.
+        """
+        compute_objective = compute_objective or self._objective
+        return super().hyperparameter_search(hp_space, compute_objective, *args, **kwargs)
+
+    def _objective(self, metrics: dict[str, float]) -> float:
+        known = {k: v for k, v in metrics.items() if k in self._metrics_of_trainer}
+        return default_compute_objective(known)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`."""
+        output = super().evaluation_loop(*args, **kwargs)
+        self._metrics_of_trainer |= set(output.metrics or ())
+        return output
