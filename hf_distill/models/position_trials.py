@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from hf_distill.models.structure import causal_lm
 
 ROW, PADDING = 8, 8  # tokens of a trial, where the model's table of positions is long enough
-SHORT = 3  # tokens that any table has
+SHORT = 2  # tokens that any table has, and one more
 LENIENT = 1e-4  # of the largest logit, in float32; padding that counts gives more than 1e-3
 MOST_NOISE = 0.05  # padding on the right that changes more than this is no rounding
 
@@ -128,7 +128,9 @@ class Trial:
         if "use_cache" in inspect.signature(self.lm.forward).parameters:
             inputs["use_cache"] = False
         with _Spy() as spy:
-            logits = self.run(**inputs).logits
+            outputs = self.run(**inputs)
+        logits = getattr(outputs, "logits", None)
+        logits = outputs[0] if logits is None else logits  # a model without a head
         if logits.ndim == 3:  # tokens of an adapter may stand before the padding
             logits = logits[0, logits.shape[1] - right - length : logits.shape[1] - right]
         return Said(logits.float(), spy.lookups, spy.eps)
@@ -142,13 +144,24 @@ def _surrounded(x: Tensor, left: int, right: int, fill: Tensor | int) -> Tensor:
     return torch.cat([*[one] * left, x, *[one] * right], dim=1)
 
 
-def positions_in(said: Said, row: Tensor) -> Lookup | None:
-    """The first lookup by numbers that ascend by one, and are not the row's own ids."""
-    own = row.flatten().tolist() if not row.is_floating_point() else None
+def ascends(numbers: list[int]) -> bool:
+    """Whether they are two or more numbers that ascend by one."""
+    return len(numbers) > 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+
+
+def positions_in(said: Said, shorter: Said, row: Tensor) -> Lookup | None:
+    """The first lookup by numbers that ascend by one, of which a longer row has more.
+
+    Args:
+        said: of the row.
+        shorter: of the row without its last token.
+        row: [1, n] or [1, n, H]; its own ids may ascend too.
+    """
+    own = None if row.is_floating_point() else row.flatten().tolist()
+    before = [lookup.numbers for lookup in shorter.lookups]
     for lookup in said.lookups:
-        numbers = lookup.numbers
-        ascends = numbers == list(range(numbers[0], numbers[0] + len(numbers))) if numbers else 0
-        if ascends and len(numbers) >= row.shape[1] > 1 and numbers != own:
+        grows = lookup.numbers[:-1] in before and lookup.numbers != own
+        if grows and ascends(lookup.numbers):
             return lookup
     return None
 

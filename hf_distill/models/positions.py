@@ -26,6 +26,7 @@ from hf_distill.models.position_trials import (
     SHORT,
     Said,
     Trial,
+    ascends,
     one_row,
     positions_in,
 )
@@ -72,10 +73,10 @@ def _other_fill(trial: Trial) -> Tensor:
 
 def _knows_padding(padded: Said, alone: Said, trial: Trial) -> bool:
     """Whether the row's positions are looked up as they are without padding."""
-    at = positions_in(alone, trial.row)
-    length = trial.row.shape[1]
-    tails = [x.numbers[-length:] for x in padded.lookups if len(x.numbers) > length]
-    return at is not None and at.numbers in tails
+    ids = trial.row[0].tolist()
+    tails = [x.numbers[-len(ids) :] for x in padded.lookups if len(x.numbers) > len(ids)]
+    found = [x.numbers for x in alone.lookups if ascends(x.numbers) and x.numbers != ids]
+    return any(numbers in tails for numbers in found)
 
 
 def find_way(trial: Trial, limit: int | None, first: int) -> Way:
@@ -170,7 +171,7 @@ class Positions:
         with torch.no_grad(), evaluating(run), kept_rng(inputs[name].device):
             trial = one_row(run, model, inputs, name)
             if not self._is_measured:
-                self._measure(trial.first(SHORT))
+                self._measure(trial)
             if masked:
                 self.way = find_way(trial, self.limit, self.first)
                 level = logging.DEBUG if self.way.kind == OWN else logging.INFO  # as in `Trainer`
@@ -186,11 +187,13 @@ class Positions:
     def _measure(self, trial: Trial) -> None:
         """How many learnt positions there are, and the first of them."""
         self._is_measured = True
-        own = positions_in(trial.read(), trial.row)
+        shorter, row = trial.first(SHORT), trial.first(SHORT + 1)
+        own = positions_in(row.read(), shorter.read(), row.row)
         if own is not None:
-            self.limit = trial.row.shape[1] + own.rows - 1 - own.numbers[-1]
+            self.limit = row.row.shape[1] + own.rows - 1 - own.numbers[-1]
         if trial.takes_positions:
-            given = positions_in(trial.read(first_position=0), trial.row)
+            read = [each.read(first_position=0) for each in (row, shorter)]
+            given = positions_in(read[0], read[1], row.row)
             if own is not None and given is not None:
                 self.first = own.numbers[0] - given.numbers[0]
 
