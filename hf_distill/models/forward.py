@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hf_distill.data.sides import Side
 from hf_distill.models.layers import LayerWatcher, States
 from hf_distill.models.modes import evaluating, replaced_forward
+from hf_distill.models.positions import longest_row, positions_of
 from hf_distill.models.routers import RouterWatcher
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import causal_lm, is_classifier, output_head
@@ -148,28 +149,28 @@ class Reader:
         if ids is None:
             return "the batch has no input_ids"
         mask = inputs.get("attention_mask")
-        row = ids[0] if mask is None or mask.ndim != 2 else ids[0][mask[0].bool()]
+        row = ids[0] if mask is None or mask.ndim != 2 else longest_row(ids, mask)
         return probe_head(lm, row[None, :PROBE_TOKENS])
 
     def forward_inputs(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
-        """The inputs, with the cache off and positions counted from each row's first real token.
+        """The inputs, with the cache off, and positions where `models.positions` adds them.
 
-        Explicit positions make a left-padded row mean what the right-padded one does, also for
-        models with learnt positions. A classifier gets those inputs that its forward names, as
-        they are: encoders count their positions in ways of their own.
+        A classifier gets those inputs that its forward names, as they are: encoders count their
+        positions in ways of their own.
+
+        Raises:
+            ValueError: see `Positions.arguments`.
         """
         lm = causal_lm(model)
         names = inspect.signature(lm.forward).parameters
         if is_classifier(lm):
+            positions_of(model).check_rows(model, inputs, self.name)
             named = {name: value for name, value in inputs.items() if name in names}
             return named or dict(inputs)  # a forward of *args and **kwargs names none
         result: dict[str, Any] = dict(inputs)
         if "use_cache" in names:
             result.setdefault("use_cache", False)
-        mask = inputs.get("attention_mask")
-        if "position_ids" in names and mask is not None and mask.ndim == 2:
-            result.setdefault("position_ids", (mask.long().cumsum(-1) - 1).clamp_min(0))
-        return result
+        return result | positions_of(model).arguments(model, result, self.name)
 
     def at_head(self, model: nn.Module, side: Side, read: Callable[[Tensor, Head], Any]) -> Any:
         """What `read(hidden [N, H], head)` returns, called inside the model's forward."""
@@ -223,6 +224,7 @@ class Reader:
 
         What is yielded gives the layers' states.
         """
+        self.forward_inputs(model, side.inputs)  # may try the model out, which must not be watched
         lm = causal_lm(model)
         with self.routers.on(lm, side.predicts):
             if not self.watch.layers:

@@ -20,12 +20,18 @@ SAMPLES = 256  # entries of a tensor
 ROW_INPUTS = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
 
 
+def _has_row_inputs_only(side: Side) -> bool:
+    """Whether every input has an entry for each row at its first place."""
+    positions = side.inputs.get("position_ids")  # of some models [3, B, T]
+    return side.inputs.keys() <= ROW_INPUTS and (positions is None or positions.ndim == 2)
+
+
 def _first_row(side: Side) -> Side:
     """The first row with a scored token, and its first scored tokens."""
     row = int(side.predicts.any(1).int().argmax())
     chosen = torch.zeros_like(side.predicts)
     chosen[row] = side.predicts[row] & (side.predicts[row].cumsum(0) <= PROBE_TOKENS)
-    if not side.inputs.keys() <= ROW_INPUTS:
+    if not _has_row_inputs_only(side):
         return Side(side.inputs, chosen)  # images, say, which need not be one a row
     one = slice(row, row + 1)
     return Side({key: value[one] for key, value in side.inputs.items()}, chosen[one])
@@ -37,7 +43,7 @@ def some_tokens(side: Side) -> Side:
     at = torch.arange(PROBE_TOKENS, device=number.device)
     wanted = torch.where(num_scored > PROBE_TOKENS, at * num_scored // PROBE_TOKENS, at)
     chosen = side.predicts & (number[:, :, None] == wanted[:, None]).any(-1)
-    if not side.inputs.keys() <= ROW_INPUTS:
+    if not _has_row_inputs_only(side):
         chosen[PROBE_ROWS:] = False
         return Side(side.inputs, chosen)
     first = slice(0, PROBE_ROWS)

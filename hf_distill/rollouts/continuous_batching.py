@@ -13,6 +13,8 @@ from torch import nn
 from transformers import ContinuousBatchingConfig
 
 from hf_distill.models.modes import evaluating, kept_rng
+from hf_distill.models.position_trials import synthetic_row
+from hf_distill.models.positions import positions_of
 from hf_distill.models.structure import causal_lm, is_sharded, unwrap
 from hf_distill.rollouts.generate import generation_config, manual_seed
 from hf_distill.rollouts.sampling import Sampling, cut_at_end_token, end_token_ids
@@ -39,6 +41,17 @@ def _attention_refusal(lm: Any) -> str | None:
         return (
             f"paged {attention} attention leaves out attn_logit_softcapping; flash attention has it"
         )
+    return None
+
+
+def _positions_refusal(model: nn.Module) -> str | None:
+    """Why its positions are not right there, found by a short forward at the first call."""
+    lm = causal_lm(model)
+    row = synthetic_row(lm, next(lm.parameters()).device)
+    positions = positions_of(model)
+    positions.arguments(model, {"input_ids": row}, "student")
+    if positions.first:
+        return f"it counts positions from {positions.first}, continuous batching from 0"
     return None
 
 
@@ -122,7 +135,7 @@ class ContinuousEngine:
             ValueError: continuous batching cannot sample from this model; the message says why.
             RuntimeError: it failed on a prompt.
         """
-        reason = continuous_batching_refusal(model)
+        reason = continuous_batching_refusal(model) or _positions_refusal(model)
         if reason is not None:
             raise ValueError(f"engine 'continuous' cannot sample from this model: {reason}")
         lm: Any = causal_lm(model)

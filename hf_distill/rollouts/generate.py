@@ -1,10 +1,12 @@
 """The engine "generate": Transformers' `generate` with the key-value cache."""
 
+import copy
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any
+from itertools import groupby
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ from transformers import GenerationConfig
 from hf_distill.data.batches import pad
 from hf_distill.models.modes import evaluating, kept_rng
 from hf_distill.models.structure import causal_lm, is_sharded, unwrap
+from hf_distill.rollouts.left_padding import ANY, NONE, LeftPadding, left_padding
 from hf_distill.rollouts.sampling import Sampling, cut_at_end_token, end_token_ids
 
 
@@ -73,13 +76,25 @@ def manual_seed(seed: int) -> None:
     torch.manual_seed(seed % 2**64)
 
 
-def _batches(prompts: Sequence[Sequence[int]], batch_size: int | None) -> list[list[int]]:
-    """Indices of the prompts of each call: short ones together, so that little is padded."""
+def _batches(
+    prompts: Sequence[Sequence[int]], batch_size: int | None, share: str
+) -> list[list[int]]:
+    """Indices of the prompts of each call: short ones together, so that little is padded.
+
+    Args:
+        prompts: of all calls.
+        batch_size: of a call, at most.
+        share: which prompts may share a call, see `left_padding`.
+    """
     rows = list(range(len(prompts)))
-    if batch_size is None:
+    if batch_size is None and share == ANY:
         return [rows]
     rows.sort(key=lambda i: len(prompts[i]))
-    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    groups = [rows]
+    if share != ANY:
+        groups = [list(group) for _, group in groupby(rows, lambda i: len(prompts[i]))]
+    size = 1 if share == NONE else batch_size or max(1, len(rows))
+    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
 
 def _check_calls(number: int) -> None:
@@ -109,7 +124,8 @@ def generate(
 
     Args:
         model: wrapped or not; it generates in eval mode and is then as before.
-        prompts: lists of token ids; they are padded on the left.
+        prompts: lists of token ids; they are padded on the left, unless the model continues them
+            otherwise then, see `rollouts.left_padding`.
         pad_token_id: may equal an end token: a completion ends at its first end token, not where
             padding begins.
         eos_token_id: the tokenizer's end token, or several; those of the model's generation config
@@ -121,13 +137,15 @@ def generate(
         generation_kwargs: fields of `GenerationConfig` to add (top_p, top_k, ...). The
             model's own sampling defaults are not used: they would change the policy silently.
         batch_size: prompts of one call of the model's `generate`, short ones together, each batch
-            with a seed of its own; None is all at once, as they come.
+            with a seed of its own; None is all at once, as they come, or all of one length where
+            nothing may be padded.
 
     Returns:
         One list of ids per prompt, with its end token if it has ended, without padding.
 
     Raises:
-        ValueError: parameters are sharded and the processes would make different numbers of calls.
+        ValueError: parameters are sharded and the processes would make different numbers of calls;
+            or a prompt is longer than the model's learnt positions.
     """
     lm: Any = unwrap(model)
     device = next(lm.parameters()).device
@@ -136,26 +154,42 @@ def generate(
         pad_token_id, eos_token_id, max_completion_length, temperature, generation_kwargs or {}
     )
     config = generation_config(sampling, end_ids)
-    batches = _batches(prompts, batch_size)
-    options = {}
-    if is_sharded(model):
-        _check_calls(len(batches))
-        # a process that has ended goes on with the others, who need its parameters
-        options["synced_gpus"] = torch.distributed.get_world_size() > 1
-    found: dict[int, list[int]] = {}
     with kept_rng(device), evaluating(lm), _no_generation_defaults(lm), _whole_root(model):
+        padding = left_padding(lm, prompts, pad_token_id, device)
+        share = padding.sharing(max(map(len, prompts), default=0), max_completion_length)
+        batches = _batches(prompts, batch_size, share)
+        options: dict[str, Any] = {}
+        if is_sharded(model):
+            _check_calls(len(batches))
+            # a process that has ended goes on with the others, who need its parameters
+            options["synced_gpus"] = torch.distributed.get_world_size() > 1
+        found: dict[int, list[int]] = {}
         for number, rows in enumerate(batches):
-            ids = pad([prompts[i] for i in rows], pad_token_id, side="left").to(device)
-            mask = pad([[1] * len(prompts[i]) for i in rows], 0, side="left").to(device)
-            manual_seed(seed if batch_size is None else _seed_of(seed, number))
-            output = lm.generate(
-                input_ids=ids, attention_mask=mask, generation_config=config, **options
-            )
-            completions = output[:, ids.shape[1] :].tolist()
+            one = batch_size is None and len(batches) == 1
+            manual_seed(seed if one else _seed_of(seed, number))
+            completions = _call(lm, [prompts[i] for i in rows], config, padding, options)
             found |= {
                 i: cut_at_end_token(row, end_ids) for i, row in zip(rows, completions, strict=True)
             }
     return [found[i] for i in range(len(prompts))]
+
+
+def _call(
+    lm: Any,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    padding: LeftPadding,
+    options: dict[str, Any],
+) -> list[list[int]]:
+    """What one call of the model's `generate` writes behind prompts."""
+    device, fill = next(lm.parameters()).device, cast(int, config.pad_token_id)
+    ids = pad(prompts, fill, side="left").to(device)
+    mask = pad([[1] * len(prompt) for prompt in prompts], 0, side="left").to(device)
+    config = copy.copy(config)
+    config.max_new_tokens = padding.new_tokens(cast(int, config.max_new_tokens), ids.shape[1])
+    options = options | padding.arguments(mask)
+    output = lm.generate(input_ids=ids, attention_mask=mask, generation_config=config, **options)
+    return output[:, ids.shape[1] :].tolist()
 
 
 def _seed_of(seed: int, number: int) -> int:

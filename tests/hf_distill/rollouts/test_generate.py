@@ -99,6 +99,7 @@ def test_greedy_gpt2_with_learnt_positions() -> None:
 def test_the_cache_is_used() -> None:
     model, widths = models.llama(), []
     model.config.use_cache = False
+    rollout(model)  # the first one tries out which prompts may share a call
     model.model.register_forward_pre_hook(
         lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )

@@ -203,44 +203,6 @@ def test_every_reply_of_the_data_is_compared(tmp_path, caplog):
             opsd.train()
 
 
-class Deaf(nn.Module):
-    """Stands in for a decoder that counts positions from the padding on, and attends to it."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
-        kwargs |= {"attention_mask": None, "position_ids": None}
-        return self.inner(input_ids=input_ids, **kwargs)
-
-
-def test_padding_that_reaches_the_logits_is_an_error(tmp_path):
-    model = models.llama()
-    model.model = Deaf(model.model)
-    opsd = trainer(tmp_path, model, on_policy=False)
-    with pytest.raises(EmptyHintError, match="padding: rows padded on the left"):
-        opsd.train()
-
-
-class FromThePadding(nn.Module):
-    """Stands in for a decoder that counts positions from the padding on."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
-        return self.inner(input_ids=input_ids, **kwargs | {"position_ids": None})
-
-
-def test_positions_counted_from_the_padding_are_an_error(tmp_path):
-    model = models.gpt2()
-    model.transformer = FromThePadding(model.transformer)
-    with pytest.raises(EmptyHintError, match="position ids: rows padded on the left must give"):
-        trainer(tmp_path, model).train()
-
-
 @pytest.mark.parametrize("teacher", ["base", "ema"])
 def test_an_adapter_that_is_not_off_is_an_error(tmp_path, monkeypatch, teacher):
     """Also one that was not trained: then student and teacher agree all the same."""
