@@ -80,15 +80,16 @@ def build_batch(
 
 
 def build_rows(
-    student: Sequence[TokenRow], teacher: Sequence[TokenRow], pad_token_id: int
+    student: Sequence[TokenRow], teacher: Sequence[TokenRow] | None, pad_token_id: int
 ) -> dict[str, Tensor]:
     """Do `build_batch` from whole rows, whose scored tokens may lie anywhere but at the start.
+
+    Without rows of the teacher's own the batch has no `teacher_` keys: it reads the student's.
 
     Raises:
         AlignmentError: the scored tokens of a row are not the same ids on both sides.
     """
     ids, mask, index = _rows(student, pad_token_id)
-    teacher_ids, teacher_mask, teacher_index = _rows(teacher, pad_token_id)
     scored = torch.zeros_like(mask, dtype=torch.bool)
     scored[:, 1:] = predicts_from_index(index, ids.shape[1])[:, :-1]
     batch = {
@@ -96,9 +97,14 @@ def build_rows(
         "attention_mask": mask,
         "labels": ids.masked_fill(~scored, IGNORE_INDEX),
         "completion_index": index,
-        "teacher_input_ids": teacher_ids,
-        "teacher_attention_mask": teacher_mask,
-        "teacher_completion_index": teacher_index,
+    }
+    if teacher is None:
+        return batch
+    ids, mask, index = _rows(teacher, pad_token_id)
+    batch |= {
+        "teacher_input_ids": ids,
+        "teacher_attention_mask": mask,
+        "teacher_completion_index": index,
     }
     assert_aligned(batch)
     return batch

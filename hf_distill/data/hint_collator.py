@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hf_distill.data import batches, rendering, texts
+from hf_distill.data import batches, rendering, row_columns, texts
 from hf_distill.data.batches import TokenRow
 from hf_distill.data.chat import (
     SCORED,
@@ -36,6 +36,7 @@ from hf_distill.data.rendering import DROPPED, TRUNCATED, RenderedSides
 
 SHOWN_TOKENS = 8
 TRUNCATIONS = ("error", "hint")
+DEFAULT_HINT = "hint"
 
 Given = TypeVar("Given")
 Hints = Hint | str | Callable[[Row], str | None] | Sequence[Hint]
@@ -51,7 +52,9 @@ class HintCollator(PromptIds):
 
     Args:
         tokenizer: the student's tokenizer. It needs a chat template if prompts are messages.
-        hint: a `Hint`, or its text (a column, a template or a function of the row), or several.
+        hint: a `Hint`, or its text (a column, a template or a function of the row), or several; []
+            means no hints. None means the column hint; rows without it have no hint, which is an
+            error if the teacher is the student itself.
         prompt_column: the column that holds the prompt.
         completion_column: the column that holds the completion. If a text completion lacks the end
             token, the end token is appended (that of a turn behind a chat). It is scored like every
@@ -77,10 +80,12 @@ class HintCollator(PromptIds):
             The message names the row, the rule and the value.
     """
 
+    reads_all_columns = True  # a hint may be a function of the row
+
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        hint: Hints = "hint",
+        hint: Hints | None = None,
         *,
         prompt_column: str = "prompt",
         completion_column: str = "completion",
@@ -99,6 +104,7 @@ class HintCollator(PromptIds):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {value!r}")
         super().__init__(tokenizer, chat_template_kwargs or {})
+        self.needs_hints, hint = hint is not None, DEFAULT_HINT if hint is None else hint
         several = [hint] if isinstance(hint, Hint | str) or callable(hint) else hint
         self.hints = tuple(x if isinstance(x, Hint) else Hint(x) for x in several)
         self.scored = scored
@@ -149,6 +155,8 @@ class HintCollator(PromptIds):
 
     def _batch(self, made: Sequence[RenderedSides]) -> dict[str, Tensor]:
         students, teachers = [x.student for x in made], [x.teacher for x in made]
+        if not self.hints or not (self.needs_hints or any(x.hints or x.dropped for x in made)):
+            teachers = None  # both sides read the same
         return self._with_count(batches.build_rows(students, teachers, self.pad_token_id), made)
 
     def prompts(self, rows: Sequence[Row]) -> dict[str, Any]:
@@ -220,7 +228,7 @@ class HintCollator(PromptIds):
         return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
 
     def _with_tail(self, row: Row) -> RenderedSides:
-        prompt, ids = self._column(row, self.prompt_column), self._prompt(row)
+        prompt, ids = self._column(row, "prompt_column"), self._prompt(row)
         end = self._end_of(prompt, ids)
         tail = [*ids[-SHOWN_TOKENS:], *([] if end is None else [end])]
         return self._episode(Episode(row, prompt, completions=[tail], texts=[self.text(tail)]))
@@ -234,13 +242,17 @@ class HintCollator(PromptIds):
             batch[DROPPED] = torch.tensor([x.dropped for x in made])
         return batch
 
-    def _column(self, row: Row, column: str) -> Any:
+    def _column(self, row: Row, name: str) -> Any:
+        """The row's prompt or completion; the name is that of its argument."""
+        column = getattr(self, name)
         if row.get(column) is None:
-            empty = "" if row else " (remove_unused_columns=False keeps the data's columns)"
-            raise ValueError(f"there is no {column!r}; the row has {sorted(row)}{empty}")
+            raise ValueError(row_columns.missing_column(row, column, name))
+        row_columns.check_content(row[column], column)
         return row[column]
 
     def _rendered(self, row: Row) -> list[tuple[Hint, str]]:
+        if not self.needs_hints and not row_columns.may_mean(row, DEFAULT_HINT):
+            return []
         rendered = [(hint, hint.render(row)) for hint in self.hints]
         return [(hint, text) for hint, text in rendered if text is not None]
 
@@ -249,14 +261,14 @@ class HintCollator(PromptIds):
 
     def _prompt(self, row: Row) -> list[int]:
         """The student's context."""
-        prompt = self._column(row, self.prompt_column)
+        prompt = self._column(row, "prompt_column")
         ids = self.context_ids(prompt)
         rendering.check_length(prompt, "prompt", len(ids), self.max_prompt_length)
         return ids
 
     def _contexts(self, row: Row) -> RenderedSides:
         """Both contexts; nothing is scored yet."""
-        prompt, ids = self._column(row, self.prompt_column), self._prompt(row)
+        prompt, ids = self._column(row, "prompt_column"), self._prompt(row)
         if isinstance(prompt, str):
             hints = [PlacedHint(hint, text, 0) for hint, text in self._rendered(row)]
         else:
@@ -278,8 +290,8 @@ class HintCollator(PromptIds):
 
     def _row(self, row: Row) -> RenderedSides:
         """Both rows, from a row with a completion."""
-        prompt = self._column(row, self.prompt_column)
-        completion = self._column(row, self.completion_column)
+        prompt = self._column(row, "prompt_column")
+        completion = self._column(row, "completion_column")
         if not completion or (isinstance(completion, str) and not completion.strip()):
             raise ValueError(f"the completion must not be empty, got {completion!r}")
         if not isinstance(completion, str):
@@ -308,7 +320,10 @@ class HintCollator(PromptIds):
 
     def _dialogue(self, row: Row, prompt: Prompt, completion: Messages) -> RenderedSides:
         if isinstance(prompt, str):
-            raise ValueError("a text prompt needs a text completion")
+            raise ValueError(
+                "a text prompt needs a text completion, got messages: give the prompt as messages "
+                "too, [{'role': 'user', 'content': prompt}]"
+            )
         dialogue, chat = join_dialogue(prompt, completion), self._chat
         messages, begun = dialogue.messages, dialogue.begun is not None
         hints = self._placed(row, messages, dialogue.num_prompt)
@@ -351,3 +366,10 @@ class HintCollator(PromptIds):
             return fitted.without_hints()
         rendering.check_length(prompt, "hint", added, budget)
         return fitted
+
+
+def find_hint_collator(collator: Any) -> HintCollator | None:
+    """Find the `HintCollator` that a collator is, or has inside."""
+    while collator is not None and not isinstance(collator, HintCollator):
+        collator = getattr(collator, "collator", None)
+    return collator

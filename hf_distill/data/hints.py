@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any, NamedTuple
 
+from hf_distill.data import row_columns
+
 Messages = list[dict[str, Any]]
 Prompt = str | Messages
 Row = Mapping[str, Any]
@@ -81,7 +83,7 @@ class Hint:
             names = [re.split(r"[.\[]", name)[0] for name in fields]
         for name in names:
             if name not in row:
-                raise ValueError(f"the hint needs column {name!r}, the row has {sorted(row)}")
+                raise ValueError(row_columns.missing_hint(row, name))
             if row[name] is None and self.optional:
                 return None
             if row[name] is None:

@@ -25,7 +25,9 @@ class Limits:
     """
 
     teacher_uniform: float | None = _limit(
-        0.1, "ln V - teacher_entropy must be at least this share of ln V / temperature²."
+        0.1,
+        "ln V - teacher_entropy must be at least this share of ln V / temperature², unless the "
+        "student began about as uniform as its teacher.",
     )
     teacher_unsure: float | None = _limit(
         1.4,

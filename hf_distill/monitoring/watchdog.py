@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 ACTIONS = ("warn", "stop", "raise", "off")
 
+EXACTLY_UNIFORM = 1e-5  # of ln V / temperature²: far above rounding, far below any random head
+
 CLEARLY_WORSE = 3.0  # times as far beyond the limit as at the last warning
 
 
@@ -84,7 +86,6 @@ class Watchdog(TrainerCallback, ExportableState):
         self.reported: dict[str, float] = {}
         self.num_logs = 0
         self.vocab: int | None = None  # entries of the logits that are used; None: all
-        self.signed = False  # whether soft may be negative, so that its size is what signals
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint, as transformers' `ExportableState` wants it."""
@@ -161,9 +162,9 @@ class Watchdog(TrainerCallback, ExportableState):
         for check in CHECKS:
             given, value, at = getattr(self.limits, check.fault), logs.get(check.metric), scene
             apart = scene.anneals and check.metric in ENTROPIES and check.limit != "uniform"
-            if given is None or value is None or apart or not self._applies(check, logs):
+            if given is None or value is None or apart or not self._applies(check, logs, at):
                 continue
-            if check.metric == "soft" and self.signed:
+            if check.metric == "soft":  # some losses may be negative: the size is what signals
                 value = abs(value)
             if check.limit not in WITHOUT_START:
                 value, at = self._against_start(check.metric, scene)
@@ -184,10 +185,25 @@ class Watchdog(TrainerCallback, ExportableState):
         error = math.sqrt(share * (1 - share) * (1 / before + 1 / now))
         return value, replace(scene, start=start, noise=4 * error)
 
-    def _applies(self, check: Check, logs: Mapping[str, float]) -> bool:
+    def _begins_alike(self, logs: Mapping[str, float], scene: Scene) -> bool:
+        """Whether the student began about as uniform as its teacher is: both are new models.
+
+        A teacher that was not loaded is much more uniform than a student that was, and one whose
+        weights are zero is exactly uniform, whatever the student.
+        """
+        if "student_entropy" not in logs:
+            return False
+        start = statistics.median(x for x, _ in self.first["student_entropy"])
+        student = logs["student_entropy"] if scene.anneals else start
+        teacher_gap = scene.ln_vocab - logs["teacher_entropy"]
+        exact = EXACTLY_UNIFORM * scene.ln_vocab / scene.temperature**2
+        return teacher_gap > max(exact, (scene.ln_vocab - student) / 2)
+
+    def _applies(self, check: Check, logs: Mapping[str, float], scene: Scene) -> bool:
         if check.fault == "zero_gradient":
-            soft = logs.get("soft", 0.0)
-            return (abs(soft) if self.signed else soft) > (self.limits.dead_signal or 0.0)
+            return abs(logs.get("soft", 0.0)) > (self.limits.dead_signal or 0.0)
+        if check.fault == "teacher_uniform":
+            return not self._begins_alike(logs, scene)
         if check.fault == "teacher_unsure":  # rows from data may differ without any fault
             return "completion_length" in logs
         return check.fault not in SETTLED or self.num_logs > self.window
@@ -264,7 +280,7 @@ def make_watchdog(run: Run, vocab: int | None) -> tuple[Watchdog | None, Probe |
     if config.action == "off":
         return None, None
     watchdog = (without_text_limits(config) if run.is_classifier else config).make()
-    watchdog.vocab, watchdog.signed = vocab, run.own_loss
+    watchdog.vocab = vocab
     if run.sharded:
         logger.info("the watchdog does not probe the teacher: parameters are sharded")
         return watchdog, None

@@ -174,7 +174,8 @@ class Rollouts:
         batch, hints = collator.from_episodes(episodes)
         alignment.assert_completions(batch, [episode.completions for episode in episodes])
         limit = getattr(getattr(causal_lm(model), "config", None), "max_position_embeddings", None)
-        lengths = batch["teacher_attention_mask"].sum(1).tolist()
+        mask = batch.get("teacher_attention_mask", batch["attention_mask"])
+        lengths = mask.sum(1).tolist()
         for i, length in enumerate(lengths):
             if limit is not None and length > limit:
                 written = sum(map(len, episodes[i].completions))

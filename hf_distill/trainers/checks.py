@@ -11,6 +11,7 @@ from typing import Any, cast
 from peft import PeftModel
 from torch import Tensor, nn
 
+from hf_distill.data.hint_collator import HintCollator, find_hint_collator
 from hf_distill.data.hint_schedule import hint_schedule_of
 from hf_distill.data.token_weights import TokenWeightsConfig
 from hf_distill.losses import (
@@ -23,7 +24,7 @@ from hf_distill.losses import (
 from hf_distill.models.structure import causal_lm, check_kind
 from hf_distill.rollouts.config import RolloutConfig
 from hf_distill.run import Run
-from hf_distill.teachers import SelfTeacherConfig, Teacher
+from hf_distill.teachers import SelfTeacher, SelfTeacherConfig, Teacher
 from hf_distill.trainers import config_schedules
 from hf_distill.trainers.distill_config import DistillConfig
 from hf_distill.trainers.opsd_config import OPSDConfig
@@ -69,7 +70,26 @@ def check_setup(run: Run) -> None:
         teacher.check(run)
     if not run.is_classifier:
         _check_student(run.student)
+        check_hints(find_hint_collator(run.collator), run.teacher)
     _check_whole_rows(run)
+
+
+def check_hints(collator: HintCollator | None, teacher: Teacher) -> None:
+    """A teacher that is the student teaches by hints alone: its rows must have some.
+
+    Args:
+        collator: the trainer's own, or None if another makes the rows.
+        teacher: of the run.
+    """
+    if collator is None or not isinstance(teacher, SelfTeacher):
+        return
+    collator.needs_hints = True
+    if not collator.hints:
+        logger.warning(
+            "there are no hints, and the teacher is the student itself (%s), so both say the same "
+            "and nothing is taught: give the HintCollator hints, or another model as teacher",
+            teacher.kind,
+        )
 
 
 def _check_temperature(run: Run, teacher: Teacher) -> None:

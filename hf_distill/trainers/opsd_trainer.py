@@ -23,7 +23,7 @@ from hf_distill.rollouts.rollout import EVAL_STEP, Rollouts, RolloutWindow, make
 from hf_distill.run import Run
 from hf_distill.teachers import SelfTeacher, Teacher, as_teacher
 from hf_distill.trainers.causal_lm import BEHAVIOUR
-from hf_distill.trainers.checks import unused_opsd_settings
+from hf_distill.trainers.checks import check_hints, unused_opsd_settings
 from hf_distill.trainers.distill_trainer import DistillTrainer
 from hf_distill.trainers.opsd_config import OPSDConfig
 from hf_distill.trainers.step_collation import shows_hints
@@ -108,6 +108,8 @@ class OPSDTrainer(DistillTrainer):
             loss=loss,
             **kwargs,
         )
+        if args.on_policy:
+            check_hints(self.hint_collator, teacher)
         clip = cast(ClipConfig, args.clip)
         if loss is None and clip.bound is not None and clip.level == "vocab_entry":
             logger.warning(
@@ -146,6 +148,9 @@ class OPSDTrainer(DistillTrainer):
         self._resumed: dict[str, Any] | None = None
         self._has_shown_hints = False
         self.rollouts = self._make_rollouts(self.environment) if self.args.on_policy else None
+
+    def _reads_rows(self) -> bool:
+        return True  # also where the collator only makes prompts, before the rollout
 
     def _collator_for(self, teacher: Teacher) -> Callable[[Any], Any]:
         # rows of prompts go to the rollouts, which add what the teacher needs
@@ -202,7 +207,9 @@ class OPSDTrainer(DistillTrainer):
         super()._check_batch(inputs)
         if not self._has_shown_hints and shows_hints(inputs, NUM_CHECKED):
             self._has_shown_hints = True
-            if self.args.process_index == 0:
+            if inputs.get("teacher_input_ids") is None:
+                logger.info("rows have no hints: the teacher reads what the student reads")
+            elif self.args.process_index == 0:
                 warn_of_lost_context(inputs, self.hint_collator.tokenizer, NUM_CHECKED)
 
     def get_batch_samples(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
+from hf_distill.data import row_columns
 from hf_distill.data.hint_schedule import collator_at_step, hint_schedule_of
 from hf_distill.data.hints import Row
 from hf_distill.data.rendering import DROPPED, TRUNCATED
@@ -173,6 +174,7 @@ class StepCollatingTrainer(RestartingTrainer):
     ) -> None:
         self._hinting = StepCollation(args.seed)
         self._wrapped: tuple[Any, Any] = None, None  # a collator, and the one around it
+        self._has_default_collator = data_collator is None
         super().__init__(model, args, defer_collator(data_collator, args), *others, **kwargs)
         self._tell_end_tokens(generation_end_ids(causal_lm(cast(nn.Module, self.model))))
 
@@ -190,6 +192,51 @@ class StepCollatingTrainer(RestartingTrainer):
         given = self.data_collator
         self.data_collator = wrap_collator(given, wrap)
         self._wrapped = given, self.data_collator
+
+    def _reads_rows(self) -> bool:
+        """Whether the data collator may read any column of the rows."""
+        return row_columns.reads_all_columns(self.data_collator)
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        """As in `Trainer`; a collator of prompts and hints gets the rows as they are."""
+        if self._reads_rows():
+            return dataset
+        return super()._remove_unused_columns(dataset, description)
+
+    def _get_collator_with_removed_columns(
+        self, data_collator: Any, description: str | None = None
+    ) -> Any:
+        """As in `Trainer`; a collator of prompts and hints gets the rows as they are."""
+        if self._reads_rows():
+            return data_collator
+        return super()._get_collator_with_removed_columns(data_collator, description)
+
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`, for rows that something reads."""
+        self._check_columns(dataset, description)
+        return super()._get_dataloader(dataset, description, *args, **kwargs)
+
+    def _check_columns(self, dataset: Any, description: str) -> None:
+        """Rows that the model and the collator would see nothing of are an error.
+
+        Raises:
+            ValueError: naming the columns, and what to do with such rows.
+        """
+        columns = row_columns.columns_of(dataset)
+        if columns is None or self._reads_rows():
+            return
+        told, read = row_columns.advice(columns), {"input_ids"}
+        if self.args.remove_unused_columns:
+            self._set_signature_columns_if_needed()
+            labels = {"label", "label_ids", *(self.label_names or ())}
+            read |= {*cast("list[str]", self._signature_columns)} - labels
+        elif not (self._has_default_collator and told):
+            return  # a collator may read what it likes
+        if not read & set(columns):
+            raise ValueError(
+                f"neither the model nor the data collator reads one of the columns {columns} of "
+                f"the {description.lower()} set{told}"
+            )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

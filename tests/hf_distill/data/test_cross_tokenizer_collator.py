@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from hf_distill import CrossTokenizerCollator, HintCollator
+from hf_distill import CrossTokenizerCollator, Hint, HintCollator
 from hf_distill.data import alignment, cross_tokenizer_collator, sides
 from hf_distill.data.alignment import AlignmentError, AlignmentMeter
 from tests.hf_distill.trainers import models
@@ -96,7 +96,7 @@ def test_each_reply_begins_anew(swapped: bool) -> None:
 
 
 def test_with_one_tokenizer_it_is_a_hint_collators_batch_without_hints() -> None:
-    want = HintCollator(WORDS, ())(ROWS)
+    want = HintCollator(WORDS, Hint(lambda row: None))(ROWS)
     found = made(ROWS, WORDS, WORDS)
     assert found.keys() - want.keys() == {"teacher_own_tokens"}
     for name, value in want.items():

@@ -63,6 +63,19 @@ def zeroed_teacher(folder: Path) -> DistillTrainer:
     return distil(folder, sharp(), scaled_head(sharp(1), 0.0))
 
 
+def zeroed_teacher_of_a_new_model(folder: Path) -> DistillTrainer:
+    return distil(folder, scaled_head(models.llama(), 0.05), scaled_head(sharp(1), 0.0))
+
+
+def new_teacher(folder: Path) -> DistillTrainer:
+    """Its weights were not loaded; the student's were."""
+    return distil(folder, sharp(), scaled_head(models.llama(1), 0.05))
+
+
+def the_same_teacher_of_a_signed_loss(folder: Path) -> DistillTrainer:
+    return distil(folder, sharp(), sharp(), alpha=1.0, divergence="policy_gradient")
+
+
 def the_same_teacher(folder: Path) -> DistillTrainer:
     return distil(folder, sharp(), sharp(), alpha=1.0)
 
@@ -285,6 +298,25 @@ def uneven_rows(folder: Path, **changes: Any) -> DistillTrainer:
     return distil(folder, sharp(), certain, temperature=1.0, **{"learning_rate": 1e-4} | changes)
 
 
+def new_models(folder: Path, **changes: Any) -> DistillTrainer:
+    """Weights as they are initialised on both sides: both are nearly uniform."""
+    student, teacher = (scaled_head(models.llama(seed), 0.05) for seed in (0, 1))
+    return distil(folder, student, teacher, **SHORT | changes)
+
+
+def new_models_on_policy(folder: Path, **changes: Any) -> OPSDTrainer:
+    student, teacher = (scaled_head(models.llama(seed), 0.05) for seed in (0, 1))
+    return opsd(folder, student, teacher, **SHORT | changes)
+
+
+def signed_loss(folder: Path, **changes: Any) -> DistillTrainer:
+    """Its soft loss is negative where the teacher gives the data's tokens less than the student."""
+    student = distil(folder, sharp(), sharp(1), alpha=0.0, **SHORT)
+    student.train()  # a student that knows the data better than its teacher
+    changes = {"divergence": "policy_gradient", "learning_rate": 1e-4} | changes
+    return distil(folder, student.model, sharp(1), **SHORT | changes)
+
+
 HEALTHY = (
     distilled,
     distilled_lora,
@@ -295,6 +327,9 @@ HEALTHY = (
     clipped,
     starts_as_its_teacher,
     uneven_rows,
+    new_models,
+    new_models_on_policy,
+    signed_loss,
 )
 
 

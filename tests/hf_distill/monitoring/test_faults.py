@@ -14,7 +14,10 @@ pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
 
 EXPECTED = {
     faults.zeroed_teacher: {"teacher_uniform"},
+    faults.zeroed_teacher_of_a_new_model: {"teacher_uniform"},
+    faults.new_teacher: {"teacher_uniform"},
     faults.the_same_teacher: {"dead_signal"},
+    faults.the_same_teacher_of_a_signed_loss: {"dead_signal"},
     faults.lost_hint: {"dead_signal"},
     faults.frozen_adapter: {"zero_gradient"},
     faults.detached_loss: {"zero_gradient"},
