@@ -137,9 +137,9 @@ class ResumableTrainer(Trainer):
         """Write what resuming needs besides the Trainer's own files."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
+        if checkpoint is not None:  # first: an optimizer of other tensors does not say whose
             self._load_extra(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_extra(self, folder: str) -> None:
         """Read what `_save_extra` wrote; the state is the checkpoint's."""

@@ -12,6 +12,8 @@ from hf_distill import DistillConfig, DistillTrainer, OPSDConfig, OPSDTrainer
 from hf_distill.trainers import checkpoints
 from tests.hf_distill.trainers import models
 
+pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
+
 STATE = "trainer_state.json"
 
 
