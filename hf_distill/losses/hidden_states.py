@@ -21,6 +21,7 @@ from hf_distill.models.modes import kept_rng
 from hf_distill.models.signals import Signal
 from hf_distill.models.stacks import Layer, decoder_blocks
 from hf_distill.models.structure import causal_lm
+from hf_distill.models.tensors import assert_same_tensors
 from metal_ops import hidden_divergence
 
 logger = logging.getLogger(__name__)
@@ -262,14 +263,16 @@ class HiddenAlignment:
 
         Raises:
             FileNotFoundError: it is not there.
-            RuntimeError: it holds projections of other layers or widths.
+            ValueError: it holds projections of other layers or widths.
         """
         if self.projections is None:
             return
         path = os.path.join(folder, FILE)
         if not os.path.isfile(path):
             raise FileNotFoundError(f"the projections must be in the checkpoint: no {path}")
-        self.projections.load_state_dict(load_file(path))
+        found = load_file(path)
+        assert_same_tensors(path, found, self.projections.state_dict())
+        self.projections.load_state_dict(found)
 
 
 def _check_attention(name: str, lm: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """What losses are divided by: in an optimizer step, and in an evaluation."""
 
 import logging
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from hf_distill.trainers import config_schedules
 from hf_distill.trainers.distill_config import DistillConfig
 from hf_distill.trainers.evaluation import Evaluation, perplexity, rows_that_count
 from hf_distill.trainers.step_collation import StepCollatingTrainer
-from hf_distill.trainers.tasks import Task
+from hf_distill.trainers.tasks import LABELS, Task
 from hf_distill.trainers.without_teacher import ModelLoss, find_label_name
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,20 @@ class AccountingTrainer(StepCollatingTrainer):
             loss, outputs = of_model(compute, inputs, num_items, self._evaluation)
         return (loss, outputs) if return_outputs else loss
 
+    def _with_labels(self, batch: Any) -> Any:
+        """The batch with its labels under the name that the loss reads them by."""
+        name = self.task.label_name
+        if not self.task.shifts_labels or name == LABELS or not isinstance(batch, Mapping):
+            return batch
+        return batch if LABELS in batch or name not in batch else {**batch, LABELS: batch[name]}
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """As in `Trainer`, with the labels under their usual name."""
+        named = epoch_iterator if self.teacher is None else map(self._with_labels, epoch_iterator)
+        return super().get_batch_samples(named, num_batches, device)
+
     def _num_ranks(self) -> int:
         """Processes with rows of their own, whose gradients are averaged."""
         return self.accelerator.num_processes // self._num_copies
@@ -107,6 +122,11 @@ class AccountingTrainer(StepCollatingTrainer):
         # processes that share rows have counted them several times
         return count / (self._num_copies * self._num_parts)
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`; what an attempt has measured that did not end is in no log."""
+        self._read_metrics(training=True)
+        return super()._inner_training_loop(*args, **kwargs)
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -115,14 +135,23 @@ class AccountingTrainer(StepCollatingTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The loss; logits and labels only for who computes metrics from them."""
+        inputs = inputs if self.teacher is None else self._with_labels(inputs)
+        found: tuple[Any, Any, Any]
         with self._evaluation.batch(rows_that_count(self.accelerator, inputs)):
             if self.teacher is None or not prediction_loss_only:
-                return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-            inputs = self._prepare_inputs(inputs)
-            self._get_num_items_in_batch([inputs], self.args.device)  # may ask the teacher
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss = self.compute_loss(model, inputs)
-            return loss.detach(), None, None
+                given = model, inputs, prediction_loss_only, ignore_keys
+                found = super().prediction_step(*given)
+            else:
+                found = self._loss_alone(model, inputs), None, None
+            loss, logits, labels = found
+            return None if loss is None else self._evaluation.add(loss), logits, labels
+
+    def _loss_alone(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        """The loss of a batch, without its logits."""
+        inputs = self._prepare_inputs(inputs)
+        self._get_num_items_in_batch([inputs], self.args.device)  # may ask the teacher
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs)
 
     def evaluation_loop(
         self,
@@ -144,8 +173,11 @@ class AccountingTrainer(StepCollatingTrainer):
         loss = self._evaluation.read(self.accelerator)
         if loss is not None:
             metrics["loss"] = loss
+        found = cast(dict, output.metrics)
+        of_user = f"{metric_key_prefix}_perplexity" in found
         for name, value in metrics.items():
-            cast(dict, output.metrics)[f"{metric_key_prefix}_{name}"] = value
+            if not (of_user and name == "perplexity"):
+                found[f"{metric_key_prefix}_{name}"] = value
         return output
 
     def _scores_data(self) -> bool:
@@ -155,7 +187,7 @@ class AccountingTrainer(StepCollatingTrainer):
     def _start_evaluation(self) -> None:
         """Forget what an evaluation has left that did not end, and say what is evaluated."""
         self._evaluation.start()
-        self._unscored[False].start()
+        self._read_metrics(training=False)
         moving = config_schedules.moving_schedules(self.args)
         if moving and not self._told:
             values = config_schedules.values_at(self.args, config_schedules.LAST_STEP)

@@ -5,6 +5,7 @@ that depend on the teacher's entropies are known only once the teacher has seen 
 asked when the step's tokens are counted, and what it said is kept with each micro-batch.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -30,7 +31,7 @@ from hf_distill.models.structure import causal_lm, vocab_size
 from hf_distill.run import Run
 from hf_distill.trainers.checks import check_anchor, check_unweighted
 from hf_distill.trainers.evaluation import Part
-from hf_distill.trainers.tasks import Ask, Batch, at_least_one_item
+from hf_distill.trainers.tasks import LABELS, Ask, Batch, at_least_one_item, find_label_name
 
 BEHAVIOUR = "behaviour_log_probs"
 
@@ -47,7 +48,6 @@ class CausalLM:
         num_ranks: processes with rows of their own, whose gradients are averaged.
     """
 
-    label_name: str = "labels"
     columns: Sequence[str] = ()
     shifts_labels: bool = True
 
@@ -62,6 +62,10 @@ class CausalLM:
     ) -> None:
         self.settings, self.student, self.hard_loss = settings, student, hard_loss
         self._vocab, self._num_ranks = vocab, num_ranks
+        lm, given = run.language_model, run.args.label_names
+        self.label_name: str = find_label_name(lm, given)
+        read = inspect.signature(lm.forward).parameters
+        self._unread = {self.label_name, *(x for x in given or () if x not in read)} - {LABELS}
         config = cast(TokenWeightsConfig, run.args.token_weights)
         around = config.by_class(), run.processing_class, config.reasoning
         weigh = TokenWeights(*around, config.around_reasoning())
@@ -74,7 +78,8 @@ class CausalLM:
         self, inputs: Mapping[str, Any], num_items: Tensor | int | None, num_averaged: int
     ) -> Batch:
         """Tell the two sides of a batch with labels [B, T] apart."""
-        student = sides.student_side(inputs)
+        read = {key: value for key, value in inputs.items() if key not in self._unread}
+        student = sides.student_side(read)
         teacher = sides.teacher_side(inputs, student)
         return Batch(inputs, student, teacher, num_items, num_averaged)
 
@@ -144,8 +149,8 @@ class CausalLM:
         num_items = batch.count if batch.num_items is None else batch.num_items
         if isinstance(num_items, Tensor):
             num_items = num_items.to(own.device)
-        batch.num_items = at_least_one_item(num_items)
-        return own * (batch.num_averaged / batch.num_items), counted
+        divisor = batch.num_items = at_least_one_item(num_items)
+        return own * (batch.num_averaged / divisor), counted
 
     def _importance(self, batch: Batch) -> Importance | None:
         clip, behaviour = self.settings.importance_clip, batch.inputs.get(BEHAVIOUR)

@@ -16,9 +16,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_distill.losses.hidden_states import HiddenAlignment
 from hf_distill.losses.taid import TaidCallback
+from hf_distill.models.tensors import assert_same_tensors
 from hf_distill.teachers import Teacher
 
 logger = logging.getLogger(__name__)
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")  # how files of weights end
 
 
 def remove_mark(folder: str) -> None:
@@ -70,14 +73,32 @@ def assert_whole_checkpoint(folder: str) -> None:
     """Check a checkpoint that the user names.
 
     Raises:
-        ValueError: it was not written to the end.
+        ValueError: there is none, or it was not written to the end.
     """
+    reason = find_absence(folder)
+    if reason is not None:
+        raise ValueError(f"Can't find a valid checkpoint at {folder}: {reason}")
     reason = find_flaw(folder)
     if reason is not None:
         raise ValueError(
             f"the checkpoint {folder} was not written to the end: {reason}; remove the folder and "
-            "resume from an earlier one (resume_from_checkpoint=True finds it)"
+            "resume from an earlier one (resume_from_checkpoint=True finds it). If it is a saved "
+            "model, load the model from it and train without resume_from_checkpoint"
         )
+
+
+def find_absence(folder: str) -> str | None:
+    """Why a path is no checkpoint at all, not even one that is not whole, or None."""
+    if not os.path.isdir(folder):
+        return "there is no such folder"
+    names = os.listdir(folder)
+    if TRAINER_STATE_NAME in names:
+        return None
+    inside = [x for x in names if x.startswith(f"{PREFIX_CHECKPOINT_DIR}-")]
+    if inside:
+        last = max(inside, key=lambda x: (len(x), x))
+        return f"it holds checkpoints, of which one must be named, {last} say"
+    return None if any(x.endswith(WEIGHTS) for x in names) else "it holds no weights"
 
 
 class ResumableTrainer(Trainer):
@@ -117,9 +138,9 @@ class ResumableTrainer(Trainer):
         """Write what resuming needs besides the Trainer's own files."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
+        if checkpoint is not None:  # first: an optimizer of other tensors does not say whose
             self._load_extra(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_extra(self, folder: str) -> None:
         """Read what `_save_extra` wrote; the state is the checkpoint's."""
@@ -217,12 +238,22 @@ class StatefulTrainer(ResumableTrainer):
                 part.save(folder)
 
     def _load_extra(self, folder: str) -> None:
-        """Read what `_save_extra` wrote; the state is the checkpoint's."""
+        """Read what `_save_extra` wrote; the state is the checkpoint's.
+
+        Raises:
+            FileNotFoundError: a file is not there.
+            ValueError: a file is of a run with another student, teacher or layers.
+        """
         for part in self._parts():
             part.load(folder)
-        if self.teacher is None or not self.teacher.state_dict():
-            return
         path = os.path.join(folder, TEACHER_FILE)
+        wanted = {} if self.teacher is None else self.teacher.state_dict()
+        if self.teacher is None or not wanted:
+            if os.path.isfile(path):
+                logger.warning("%s is not read: this run's teacher has no state to restore", path)
+            return
         if not os.path.isfile(path):
             raise FileNotFoundError(f"the teacher's state must be in the checkpoint: no {path}")
-        self.teacher.load_state_dict(load_file(path))
+        found = load_file(path)
+        assert_same_tensors(path, found, wanted)
+        self.teacher.load_state_dict(found)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.generic import find_labels
 
 from hf_distill.data.hint_collator import HintCollator
 from hf_distill.data.sides import IGNORE_INDEX, TEACHER_PREFIX, TEACHER_ROUTE, Side
@@ -22,7 +21,7 @@ from hf_distill.models.signals import Signal
 from hf_distill.run import Run
 from hf_distill.trainers.evaluation import Part
 from hf_distill.trainers.opsd_config import OPSDConfig
-from hf_distill.trainers.tasks import Ask, Batch, at_least_one_item
+from hf_distill.trainers.tasks import Ask, Batch, at_least_one_item, find_label_name
 
 logger = logging.getLogger(__name__)
 
@@ -78,12 +77,10 @@ def make_classification(
         ValueError: something in the set-up has no meaning for classifiers.
     """
     lm: Any = run.language_model
-    names = run.args.label_names or find_labels(type(lm))
-    if len(names) != 1:
-        raise ValueError(f"a classifier needs one name of its labels, got label_names {names}")
+    name = find_label_name(lm, run.args.label_names)
     read = {name for teacher in run.teachers for name in teacher.inputs()}
     columns = sorted(read - set(LABEL_KEYS))
-    return Classification(names[0], columns, student, hard_loss, present_loss)
+    return Classification(name, columns, student, hard_loss, present_loss)
 
 
 def check_classifier(run: Run) -> None:

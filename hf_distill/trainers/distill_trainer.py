@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -142,7 +143,8 @@ class DistillTrainer(AccountingTrainer):
         # the loss is divided by a count, whatever the model accepts
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self._loss_shifts_labels = self.task.shifts_labels
-        self.label_names = [self.task.label_name]  # PEFT's forward hides them from the Trainer
+        # PEFT's forward hides their name from the Trainer
+        self.label_names = self.args.label_names or [self.task.label_name]
         self._run = run
         if not keeps_teacher:
             run.teacher.prepare(self.accelerator, run.student, refusal)
@@ -237,7 +239,7 @@ class DistillTrainer(AccountingTrainer):
         """Teacher's signal, student's terms, normalised over the whole optimizer step."""
         if self.teacher is None:
             return self._without_teacher(model, inputs, return_outputs, num_items_in_batch)
-        batch = self._read(model, inputs, num_items_in_batch)
+        batch = self._read(model, self._with_labels(inputs), num_items_in_batch)
         teacher = self.task.signal(batch, lambda: self._signal(model, batch))
         tokens = self.task.tokens(batch, model.training)
         terms_of = lambda student: self._terms(student, teacher, tokens)
@@ -245,8 +247,8 @@ class DistillTrainer(AccountingTrainer):
         terms, outputs = self.task.run(model, batch, terms_of, at_head, return_outputs)
         num_batches = self.current_gradient_accumulation_steps if model.training else None
         terms = add_router_loss(terms, self._reader.routers, teacher, tokens, num_batches)
-        loss = self._note(terms, batch, tokens, model.training)
-        return (loss, outputs) if return_outputs else loss
+        self._note(terms, batch, tokens, model.training)
+        return (terms.loss, outputs) if return_outputs else terms.loss
 
     def token_loss(self, student: Signal, teacher: Signal, tokens: Tokens) -> Terms:
         """The loss of the scored tokens of a micro-batch. Override it for a loss of your own.
@@ -322,11 +324,10 @@ class DistillTrainer(AccountingTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self._signal(cast(nn.Module, self.model_wrapped), batch)
 
-    def _note(self, terms: Terms, batch: Batch, tokens: Tokens, training: bool) -> Tensor:
-        """Stop at a loss that is not a number; count the metrics. Returns the loss."""
+    def _note(self, terms: Terms, batch: Batch, tokens: Tokens, training: bool) -> None:
+        """Stop at a loss that is not a number; count the metrics."""
         losses.assert_finite(terms)
-        if self._evaluation.active:
-            self._evaluation.add(self.task.parts(batch, terms.loss))
+        self._evaluation.parts = partial(self.task.parts, batch)
         self._unscored[training].add(batch.unscored)
         if self._taid is not None and training:
             self._taid.add(terms.metrics["soft"], tokens.weights)
@@ -338,15 +339,14 @@ class DistillTrainer(AccountingTrainer):
         others = {**terms.others, **logged}
         if others:
             meter.add(others)
-        # no number, as in `Trainer`: an evaluation skips it
-        skipped = self._evaluation.active and batch.unscored is True
-        return torch.full_like(terms.loss, torch.nan) if skipped else terms.loss
 
     def _set_signature_columns_if_needed(self) -> None:
         """As in `Trainer`, with the columns that this class and its collators read."""
         super()._set_signature_columns_if_needed()
         columns = cast("list[str]", self._signature_columns)
-        read = [] if self.teacher is None else [token_weights.KEY, *self.task.columns]
+        read = []
+        if self.teacher is not None:
+            read = [token_weights.KEY, self.task.label_name, *self.task.columns]
         read += getattr(self.data_collator, "columns", ())
         columns.extend(name for name in read if name not in columns)
 

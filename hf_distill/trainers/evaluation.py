@@ -5,7 +5,7 @@ batch counts more than one of a long batch, and the result depends on the batch 
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,11 +29,14 @@ class Evaluation:
     Attributes:
         active: whether a batch of an evaluation is being computed.
         num_rows: how many of its rows count, or None for all; see `rows_that_count`.
+        parts: of the batch's loss [], set by who computes it; None where nobody says, and the loss
+            is what the Trainer makes of it.
     """
 
     def __init__(self) -> None:
         self.active = False
         self.num_rows: int | None = None
+        self.parts: Callable[[Tensor], Sequence[Part]] | None = None
         self._sums: Tensor | None = None
 
     @contextmanager
@@ -43,11 +46,19 @@ class Evaluation:
         try:
             yield
         finally:
-            self.active, self.num_rows = False, None
+            self.active, self.num_rows, self.parts = False, None, None
 
-    def add(self, parts: Sequence[Part]) -> None:
-        """Count the parts of a batch's loss; nothing waits for the device."""
-        for i, (total, count) in enumerate(parts):
+    def add(self, loss: Tensor) -> Tensor:
+        """Count a batch's loss []; nothing waits for the device.
+
+        Returns:
+            The loss, or NaN where the batch has nothing to score, as in the Trainer.
+        """
+        loss = loss.detach()
+        if self.parts is None:
+            return loss
+        scored: Any = False
+        for i, (total, count) in enumerate(self.parts(loss)):
             total = total.detach().to(sum_dtype(total.device))
             count = torch.as_tensor(count).to(total)
             # what has nothing to be divided by is no loss, whatever it says
@@ -55,6 +66,8 @@ class Evaluation:
             if self._sums is None:
                 self._sums = pair.new_zeros(NUM_PARTS, 2)
             self._sums[i] += pair
+            scored = scored | (count > 0)
+        return torch.where(scored, loss, torch.nan)
 
     def start(self) -> None:
         """Forget what was summed: of an evaluation that did not end, say."""
@@ -88,7 +101,8 @@ def rows_that_count(accelerator: Accelerator, inputs: Mapping[str, Any]) -> int 
     state = accelerator.gradient_state
     if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
         return None
-    loader, num_rows = state.active_dataloader, find_batch_size(inputs)
+    loader: Any = state.active_dataloader
+    num_rows = find_batch_size(inputs)
     usual = loader.total_batch_size // accelerator.num_processes
     cuts = isinstance(loader, DataLoaderDispatcher)  # the last batch into equal parts
     if num_rows is None or not (num_rows == usual or (cuts and num_rows < usual)):

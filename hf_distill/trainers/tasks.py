@@ -10,11 +10,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.generic import find_labels
 
 from hf_distill.data.sides import IGNORE_INDEX, Side
 from hf_distill.losses import Terms, Tokens
 from hf_distill.models.signals import Signal
 from hf_distill.trainers.evaluation import Part
+
+LABELS = "labels"
 
 
 @dataclass
@@ -68,11 +71,34 @@ def ignore_rows_from(num_rows: int | None, labels: Tensor) -> Tensor:
     return labels
 
 
-def at_least_one_item(num_items: Tensor | float) -> Tensor | float:
+def at_least_one_item(num_items: Tensor | int) -> Tensor | int:
     """What sums are divided by: 1 where there is nothing to sum, so that they are 0 and no NaN."""
     if isinstance(num_items, Tensor):
         return torch.where(num_items > 0, num_items, 1)
     return num_items or 1
+
+
+def find_label_name(lm: nn.Module, given: Sequence[str] | None) -> str:
+    """The batch's key of the labels that the loss is computed from.
+
+    Args:
+        lm: the student without wrappers.
+        given: `TrainingArguments.label_names`: what `compute_metrics` is given, the labels of the
+            loss among them or not.
+
+    Raises:
+        ValueError: several may be meant, and none is "labels".
+    """
+    own = find_labels(type(lm)) or [LABELS]
+    names = own if given is None else [x for x in given if x in own] or given
+    if LABELS in names or not names:
+        return LABELS
+    if len(names) > 1:
+        raise ValueError(
+            f"a batch needs one key of the labels that are learnt, {LABELS!r} or another, got "
+            f"label_names {names}"
+        )
+    return names[0]
 
 
 Ask = Callable[[], Signal]
@@ -83,7 +109,7 @@ class Task(Protocol):
     """What a trainer asks of its task.
 
     Attributes:
-        label_name: the batch's key of the labels.
+        label_name: the data's key of the labels.
         columns: of the data, which teachers read besides what the student reads.
         shifts_labels: whether labels are those of the next tokens.
     """

@@ -100,8 +100,7 @@ class ModelLoss:
         else:
             mean, outputs = compute(inputs, None)
             loss = torch.where(own > 0, mean, 0.0) * (own / count)
-        if evaluation.active:
-            evaluation.add([(loss * own, own)])
+        evaluation.parts = lambda mean: [(mean * own, own)]
         return loss, outputs
 
     def _probe(self, inputs: Mapping[str, Any]) -> None:

@@ -8,9 +8,11 @@ import pytest
 import torch
 import transformers.trainer
 
-from hf_distill import OPSDConfig, OPSDTrainer
+from hf_distill import DistillConfig, DistillTrainer, OPSDConfig, OPSDTrainer
 from hf_distill.trainers import checkpoints
 from tests.hf_distill.trainers import models
+
+pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
 
 STATE = "trainer_state.json"
 
@@ -166,3 +168,65 @@ def test_the_teachers_state_is_restored(folder: Path) -> None:
     before = run.teacher.state_dict()["lm_head.weight"].clone()
     run.train(resume_from_checkpoint=True)  # the last step is done: nothing but restoring happens
     assert not torch.equal(run.teacher.state_dict()["lm_head.weight"], before)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("nowhere/checkpoint-500", "there is no such folder"),
+        (".", "it holds checkpoints, of which one must be named, checkpoint-3 say"),
+        ("empty", "it holds no weights"),
+    ],
+)
+def test_a_path_that_is_no_checkpoint(folder: Path, name: str, reason: str) -> None:
+    (folder / "empty").mkdir()
+    with pytest.raises(ValueError, match=f"Can't find a valid checkpoint at .*: {reason}"):
+        trainer(folder).train(resume_from_checkpoint=str(folder / name))
+
+
+def other(folder: Path, teacher: str, model: Any) -> OPSDTrainer:
+    settings = {"teacher": teacher, "max_completion_length": 2, "max_steps": 3}
+    args = OPSDConfig(**models.options(folder, **settings))
+    data, tokenizer = models.problems(), models.tokenizer()
+    return OPSDTrainer(model, args, train_dataset=data, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (
+            lambda: models.lora(models.llama()),
+            r"it lacks \d+ of \d+ tensors \(.*lora_A.*\), and has \d+ that this run does not have",
+        ),
+        (
+            lambda: models.llama(hidden_size=16),
+            r"lm_head.weight has the shape \[61, 32\] there and \[61, 16\] here",
+        ),
+    ],
+)
+def test_an_average_of_another_run(folder: Path, model: Any, reason: str) -> None:
+    run = other(folder, "ema", model())
+    with pytest.raises(ValueError, match=rf"teacher.safetensors is of another run: {reason}"):
+        run._load_extra(str(folder / "checkpoint-2"))
+
+
+def test_an_average_that_is_not_read_is_logged(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other(folder, "base", models.llama())._load_extra(str(folder / "checkpoint-2"))
+    assert "teacher.safetensors is not read: this run's teacher has no state" in caplog.text
+
+
+def test_projections_of_another_run(tmp_path: Path) -> None:
+    def run(width: int, layers: Any) -> DistillTrainer:
+        settings = {"hidden_layers": layers, "max_steps": 1, "save_strategy": "steps"}
+        args = DistillConfig(**models.options(tmp_path, **settings | {"save_steps": 1}))
+        teacher = models.llama(1, hidden_size=width)
+        return DistillTrainer(models.llama(), args, models.Pad(), models.rows(), teacher=teacher)
+
+    run(48, [1, 2]).train()
+    checkpoint = str(tmp_path / "checkpoint-1")
+    with pytest.raises(ValueError, match=r"hidden_projection.safetensors is of another run: 0.wei"):
+        run(16, [1, 2]).train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(ValueError, match=r"it lacks 0 of 1 tensors, and has 1 that this run does"):
+        run(48, "last").train(resume_from_checkpoint=checkpoint)

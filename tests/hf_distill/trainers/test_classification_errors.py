@@ -150,12 +150,6 @@ def test_no_labels(tmp_path: Path, alpha: float) -> None:
         classifying.trainer(tmp_path, data=data, alpha=alpha).train()
 
 
-def test_alpha_zero_and_no_labelled_row(tmp_path: Path) -> None:
-    trainer = classifying.trainer(tmp_path, data=classifying.rows(unlabelled=4), alpha=0.0)
-    with pytest.raises(ValueError, match="alpha 0 needs a labelled row in a step, got -100 in all"):
-        trainer.train()
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -167,7 +161,10 @@ def test_alpha_zero_and_no_labelled_row(tmp_path: Path) -> None:
         ({"divergence": "policy_gradient"}, "divergence 'policy_gradient' is one of tokens"),
         ({"divergence": "uld"}, "divergence 'uld' is one of tokens"),
         ({"data_collator": HintCollator(models.tokenizer())}, "a HintCollator makes rows of sc"),
-        ({"label_names": ["start", "end"]}, r"one name of its labels, got label_names \['start'"),
+        (
+            {"label_names": ["start", "end"]},
+            r"one key of the labels that are learnt, .* got label_names",
+        ),
         (
             {"teacher": RemoteTeacher("http://localhost:1", "m", 5), "temperature": 1.0},
             "a RemoteTeacher knows tokens of a vocabulary",

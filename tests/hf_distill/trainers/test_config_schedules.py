@@ -199,17 +199,6 @@ def test_loss_and_gradient_have_the_factor_of_the_normalised_jsd(tmp_path: Path,
     assert log["grad_norm"] == pytest.approx(plain["grad_norm"] / 0.16, rel=1e-5)
 
 
-def test_evaluation_uses_the_present_value(tmp_path: Path) -> None:
-    moving = distill(tmp_path, learning_rate=0.0, temperature="linear:3->1@4", alpha=1.0)
-    for done, temperature in ((0, 3.0), (3, 1.5)):
-        assert moving.state.global_step == done
-        plain = distill(tmp_path, learning_rate=0.0, temperature=temperature, alpha=1.0)
-        assert moving.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
-        if not done:
-            moving.train()
-    assert not any("temperature" in log for log in moving.state.log_history if "eval_loss" in log)
-
-
 @pytest.mark.parametrize("make", [distill, opsd])
 def test_a_resumed_run_goes_on_where_the_values_were(tmp_path: Path, make: Any) -> None:
     settings: dict[str, Any] = progressive(5, (3.0, 1.5), (1.0, 0.2), "cosine")

@@ -262,21 +262,6 @@ def test_an_infinite_hard_loss_is_not_blamed_on_the_teacher(
     assert "infinite at 0 tokens" not in str(caught.value)
 
 
-def test_nothing_to_score(tmp_path: Path) -> None:
-    data = [row | {"labels": [-100] * len(row["labels"])} for row in models.rows()]
-    with pytest.raises(ValueError, match="a step needs a token to score, got none: all labels are"):
-        distill(tmp_path, data=data).train()
-
-
-def test_only_the_first_token_labelled_is_nothing_to_score(tmp_path: Path) -> None:
-    data = [
-        row | {"labels": row["input_ids"][:1] + [-100] * (len(row["labels"]) - 1)}
-        for row in models.rows()
-    ]
-    with pytest.raises(ValueError, match="the first token of a row is never scored"):
-        distill(tmp_path, data=data).train()
-
-
 def test_no_labels(tmp_path: Path) -> None:
     trainer = distill(tmp_path)
     batch = models.Pad()(models.rows(4))

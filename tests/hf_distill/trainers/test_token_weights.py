@@ -104,11 +104,9 @@ def test_the_loss_is_the_weighted_mean_of_a_step(
 
 
 def test_evaluation_is_weighted(tmp_path: Path) -> None:
-    metrics, data = make(tmp_path).evaluate(), models.rows(6, seed=1)
-    parts = [by_hand(data[i : i + 4]) for i in (0, 4)]  # the Trainer weighs batches by rows
-    loss = (4 * parts[0]["loss"] + 2 * parts[1]["loss"]) / 6
-    assert metrics["eval_loss"] == pytest.approx(loss, rel=SUM_ERROR)
-    assert metrics["eval_tokens"] == by_hand(data)["tokens"]
+    metrics, want = make(tmp_path).evaluate(), by_hand(models.rows(6, seed=1))
+    assert metrics["eval_loss"] == pytest.approx(want["loss"], rel=SUM_ERROR)
+    assert metrics["eval_tokens"] == want["tokens"]
 
 
 class MicroBatchMean(DistillTrainer):
@@ -179,13 +177,18 @@ def negative(ids: Tensor) -> Tensor:
     return torch.where(ids == ids[2].max(), -1.5, 1.0)
 
 
-ZERO = "weights of a step's scored tokens must not sum to 0"
+def test_weights_that_are_all_zero_are_a_loss_of_zero(tmp_path: Path) -> None:
+    trainer = make(tmp_path, collator=Weighted(zeros), weight_decay=0.0)
+    before = models.weights(trainer.model)
+    trainer.train()
+    assert [log["loss"] for log in models.steps(trainer)] == [0.0] * 3
+    assert [log["unscored_batches"] for log in models.steps(trainer)] == [1] * 3
+    assert models.difference(before, models.weights(trainer.model)) == 0.0
 
 
 @pytest.mark.parametrize(
     ("weigh", "settings", "message"),
     [
-        (zeros, {}, ZERO),
         (negative, {}, "token_weights must be at least 0 and finite, got -1.5 in row"),
         (lambda ids: by_id(ids) * torch.nan, {}, "at least 0 and finite, got nan in row 0"),
         (lambda ids: by_id(ids)[:, 1:], {}, r"must have the labels' shape \[4, 14\], got \[4, 13"),
