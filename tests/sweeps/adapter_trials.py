@@ -138,8 +138,9 @@ TRIALS = {"base": base, "student": student, "ema": ema, "live": live, "scale": s
 
 
 def plain(subject: Subject) -> None:
-    """A forward of the adapted model by PEFT alone."""
-    scored(subject.student())
+    """A step of the adapted model by PEFT alone."""
+    model = subject.student().train()
+    model(**reference.Pad(model)(reference.rows())).loss.backward()
 
 
 def trial(name: str, columns: tuple[str, ...] = COLUMNS) -> dict[str, Any]:
