@@ -122,7 +122,7 @@ def step(subject: Subject) -> Cell:
     collator = reference.Pad(mine)
     first = running.distill(mine, other, collator, reference.ALPHA)
     student = subject.student()
-    if reference.is_random(student):
+    if reference.is_random(student, other):
         with torch.no_grad():
             expected = float(reference.distillation(student, other, reference.ALPHA))
         off = relative(running.evaluated(student, other, collator, reference.ALPHA), expected)

@@ -57,7 +57,7 @@ class Subject:
 
     @cached_property
     def is_random(self) -> bool:
-        return reference.is_random(self.student)
+        return reference.is_random(running.copied(self.student), self.teacher)
 
     @cached_property
     def expected(self) -> tuple[float, dict[str, Tensor]]:
@@ -121,7 +121,9 @@ def layers(subject: Subject) -> Cell:
     with torch.enable_grad():
         running.distill(student, teacher, collator, subject.alpha, hidden_layers="uniform")
     lm, batch = subject.student, collator(reference.rows())
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs: dict[str, Any] = {name: x for name, x in batch.items() if name != "labels"}
+    if reference.takes(lm, "use_cache"):
+        inputs["use_cache"] = False
     count = len(decoder_blocks(lm))
     keep = batch["input_ids"] != reference.PAD
     with LayerWatcher("student", range(1, count + 1)).on(lm, keep) as seen:
@@ -148,9 +150,10 @@ def left(subject: Subject) -> Cell:
 
 
 def plain_generate(subject: Subject) -> None:
-    """A prompt's completion by Transformers alone."""
-    inputs = reference.inputs_of(subject.student, reference.rows()[0]["input_ids"])
-    subject.student.generate(**inputs | {"use_cache": True}, max_new_tokens=2, do_sample=False)
+    """The completions of left-padded prompts by Transformers alone."""
+    batch = reference.Pad(subject.student, "left")(reference.rows())
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    subject.student.generate(**inputs, max_new_tokens=2, do_sample=False)
 
 
 def plain_states(subject: Subject) -> None:
