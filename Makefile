@@ -8,7 +8,7 @@ SEED ?= 0
 JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow test-metal test-models bench kernel docs lint format clean
+.PHONY: demo test test-slow test-metal test-models test-versions bench kernel docs lint format clean
 .DEFAULT_GOAL := test
 
 # torch first and alone: its version decides which build the resolver takes for the rest
@@ -42,6 +42,10 @@ test-models: $(VENV)/.installed-test
 	$(BIN)/python -m tests.sweeps.architectures --jobs $(JOBS) --write docs/pages/tried.md
 	$(BIN)/python -m tests.sweeps.architectures --windows --jobs $(JOBS) --write docs/pages/tried.md
 	$(BIN)/python -m tests.sweeps.adapters --jobs $(JOBS) --write docs/pages/tried.md
+
+# the oldest and the newest transformers and torch, each laid over .venv
+test-versions: $(VENV)/.installed-test
+	PYTHON=$(BIN)/python tests/sweeps/versions.sh
 
 # liger-kernel declares triton, which does not install everywhere; --no-deps keeps it out
 bench: $(VENV)/.installed-bench

@@ -155,7 +155,7 @@ def _with_attention(key: str) -> Callable[[str], list[str]]:
 
 def _two(active: str | list[str], **of_second: Any) -> Make:
     def make(model: nn.Module, base: str) -> PeftModel:
-        adapted = get_peft_model(model, lora_config(base))
+        adapted: Any = get_peft_model(model, lora_config(base))
         given = {k: v(base) if callable(v) else v for k, v in of_second.items()}
         adapted.add_adapter("second", lora_config(base, **given))
         if isinstance(active, list):

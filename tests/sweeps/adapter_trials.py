@@ -1,7 +1,7 @@
 """The trials of one adapter: what its self-teachers say, and a step with it as the student."""
 
 import tempfile
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from tests.sweeps.cells import (
     LOGITS,
     LOSS,
     RIGHT,
+    WRONG,
     Cell,
     as_json,
     furthest,
@@ -29,17 +30,14 @@ STEPS = 4
 RATE = 3e-2  # so large that three steps change logits by far more than rounding
 
 
-def scored(model: nn.Module) -> Tensor:
-    """[N, V] logits of the sweep's scored tokens, row by row without padding, as in evaluation."""
+@torch.no_grad()
+def scored(model: nn.Module, together: bool = False) -> Tensor:
+    """[N, V] logits of the sweep's scored tokens without padding, as in evaluation."""
     was_training = model.training
     model.eval()
-    found = []
-    with torch.no_grad():
-        for row in reference.rows():
-            keep = torch.tensor(row["labels"])[1:] != reference.IGNORE
-            found.append(reference.logits(model, row["input_ids"])[:-1][keep])
+    found = reference.scored_logits(model, together)
     model.train(was_training)
-    return torch.cat(found)
+    return found
 
 
 def apart(got: Tensor, expected: Tensor) -> float:
@@ -64,6 +62,16 @@ class Subject:
         """A model with a new adapter."""
         return adapter_setups.adapted(running.copied(self.original), self.name, self.base)
 
+    @cached_property
+    def mixes_rows(self) -> bool:
+        """Whether the adapter reads the other rows of a batch: no row is then right alone."""
+        student = self.student()
+        with torch.no_grad():
+            for parameter in student.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        return apart(scored(student, together=True), scored(student)) > LOGITS
+
 
 def _said(subject: Subject, teacher: SelfTeacher) -> list[tuple[Tensor, Tensor]]:
     """At each of some steps what a self-teacher says, and what the student would say alone."""
@@ -72,7 +80,7 @@ def _said(subject: Subject, teacher: SelfTeacher) -> list[tuple[Tensor, Tensor]]
 
     def noted(student: nn.Module, side: Any) -> Any:
         found = signal(student, side)
-        said.append((found.dense().detach().clone(), scored(adapted)))
+        said.append((found.dense().detach().clone(), scored(adapted, subject.mixes_rows)))
         return found
 
     teacher.signal = noted
@@ -122,12 +130,13 @@ def step(subject: Subject) -> Cell:
     collator = reference.Pad(mine)
     first = running.distill(mine, other, collator, reference.ALPHA)
     student = subject.student()
-    if reference.is_random(student):
+    if reference.is_random(student, other):
         with torch.no_grad():
             expected = float(reference.distillation(student, other, reference.ALPHA))
         off = relative(running.evaluated(student, other, collator, reference.ALPHA), expected)
         return measured(off, LOSS, f"evaluated {off:.0e}")
-    loss, gradients = reference.distillation_step(student, other, reference.ALPHA)
+    given = student, other, reference.ALPHA, subject.mixes_rows
+    loss, gradients = reference.distillation_step(*given)
     off = relative(first.loss if first.loss is not None else float("nan"), loss)
     far = furthest(first.gradients, gradients)
     text = f"{off:.0e} / {far:.0e}"
@@ -138,8 +147,9 @@ TRIALS = {"base": base, "student": student, "ema": ema, "live": live, "scale": s
 
 
 def plain(subject: Subject) -> None:
-    """A forward of the adapted model by PEFT alone."""
-    scored(subject.student())
+    """A step of the adapted model by PEFT alone."""
+    model = subject.student().train()
+    model(**reference.Pad(model)(reference.rows())).loss.backward()
 
 
 def trial(name: str, columns: tuple[str, ...] = COLUMNS) -> dict[str, Any]:
@@ -150,12 +160,15 @@ def trial(name: str, columns: tuple[str, ...] = COLUMNS) -> dict[str, Any]:
         kind = type(subject.student()).__name__
     except Exception as error:  # PEFT's own: there is nothing to try
         return {"kind": name, "failed": f"{type(error).__name__}: {' '.join(str(error).split())}"}
-    cells, path = {}, ""
+    cells, path, note = {}, "", ""
     for column in columns:
         with running.heard() as said:
             cells[column] = tried(
                 partial(TRIALS[column], subject), (kind,), partial(plain, subject)
             )
         path = running.path_of(said) if column == "step" else path
-    path = "-" if cells.get("step", ("",))[0] == CLEAR else path
-    return {"kind": name, "class": kind, "path": path, "note": "", "cells": as_json(cells)}
+    if cells.get("step", Cell(CLEAR)).verdict not in (RIGHT, WRONG):
+        path = "-"
+    elif subject.mixes_rows:
+        note = "reads all rows of a batch"
+    return {"kind": name, "class": kind, "path": path, "note": note, "cells": as_json(cells)}

@@ -1,6 +1,6 @@
 """The trials of one causal-LM type: each gives one cell of the table."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -57,7 +57,7 @@ class Subject:
 
     @cached_property
     def is_random(self) -> bool:
-        return reference.is_random(self.student)
+        return reference.is_random(running.copied(self.student), self.teacher)
 
     @cached_property
     def expected(self) -> tuple[float, dict[str, Tensor]]:
@@ -121,23 +121,30 @@ def layers(subject: Subject) -> Cell:
     with torch.enable_grad():
         running.distill(student, teacher, collator, subject.alpha, hidden_layers="uniform")
     lm, batch = subject.student, collator(reference.rows())
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs: dict[str, Any] = {name: x for name, x in batch.items() if name != "labels"}
+    if reference.takes(lm, "use_cache"):
+        inputs["use_cache"] = False
     count = len(decoder_blocks(lm))
     keep = batch["input_ids"] != reference.PAD
     with LayerWatcher("student", range(1, count + 1)).on(lm, keep) as seen:
         found = lm(**inputs, output_hidden_states=True).hidden_states
-    if found is None or any(x[keep].shape != seen.states().hidden[0].shape for x in found):
+    states = seen.states().hidden
+    if found is None or any(x[keep].shape != states[0].shape for x in found):
         return Cell(RIGHT, "runs; states of another shape")
-    same = {
-        start: all(
-            torch.equal(found[layer + start][keep], state)
-            for layer, state in enumerate(seen.states().hidden[:-1])
-        )
-        for start in (1, 0)
-    }
-    if same[1]:
-        return Cell(RIGHT, "")
-    return Cell(RIGHT, "numbered otherwise") if same[0] else Cell(WRONG, "other states")
+    return _numbered([x[keep] for x in found], states)
+
+
+def _numbered(found: Sequence[Tensor], states: Sequence[Tensor]) -> Cell:
+    """Whether states are entries of the library's, but for the last, which is before the norm."""
+    places = [
+        [place for place, other in enumerate(found) if torch.equal(other, state)]
+        for state in states[:-1]
+    ]
+    if all(layer in place for layer, place in enumerate(places, 1)):
+        return Cell(RIGHT)
+    firsts = [place[0] for place in places if place]
+    in_order = len(firsts) == len(places) and firsts == sorted(set(firsts))
+    return Cell(RIGHT, "numbered otherwise") if in_order else Cell(WRONG, "other states")
 
 
 def left(subject: Subject) -> Cell:
@@ -148,9 +155,10 @@ def left(subject: Subject) -> Cell:
 
 
 def plain_generate(subject: Subject) -> None:
-    """A prompt's completion by Transformers alone."""
-    inputs = reference.inputs_of(subject.student, reference.rows()[0]["input_ids"])
-    subject.student.generate(**inputs | {"use_cache": True}, max_new_tokens=2, do_sample=False)
+    """The completions of left-padded prompts by Transformers alone."""
+    batch = reference.Pad(subject.student, "left")(reference.rows())
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    subject.student.generate(**inputs, max_new_tokens=2, do_sample=False)
 
 
 def plain_states(subject: Subject) -> None:

@@ -65,21 +65,33 @@ def logits(model: nn.Module, ids: Sequence[int]) -> Tensor:
     return model(**inputs_of(model, ids)).logits[0].double()
 
 
-def distillation(student: nn.Module, teacher: nn.Module, alpha: float) -> Tensor:
+def logits_of_rows(model: nn.Module, together: bool = False) -> list[Tensor]:
+    """Float64 logits of the sweep's rows, each alone or `together`, padded on the right."""
+    if not together:
+        return [logits(model, row["input_ids"]) for row in rows()]
+    batch = Pad(model)(rows())
+    found = model(**{name: x for name, x in batch.items() if name != "labels"}).logits.double()
+    return [x[: len(row["input_ids"])] for x, row in zip(found, rows(), strict=True)]
+
+
+def scored_logits(model: nn.Module, together: bool = False) -> Tensor:
+    """[N, V] logits that predict the labelled tokens of the sweep's rows."""
+    pairs = zip(logits_of_rows(model, together), rows(), strict=True)
+    return torch.cat([x[:-1][torch.tensor(row["labels"])[1:] != IGNORE] for x, row in pairs])
+
+
+def distillation(
+    student: nn.Module, teacher: nn.Module, alpha: float, together: bool = False
+) -> Tensor:
     """The mean over the rows' tokens of alpha T² KL(teacher || student) + (1 - alpha) CE."""
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    for row in rows():
-        labels = torch.tensor(row["labels"])[1:]
-        keep = labels != IGNORE
-        own = logits(student, row["input_ids"])[:-1][keep]
-        with torch.no_grad():
-            other = logits(teacher, row["input_ids"])[:-1][keep]
-        p, log_p = (other / TEMPERATURE).softmax(-1), (other / TEMPERATURE).log_softmax(-1)
-        soft = (p * (log_p - (own / TEMPERATURE).log_softmax(-1))).sum()
-        hard = F.cross_entropy(own, labels[keep], reduction="sum")
-        total = total + alpha * TEMPERATURE**2 * soft + (1 - alpha) * hard
-        count += int(keep.sum())
-    return total / count
+    own = scored_logits(student, together)
+    with torch.no_grad():
+        other = scored_logits(teacher, together) / TEMPERATURE
+    labels = torch.cat([torch.tensor(row["labels"])[1:] for row in rows()])
+    p, log_p = other.softmax(-1), other.log_softmax(-1)
+    soft = (p * (log_p - (own / TEMPERATURE).log_softmax(-1))).sum(-1).mean()
+    hard = F.cross_entropy(own, labels[labels != IGNORE])
+    return alpha * TEMPERATURE**2 * soft + (1 - alpha) * hard
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -88,11 +100,11 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def distillation_step(
-    student: nn.Module, teacher: nn.Module, alpha: float
+    student: nn.Module, teacher: nn.Module, alpha: float, together: bool = False
 ) -> tuple[float, dict[str, Tensor]]:
     """The loss of the rows and its gradients; the student is in training mode."""
     student.train().zero_grad()
-    loss = distillation(student, teacher.eval(), alpha)
+    loss = distillation(student, teacher.eval(), alpha, together)
     loss.backward()
     return float(loss), gradients(student)
 
@@ -116,16 +128,18 @@ def divergence(
     return total / count
 
 
-@torch.no_grad()
-def is_random(model: nn.Module) -> bool:
-    """Whether a forward in training mode depends on random numbers."""
-    ids, found = rows()[0]["input_ids"], []
-    model.train()
+def is_random(student: nn.Module, teacher: nn.Module) -> bool:
+    """Whether a step in training mode depends on random numbers; no weight or gradient is left.
+
+    The loss alone does not tell it: what an adapter drops out changes nothing while it is zero.
+    """
+    found = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        found.append(logits(model, ids))
-    model.eval()
-    return not torch.equal(*found)
+        found.append(distillation_step(student, teacher, ALPHA))
+    student.eval().zero_grad()
+    (loss, one), (again, other) = found
+    return loss != again or any(not torch.equal(one[name], other[name]) for name in one)
 
 
 def has_own_loss(model: nn.Module) -> bool:

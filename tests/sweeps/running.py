@@ -136,6 +136,7 @@ def evaluated(student: nn.Module, teacher: Any, collator: Any, alpha: float) -> 
         trainer = DistillTrainer(
             student, DistillConfig(**given), collator, data, data, teacher=teacher
         )
+        trainer.remove_callback(PrinterCallback)
         return trainer.evaluate()["eval_loss"]
 
 

@@ -5,12 +5,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-)
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.sweeps.difficult import CHANGES, EDITS, WINDOWS
 
@@ -54,7 +50,7 @@ CHANCES = ("drop", "jitter")  # in names of settings that make a forward random
 
 def types() -> list[str]:
     """The types that the installed Transformers maps to a causal LM."""
-    return sorted(config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING)
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def _cut(values: Sequence[Any], count: int) -> list[Any]:
