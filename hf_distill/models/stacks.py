@@ -144,7 +144,8 @@ def _plain_ids(lm: Any) -> Tensor:
     """[1, TOKENS] ids that the config gives no meaning to, such as that of an image."""
     config = lm.config
     parts = [config, config.get_text_config()]
-    named = [v for part in parts for k, v in part.to_dict().items() if "token_id" in k]
+    words = ("token_id", "token_index")
+    named = [v for x in parts for k, v in x.to_dict().items() if any(word in k for word in words)]
     taken = {x for v in named for x in (v if isinstance(v, list) else [v])}
     embedding = lm.get_input_embeddings()
     count = getattr(embedding, "num_embeddings", None) or config.get_text_config().vocab_size

@@ -86,3 +86,13 @@ def test_of_sharded_parameters_blocks_are_found_without_a_forward(
     lm.config.num_hidden_layers = 7
     with pytest.raises(ValueError, match=f"one list of 7 blocks .* a {type(lm).__name__} has 0"):
         decoder_blocks(lm)
+
+
+def test_ids_with_a_meaning_are_not_asked_about() -> None:
+    lm, asked = stacks.model("llama"), []
+    lm.config.image_token_id, lm.config.audio_token_index = 4, 6
+    hook = lambda _, __, kwargs: asked.extend(kwargs["input_ids"].flatten().tolist())
+    lm.register_forward_pre_hook(hook, with_kwargs=True)
+    decoder_blocks(lm)
+    assert asked
+    assert not {0, 1, 2, 4, 6} & {*asked}
