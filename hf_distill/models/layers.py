@@ -130,11 +130,18 @@ class LayerStates:
         attention: whether maps are taken.
         name: "student" or "teacher", for errors.
         predicts: [B, T] bool, the scored positions.
+        checkpoints: whether the forward recomputes blocks for its gradient.
     """
 
     def __init__(
-        self, layers: Mapping[int, Layer], attention: bool, name: str, predicts: Tensor
+        self,
+        layers: Mapping[int, Layer],
+        attention: bool,
+        name: str,
+        predicts: Tensor,
+        checkpoints: bool,
     ) -> None:
+        self._checkpoints = checkpoints
         self.layers, self.with_attention, self.name = layers, attention, name
         self._predicts, self._with_grad = predicts, torch.is_grad_enabled()
         self._hidden: dict[int, Tensor] = {}
@@ -169,14 +176,14 @@ class LayerStates:
         return self._turns[module] - 1
 
     def _take(self, number: int, take: Callable[[], None]) -> None:
-        """Take the scored positions: at once, or behind a forward with a gradient.
+        """Take the scored positions: at once, or behind a forward with gradient checkpointing.
 
-        Inside of gradient checkpointing the forward must save no tensor that the recomputation,
-        which has no hooks, does not save.
+        Inside of that the forward must save no tensor that the recomputation, which has no hooks,
+        does not save.
         """
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self._checkpoints:
             self._later.append(take)
-        elif self._with_grad:
+        elif self._with_grad and not torch.is_grad_enabled():
             raise ValueError(
                 f"layer {number} of the {self.name} is read where the forward has no gradient: "
                 "gradient checkpointing must be that with gradient_checkpointing_kwargs="
@@ -258,7 +265,8 @@ class LayerWatcher:
         """
         every = self.look(lm) if self.layers else ()
         chosen = {number: every[number - 1] for number in self.layers}
-        seen = LayerStates(chosen, self.attention, self.name, predicts)
+        checkpoints = bool(self.layers) and lm.training and _checkpoints(lm)
+        seen = LayerStates(chosen, self.attention, self.name, predicts, checkpoints)
         with ExitStack() as stack:
             for block in {layer.block for layer in chosen.values()}:
                 turns = {x.turn: n for n, x in chosen.items() if x.block is block}
@@ -267,6 +275,11 @@ class LayerWatcher:
                     if self.attention:
                         _hook_map(stack, seen, module, turns, lm.training)
             yield seen
+
+
+def _checkpoints(lm: nn.Module) -> bool:
+    """Whether some module of a Transformers model is recomputed for its gradient."""
+    return any(vars(module).get("gradient_checkpointing") is True for module in lm.modules())
 
 
 def _kind(lm: nn.Module) -> str:
