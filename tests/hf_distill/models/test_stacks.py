@@ -56,10 +56,12 @@ def test_what_cannot_be_told_is_an_error(kind: str, named: str) -> None:
 
 def test_a_batch_of_another_form_is_an_error() -> None:
     lm = stacks.model("llama")
-    with LayerWatcher("student", [1]).on(lm, PREDICTS) as seen:
+    named = r"\[5, 5\] tokens; a LlamaDecoderLayer gives \[5, 4, 32"
+    with (
+        pytest.raises(ValueError, match=named),
+        LayerWatcher("student", [1]).on(lm, PREDICTS),
+    ):
         lm(input_ids=IDS[:, :4])
-    with pytest.raises(ValueError, match=r"\[5, 5\] tokens; a LlamaDecoderLayer gives \[5, 4, 32"):
-        seen.states()
 
 
 def test_finding_layers_leaves_no_trace() -> None:
