@@ -62,7 +62,9 @@ class Teacher:
         return collator
 
     def prepare(self, accelerator: Accelerator, student: nn.Module, refusal: str | None) -> None:
-        """Called once, before any training: place the teacher, check it against the student.
+        """Called before any training: place the teacher, check it against the student, begin anew.
+
+        It is called when a trainer is made, and again before each of its later trainings.
 
         Args:
             accelerator: of the run.

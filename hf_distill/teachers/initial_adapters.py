@@ -256,7 +256,9 @@ class BaseOfAdapters:
         kept: dict[str, nn.Parameter] = trainable(model)
         if not products:
             switched_off = _of_adapters(model)
-            kept = {name: p for name, p in kept.items() if id(p) not in switched_off}
+            with adapters_off(model):
+                there = {id(p) for p in model.parameters()}  # adaption prompts are taken out
+            kept = {n: p for n, p in kept.items() if id(p) in there - switched_off}
         self.initial = {name: p.detach().clone() for name, p in kept.items()}
         self._stays_on = bool(products)
 

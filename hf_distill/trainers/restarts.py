@@ -82,7 +82,8 @@ class RestartingTrainer(StatefulTrainer):
         self._detach_layers()  # of a training that has ended in an error
         if not self._is_ready():
             before = self._callbacks_of_set_up
-            self._set_up_again(self._is_resumed and self.model is self._run.student)
+            trained = not self._is_new and self.model is self._run.student
+            self._set_up_again(keeps_teacher=self._is_resumed and trained)
             stale = [x for x in self._callbacks_of_set_up if x in before]
             for callback in stale:
                 self.remove_callback(callback)
@@ -138,8 +139,8 @@ class RestartingTrainer(StatefulTrainer):
         """
         callbacks, kind = self.callback_handler.callbacks, type(callback)
         before = next((x for x in self._callbacks_of_set_up if type(x) is kind), None)
-        if before in callbacks:
-            callbacks[callbacks.index(before)] = callback
+        if before is not None:  # unless the user has removed it
+            callbacks[:] = [callback if x is before else x for x in callbacks]
         elif first:
             callbacks.insert(0, callback)
         else:

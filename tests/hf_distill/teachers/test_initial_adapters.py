@@ -169,6 +169,16 @@ def test_base_is_the_model_before_training(name: str) -> None:
     assert all(module.training for module in student.modules())
 
 
+def test_prompts_that_are_taken_out_with_the_adapters() -> None:
+    add = other("AdaptionPrompt", target_modules=None, adapter_len=4, adapter_layers=2)
+    student = add(models.llama())
+    teacher = prepared(SelfTeacher("base"), student, "the test asks for logits")
+    assert teacher.state_dict() == {}
+    step(student)
+    said = teacher.signal(student, SIDE).dense()
+    torch.testing.assert_close(said, scored_logits(models.llama()), **ROUNDING)
+
+
 @pytest.mark.parametrize("name", [name for name in ADAPTERS if "lora" in name or "pissa" in name])
 def test_what_needs_no_copy_has_none(name: str) -> None:
     add, make = ADAPTERS[name]

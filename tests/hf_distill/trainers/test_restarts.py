@@ -198,6 +198,22 @@ def test_callbacks_are_replaced_in_their_places(tmp_path: Path) -> None:
     assert kinds.count(UpdateTeacher) == kinds.count(Mine) == 1
 
 
+def test_a_callback_that_the_user_has_removed_stays_away(tmp_path: Path) -> None:
+    trainer = distil(tmp_path, "ema", model_init=fresh)
+    trainer.remove_callback(Watchdog)
+    trainer.train()
+    assert Watchdog not in [type(x) for x in trainer.callback_handler.callbacks]
+
+
+def test_a_student_that_has_moved_since_is_set_up_again(tmp_path: Path) -> None:
+    """With fp16_full_eval and bf16_full_eval the Trainer places it when training begins."""
+    trainer = distil(tmp_path, "ema", model=models.llama())
+    before = trainer._run
+    trainer._device = torch.device("meta")
+    trainer.train()
+    assert trainer._run is not before
+
+
 def test_a_resumed_training_has_the_frozen_copy_of_the_first(tmp_path: Path) -> None:
     """The checkpoint does not hold it, and the weights are no longer those of the start."""
     whole = distil(tmp_path, "base", model=models.llama(), save_strategy="steps", save_steps=1)
