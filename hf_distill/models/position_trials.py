@@ -4,6 +4,7 @@ Shapes: n tokens of the row, V vocabulary.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -127,7 +128,8 @@ class Trial:
             inputs["position_ids"] = at[None] + first_position
         if "use_cache" in inspect.signature(self.lm.forward).parameters:
             inputs["use_cache"] = False
-        with _Spy() as spy:
+        with _Spy() as spy, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of adapters that leave positions out, say
             outputs = self.run(**inputs)
         logits = getattr(outputs, "logits", None)
         logits = outputs[0] if logits is None else logits  # a model without a head

@@ -197,17 +197,6 @@ class Positions:
             if own is not None and given is not None:
                 self.first = own.numbers[0] - given.numbers[0]
 
-    def check_rows(self, model: nn.Module, inputs: Mapping[str, Any], whose: str) -> None:
-        """As `check_length`, of a batch's input_ids."""
-        tokens, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-        if tokens is None or tokens.ndim != 2 or inputs.get("position_ids") is not None:
-            return
-        if not self._is_measured:
-            text = {"input_ids": tokens}
-            self._find_out(model, text, "input_ids", whose)
-        if mask is None or mask.shape == tokens.shape:
-            self.check_length(model, tokens, mask, whose)
-
     def check_length(
         self, model: nn.Module, tokens: Tensor, mask: Tensor | None, whose: str
     ) -> None:
