@@ -102,6 +102,17 @@ def test_rows_without_tokens_do_not_matter(family: str) -> None:
     assert read(numbering.make(family), nothing)[0].shape[0] == 0
 
 
+@pytest.mark.parametrize("family", ["roberta", "xmod", "gpt2"])
+def test_the_paddings_id_in_a_text(family: str) -> None:
+    """By it the model counts no position: the row alone has none there either."""
+    model, pad = numbering.make(family), 1
+    for side in ("right", "left"):
+        batch = numbering.batch(side)
+        for i, row in enumerate(batch["attention_mask"]):
+            batch["input_ids"][i, int(row.argmax()) + 2] = pad
+        assert apart(read(model, batch), numbering.alone(model, batch)) < TOLERANCE
+
+
 QWEN = {
     "Qwen2VL": {"embed_dim": 32, "mlp_ratio": 2},
     "Qwen2_5_VL": {
