@@ -164,7 +164,6 @@ class Reader:
         lm = causal_lm(model)
         names = inspect.signature(lm.forward).parameters
         if is_classifier(lm):
-            positions_of(model).check_rows(model, inputs, self.name)
             named = {name: value for name, value in inputs.items() if name in names}
             return named or dict(inputs)  # a forward of *args and **kwargs names none
         result: dict[str, Any] = dict(inputs)

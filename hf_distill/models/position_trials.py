@@ -4,6 +4,7 @@ Shapes: n tokens of the row, V vocabulary.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -127,7 +128,8 @@ class Trial:
             inputs["position_ids"] = at[None] + first_position
         if "use_cache" in inspect.signature(self.lm.forward).parameters:
             inputs["use_cache"] = False
-        with _Spy() as spy:
+        with _Spy() as spy, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of adapters that leave positions out, say
             outputs = self.run(**inputs)
         logits = getattr(outputs, "logits", None)
         logits = outputs[0] if logits is None else logits  # a model without a head
@@ -167,8 +169,9 @@ def positions_in(said: Said, shorter: Said, row: Tensor) -> Lookup | None:
 
 
 def synthetic_row(lm: nn.Module, device: torch.device) -> Tensor:
-    """[1, n] ids that descend, so that they are not taken for positions."""
-    return torch.arange(ROW, 0, -1, device=device)[None] % _num_ids(lm)
+    """[1, n] ids that descend, so that they are not taken for positions, without the padding's."""
+    ids = torch.arange(ROW + 1, 0, -1, device=device) % _num_ids(lm)
+    return ids[ids != pad_id(lm)][None, :ROW]
 
 
 def one_row(
@@ -183,7 +186,8 @@ def one_row(
     width = given.shape[:2]
     real = torch.ones(width, dtype=torch.bool, device=given.device) if mask is None else mask != 0
     if not given.is_floating_point():
-        real = real & (given >= 0) & (given < _num_ids(lm))  # ids that only stand for images
+        # without ids that only stand for images, and the padding's, which may have no position
+        real = real & (given >= 0) & (given < _num_ids(lm)) & (given != pad_id(lm))
     at = int(real.sum(1).argmax())
     keep = real[at]
     row, others = given[at][keep][None, :ROW], {}
@@ -197,6 +201,13 @@ def one_row(
     if row.shape[1] < 2 and not given.is_floating_point():
         row, others = synthetic_row(lm, given.device), {}
     return Trial(run, lm, name, row, others, mask is not None)
+
+
+def pad_id(lm: nn.Module) -> int:
+    """The padding's id as the model knows it, or -1."""
+    config: Any = getattr(lm, "config", None)
+    found = None if config is None else getattr(config.get_text_config(), "pad_token_id", None)
+    return -1 if found is None else found
 
 
 def _num_ids(lm: nn.Module) -> int:

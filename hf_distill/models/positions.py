@@ -28,6 +28,7 @@ from hf_distill.models.position_trials import (
     Trial,
     ascends,
     one_row,
+    pad_id,
     positions_in,
 )
 from hf_distill.models.structure import causal_lm, is_sharded, unwrap
@@ -57,20 +58,6 @@ class Way:
     fill: int = 0
 
 
-def _pad_id(lm: nn.Module) -> int | None:
-    config = getattr(lm, "config", None)
-    return None if config is None else getattr(config.get_text_config(), "pad_token_id", None)
-
-
-def _other_fill(trial: Trial) -> Tensor:
-    """A token of the row that is not the model's padding, or the next id."""
-    tokens, pad = trial.row[0], _pad_id(trial.lm)
-    if tokens.is_floating_point() or pad is None:
-        return tokens[0]
-    others = tokens[tokens != pad]
-    return others[0] if len(others) else (tokens[0] + 1) % (int(tokens.max()) + 2)
-
-
 def _knows_padding(padded: Said, alone: Said, trial: Trial) -> bool:
     """Whether the row's positions are looked up as they are without padding."""
     ids = trial.row[0].tolist()
@@ -90,7 +77,7 @@ def find_way(trial: Trial, limit: int | None, first: int) -> Way:
     room = ROW + PADDING if limit is None else limit
     row = trial.first(max(2, min(trial.row.shape[1], room // 2)))
     columns = max(1, min(PADDING, room - row.row.shape[1]))
-    alone, fill = row.read(), _other_fill(row)
+    alone, fill = row.read(), row.row[0, 0]  # any token but the padding's
     noise = row.read(right=columns, fill=fill).apart(alone)
     noise = noise if noise <= MOST_NOISE else 0.0
     limits = max(LENIENT, 8 * alone.eps, 4 * noise)  # rounding differs where the width does
@@ -98,13 +85,13 @@ def find_way(trial: Trial, limit: int | None, first: int) -> Way:
     given = float("nan")
     if row.takes_positions:
         given = row.read(columns, fill=fill, first_position=first).apart(alone)
-    pad = _pad_id(row.lm)
-    by_id = row.read(columns, fill=0 if pad is None else pad)
+    pad = pad_id(row.lm)
+    by_id = row.read(columns, fill=max(pad, 0))
     if own <= limits:
         # 16 bits hide what a few columns of padding do: clearly nearer is better
         nearer = given <= limits and own > max(4 * given, 4 * noise, alone.eps)
         return Way(GIVEN if nearer else OWN, own, given, own_is_right=True)
-    if pad is not None and by_id.apart(alone) <= limits and _knows_padding(by_id, alone, row):
+    if pad >= 0 and by_id.apart(alone) <= limits and _knows_padding(by_id, alone, row):
         return Way(OWN_BY_ID, by_id.apart(alone), given, fill=pad)
     return Way(GIVEN if given <= limits else NEITHER, own, given)
 
@@ -196,17 +183,6 @@ class Positions:
             given = positions_in(read[0], read[1], row.row)
             if own is not None and given is not None:
                 self.first = own.numbers[0] - given.numbers[0]
-
-    def check_rows(self, model: nn.Module, inputs: Mapping[str, Any], whose: str) -> None:
-        """As `check_length`, of a batch's input_ids."""
-        tokens, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-        if tokens is None or tokens.ndim != 2 or inputs.get("position_ids") is not None:
-            return
-        if not self._is_measured:
-            text = {"input_ids": tokens}
-            self._find_out(model, text, "input_ids", whose)
-        if mask is None or mask.shape == tokens.shape:
-            self.check_length(model, tokens, mask, whose)
 
     def check_length(
         self, model: nn.Module, tokens: Tensor, mask: Tensor | None, whose: str

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -15,6 +16,7 @@ from hf_distill.models.forward import Reader
 from hf_distill.models.layers import LayerWatcher
 from hf_distill.models.positions import positions_of
 from tests.hf_distill.models import numbering
+from tests.hf_distill.trainers import models
 
 # float32 and two layers: sums of some 50 products in another order; measured at most 2e-6 of the
 # largest logit, which is up to 40
@@ -98,6 +100,17 @@ def test_rows_without_tokens_do_not_matter(family: str) -> None:
     assert apart(found[2:], want) < TOLERANCE
     nothing = {k: x[:1] for k, x in batch.items()}
     assert read(numbering.make(family), nothing)[0].shape[0] == 0
+
+
+@pytest.mark.parametrize("family", ["roberta", "xmod", "gpt2"])
+def test_the_paddings_id_in_a_text(family: str) -> None:
+    """By it the model counts no position: the row alone has none there either."""
+    model, pad = numbering.make(family), 1
+    for side in ("right", "left"):
+        batch = numbering.batch(side)
+        for i, row in enumerate(batch["attention_mask"]):
+            batch["input_ids"][i, int(row.argmax()) + 2] = pad
+        assert apart(read(model, batch), numbering.alone(model, batch)) < TOLERANCE
 
 
 QWEN = {
@@ -222,16 +235,6 @@ def test_learnt_positions_end(family: str) -> None:
         reader.logits(model, Side({"input_ids": ids}, everywhere))
 
 
-@pytest.mark.parametrize("family", ["Bert", "GPT2"])
-def test_learnt_positions_of_a_classifier_end(family: str) -> None:
-    sizes = numbering.BERT if family == "Bert" else numbering.GPT
-    config = getattr(hf, f"{family}Config")(**sizes)
-    model = getattr(hf, f"{family}ForSequenceClassification")(config).eval()
-    ids = torch.randint(5, 90, (2, 65))
-    with pytest.raises(ValueError, match=r"student: a row has 65 tokens, .* are for 64"):
-        Reader("student").forward_inputs(model, {"input_ids": ids})
-
-
 class NoWaiting(TorchFunctionMode):
     """Whatever would wait for a device is an error."""
 
@@ -301,6 +304,28 @@ def test_sixteen_bits_do_not_hide_what_padding_does(family: str) -> None:
     batch = {k: x[:2] for k, x in numbering.batch("left", width=14).items()}
     # 8 bits of mantissa through two layers; one position off is 0.3 and more
     assert apart([x.float() for x in read(coarse, batch)], numbering.alone(model, batch)) < 0.06
+
+
+@pytest.mark.filterwarnings(models.PEFT_WARNING, "ignore:`past_key_values` is dep:FutureWarning")
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+@pytest.mark.parametrize("kind", [PrefixTuningConfig, PromptTuningConfig])
+def test_virtual_tokens_are_not_positions(kind: Any, family: str, side: str) -> None:
+    """Teachers may have them; those before padding stand at another distance from the text."""
+    config = kind(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = get_peft_model(numbering.make(family), config).eval()
+    batch = numbering.batch(side)
+    if side == "left" and kind is PromptTuningConfig and family != "opt":
+        with pytest.raises(ValueError, match="padded on the left"):
+            Reader("teacher").forward_inputs(model, batch)
+        return
+    inputs = Reader("teacher").forward_inputs(model, batch)
+    with torch.no_grad():
+        logits = model(**inputs).logits[:, -batch["input_ids"].shape[1] :]
+    keep = batch["attention_mask"].bool()
+    found = [row[real] for row, real in zip(logits, keep, strict=True)]
+    pairs = zip(numbering.alone(model, batch), found, strict=True)
+    assert apart(found, [x[-len(y) :] for x, y in pairs]) < TOLERANCE
 
 
 class SharedRounding(nn.Linear):
