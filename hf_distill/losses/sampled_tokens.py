@@ -50,6 +50,7 @@ def _policy_gradient(log_p: Tensor, log_q: Tensor, clip: float | None) -> _Soft:
 def _k3(log_p: Tensor, log_q: Tensor, clip: float | None) -> _Soft:
     ratio = log_p - log_q
     value = torch.expm1(ratio) - ratio
+    value = torch.where(ratio == torch.inf, ratio, value)  # not infinity less infinity
     if clip is None:
         return _Soft(value, torch.zeros_like(value, dtype=torch.bool))
     # the value may be infinite where it is cut, and 0 times its gradient NaN: it is left out before
