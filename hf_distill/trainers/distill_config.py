@@ -28,6 +28,9 @@ from hf_distill.schedules import Schedule, Value
 from hf_distill.trainers import config_schedules
 from hf_distill.trainers.config_groups import as_group, as_optional_group
 from metal_ops import DivergenceSpec
+from metal_ops.spec import KINDS
+
+DIVERGENCES = (*KINDS, *SAMPLED_KINDS, UNIVERSAL)
 
 
 @dataclass
@@ -197,6 +200,8 @@ class DistillConfig(TrainingArguments):
         scale = values["temperature"], self.temperature_scaling
         if self.taid is not None and self.divergence != "forward_kl":
             raise ValueError(f"taid needs divergence 'forward_kl', got {self.divergence!r}")
+        if self.divergence not in DIVERGENCES:
+            raise ValueError(f"divergence must be one of {DIVERGENCES}, got {self.divergence!r}")
         if self.divergence == UNIVERSAL:
             self._check_unread("beta", "clip", "support", "top_k", "missing")
             return CrossTokenizerLoss(alpha, *scale, measures_hard=hard)

@@ -128,10 +128,7 @@ def full_divergence(
         if gradient is not None:
             gradient(factor, out)
         if redone is not None:
-            if shrink is None:
-                redone.gradient.mul_(factor[again])
-            else:
-                scale_gradient(redone.gradient, factor[again, 0])
+            scale_gradient(redone.gradient, factor[again, 0], clips=shrink is not None)
             if short is None:
                 out.copy_(redone.gradient)
             else:

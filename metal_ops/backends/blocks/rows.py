@@ -146,12 +146,14 @@ def clip_tokens(loss: Tensor, spec: DivergenceSpec) -> tuple[Tensor, Tensor | No
     return loss.clamp(max=spec.clip), torch.where(over, factor, 1.0), over
 
 
-def scale_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
-    """Multiply a gradient [rows, n] in place by a factor [rows]; 0 times infinity or NaN is 0.
+def scale_gradient(gradient: Tensor, factor: Tensor, clips: bool = True) -> Tensor:
+    """Multiply a gradient [rows, n] in place by a factor [rows].
 
-    A clipped token's loss may be infinite, and its gradient before the clip too.
+    With `clips` 0 times infinity or NaN is 0: a clipped token's loss may be infinite, and its
+    gradient before the clip too.
     """
-    return gradient.mul_(factor[:, None]).masked_fill_((factor == 0)[:, None], 0.0)
+    gradient.mul_(factor[:, None])
+    return gradient.masked_fill_((factor == 0)[:, None], 0.0) if clips else gradient
 
 
 def _entropy(log_e: Tensor, e: Tensor, total: Tensor, spare: Tensor) -> Tensor:

@@ -112,11 +112,12 @@ def category_loss(
     if factor is None:
         factor = torch.ones_like(loss)
     factor = factor if shrink is None else factor * shrink
-    gradient, outside = scale_gradient(result.gradient, factor), None
+    clips = shrink is not None
+    gradient, outside = scale_gradient(result.gradient, factor, clips), None
     if spec.missing == "tail":
         gradient, outside = gradient[:, :-1], gradient[:, -1:]
     elif spec.missing == "zero":
-        outside = -scale_gradient(result.h_sum, factor)
+        outside = -scale_gradient(result.h_sum, factor, clips)
     return CategoryLoss(loss, result.clipped if clipped is None else clipped, gradient, outside)
 
 

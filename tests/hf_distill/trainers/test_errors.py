@@ -113,7 +113,7 @@ def test_an_unknown_place() -> None:
         ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
         (
             {"divergence": "kl"},
-            r"kind must be one of \('forward_kl', .*'alpha'\), got",
+            r"divergence must be one of \('forward_kl', .*'alpha', .*'k3', 'uld'\), got 'kl'",
         ),
         ({"temperature_scaling": "t"}, r"temperature_scaling must be one of \('none', 't2'\), got"),
     ],
