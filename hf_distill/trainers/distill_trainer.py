@@ -65,7 +65,7 @@ class DistillTrainer(AccountingTrainer):
         eval_dataset: as in `Trainer`.
         processing_class: as in `Trainer`.
         teacher: a model, a name for `from_pretrained`, or a teacher of `hf_distill.teachers`. May
-            be None if alpha is 0: this is then a plain `Trainer`.
+            be None if alpha is 0: the student learns from labels alone.
         loss: your own soft loss in place of the divergence of the args: a function of
             (student_logits [n, V], teacher_logits [n, V], targets [n]) that returns [n], or a
             `hf_distill.losses.Loss`, of which the trainer takes a copy.
