@@ -8,7 +8,7 @@ from torch import Tensor
 
 from metal_ops._dispatch import run
 from metal_ops._registration import differentiate, register, scaled
-from metal_ops.backends.blocks.rows import accumulator, clip_tokens
+from metal_ops.backends.blocks.rows import accumulator, clip_tokens, scale_gradient
 from metal_ops.backends.blocks.tail import TailDraws, add_tail_correction
 from metal_ops.spec import DivergenceSpec
 
@@ -104,7 +104,7 @@ def _compute_sampled(given: SampledArguments) -> SparseResult:
     add_tail_correction(student, given.ids, drawn, weights, free, ratio, loss, grad)
     loss, shrink, _ = clip_tokens(loss / asked.scale, asked)
     if grad is not None and shrink is not None:
-        grad.mul_(shrink[:, None])
+        scale_gradient(grad, shrink)
     return SparseResult(loss * asked.scale, student.new_empty(0) if grad is None else grad)
 
 

@@ -77,15 +77,32 @@ def restrict(log_p: Tensor, kept: Tensor, missing: str) -> Tensor:
     return torch.cat([inside, tail], dim=-1)
 
 
-def total(terms: Tensor, spec: DivergenceSpec) -> Tensor:
-    """Sum over the last dimension, clip and scale as the spec says."""
+def clipped_entries(log_p: Tensor, log_q: Tensor, spec: DivergenceSpec, clip: float) -> Tensor:
+    """Compute `entries`, at most `clip` each; those that are cut have no gradient.
+
+    An entry that is cut may be infinite, and 0 times its gradient NaN: it is left out before.
+    """
+    with torch.no_grad():
+        cut = entries(log_p, log_q, spec.kind, spec.beta) > clip
+    log_p, log_q = log_p.masked_fill(cut, 0.0), log_q.masked_fill(cut, 0.0)
+    return torch.where(cut, clip, entries(log_p, log_q, spec.kind, spec.beta))
+
+
+def total(log_p: Tensor, log_q: Tensor, spec: DivergenceSpec) -> Tensor:
+    """Sum the entries over the last dimension, clip and scale as the spec says."""
     if spec.clip is None:
-        return spec.scale * terms.sum(-1)
+        return spec.scale * entries(log_p, log_q, spec.kind, spec.beta).sum(-1)
     if spec.clip_level == "vocab_entry":
-        return spec.scale * terms.clamp(max=spec.clip).sum(-1)
-    per_token = terms.sum(-1)
+        return spec.scale * clipped_entries(log_p, log_q, spec, spec.clip).sum(-1)
+    with torch.no_grad():
+        value = entries(log_p, log_q, spec.kind, spec.beta).sum(-1, keepdim=True)
+    # where the gradient is 0 the entries may be infinite: they are left out before
+    cut = value > spec.clip if spec.clip_level == "token" else value == math.inf
+    log_p, log_q = log_p.masked_fill(cut, 0.0), log_q.masked_fill(cut, 0.0)
+    per_token = entries(log_p, log_q, spec.kind, spec.beta).sum(-1)
+    per_token = torch.where(cut.squeeze(-1), spec.clip, per_token)
     if spec.clip_level == "token":
-        return spec.scale * per_token.clamp(max=spec.clip)
+        return spec.scale * per_token
     value = per_token.detach()
     return spec.scale * per_token * torch.where(value > spec.clip, spec.clip / value, 1.0)
 
@@ -98,7 +115,7 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, spec: DivergenceS
     if spec.support != "full":
         kept = support(student_logits, teacher_logits, spec)
         log_p, log_q = (restrict(x, kept, spec.missing) for x in (log_p, log_q))
-    return total(entries(log_p, log_q, spec.kind, spec.beta), spec)
+    return total(log_p, log_q, spec)
 
 
 def sparse_divergence(
@@ -124,7 +141,7 @@ def sparse_divergence(
         log_p = log_p.log_softmax(-1)
     elif spec.missing == "tail":
         log_p = torch.cat([log_p, log_tail.to(log_q.dtype)[..., None]], dim=-1)
-    return total(entries(log_p, log_q, spec.kind, spec.beta), spec)
+    return total(log_p, log_q, spec)
 
 
 def slopes(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> tuple[Tensor, Tensor]:

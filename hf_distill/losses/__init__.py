@@ -9,13 +9,13 @@ from hf_distill.losses.base import (
     LossSettings,
     Terms,
     Tokens,
-    assert_finite,
     step_terms,
 )
 from hf_distill.losses.behaviour import behaviour_log_probs
 from hf_distill.losses.cross_tokenizer import UNIVERSAL, CrossTokenizerLoss
 from hf_distill.losses.divergence import ClipConfig, DivergenceLoss, normalised_jsd
 from hf_distill.losses.entropy import entropy_share
+from hf_distill.losses.finite import assert_finite
 from hf_distill.losses.function import FunctionLoss, LossFunction, as_loss
 from hf_distill.losses.generalized_jsd import generalized_jsd_loss
 from hf_distill.losses.hidden_states import (

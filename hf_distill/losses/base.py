@@ -194,12 +194,15 @@ class Loss:
         """
         with torch.no_grad():
             said = teacher.dense()
+        weights = tokens.soft_weights
+        if logits.requires_grad:
+            logits = _without_odd_gradients(logits, weights == 0)
         found = self.per_token(logits, said, tokens.targets)
         value, metrics = found if isinstance(found, tuple) else (found, {})
         self._check_returned(value, metrics, len(tokens.targets))
         if logits.requires_grad and not value.requires_grad:
             raise ValueError(f"the loss {self!r} must have a gradient for the student's logits")
-        value, weights = chunks.at_least_float32(value), tokens.soft_weights
+        value = chunks.at_least_float32(value)
         value = torch.where(weights == 0, 0.0, value)  # a token without weight may be infinite
         return Terms((weights * value).sum(), {"soft": value, **metrics})
 
@@ -278,6 +281,16 @@ class Loss:
         return chunks.width_of_copies(width, device) if self.copies_logits else width
 
 
+def _without_odd_gradients(logits: Tensor, unweighted: Tensor) -> Tensor:
+    """Logits [n, V] whose gradient is 0 at tokens without weight, where a loss may be infinite.
+
+    0 times the gradient of an infinite loss is NaN.
+    """
+    passed = logits.view_as(logits)
+    passed.register_hook(lambda grad: grad.masked_fill(unweighted[:, None], 0.0))
+    return passed
+
+
 def _summed(
     piece: Callable[[Tensor, slice], Terms],
     rows: Tensor,
@@ -309,37 +322,6 @@ def _summed(
     )
 
 
-def assert_finite(terms: Terms) -> None:
-    """Stop at a loss that is not a number, saying which side it comes from.
-
-    Raises:
-        FloatingPointError: the loss is NaN or infinite.
-    """
-    if bool(torch.isfinite(terms.loss)):
-        return
-    named = []
-    for side in ("student", "teacher"):
-        values = terms.evidence.get(side, terms.metrics.get(f"{side}_entropy"))
-        bad = 0 if values is None else int((~torch.isfinite(values)).sum())
-        if values is not None and bad:
-            named.append(f"{side} logits are NaN at {bad} of {len(values)} tokens")
-    if not named and "soft" in terms.metrics:
-        built_in = bool(terms.evidence) or "teacher_entropy" in terms.metrics
-        named = _odd_soft(terms.metrics["soft"], built_in)
-    cause = " and ".join(named) or "the hard loss is not finite"
-    raise FloatingPointError(f"the loss must be finite, got {terms.loss.item()}: {cause}")
-
-
-def _odd_soft(soft: Tensor, built_in: bool) -> list[str]:
-    """What is wrong with soft losses of tokens, if something is."""
-    count, bad, infinite = len(soft), int(soft.isnan().sum()), int(soft.isinf().sum())
-    if built_in and infinite:
-        zero = "the teacher gives a token probability 0"
-        return [f"the divergence is infinite at {infinite} of {count} tokens ({zero})"]
-    kinds = (("NaN", bad), ("infinite", infinite))
-    return [f"the soft loss is {kind} at {odd} of {count} tokens" for kind, odd in kinds if odd]
-
-
 def _corrected(student: Signal, tokens: Tokens) -> tuple[Tokens, dict[str, Tensor]]:
     """The tokens with weights of the soft loss, and what is logged of the ratios.
 
@@ -352,7 +334,10 @@ def _corrected(student: Signal, tokens: Tokens) -> tuple[Tokens, dict[str, Tenso
         return tokens, {}
     behaviour, clip = tokens.importance
     known = ~behaviour.isnan()
-    ratio = (chunks.log_probs(student, tokens.targets) - behaviour).exp()
+    present = chunks.log_probs(student, tokens.targets)
+    # two probabilities of 0 are no movement; a ratio that overflows is the largest there is
+    moved = torch.where(present == behaviour, 0.0, present - behaviour)
+    ratio = moved.exp().clamp(max=torch.finfo(moved.dtype).max)
     used = torch.where(known, ratio.clamp(max=clip), 1.0)
     # a NaN is no value: the tokens of which nothing is known, or that do not count
     counts = known & (tokens.weights != 0)

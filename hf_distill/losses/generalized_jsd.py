@@ -98,6 +98,8 @@ def generalized_jsd_loss(
             torch.log_softmax(x / temperature, dim=-1) for x in (student_logits, teacher_logits)
         )
     resolved = spec.resolved()
-    values = reference.entries(log_p, log_q, resolved.kind, resolved.beta)
-    values = values if token_clip is None else values.clamp(max=token_clip)
+    if token_clip is None:
+        values = reference.entries(log_p, log_q, resolved.kind, resolved.beta)
+    else:
+        values = reference.clipped_entries(log_p, log_q, resolved, token_clip)
     return _reduce(values if mask is None else values[mask], mask, rows, reduction)

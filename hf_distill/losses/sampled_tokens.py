@@ -50,8 +50,13 @@ def _policy_gradient(log_p: Tensor, log_q: Tensor, clip: float | None) -> _Soft:
 def _k3(log_p: Tensor, log_q: Tensor, clip: float | None) -> _Soft:
     ratio = log_p - log_q
     value = torch.expm1(ratio) - ratio
-    bounded = value if clip is None else value.clamp(max=clip)
-    return _Soft(bounded, bounded != value)
+    value = torch.where(ratio == torch.inf, ratio, value)  # not infinity less infinity
+    if clip is None:
+        return _Soft(value, torch.zeros_like(value, dtype=torch.bool))
+    # the value may be infinite where it is cut, and 0 times its gradient NaN: it is left out before
+    cut = value.detach() > clip
+    ratio = ratio.masked_fill(cut, 0.0)
+    return _Soft(torch.where(cut, clip, torch.expm1(ratio) - ratio), cut)
 
 
 _SOFT: dict[str, Callable[[Tensor, Tensor, float | None], _Soft]] = {
@@ -106,8 +111,8 @@ class SampledTokenLoss(Loss):
         log_q = chunks.target_log_probs(logits, tokens.targets, self.temperature)
         log_p, weights = log_p.to(log_q.dtype), tokens.soft_weights
         # a token without weight may be infinite
-        held = torch.where(weights == 0, log_q.detach(), log_p)
-        value, clipped = _SOFT[self.kind](held, log_q, self.clip)
+        held, counted = (torch.where(weights == 0, 0.0, x) for x in (log_p, log_q))
+        value, clipped = _SOFT[self.kind](held, counted, self.clip)
         value = value * self._spec().scale
         metrics = {
             "soft": value.detach(),

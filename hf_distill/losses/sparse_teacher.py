@@ -1,6 +1,8 @@
 """A teacher of which only some entries of each token's distribution are known."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +33,10 @@ def sparse_terms(
         ValueError: the teacher does not know the loss's temperature, or as `sparse_divergence`.
     """
     teacher = teacher.at(spec.temperature)
-    per_token = sparse_divergence(logits, teacher, spec, tail=rule.tail, max_ratio=rule.max_ratio)
-    stats = _stats(logits.detach(), teacher, rule, spec, per_token.detach())
+    # a token without weight may be infinite
+    reading: dict[str, Any] = {"tail": rule.tail, "max_ratio": rule.max_ratio, "mask": weights != 0}
+    per_token = sparse_divergence(logits, teacher, spec, **reading)
+    stats = _stats(logits.detach(), teacher, reading, spec, per_token.detach())
     return WeightedTerms((weights * per_token).sum(), per_token.detach(), stats)
 
 
@@ -55,7 +59,11 @@ def known_entropy(teacher: SparseTeacher, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def _stats(
-    logits: Tensor, teacher: SparseTeacher, rule: TailRule, spec: DivergenceSpec, per_token: Tensor
+    logits: Tensor,
+    teacher: SparseTeacher,
+    reading: Mapping[str, Any],
+    spec: DivergenceSpec,
+    per_token: Tensor,
 ) -> DivergenceStats:
     """Return what `divergence_with_stats` would say, as far as the teacher is known."""
     dtype = per_token.dtype
@@ -75,7 +83,7 @@ def _stats(
     clipped = torch.zeros_like(per_token)
     if spec.clip is not None:
         free = replace(spec, clip=None)
-        free = sparse_divergence(logits, teacher, free, tail=rule.tail, max_ratio=rule.max_ratio)
+        free = sparse_divergence(logits, teacher, free, **reading)
         clipped = (free - per_token > CLIP_SEEN * spec.scale).to(dtype)
     return DivergenceStats(
         torch.cat([*student_entropy, per_token[:0]]),

@@ -6,6 +6,7 @@ not the student, an adapter that was trained before, dropout.
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_distill.data.batches import TokenRow, pad, unpad
 from hf_distill.data.sides import Side
 from hf_distill.models.modes import kept_rng
-from hf_distill.models.structure import unwrap
+from hf_distill.models.structure import causal_lm, unwrap
 from hf_distill.monitoring.self_teacher_check import Compared, SelfTeacherError, apart
 from hf_distill.teachers import SelfTeacher
 
@@ -41,6 +42,14 @@ def _side(rows: Sequence[TokenRow], fill: int, device: torch.device) -> Side:
         "attention_mask": pad([[1] * len(row.ids) for row in rows], 0).to(device),
     }
     return Side(inputs, predicts.to(device))
+
+
+def _has_dropout(model: nn.Module) -> bool:
+    """Whether a module or the config drops something out: attention is given a number by some."""
+    if any(isinstance(x, nn.Dropout) and x.p > 0 for x in model.modules()):
+        return True
+    given = vars(getattr(causal_lm(model), "config", None) or object)
+    return any("drop" in name and isinstance(x, float) and x > 0 for name, x in given.items())
 
 
 def _few(row: TokenRow) -> TokenRow:
@@ -135,13 +144,25 @@ class _Checked(Compared):
         with kept_rng(self.device):
             self.model.train()
             try:
-                found = apart(self.reader.logits(self.model, self.side), self.calm)
+                noisy, again = (self.reader.logits(self.model, self.side) for _ in range(2))
             finally:
                 self.model.train(was_training)
-        if not found <= self.tolerance:
+        found = apart(noisy, self.calm)
+        if found <= self.tolerance:
+            return
+        if math.isnan(found):
+            logger.warning("training mode: the student's logits are NaN in it, in eval mode not")
+        elif apart(noisy, again) <= self.tolerance:
             logger.warning(
-                "dropout: in training the student is %.2g nats from itself without dropout, which "
-                "the loss cannot tell from what the hint says; consider no dropout",
+                "training mode: in it the student is %.2g nats from itself in eval mode, the same "
+                "each time, so this is no dropout; the teacher is read in eval mode",
+                found,
+            )
+        else:
+            logger.warning(
+                "%s: in training the student is %.2g nats from itself without it, which "
+                "the loss cannot tell from what the hint says; consider none",
+                "dropout" if _has_dropout(self.bare) else "noise that is no dropout module",
                 found,
             )
 
@@ -167,13 +188,14 @@ def check_empty_hint(
 
     Raises:
         EmptyHintError: it is not zero, or depends on the padding that stands behind a row; the
-            message begins with what differs: template, padding, adapter or teacher.
+            message begins with what differs: template, numbers, padding, adapter or teacher.
     """
     _check_contexts(student_rows, teacher_rows)
     rows = [_few(row) for row in student_rows]
     if not any(row.scored for row in rows):
         return 0.0  # empty rows
     checked = _Checked(model, rows, pad_token_id, in_16_bit)
+    checked.check_numbers("student", checked.calm)
     checked.check_padding()
     found = checked.check(teacher)
     checked.warn_of_dropout()

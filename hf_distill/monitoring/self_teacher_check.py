@@ -72,15 +72,27 @@ class Compared:
         """How far teacher and student are apart, in nats.
 
         Raises:
-            SelfTeacherError: they differ without a reason, or the teacher follows the student.
+            SelfTeacherError: they differ without a reason, or the teacher follows the student, or
+                one of them is NaN.
         """
+        self.check_numbers("student", self.calm)
         said = teacher.signal(self.model, self.side).dense()
+        self.check_numbers("teacher", said)
         found = apart(self.calm, said)
         if not found <= self.tolerance:
             self.explain(teacher, found)
         if teacher.kind in ("base", "ema"):
             self.check_frozen(teacher, said)
         return found
+
+    def check_numbers(self, name: str, logits: Tensor) -> None:
+        """NaN is no difference of a padding, an adapter or a teacher. Masked entries are legal."""
+        bad = int((logits.isnan() | (logits == torch.inf)).any(-1).sum())
+        if bad:
+            raise self.error(
+                f"numbers: the {name}'s logits are NaN or infinite at {bad} of {len(logits)} "
+                "tokens, in eval mode and before a step: its weights, or their dtype, are at fault"
+            )
 
     def check_frozen(self, teacher: Teacher, said: Tensor) -> None:
         """A teacher that is not the live student says the same whatever the adapter's weights."""

@@ -133,14 +133,19 @@ class Completions:
             if response.status_code == 200:
                 return response
             if last or response.status_code not in RETRIED:
-                hint = f"; the server must allow --max-logprobs {self.top_k}"
-                raise self._error(
-                    response,
-                    f"the status must be 200 (try {trial + 1})"
-                    + (hint if response.status_code == 400 else ""),
-                )
+                raise self._error(response, self._refusal(response, trial + 1))
             logger.warning("%s: status %d; trying again", self.url, response.status_code)
         raise AssertionError("the last try returns or raises")
+
+    def _refusal(self, response: httpx2.Response, tries: int) -> str:
+        """What is wrong with an answer of another status: the server's own reason first."""
+        reason, rule = reason_in(response), f"the status must be 200 (try {tries})"
+        if reason is None:
+            return rule
+        hint = ""
+        if "logprob" in reason.lower():
+            hint = f"; the server must allow --max-logprobs {self.top_k}"
+        return f"the server says {reason!r}{hint}; {rule}"
 
     def _error(self, response: httpx2.Response, rule: str) -> RemoteTeacherError:
         body = response.text
@@ -148,6 +153,17 @@ class Completions:
         return RemoteTeacherError(
             f"{self.url}: {rule}; status {response.status_code}, body {shown!r}"
         )
+
+
+def reason_in(response: httpx2.Response) -> str | None:
+    """The message of an error as OpenAI's and vLLM's servers write it, or None."""
+    try:
+        said = response.json()
+    except ValueError:
+        return None
+    inner = said.get("error", said) if isinstance(said, Mapping) else None
+    message = inner.get("message") if isinstance(inner, Mapping) else inner
+    return message if isinstance(message, str) and message else None
 
 
 def read(entry: Mapping[str, Mapping[str, Any]]) -> TopK:

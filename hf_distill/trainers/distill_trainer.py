@@ -65,7 +65,7 @@ class DistillTrainer(AccountingTrainer):
         eval_dataset: as in `Trainer`.
         processing_class: as in `Trainer`.
         teacher: a model, a name for `from_pretrained`, or a teacher of `hf_distill.teachers`. May
-            be None if alpha is 0: this is then a plain `Trainer`.
+            be None if alpha is 0: the student learns from labels alone.
         loss: your own soft loss in place of the divergence of the args: a function of
             (student_logits [n, V], teacher_logits [n, V], targets [n]) that returns [n], or a
             `hf_distill.losses.Loss`, of which the trainer takes a copy.
@@ -247,6 +247,7 @@ class DistillTrainer(AccountingTrainer):
         terms, outputs = self.task.run(model, batch, terms_of, at_head, return_outputs)
         num_batches = self.current_gradient_accumulation_steps if model.training else None
         terms = add_router_loss(terms, self._reader.routers, teacher, tokens, num_batches)
+        losses.assert_finite(terms, teacher)
         self._note(terms, batch, tokens, model.training)
         return (terms.loss, outputs) if return_outputs else terms.loss
 
@@ -325,8 +326,7 @@ class DistillTrainer(AccountingTrainer):
             return self._signal(cast(nn.Module, self.model_wrapped), batch)
 
     def _note(self, terms: Terms, batch: Batch, tokens: Tokens, training: bool) -> None:
-        """Stop at a loss that is not a number; count the metrics."""
-        losses.assert_finite(terms)
+        """Count the metrics."""
         self._evaluation.parts = partial(self.task.parts, batch)
         self._unscored[training].add(batch.unscored)
         if self._taid is not None and training:

@@ -10,7 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from metal_ops.backends.blocks.rows import LoadedRows, clip_tokens, exact_loss
+from metal_ops.backends.blocks.rows import (
+    LoadedRows,
+    clip_tokens,
+    exact_loss,
+    scale_gradient,
+)
 from metal_ops.spec import DivergenceSpec
 
 # Below this loss, in nats, a row is done again: the short path is off by about 1e-7 nats, and by
@@ -123,7 +128,7 @@ def full_divergence(
         if gradient is not None:
             gradient(factor, out)
         if redone is not None:
-            redone.gradient.mul_(factor[again])
+            scale_gradient(redone.gradient, factor[again, 0], clips=shrink is not None)
             if short is None:
                 out.copy_(redone.gradient)
             else:

@@ -146,6 +146,16 @@ def clip_tokens(loss: Tensor, spec: DivergenceSpec) -> tuple[Tensor, Tensor | No
     return loss.clamp(max=spec.clip), torch.where(over, factor, 1.0), over
 
 
+def scale_gradient(gradient: Tensor, factor: Tensor, clips: bool = True) -> Tensor:
+    """Multiply a gradient [rows, n] in place by a factor [rows].
+
+    With `clips` 0 times infinity or NaN is 0: a clipped token's loss may be infinite, and its
+    gradient before the clip too.
+    """
+    gradient.mul_(factor[:, None])
+    return gradient.masked_fill_((factor == 0)[:, None], 0.0) if clips else gradient
+
+
 def _entropy(log_e: Tensor, e: Tensor, total: Tensor, spare: Tensor) -> Tensor:
     entropy = torch.mul(e, log_e, out=spare).sum(-1)
     if bool(entropy.isnan().any()):  # 0 * -inf

@@ -10,7 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metal_ops.backends.blocks.rows import LoadedRows, clip_tokens, exact_loss
+from metal_ops.backends.blocks.rows import (
+    LoadedRows,
+    clip_tokens,
+    exact_loss,
+    scale_gradient,
+)
 from metal_ops.backends.blocks.terms import Probabilities
 from metal_ops.spec import DivergenceSpec
 
@@ -106,12 +111,13 @@ def category_loss(
     loss, shrink, clipped = clip_tokens(result.loss, spec)
     if factor is None:
         factor = torch.ones_like(loss)
-    factor = (factor if shrink is None else factor * shrink)[:, None]
-    gradient, outside = result.gradient * factor, None
+    factor = factor if shrink is None else factor * shrink
+    clips = shrink is not None
+    gradient, outside = scale_gradient(result.gradient, factor, clips), None
     if spec.missing == "tail":
         gradient, outside = gradient[:, :-1], gradient[:, -1:]
     elif spec.missing == "zero":
-        outside = -(result.h_sum * factor)
+        outside = -scale_gradient(result.h_sum, factor, clips)
     return CategoryLoss(loss, result.clipped if clipped is None else clipped, gradient, outside)
 
 

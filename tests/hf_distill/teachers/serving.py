@@ -28,7 +28,7 @@ class Server:
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.paths: list[str] = []
-        self.faults: list[int | float | str] = []
+        self.faults: list[int | float | str | tuple[int, str]] = []
         self.change: Callable[[Answer], Any] | None = None
         self.barrier: threading.Barrier | None = None
         self._lock = threading.Lock()
@@ -61,6 +61,8 @@ class Server:
             time.sleep(fault)
         elif isinstance(fault, int):
             return fault, json.dumps({"error": {"message": f"fault {fault}", "code": fault}})
+        elif isinstance(fault, tuple):
+            return fault
         elif isinstance(fault, str):
             return 200, fault
         if self.barrier is not None:

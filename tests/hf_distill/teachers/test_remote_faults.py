@@ -1,5 +1,6 @@
 """What a server may get wrong, and what is tried again."""
 
+import json
 import logging
 import math
 import socket
@@ -43,7 +44,9 @@ def test_the_waits_double(server: Server, remote: Ask, monkeypatch: pytest.Monke
 
 def test_failures_that_stay(server: Server, remote: Ask) -> None:
     teacher = prepared(remote(4, retries=1, num_threads=1), models.llama())
-    url = r"http://127.0.0.1:\d+/v1/completions: the status must be 200"
+    url = (
+        r"http://127.0.0.1:\d+/v1/completions: the server says 'fault 500'; the status must be 200"
+    )
     server.faults = [500, 500]
     with pytest.raises(RemoteTeacherError, match=rf"{url} \(try 2\); status 500, body .*fault 500"):
         teacher.signal(models.llama(), SIDE)
@@ -53,9 +56,38 @@ def test_failures_that_stay(server: Server, remote: Ask) -> None:
         with pytest.raises(RemoteTeacherError, match=rf"\(try 1\); status {status}, body .*fault"):
             teacher.top_log_probs(IDS[0].tolist())
         assert len(server.requests) == 1
-    server.faults = [400]
-    with pytest.raises(RemoteTeacherError, match=r"must allow --max-logprobs 4; status 400"):
+
+
+@pytest.mark.parametrize(
+    ("body", "start", "hints"),
+    [
+        (
+            {"error": {"message": "Requested prompt logprobs of 4, max allowed: 2", "code": 400}},
+            "the server says 'Requested prompt logprobs of 4, max allowed: 2'; the server must al",
+            True,
+        ),
+        (
+            {"object": "error", "message": "This model's maximum context length is 8 tokens."},
+            'the server says "This model\'s maximum context length is 8 tokens."; the status must',
+            False,
+        ),
+        (
+            {"error": "no such model"},
+            "the server says 'no such model'; the status must be 200",
+            False,
+        ),
+        ("nginx: bad request about logprobs", "the status must be 200 (try 1); status 400", False),
+    ],
+)
+def test_the_servers_own_reason_comes_first(
+    server: Server, remote: Ask, body: Any, start: str, hints: bool
+) -> None:
+    teacher = prepared(remote(4), models.llama())
+    server.faults = [(400, body if isinstance(body, str) else json.dumps(body))]
+    with pytest.raises(RemoteTeacherError) as caught:
         teacher.top_log_probs(IDS[0].tolist())
+    assert f"/v1/completions: {start}" in str(caught.value)
+    assert ("--max-logprobs 4" in str(caught.value)) == hints
 
 
 def test_a_server_that_is_silent(server: Server, remote: Ask) -> None:
