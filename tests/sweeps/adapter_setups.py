@@ -1,5 +1,6 @@
 """Adapters of every kind that the installed PEFT has, on tiny models, by name."""
 
+import copy
 import importlib
 import os
 import tempfile
@@ -118,12 +119,10 @@ def _tuner(kind: str) -> Make:
 def _xlora(model: Any, base: str) -> Any:
     adapters = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("one", "two"):
+        for name in ("0", "1"):  # PEFT numbers them, whatever their names
             adapters[name] = os.path.join(folder, name)
             config = LoraConfig(**TASK, r=4, target_modules=TARGETS[base]["attention"])
-            adapted = get_peft_model(model, config)
-            adapted.save_pretrained(adapters[name])
-            model = adapted.unload()
+            get_peft_model(copy.deepcopy(model), config).save_pretrained(adapters[name])
         model.config.use_cache = False  # else it refuses the model
         config = peft.XLoraConfig(**TASK, hidden_size=32, xlora_size=8, adapters=adapters)
         return get_peft_model(model, config)
@@ -238,7 +237,9 @@ VARIANTS: Mapping[str, Make] = {
     "lora kasa": _lora(kasa_config=peft_lora.KasaConfig()),
     "lora velora": _lora(velora_config=peft_lora.VeloraConfig(num_groups=4)),
     "lora monteclora": _lora(monteclora_config=peft_lora.MontecloraConfig()),
-    "lora bd": _lora(use_bdlora=peft_lora.BdLoraConfig(target_modules_bd_a=["q_proj"], nblocks=2)),
+    "lora bd": _lora(
+        use_bdlora=peft_lora.BdLoraConfig(["q_proj", "c_attn"], ["v_proj"], nblocks=2)
+    ),
     "alora": _lora(alora_invocation_tokens=[1]),
     "lora save head": _lora(modules_to_save=_named("head")),
     "lora save embeddings": _lora(modules_to_save=_named("embeddings")),

@@ -30,11 +30,13 @@ def main() -> int:
     parser.add_argument("--base", nargs="+", choices=BASES, default=list(BASES))
     parser.add_argument("--only", nargs="+", choices=COLUMNS, default=list(COLUMNS))
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where results are written")
+    parser.add_argument("--earlier", type=Path, metavar="FILE", help="results of names not given")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="a page of docs with the table")
     options = parser.parse_args()
     names = [f"{x} on {base}" for x in options.names or setups() for base in options.base]
     results = sweep.run(partial(trial, columns=tuple(options.only)), names, options.jobs)
+    results = sweep.joined(results, options.earlier)
     print(sweep.summary(results))
     sweep.save(results, options.json)
     if options.write is not None:

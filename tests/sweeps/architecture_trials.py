@@ -1,5 +1,6 @@
 """The trials of one causal-LM type: each gives one cell of the table."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -82,6 +83,9 @@ def step(subject: Subject, side: str = "right") -> Cell:
     first = running.distill(student, teacher, collator, subject.alpha)
     off = relative(first.loss if first.loss is not None else float("nan"), loss)
     far = furthest(first.gradients, gradients)
+    batch = collator(reference.rows())
+    if math.isnan(far) and not reference.has_finite_gradients(subject.student, batch):
+        return Cell(NONE, "Transformers: the model's own loss has gradients that are not numbers")
     text = f"{off:.0e} / {far:.0e}"
     return worst(measured(off, LOSS, text), measured(far, GRADIENT, text))
 

@@ -61,8 +61,8 @@ def inputs_of(model: nn.Module, ids: Sequence[int]) -> dict[str, Any]:
 
 
 def logits(model: nn.Module, ids: Sequence[int]) -> Tensor:
-    """[T, V] float64 logits of one row alone."""
-    return model(**inputs_of(model, ids)).logits[0].double()
+    """[T, V] float64 logits of one row alone, without those of an adapter's virtual tokens."""
+    return model(**inputs_of(model, ids)).logits[0, -len(ids) :].double()
 
 
 def logits_of_rows(model: nn.Module, together: bool = False) -> list[Tensor]:
@@ -126,6 +126,16 @@ def divergence(
         total += float((p * (p.log() - m) + q * (q.log() - m)).sum() / 2)
         count += length
     return total / count
+
+
+def has_finite_gradients(model: nn.Module, batch: Mapping[str, Tensor]) -> bool:
+    """Whether a batch's own loss has gradients that are numbers; none is left."""
+    cache = {"use_cache": False} if takes(model, "use_cache") else {}
+    model.zero_grad()
+    model(**batch, **cache).loss.backward()
+    found = gradients(model)
+    model.zero_grad()
+    return all(bool(x.isfinite().all()) for x in found.values())
 
 
 def is_random(student: nn.Module, teacher: nn.Module) -> bool:

@@ -103,6 +103,13 @@ def save(results: Sequence[Result], path: Path | None) -> None:
         path.write_text(json.dumps(list(results), indent=1) + "\n", encoding="utf-8")
 
 
+def joined(results: Sequence[Result], earlier: Path | None) -> list[Result]:
+    """Results, and those of an earlier run for the names that were not tried again."""
+    kept = [] if earlier is None else json.loads(earlier.read_text(encoding="utf-8"))
+    found = {x["kind"]: x for x in kept} | {x["kind"]: x for x in results}
+    return list(found.values())
+
+
 def any_wrong(results: Sequence[Result]) -> bool:
     """Whether a cell is wrong."""
     return any(found[WRONG] for found in counts(results).values())
