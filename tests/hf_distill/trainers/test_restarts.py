@@ -228,3 +228,21 @@ def test_a_scheduler_of_the_users_has_no_rate_for_projections(tmp_path: Path) ->
         trainer.train()
     same_width = distil(tmp_path, "hidden layers", model=student, optimizers=both)
     same_width.train()  # has none
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_resumed_run_has_the_base_of_its_adapters(tmp_path: Path, start: str) -> None:
+    """The adapter is made anew, and then gets the checkpoint's weights."""
+
+    def student() -> Any:
+        options = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": start}
+        return get_peft_model(models.llama(), LoraConfig(task_type="CAUSAL_LM", **options))
+
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    whole = opsd(tmp_path / "whole", "base", model=student(), **saving)
+    whole.train()
+    again = opsd(tmp_path / "again", "base", model=student(), **saving)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert again.state.global_step == 3
+    one, other = (models.weights(cast(nn.Module, x.model)) for x in (whole, again))
+    assert models.difference(one, other) == 0
