@@ -159,9 +159,9 @@ class RestartingTrainer(StatefulTrainer):
         if self.hp_search_backend is None or trial is None:
             super()._hp_search_setup(trial)
         else:
-            space = cast(Any, self.hp_space)
             is_optuna = self.hp_search_backend == HPSearchBackend.OPTUNA
-            values = dict(space(trial) if is_optuna else trial)
+            space = cast(Any, self.hp_space) if is_optuna else dict
+            values = dict(space(trial))
             plain = {field.name for field in dataclasses.fields(TrainingArguments)}
             names = {field.name for field in dataclasses.fields(self.args)} - plain
             own = {name: values.pop(name) for name in names & values.keys()}

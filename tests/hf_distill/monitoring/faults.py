@@ -151,8 +151,8 @@ class AdaptersOn(SelfTeacher):
 class Unchecked(OPSDTrainer):
     """Without the check before training, which would see it."""
 
-    def _check_empty_hint(self) -> None:
-        pass
+    def _before_training(self) -> None:
+        self._start_check.skip()
 
 
 def adapters_stay_on(folder: Path) -> OPSDTrainer:

@@ -296,6 +296,7 @@ def test_another_model_as_the_teacher_is_not_checked(tmp_path, caplog):
 
 @pytest.mark.parametrize("teacher", ["base", "ema"])
 def test_a_second_train_is_checked_like_the_first(tmp_path, caplog, teacher):
+    """Its teacher begins at the present weights."""
     opsd = trainer(tmp_path, models.llama(), teacher=teacher, learning_rate=0.05)
     for _ in range(2):
         assert f"{FOUND} 0.0e+00 nats" in log(caplog, opsd)
