@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from hf_distill.losses import Loss
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import causal_lm
 from hf_distill.monitoring.metrics import UnscoredMeter
@@ -33,6 +34,7 @@ class AccountingTrainer(StepCollatingTrainer):
     task: Task
     _model_loss: ModelLoss | None = None  # without a teacher
     _told: bool = False  # which values an evaluation has
+    _own_loss: Loss | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._evaluation = Evaluation()
@@ -188,7 +190,8 @@ class AccountingTrainer(StepCollatingTrainer):
         """Forget what an evaluation has left that did not end, and say what is evaluated."""
         self._evaluation.start()
         self._read_metrics(training=False)
-        moving = config_schedules.moving_schedules(self.args)
+        own_loss = self._own_loss is not None
+        moving = config_schedules.moving_schedules(self.args, own_loss)
         if moving and not self._told:
             values = config_schedules.values_at(self.args, config_schedules.LAST_STEP)
             shown = ", ".join(f"{name} {values[name]:g}" for name in moving)

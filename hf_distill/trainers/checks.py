@@ -111,7 +111,8 @@ def _check_dense(run: Run, teacher: Teacher) -> None:
             raise ValueError(
                 f"{_named(run, loss)} reads the teacher's log-probabilities of the whole "
                 f"vocabulary, of which a {type(teacher).__name__} knows some: take another "
-                "divergence, or a teacher with logits or hidden states"
+                f"{'loss' if run.own_loss else 'divergence'}, a cache with the codec 'full', or a "
+                "teacher with logits or hidden states"
             )
 
 

@@ -94,9 +94,18 @@ def schedules(args: Any) -> dict[str, Schedule]:
     return {name: Schedule.parse(getattr(args, name)) for name in RANGES}
 
 
-def moving_schedules(args: Any) -> dict[str, Schedule]:
-    """The schedules of more than one value."""
-    return {name: schedule for name, schedule in schedules(args).items() if schedule.moves}
+OF_BUILT_IN = ("temperature", "beta")  # what a loss of the user's own does not read
+
+
+def moving_schedules(args: Any, own_loss: bool = False) -> dict[str, Schedule]:
+    """The schedules of more than one value, of those that are read.
+
+    Args:
+        args: a `DistillConfig`.
+        own_loss: whether the loss is the user's and not one that the config names.
+    """
+    read = {x: y for x, y in schedules(args).items() if not (own_loss and x in OF_BUILT_IN)}
+    return {name: schedule for name, schedule in read.items() if schedule.moves}
 
 
 def bounds(args: Any, name: str) -> tuple[float, float]:
@@ -123,8 +132,7 @@ def extreme_values(args: Any) -> Iterator[dict[str, float]]:
     return (dict(zip(RANGES, values, strict=True)) for values in product(*ends))
 
 
-def logged_values(args: Any, step: int) -> dict[str, float]:
+def logged_values(args: Any, step: int, own_loss: bool = False) -> dict[str, float]:
     """What is logged after `step` optimizer steps: what the last of them used, where it moves."""
-    return {
-        name: schedule.at(max(0, step - 1)) for name, schedule in moving_schedules(args).items()
-    }
+    moving = moving_schedules(args, own_loss)
+    return {name: schedule.at(max(0, step - 1)) for name, schedule in moving.items()}

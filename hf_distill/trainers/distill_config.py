@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from typing import Any, cast
 
 from transformers import TrainingArguments
@@ -28,6 +29,23 @@ from hf_distill.schedules import Schedule, Value
 from hf_distill.trainers import config_schedules
 from hf_distill.trainers.config_groups import as_group, as_optional_group
 from metal_ops import DivergenceSpec
+from metal_ops.spec import KINDS
+
+DIVERGENCES = (*KINDS, *SAMPLED_KINDS, UNIVERSAL)
+
+
+def check_divergence(name: str) -> None:
+    """A divergence must be one that there is.
+
+    Raises:
+        ValueError: it is another; naming all, and those that it may mean.
+    """
+    if name in DIVERGENCES:
+        return
+    parts = [x for x in DIVERGENCES if name and name in x]
+    near = parts or get_close_matches(name, DIVERGENCES)
+    meant = f"; do you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise ValueError(f"divergence must be one of {DIVERGENCES}, got {name!r}{meant}")
 
 
 @dataclass
@@ -193,6 +211,7 @@ class DistillConfig(TrainingArguments):
         return config_schedules.bounds(self, "alpha")[0] < 1.0
 
     def _loss(self, values: Mapping[str, float]) -> Loss:
+        check_divergence(self.divergence)
         alpha, hard = values["alpha"], self.measures_hard
         scale = values["temperature"], self.temperature_scaling
         if self.taid is not None and self.divergence != "forward_kl":

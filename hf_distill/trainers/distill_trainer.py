@@ -363,7 +363,8 @@ class DistillTrainer(AccountingTrainer):
         """As in `Trainer`; training logs also hold the metrics of the scored tokens."""
         if "loss" in logs:
             logs.update(self._read_metrics(training=True))
-            logs.update(config_schedules.logged_values(self.args, self.state.global_step))
+            step, own_loss = self.state.global_step, self._own_loss is not None
+            logs.update(config_schedules.logged_values(self.args, step, own_loss))
             if self._taid is not None:
                 logs.update(self._taid.metrics())
             if self.teacher is not None and self._probe is not None:

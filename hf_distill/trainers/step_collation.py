@@ -230,6 +230,8 @@ class StepCollatingTrainer(RestartingTrainer):
             self._set_signature_columns_if_needed()
             labels = {"label", "label_ids", *(self.label_names or ())}
             read |= {*cast("list[str]", self._signature_columns)} - labels
+            if not self._has_default_collator:
+                told = f" (remove_unused_columns=False keeps them for a collator of your own){told}"
         elif not (self._has_default_collator and told):
             return  # a collator may read what it likes
         if not read & set(columns):

@@ -8,6 +8,7 @@ import pytest
 
 import hf_distill
 from hf_distill import DistillConfig
+from hf_distill.cache.codecs import CODECS
 from metal_ops import available_backends
 from metal_ops.spec import KINDS
 from tests.docs.fields import PAGES, ROOT
@@ -101,3 +102,8 @@ def test_recipes_that_are_named_exist() -> None:
     for path in PAGES:
         for name in re.findall(r"recipes/([\w.]+\.(?:py|yaml))", path.read_text(encoding="utf-8")):
             assert (ROOT / "recipes" / name).exists(), (path, name)
+
+
+def test_codecs_are_named_as_in_the_code() -> None:
+    table = re.findall(r"^\| `(\w+)`, `\"(\w+)\"` \|", page("caches.md"), re.MULTILINE)
+    assert table == [(kind.__name__, name) for name, kind in CODECS.items()]

@@ -110,6 +110,19 @@ def test_a_negative_loss_is_no_dead_signal(tmp_path: Path) -> None:
         distill(tmp_path, lambda s, t, y: 0 * forward_kl(s, t, y), **settings).train()
 
 
+def test_a_schedule_that_is_not_read_is_not_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"temperature": "linear:4->1@3", "alpha": "linear:0.5->1@3"}
+    trainer = distill(tmp_path, forward_kl, **settings)
+    trainer.train()
+    with caplog.at_level("INFO"):
+        trainer.evaluate()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert all("alpha" in log and "temperature" not in log for log in logs)
+    assert "those of the schedules' last values, alpha 1" in caplog.text
+
+
 def test_in_place_operations_of_a_loss_do_not_reach_the_hard_loss(tmp_path: Path) -> None:
     def in_place(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> Tensor:
         for logits in (student_logits, teacher_logits):

@@ -85,7 +85,7 @@ def test_a_collator_of_ones_own_reads_what_it_likes(tmp_path: Path) -> None:
     own = lambda rows: made([{"prompt": row["text"], "completion": "3"} for row in rows])
     data = [{"text": "What ?"}] * 4
     distill(tmp_path, own, data, remove_unused_columns=False).train()
-    with pytest.raises(ValueError, match="neither the model nor the data collator reads one of"):
+    with pytest.raises(ValueError, match=r"\(remove_unused_columns=False keeps them for a coll"):
         distill(tmp_path, own, data).train()
     own_columns = Dataset.from_list(data).with_transform(lambda x: {"input_ids": [[3, 4]]})
     trainer = distill(tmp_path, None, own_columns, remove_unused_columns=False)
