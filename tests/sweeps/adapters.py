@@ -35,7 +35,9 @@ def main() -> int:
     parser.add_argument("--write", type=Path, metavar="PAGE", help="a page of docs with the table")
     options = parser.parse_args()
     names = [f"{x} on {base}" for x in options.names or setups() for base in options.base]
-    results = sweep.run(partial(trial, columns=tuple(options.only)), names, options.jobs)
+    results = sweep.run(
+        partial(trial, columns=tuple(options.only)), names, options.jobs, options.json
+    )
     results = sweep.joined(results, options.earlier)
     print(sweep.summary(results))
     sweep.save(results, options.json)

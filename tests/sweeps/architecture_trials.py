@@ -133,7 +133,8 @@ def layers(subject: Subject) -> Cell:
     with LayerWatcher("student", range(1, count + 1)).on(lm, keep) as seen:
         found = lm(**inputs, output_hidden_states=True).hidden_states
     states = seen.states().hidden
-    if found is None or any(x[keep].shape != states[0].shape for x in found):
+    width = states[0].shape[-1:]
+    if found is None or any(x.shape != keep.shape + width for x in found):
         return Cell(RIGHT, "runs; states of another shape")
     return _numbered([x[keep] for x in found], states)
 

@@ -35,7 +35,7 @@ def main() -> int:
     options = parser.parse_args()
     names = options.names or (list(WINDOWS) if options.windows else tiny_configs.types())
     tried = partial(trial, windows=options.windows, columns=tuple(options.only))
-    results = sweep.run(tried, names, options.jobs)
+    results = sweep.run(tried, names, options.jobs, options.json)
     results = sweep.joined(results, options.earlier)
     print(sweep.summary(results))
     sweep.save(results, options.json)

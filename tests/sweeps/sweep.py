@@ -4,7 +4,7 @@ import json
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from multiprocessing import get_context
@@ -39,28 +39,33 @@ def _limited(trial: Trial, name: str) -> Result:
         signal.alarm(0)
 
 
-def run(trial: Trial, names: Sequence[str], jobs: int) -> list[Result]:
+def run(
+    trial: Trial, names: Sequence[str], jobs: int = 1, path: Path | None = None
+) -> list[Result]:
     """The results in the order of the names; a line is printed as each is there.
 
     Args:
         trial: a function of a module, or a `partial` of one.
         names: what is tried.
         jobs: processes; 1 is this one.
+        path: is written after each result, or None.
     """
     found: dict[str, Result] = {}
+    for result in _results(trial, names, jobs):
+        found[result["kind"]] = result
+        print(line(result), flush=True)
+        save(list(found.values()), path)
+    return [found[name] for name in names]
+
+
+def _results(trial: Trial, names: Sequence[str], jobs: int) -> Iterator[Result]:
     if jobs == 1:
         running.prepare()
-        for name in names:
-            found[name] = _limited(trial, name)
-            print(line(found[name]), flush=True)
-        return list(found.values())
-    context = get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, running.prepare) as pool:
-        waiting = {pool.submit(partial(_limited, trial), name): name for name in names}
-        for future in as_completed(waiting):
-            found[waiting[future]] = future.result()
-            print(line(future.result()), flush=True)
-    return [found[name] for name in names]
+        yield from (_limited(trial, name) for name in names)
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn"), running.prepare) as pool:
+        waiting = [pool.submit(partial(_limited, trial), name) for name in names]
+        yield from (future.result() for future in as_completed(waiting))
 
 
 def line(result: Result) -> str:
