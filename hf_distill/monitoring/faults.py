@@ -69,12 +69,14 @@ class Limits:
         0.5, "hint_overlap must not rise by more than this above its start."
     )
     entropy_collapse: float | None = _limit(
-        0.1, "student_entropy must be at least this many times its start."
+        0.1,
+        "student_entropy must be at least this many times its start; on the data's completions, or "
+        "half of teacher_entropy at its start.",
     )
     entropy_explosion: float | None = _limit(
         0.3,
-        "student_entropy must not go further than this share of the way from its start to ln V. A "
-        "start above 0.8 ln V is not watched.",
+        "student_entropy must not go further than this share of the way from its start to ln V, or "
+        "than teacher_entropy at its start. A start above 0.8 ln V is not watched.",
     )
     clipped: float | None = _limit(0.5, "At most this share of the tokens may be clipped.")
 

@@ -169,6 +169,8 @@ class Watchdog(TrainerCallback, ExportableState):
             if check.limit not in WITHOUT_START:
                 value, at = self._against_start(check.metric, scene)
             bound = BOUNDS[check.limit](given, at)
+            if check.metric == "student_entropy" and self._follows_teacher(check, value, logs, at):
+                continue
             if value > bound if check.above else value < bound:
                 yield Finding(check, value, bound, at.start)
 
@@ -184,6 +186,22 @@ class Watchdog(TrainerCallback, ExportableState):
         share = (start * before + value * now) / (before + now)
         error = math.sqrt(share * (1 - share) * (1 / before + 1 / now))
         return value, replace(scene, start=start, noise=4 * error)
+
+    def _follows_teacher(
+        self, check: Check, value: float, logs: Mapping[str, float], scene: Scene
+    ) -> bool:
+        """Whether the student's entropy goes where its teacher's was at the start: it learns.
+
+        A teacher that is nearly uniform is no such aim. On completions of its own a student that
+        grows as certain as its teacher may write the same few tokens, which is a collapse.
+        """
+        first = self.first.get("teacher_entropy")
+        if not first:
+            return False
+        teacher = statistics.median(x for x, _ in first)
+        if check.above:
+            return value <= teacher < 0.8 * scene.ln_vocab
+        return "completion_length" not in logs and value >= teacher / 2
 
     def _begins_alike(self, logs: Mapping[str, float], scene: Scene) -> bool:
         """Whether the student began about as uniform as its teacher is: both are new models.

@@ -309,6 +309,19 @@ def new_models_on_policy(folder: Path, **changes: Any) -> OPSDTrainer:
     return opsd(folder, student, teacher, **SHORT | changes)
 
 
+def certain_teacher(folder: Path, **changes: Any) -> DistillTrainer:
+    """A student that knows nothing becomes as certain of the data as its teacher is."""
+    student = scaled_head(models.llama(), 0.05)
+    settings = {"temperature": 1.0, "learning_rate": 1e-2, "alpha": 1.0, "max_steps": 120}
+    return distil(folder, student, scaled_head(sharp(1), 10.0), **settings | changes)
+
+
+def less_certain_teacher(folder: Path, **changes: Any) -> DistillTrainer:
+    """A student that is too certain learns to be less so."""
+    settings = {"temperature": 1.0, "learning_rate": 3e-3, "alpha": 1.0, "max_steps": 40}
+    return distil(folder, scaled_head(sharp(), 10.0), sharp(1), **settings | changes)
+
+
 def signed_loss(folder: Path, **changes: Any) -> DistillTrainer:
     """Its soft loss is negative where the teacher gives the data's tokens less than the student."""
     student = distil(folder, sharp(), sharp(1), alpha=0.0, **SHORT)
@@ -329,6 +342,8 @@ HEALTHY = (
     uneven_rows,
     new_models,
     new_models_on_policy,
+    certain_teacher,
+    less_certain_teacher,
     signed_loss,
 )
 
