@@ -20,6 +20,7 @@ from hf_distill.models.probe_rows import ProbeRow
 from hf_distill.models.structure import causal_lm, output_head
 
 LEAK = 1e-5  # of a gradient; convolutions by Fourier transforms have some 1e-7 of rounding
+STEP = 0.02  # of the embeddings, along the gradient
 MOVE = 0.2  # of that of the exchanged token, where no gradient tells it from experts' rounding
 
 
@@ -95,32 +96,48 @@ def _reads(model: nn.Module, row: ProbeRow, at: int, position: int, end: int) ->
     None if the gradient of the tokens' embeddings is not known.
     """
     getter: Any = getattr(causal_lm(model), "get_input_embeddings", None)
-    embeddings, seen = None if getter is None else getter(), []
+    embeddings = None if getter is None else getter()
     if not isinstance(embeddings, nn.Module):
         return None
+    seen: list[Tensor] = []
 
-    def follow(_: Any, __: Any, output: Tensor) -> Tensor:
-        seen.append(output.detach().requires_grad_())
-        return seen[-1]
+    def total(change: Tensor | None = None) -> Tensor:
+        """[] a weighted sum of the outputs before the end, at other embeddings by `change`."""
+        seen.clear()
 
-    generator = torch.Generator().manual_seed(0)
-    hook = embeddings.register_forward_hook(follow)
-    try:
-        with torch.enable_grad():
-            logits = _logits(model, row, row.inputs, "model")[at, :end].float()
-            total = (logits * torch.randn(logits.shape, generator=generator).to(logits)).sum()
-    finally:
-        hook.remove()
-    if len(seen) != 1 or not total.requires_grad:
+        def follow(_: Any, __: Any, output: Tensor) -> Tensor:
+            moved = output if change is None else output + change
+            seen.append(moved.detach().requires_grad_())
+            return seen[-1]
+
+        hook = embeddings.register_forward_hook(follow)
+        try:
+            logits = _logits(model, row, row.inputs, "model")[at, :end].double()
+        finally:
+            hook.remove()
+        generator = torch.Generator().manual_seed(0)
+        return (logits * torch.randn(logits.shape, generator=generator).to(logits)).sum()
+
+    with torch.enable_grad():
+        here = total()
+    if len(seen) != 1 or not here.requires_grad:
         return None
-    (gradient,) = torch.autograd.grad(total, seen, allow_unused=True)
-    if gradient is not None and gradient.shape[:2] == row.ids.T.shape != row.ids.shape:
-        gradient = gradient.transpose(0, 1)  # time-first
-    if gradient is None or gradient.shape[:2] != row.ids.shape:
+    (gradient,) = torch.autograd.grad(here, seen, allow_unused=True)
+    is_time_first = gradient is not None and gradient.shape[:2] == row.ids.T.shape != row.ids.shape
+    if gradient is None or not (is_time_first or gradient.shape[:2] == row.ids.shape):
         return None
-    sizes = gradient[at].float().abs().amax(-1)
-    # of each: a scale that the tokens of a batch share hangs on the largest of them alone
-    return bool(sizes[position:].min() > LEAK * sizes[:position].max())
+    of_row = gradient.transpose(0, 1)[at] if is_time_first else gradient[at]
+    sizes = of_row.float().abs().amax(-1)
+    if not bool(sizes[position:].min() > LEAK * sizes[:position].max()):
+        return False
+    if any(p.dtype.itemsize < 4 for p in model.parameters()):
+        return True  # a small change would drown in the rounding
+    # what is rounded by a scale that tokens share moves in jumps, which the gradient does not tell
+    change = torch.zeros_like(gradient)
+    later = (change.transpose(0, 1) if is_time_first else change)[at, position:]
+    later += STEP * seen[0].float().std() * of_row[position:].float().sign()
+    told = float((gradient.double() * change.double()).sum())
+    return abs(float(total(change) - here) - told) < abs(told) / 2
 
 
 @torch.no_grad()
@@ -157,9 +174,10 @@ def find_front(
     early = float(moved[:own].max()) if own else 0.0
     if early == 0.0:
         return front, True
-    reads = None if sharded else _reads(model, row, at, position, own)
-    if reads is None:
-        reads = early > MOVE * float(moved[own])
+    reads = early > MOVE * float(moved[own])
+    told = None if sharded else _reads(model, row, at, position, own)
+    # a large move that no gradient tells is of experts that dropped a token, say
+    reads = reads if told is None else told
     if reads:
         raise ValueError(
             f"the {whose} must predict each token from those before it, but a {_name(model)}'s "

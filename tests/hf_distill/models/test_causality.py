@@ -165,9 +165,15 @@ def test_one_token_says_nothing() -> None:
 
 
 def test_equal_tokens_are_exchanged_for_another() -> None:
-    for ids in (torch.zeros(1, 4, dtype=torch.long), torch.full((1, 4), models.VOCAB - 1)):
-        with pytest.raises(ValueError, match="must predict each token"):
-            find_front(READERS["a masked LM"](), row(ids=ids), "student")
+    for token in (0, models.VOCAB - 1):
+        ids = torch.full((1, 4), token)
+        chosen = causality._exchange(row(ids=ids), None)
+        assert chosen is not None
+        at, position, changed = chosen
+        assert (at, position) == (0, 2)
+        assert changed[0, :2].tolist() == [token] * 2
+        assert (changed[0, 2:] != token).all()
+        assert changed.max() < models.VOCAB
 
 
 def test_processes_with_pieces_of_a_model_call_it_as_often() -> None:
