@@ -19,8 +19,9 @@ from hf_distill.data import batches
 from hf_distill.data.hint_schedule import hint_schedule_of
 from hf_distill.data.sides import Side
 from hf_distill.losses import chunks
-from hf_distill.models.forward import PROBE_TOKENS, Reader
+from hf_distill.models.forward import Reader
 from hf_distill.models.modes import evaluating
+from hf_distill.models.probe_rows import PROBE_TOKENS
 from hf_distill.models.signals import Signal
 
 

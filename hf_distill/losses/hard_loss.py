@@ -12,13 +12,19 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from hf_distill.data.sides import IGNORE_INDEX
-from hf_distill.models.forward import PROBE_TOKENS
-from hf_distill.models.modes import evaluating
-from hf_distill.models.structure import causal_lm
+from hf_distill.models.head_probe import adds_to_loss
+from hf_distill.models.modes import evaluating, kept_rng, replaced_forward
+from hf_distill.models.probe_rows import ProbeRow, probe_row
+from hf_distill.models.structure import causal_lm, unwrap
 
 logger = logging.getLogger(__name__)
 
 ROUNDING = 1e-5  # relative, of a float32 mean of a few cross-entropies and of other orders of sums
+
+MOST_TOKENS = 4096  # of a batch that is asked for its loss, for which all its logits are made
+TOO_MANY = (
+    f"a batch with inputs that are not of rows, such as images, has over {MOST_TOKENS} tokens"
+)
 
 UsersLoss = Callable[..., Tensor] | None
 
@@ -46,39 +52,88 @@ def _named(model: nn.Module) -> str | None:
     return f"its loss_function is {getattr(chosen, '__name__', type(chosen).__name__)}"
 
 
-@torch.no_grad()
-def _probed(model: nn.Module, ids: Tensor) -> str | None:
-    """How the loss of [1, n] ids differs from the cross-entropy of the model's logits, or None."""
-    with evaluating(model):
-        output = model(input_ids=ids, labels=ids)
-    loss, logits = getattr(output, "loss", None), getattr(output, "logits", None)
-    if loss is None or logits is None:
+NOT_SHIFTED = (
+    "its labels are not shifted: it compares the logits of each position with the label of that "
+    "position, where the soft loss compares those that predict it; give labels that are shifted "
+    "already, or alpha 1"
+)
+
+
+def probe_labels(
+    inputs: Mapping[str, Any], labels: Tensor | None
+) -> tuple[ProbeRow, Tensor] | None:
+    """What a model's own loss is asked about, with labels; None if a batch has nothing to ask.
+
+    Args:
+        inputs: of the model's forward, without labels.
+        labels: [B, T] of the batch, which are taken where its rows cannot be cut.
+    """
+    row = probe_row(inputs)
+    if row is None or row.ids.ndim != 2:
         return None
-    plain = F.cross_entropy(logits[0, :-1].float(), ids[0, 1:])
+    if row.is_cut:
+        labels = row.ids.clone()
+        labels[:, 0] = IGNORE_INDEX  # of which only virtual tokens before it could know
+    if labels is None or not bool((labels[:, 1:] != IGNORE_INDEX).any()):
+        return None
+    return row, labels
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, shift: int) -> Tensor:
+    """The mean over labels [B, T] of logits [B, front + T, V], those before the text left out."""
+    logits = logits[:, logits.shape[1] - labels.shape[1] :]
+    kept = logits[:, : logits.shape[1] - shift].flatten(0, 1)
+    return F.cross_entropy(kept.float(), labels[:, shift:].flatten(), ignore_index=IGNORE_INDEX)
+
+
+def _is(loss: Tensor, other: Tensor) -> bool:
     tolerance = max(ROUNDING, 8 * torch.finfo(loss.dtype).eps)
-    if torch.isclose(loss.float(), plain, rtol=tolerance, atol=0):
-        return None
-    return f"it says {float(loss):.4g} where the cross-entropy is {float(plain):.4g}"
+    return bool(torch.isclose(loss.float(), other, rtol=tolerance, atol=0))
 
 
 @torch.no_grad()
-def ignores_count(model: nn.Module, ids: Tensor) -> bool:
-    """Whether a model's loss of [1, n] ids is the same whatever count of tokens it is given."""
-    with evaluating(model):
+def _probed(model: nn.Module, row: ProbeRow, labels: Tensor) -> str | None:
+    """How the loss of some tokens differs from the cross-entropy of the model's logits, or None.
+
+    Args:
+        model: with its adapters.
+        row: of a batch.
+        labels: of its ids.
+    """
+    lm, inside = causal_lm(model), []
+    forward = lm.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        outputs = forward(*args, **kwargs)
+        loss = getattr(outputs, "loss", None)  # which adapters may change
+        inside.append((None if loss is None else loss.clone(), getattr(outputs, "logits", None)))
+        return outputs
+
+    with evaluating(model), kept_rng(labels.device), replaced_forward(lm, run):
+        whole = getattr(model(**row.inputs, labels=labels), "loss", None)
+    loss, logits = inside[-1] if inside else (None, None)
+    if loss is None or logits is None or whole is None:
+        return None
+    plain = _cross_entropy(logits, labels, 1)
+    if not _is(loss, plain):
+        if _is(loss, _cross_entropy(logits, labels, 0)):
+            return NOT_SHIFTED
+        return f"it says {float(loss):.4g} where the cross-entropy is {float(plain):.4g}"
+    if _is(whole, plain) or adds_to_loss(model, row.inputs):  # which the student's reader adds
+        return None
+    return f"its adapters make {float(whole):.4g} of a cross-entropy of {float(plain):.4g}"
+
+
+@torch.no_grad()
+def ignores_count(model: nn.Module, row: ProbeRow, labels: Tensor) -> bool:
+    """Whether a model's loss of some tokens is the same whatever count of them it is given."""
+    count = int((labels[:, 1:] != IGNORE_INDEX).sum())
+    with evaluating(model), kept_rng(labels.device):
         once, twice = (
-            model(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(n)).loss
-            for n in (ids.shape[1] - 1, 2 * ids.shape[1] - 2)
+            model(**row.inputs, labels=labels, num_items_in_batch=torch.tensor(n)).loss
+            for n in (count, 2 * count)
         )
     return bool((once == twice).all())
-
-
-def probe_row(inputs: Mapping[str, Any]) -> Tensor | None:
-    """[1, n] the first ids of a batch's first row, or None where it has fewer than two."""
-    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    if ids is None:
-        return None
-    row = ids[0] if mask is None or mask.ndim != 2 else ids[0][mask[0].bool()]
-    return None if len(row) < 2 else row[None, :PROBE_TOKENS]
 
 
 class HardLoss:
@@ -126,28 +181,40 @@ class HardLoss:
         """Whether there is another hard loss than the cross-entropy, as far as it is known."""
         return self._is_users() or self._found is not None
 
-    def look(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    def look(
+        self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None = None
+    ) -> bool:
         """Probe the model at the first batch.
+
+        Args:
+            model: the student, wrapped or not.
+            inputs: of its forward.
+            labels: [B, T] of the batch, which are asked for where its rows cannot be cut.
 
         Returns:
             Whether this batch has shown that the hard loss is the model's own.
         """
         if not self.to_probe:
             return False
-        lm, ids = causal_lm(model), inputs.get("input_ids")
-        if ids is None or "labels" not in inspect.signature(lm.forward).parameters:
+        bare, names = unwrap(model), inspect.signature(causal_lm(model).forward).parameters
+        if inputs.get("input_ids") is None or "labels" not in names:
             self.to_probe = False
             return False
-        row = probe_row(inputs)
-        if row is None:
+        asked = probe_labels(inputs, labels)
+        if asked is None:
+            return False
+        row, labels = asked
+        if not row.is_cut and row.ids.numel() > MOST_TOKENS:
+            logger.warning("student: its own loss is not looked at, %s", TOO_MANY)
+            self.to_probe = False
             return False
         self.to_probe, is_new = False, self._found is None
         if is_new:
-            reason = _probed(lm, row)
+            reason = _probed(bare, row, labels)
             if reason is None:
                 return False
             self._note(_Found(reason))
-        if self._found is not None and self._accepts_count and ignores_count(lm, row):
+        if self._found is not None and self._accepts_count and ignores_count(bare, row, labels):
             self._found = self._found._replace(ignores_count=True)
         return is_new
 

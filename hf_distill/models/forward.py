@@ -10,31 +10,43 @@ Shapes: B rows, T positions, N scored tokens, H hidden, V vocabulary.
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hf_distill.data.sides import Side
+from hf_distill.models.causality import find_front
+from hf_distill.models.head_probe import Post, Seen, adds_to_loss, marked_loss, probe_head
+from hf_distill.models.kept_logits import KEEP, takes_mask
 from hf_distill.models.layers import LayerWatcher, States
-from hf_distill.models.modes import evaluating, replaced_forward
-from hf_distill.models.positions import longest_row, positions_of
+from hf_distill.models.modes import replaced_forward
+from hf_distill.models.positions import positions_of
+from hf_distill.models.probe_rows import ProbeRow, probe_row
 from hf_distill.models.routers import RouterWatcher
 from hf_distill.models.signals import Signal
-from hf_distill.models.structure import causal_lm, is_classifier, output_head
+from hf_distill.models.structure import (
+    causal_lm,
+    is_classifier,
+    is_sharded,
+    output_head,
+    unwrap,
+)
 from metal_ops import Head
 
 logger = logging.getLogger(__name__)
 
-PROBE_TOKENS = 8
-
 
 @contextmanager
-def _tapped(lm: nn.Module, read: Callable[[Tensor, Any], Any]) -> Iterator[None]:
-    """Inside the block, the model's forward returns read(input of the head, head)."""
+def _tapped(
+    lm: nn.Module, read: Callable[[Tensor, Any], Any], inside: Callable[[Any, Any], Any]
+) -> Iterator[None]:
+    """Inside the block, the model's forward returns inside(outputs, read(head's input, head))."""
     head = output_head(lm)
     results: list[Any] = []
     forward = lm.forward
@@ -44,70 +56,41 @@ def _tapped(lm: nn.Module, read: Callable[[Tensor, Any], Any]) -> Iterator[None]
         return hidden[..., :1].detach() * 0  # the model's code after the head needs a tensor
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        forward(*args, **kwargs)
-        return results.pop()
+        outputs = forward(*args, **kwargs)
+        return inside(outputs, results.pop())
 
     with replaced_forward(head, tap), replaced_forward(lm, run):
         yield
 
 
-def _post_candidates(config: Any) -> list[tuple[float, float | None]]:
-    """(logit scale, softcap) pairs that the config's words could mean, most specific first."""
-    config = config.get_text_config()
-    scales = [1.0]
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"):
-        value = getattr(config, name, None)
-        if isinstance(value, int | float) and value:
-            # Granite divides by logits_scaling, HyperCLOVA X multiplies by it
-            scales = [float(value), *([1.0 / value] if name == "logits_scaling" else []), *scales]
-    cap = getattr(config, "final_logit_softcapping", None)
-    return [(scale, cap) for scale in scales] + ([(s, None) for s in scales] if cap else [])
+class _Carried:
+    """What was read inside of a model's forward, and comes out of its adapters in its outputs.
 
+    Adapters may expect the model's real outputs, and may add to their loss. What has a gradient
+    passes through them, because parallel wrappers look for it in what they are given.
+    """
 
-def _head_refusal(lm: nn.Module) -> str | None:
-    """Why the model's head cannot be applied by itself, or None."""
-    head = output_head(lm)
-    if head is None:
-        return "the model has no output embeddings"
-    if type(head) is not nn.Linear:
-        return f"the head is a {type(head).__module__.split('.')[0]} {type(head).__name__}"
-    if not head.weight.is_floating_point():
-        return f"the head's weight is {head.weight.dtype}"
-    return None
+    def __init__(self, adds: bool) -> None:
+        self._adds = adds
+        self._result: Any = None
 
+    def put(self, outputs: Any, result: Any) -> Any:
+        self._result = result
+        loss = result if isinstance(result, Tensor) else getattr(result, "loss", None)
+        if isinstance(loss, Tensor):
+            outputs.logits = loss
+            if self._adds:
+                outputs.loss = torch.zeros((), device=loss.device)
+        return outputs
 
-def _close(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
-    """Equal up to a few roundings in the coarsest dtype on the way."""
-    eps = max(torch.finfo(d).eps for d in (a.dtype, b.dtype, dtype))
-    a, b = a.float(), b.float()
-    return bool((a - b).abs().max() <= 8 * eps * b.abs().max().clamp_min(1e-6))
-
-
-@torch.no_grad()
-def probe_head(lm: nn.Module, input_ids: Tensor) -> tuple[float, float | None] | str:
-    """(logit scale, softcap) found by running the model on [1, positions] ids, or a refusal."""
-    refusal = _head_refusal(lm)
-    if refusal is not None:
-        return refusal
-    head = output_head(lm)
-    seen: list[tuple[Any, Any]] = []
-    hook = head.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
-    try:
-        with evaluating(lm):
-            logits = lm(input_ids=input_ids).logits
-    finally:
-        hook.remove()
-    if len(seen) != 1 or seen[0][0].ndim != 3:
-        return f"the forward calls its head {len(seen)} times"
-    hidden, raw = seen[0]
-    if not _close(nn.functional.linear(hidden, head.weight, head.bias), raw, raw.dtype):
-        return "the head does more than a linear map (an adapter or a hook)"
-    for scale, cap in _post_candidates(lm.config):
-        scaled = raw.float() * scale
-        expected = scaled if cap is None else cap * torch.tanh(scaled / cap)
-        if _close(expected, logits, raw.dtype):
-            return scale, cap
-    return "the logits are not a known scale or softcap of the head's output"
+    def take(self, returned: Any) -> tuple[Any, Tensor | None]:
+        """The result, and what was added to the loss."""
+        result, self._result = self._result, None
+        if isinstance(result, Tensor):
+            result = returned.logits
+        elif isinstance(getattr(result, "loss", None), Tensor):
+            result = result._replace(loss=returned.logits)
+        return result, returned.loss if self._adds else None
 
 
 class Reader:
@@ -123,34 +106,75 @@ class Reader:
         self.name, self.vocab = name, vocab
         self.watch = LayerWatcher(name)  # layers whose states a signal has
         self.routers = RouterWatcher()  # of a mixture of experts
+        self.added: Tensor | None = None  # by adapters, to the loss of the last call
         self._refusal = refusal
-        self._post: tuple[float, float | None] | None = None
+        self._post: Post | None = None
+        self._is_known = self._has_said = self._is_sharded = False
+        self._front = 0  # outputs before that of the first token
+        self._adds = False
+        self._takes_mask: bool | None = None
 
-    def reads_hidden(self, model: nn.Module, inputs: dict[str, Tensor]) -> bool:
+    def reads_hidden(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
         """Whether `model` is read by its hidden states; decided, and logged, at the first call."""
-        if self._post is None and self._refusal is None:
-            result = self._probe(causal_lm(model), inputs)
-            if isinstance(result, str):
-                self._refusal = result
-                logger.warning(
-                    "%s: read by its logits, not its hidden states: %s", self.name, result
-                )
-            else:
-                self._post = result
-                logger.info(
-                    "%s: read by its hidden states before the head, logit scale %g, softcap %s",
-                    self.name,
-                    *self._post,
-                )
+        self._look(model, inputs, None)
         return self._post is not None
 
-    def _probe(self, lm: nn.Module, inputs: dict[str, Tensor]) -> tuple[float, float | None] | str:
-        ids = inputs.get("input_ids")
-        if ids is None:
-            return "the batch has no input_ids"
-        mask = inputs.get("attention_mask")
-        row = ids[0] if mask is None or mask.ndim != 2 else longest_row(ids, mask)
-        return probe_head(lm, row[None, :PROBE_TOKENS])
+    def look(self, model: nn.Module, side: Side) -> None:
+        """Find out how the model is read, at the first call.
+
+        Raises:
+            ValueError: it is not a causal LM, see `causality.find_front`.
+        """
+        self._look(model, side.inputs, side.predicts)
+
+    def _look(self, model: nn.Module, inputs: Mapping[str, Any], scored: Tensor | None) -> None:
+        if self._is_known:
+            return
+        row = None if is_classifier(causal_lm(model)) else probe_row(inputs)
+        if row is None:
+            self._is_known = True
+            self._refusal = self._refusal or "the batch has no input_ids"
+            return
+        self._is_sharded = is_sharded(model)
+        bare, row = self._probed(model, row)
+        found = find_front(bare, row, self.name, scored, self._is_sharded)
+        self._front, self._is_known = found
+        if not self._has_said:
+            self._has_said = True
+            self._adds = adds_to_loss(bare, row.inputs)
+            self._choose(bare, row)
+
+    def _probed(self, model: nn.Module, row: ProbeRow) -> tuple[nn.Module, ProbeRow]:
+        """The model and inputs that probes call: neither compiled nor in parallel with others.
+
+        Positions are the model's own, for the row has no padding.
+        """
+        if not self._is_sharded:
+            model = extract_model_from_parallel(model, keep_torch_compile=False)
+        names = inspect.signature(causal_lm(model).forward).parameters
+        cache = {"use_cache": False} if "use_cache" in names else {}
+        return model, row._replace(inputs=cache | row.inputs)
+
+    def _choose(self, model: nn.Module, row: ProbeRow) -> None:
+        """Choose hidden states or logits, and say why."""
+        if self._front:
+            logger.info(
+                "%s: %d outputs before those of the text, as virtual tokens have, are left out",
+                *(self.name, self._front),
+            )
+        if self._refusal is not None:
+            return
+        found = probe_head(model, row.inputs)
+        if isinstance(found, str):
+            self._refusal = found
+            logger.warning("%s: read by its logits, not its hidden states: %s", self.name, found)
+            return
+        self._post = found
+        logger.info(
+            "%s: read by its hidden states before the head, logit scale %g, softcap %s%s",
+            *(self.name, found.scale, found.softcap),
+            "" if found.vocab is None else f", the first {found.vocab} entries",
+        )
 
     def forward_inputs(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
         """The inputs, with the cache off, and positions where `models.positions` adds them.
@@ -171,28 +195,72 @@ class Reader:
             result.setdefault("use_cache", False)
         return result | positions_of(model).arguments(model, result, self.name)
 
+    def _placed(self, predicts: Tensor) -> Tensor:
+        """[B, front + T] bool: where the scored outputs stand among all."""
+        return F.pad(predicts, (self._front, 0)) if self._front else predicts
+
     def at_head(self, model: nn.Module, side: Side, read: Callable[[Tensor, Head], Any]) -> Any:
         """What `read(hidden [N, H], head)` returns, called inside the model's forward."""
         assert self._post is not None
-        scale, cap = self._post
+        scale, cap, entries = self._post
+        sizes = [size for size in (self.vocab, entries) if size is not None]
+        predicts = self._placed(side.predicts)
 
         def read_scored(hidden: Tensor, head: Any) -> Any:
             whole = Head(head.weight, head.bias, scale, cap)
-            used = whole if self.vocab is None else whole.first(self.vocab)
-            return read(hidden[side.predicts], used)
+            return read(hidden[predicts], whole.first(min(sizes)) if sizes else whole)
 
-        kwargs = self.forward_inputs(model, side.inputs)
-        with _tapped(causal_lm(model), read_scored):
-            return model(**kwargs)
+        kwargs, lm = self.forward_inputs(model, side.inputs), causal_lm(model)
+        if lm is unwrap(model):
+            with _tapped(lm, read_scored, lambda _, result: result):
+                return model(**kwargs)
+        carried = _Carried(self._adds)
+        with _tapped(lm, read_scored, carried.put):
+            result, self.added = carried.take(model(**kwargs))
+        return result
+
+    def outputs(self, model: nn.Module, side: Side, **asked: Any) -> Any:
+        """The model's outputs, with logits of the text's tokens only.
+
+        Args:
+            model: to run, wrapped or not.
+            side: its part of the batch.
+            **asked: more arguments of its forward. With labels, what adapters add to the loss of
+                the outputs is in it; without, it is in `added`.
+        """
+        kwargs = self.forward_inputs(model, side.inputs) | asked
+        self.added = None
+        if self._adds and "labels" not in asked:
+            with marked_loss(causal_lm(model), Seen([], [], [])):
+                outputs = model(**kwargs)
+            self.added = outputs.loss
+        else:
+            outputs = model(**kwargs)
+        if self._front and outputs.logits.ndim > 2:
+            outputs.logits = outputs.logits[:, self._front :]
+        return outputs
 
     def logits(self, model: nn.Module, side: Side) -> Tensor:
         """[N, V] logits of the scored positions; of a classifier [N, C], of the rows."""
-        kwargs = self.forward_inputs(model, side.inputs)
-        if "logits_to_keep" in inspect.signature(causal_lm(model).forward).parameters:
-            kwargs["logits_to_keep"] = side.predicts
-        logits = model(**kwargs).logits
+        self.look(model, side)
+        asked = {}
+        if self._keeps(model, side.inputs):
+            asked[KEEP] = self._placed(side.predicts)
+        logits = self.outputs(model, side, **asked).logits
         scored = logits if logits.ndim == 2 else logits[side.predicts]
         return scored if self.vocab is None else scored[:, : self.vocab]
+
+    def _keeps(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+        """Whether the model can be told of which positions logits are wanted."""
+        if self._takes_mask is None:
+            row = None if is_classifier(causal_lm(model)) else probe_row(inputs)
+            if row is None or KEEP not in inspect.signature(causal_lm(model).forward).parameters:
+                self._takes_mask = False
+            elif self._is_sharded:  # an error would leave the pieces in any state
+                self._takes_mask = type(causal_lm(model)).__module__.startswith("transformers.")
+            else:
+                self._takes_mask = takes_mask(*self._probed(model, row), self._front)
+        return self._takes_mask
 
     def run(
         self,
@@ -210,7 +278,11 @@ class Reader:
                 model's forward, so that parallel wrappers see its gradients.
             at_head: False reads the logits in any case.
         """
-        at_head = at_head and self.reads_hidden(model, side.inputs)
+        self.look(model, side)
+        self.added = None
+        at_head = at_head and self._post is not None
+        if not at_head:
+            self._keeps(model, side.inputs)  # a probe, which must not be watched
         with self.watching(model, side) as states:
             if not at_head:
                 logits = self.logits(model, side)
@@ -224,12 +296,12 @@ class Reader:
         What is yielded gives the layers' states.
         """
         self.forward_inputs(model, side.inputs)  # may try the model out, which must not be watched
-        lm = causal_lm(model)
-        with self.routers.on(lm, side.predicts):
+        lm, predicts = causal_lm(model), self._placed(side.predicts)
+        with self.routers.on(lm, predicts):
             if not self.watch.layers:
                 yield States
                 return
-            with self.watch.on(lm, side.predicts) as seen:
+            with self.watch.on(lm, predicts) as seen:
                 yield seen.states
 
     @torch.no_grad()

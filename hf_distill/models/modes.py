@@ -7,15 +7,24 @@ from typing import Any
 import torch
 from torch import nn
 
+CHECKPOINTING = "gradient_checkpointing"  # of Transformers' modules
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in eval mode (no dropout, no gradient checkpointing) inside the block."""
     was_training = model.training
+    # without being on it changes nothing in eval mode, but adapters that prepare for the backward
+    # pass of each forward pass (aLoRA) raise an error where none follows
+    checkpointed = [m for m in model.modules() if m.__dict__.get(CHECKPOINTING) is True]
     model.eval()
     try:
+        for module in checkpointed:
+            setattr(module, CHECKPOINTING, False)
         yield
     finally:
+        for module in checkpointed:
+            setattr(module, CHECKPOINTING, True)
         model.train(was_training)
 
 

@@ -236,13 +236,6 @@ class Positions:
             )
 
 
-def longest_row(ids: Tensor, mask: Tensor) -> Tensor:
-    """The ids [n] of the batch's longest row without its padding, or a row where all is padding."""
-    real = mask != 0
-    at = int(real.sum(1).argmax())
-    return ids[at][real[at]] if bool(real[at].any()) else ids[at]
-
-
 def _from_start(mask: Tensor) -> Tensor:
     """[B, T] columns counted from each row's first token, negative before it.
 

@@ -72,13 +72,18 @@ def is_classifier(model: nn.Module) -> bool:
     return any(kind.__name__.endswith(CLASSIFIER) for kind in type(model).__mro__)
 
 
-def check_kind(model: nn.Module) -> None:
-    """The model must be a causal LM or a sequence classifier.
+def check_decoder(model: nn.Module, whose: str) -> None:
+    """The model must be a causal LM, as far as its class and config tell.
 
-    Models of unknown kind pass: their class may have any name.
+    Models of unknown kind pass: their class may have any name. What they compute is looked at with
+    the first batch, see `models.causality`.
+
+    Args:
+        model: without wrappers.
+        whose: "student" or "teacher", for errors.
 
     Raises:
-        ValueError: its class is one of Transformers for another task.
+        ValueError: its class is one of Transformers for another task, or it has an encoder.
     """
     if is_classifier(model):
         return
@@ -86,8 +91,13 @@ def check_kind(model: nn.Module) -> None:
     name = type(model).__name__
     if any(other.startswith("For") and other in name for other in others):
         raise ValueError(
-            f"the student must be a causal LM or a sequence classifier, got a {name}: its labels "
-            "are neither the next tokens nor a class per row"
+            f"the {whose} must be a causal LM or a sequence classifier, got a {name}: its "
+            f"{'labels' if whose == 'student' else 'logits'} are neither of the next tokens nor of "
+            "a class per row"
+        )
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"the {whose} must be a decoder-only causal LM, got an encoder-decoder ({name})"
         )
 
 

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hf_distill.data.sides import Side
+from hf_distill.models.probe_rows import rows_of
 from hf_distill.models.structure import unwrap
 from hf_distill.teachers import ModelTeacher, SelfTeacher, Teacher
 from metal_ops import DivergenceSpec, divergence
@@ -17,13 +18,6 @@ PROBE_TOKENS = 16  # of a row
 PROBE_ROWS = 8
 LEAST_GAP = 1e-4  # nats between teacher and student, of which a movement is a share
 SAMPLES = 256  # entries of a tensor
-ROW_INPUTS = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
-
-
-def _has_row_inputs_only(side: Side) -> bool:
-    """Whether every input has an entry for each row at its first place."""
-    positions = side.inputs.get("position_ids")  # of some models [3, B, T]
-    return side.inputs.keys() <= ROW_INPUTS and (positions is None or positions.ndim == 2)
 
 
 def _first_row(side: Side) -> Side:
@@ -31,10 +25,11 @@ def _first_row(side: Side) -> Side:
     row = int(side.predicts.any(1).int().argmax())
     chosen = torch.zeros_like(side.predicts)
     chosen[row] = side.predicts[row] & (side.predicts[row].cumsum(0) <= PROBE_TOKENS)
-    if not _has_row_inputs_only(side):
-        return Side(side.inputs, chosen)  # images, say, which need not be one a row
     one = slice(row, row + 1)
-    return Side({key: value[one] for key, value in side.inputs.items()}, chosen[one])
+    inputs = rows_of(side.inputs, one)
+    if inputs is None:
+        return Side(side.inputs, chosen)  # images, say, which need not be one a row
+    return Side(inputs, chosen[one])
 
 
 def some_tokens(side: Side) -> Side:
@@ -43,11 +38,12 @@ def some_tokens(side: Side) -> Side:
     at = torch.arange(PROBE_TOKENS, device=number.device)
     wanted = torch.where(num_scored > PROBE_TOKENS, at * num_scored // PROBE_TOKENS, at)
     chosen = side.predicts & (number[:, :, None] == wanted[:, None]).any(-1)
-    if not _has_row_inputs_only(side):
+    first = slice(0, PROBE_ROWS)
+    inputs = rows_of(side.inputs, first)
+    if inputs is None:
         chosen[PROBE_ROWS:] = False
         return Side(side.inputs, chosen)
-    first = slice(0, PROBE_ROWS)
-    return Side({key: value[first] for key, value in side.inputs.items()}, chosen[first])
+    return Side(inputs, chosen[first])
 
 
 class DriftProbe:

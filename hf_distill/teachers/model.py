@@ -31,6 +31,7 @@ from hf_distill.models.structure import (
     CLASSIFIER,
     causal_lm,
     check_classes,
+    check_decoder,
     is_classifier,
     vocab_size,
 )
@@ -193,10 +194,12 @@ class ModelTeacher(Teacher):
         """Check that both are causal LMs, or classifiers of the same classes.
 
         Raises:
-            ValueError: as `check_classes`.
+            ValueError: as `check_classes` and `check_decoder`.
         """
         if run.is_classifier or is_classifier(causal_lm(self.model)):
             check_classes(run.language_model, causal_lm(self.model))
+        else:
+            check_decoder(causal_lm(self.model), "teacher")
 
     def inputs(self) -> Sequence[str]:
         """Names of its forward's inputs."""

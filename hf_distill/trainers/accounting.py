@@ -45,12 +45,12 @@ class AccountingTrainer(StepCollatingTrainer):
 
     def _count_without_teacher(self) -> None:
         """Without a teacher the loss is the same mean, of what the model computes."""
-        lm = causal_lm(cast(nn.Module, self.model))
-        label_name = find_label_name(lm, self.label_names)
+        model = cast(nn.Module, self.model)
+        label_name = find_label_name(causal_lm(model), self.label_names)
         if label_name is None:
             return
         self._model_loss = ModelLoss(
-            lm,
+            model,
             label_name,
             accepts_count=self.model_accepts_loss_kwargs,
             has_users_loss=lambda: bool(self.compute_loss_func or self.label_smoother),

@@ -93,8 +93,9 @@ class CausalLM:
         Raises:
             ValueError: its loss is its own, and this run needs the cross-entropy of each token.
         """
+        labels = batch.inputs["labels"]
         with silent_routers(causal_lm(model)):  # theirs is no loss of labels
-            is_own = self.hard_loss.look(model, batch.inputs)
+            is_own = self.hard_loss.look(model, batch.student.inputs, labels)
         if is_own:
             check_anchor(self.settings.anchor_weight, True)
             check_unweighted([self.weighing.known(batch.inputs)])
@@ -117,6 +118,7 @@ class CausalLM:
         inputs, predicts = batch.inputs, batch.student.predicts
         targets = sides.targets(inputs["labels"], predicts)
         weights, counted = self._weights(batch, targets)
+        batch.shares = weights
         tokens = Tokens(targets, weights, counted, self._importance(batch))
         if not training or self.settings.anchor_weight == 0.0:
             return tokens
@@ -173,12 +175,14 @@ class CausalLM:
         return_outputs: bool,
     ) -> tuple[Terms, Any]:
         """Run the student; its outputs are formed only for who needs them."""
+        self.student.look(model, batch.student)
         if not (return_outputs or self.hard_loss.replaces):
-            return self.student.run(model, batch.student, terms_of, at_head), None
+            terms = self.student.run(model, batch.student, terms_of, at_head)
+            return self._with_added(terms, batch), None
         labels, side = batch.counted_labels(batch.inputs["labels"]), batch.student
         asked = self.hard_loss.arguments(labels, batch.num_items)
         with self.student.watching(model, side) as states:
-            outputs = model(**self.student.forward_inputs(model, side.inputs), **asked)
+            outputs = self.student.outputs(model, side, **asked)
             if self._vocab is not None:
                 outputs.logits = outputs.logits[..., : self._vocab]
             own_loss = self.hard_loss.of(outputs, labels, batch.num_items)
@@ -186,7 +190,14 @@ class CausalLM:
                 own_loss = own_loss * batch.num_averaged
             logits = outputs.logits[side.predicts]
             signal = Signal(logits=logits, states=states(), own_loss=own_loss)
-            return terms_of(signal), outputs
+            return self._with_added(terms_of(signal), batch), outputs
+
+    def _with_added(self, terms: Terms, batch: Batch) -> Terms:
+        """With what adapters add to the loss of their outputs, once an optimizer step."""
+        added = self.student.added
+        if added is None or batch.shares is None:
+            return terms
+        return terms._replace(loss=terms.loss + added * batch.shares.sum())
 
     def count(
         self,

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any, cast
 
-from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_distill.data.hint_collator import HintCollator, find_hint_collator
 from hf_distill.data.hint_schedule import hint_schedule_of
@@ -21,7 +20,7 @@ from hf_distill.losses import (
     TaidLoss,
     as_loss,
 )
-from hf_distill.models.structure import causal_lm, check_kind
+from hf_distill.models.structure import check_decoder
 from hf_distill.rollouts.config import RolloutConfig
 from hf_distill.run import Run
 from hf_distill.teachers import SelfTeacher, SelfTeacherConfig, Teacher
@@ -69,7 +68,7 @@ def check_setup(run: Run) -> None:
         _check_temperature(run, teacher)
         teacher.check(run)
     if not run.is_classifier:
-        _check_student(run.student)
+        check_decoder(run.language_model, "student")
         check_hints(find_hint_collator(run.collator), run.teacher)
     _check_whole_rows(run)
 
@@ -204,18 +203,6 @@ def _check_processes(run: Run) -> None:
             "`accelerate launch --cpu --num_processes N` starts one process unless MPI is "
             "set up; `accelerate launch --multi_gpu --num_processes N` with --use_cpu in "
             "the training arguments starts N processes on the CPU"
-        )
-
-
-def _check_student(model: nn.Module) -> None:
-    check_kind(causal_lm(model))
-    config = getattr(causal_lm(model), "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError("the student must be a decoder-only causal LM, got an encoder-decoder")
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        raise ValueError(
-            "prompt-learning adapters put virtual tokens before the text, so labels and "
-            f"logits do not line up; got {model.active_peft_config.peft_type}"
         )
 
 

@@ -37,6 +37,7 @@ class Batch:
             processes the others fill the last batch.
         count: set by `Task.tokens`: what the sums over this batch alone are divided by.
         unscored: set by `Task.tokens`: whether there is nothing to score.
+        shares: [N] each token's share of the optimizer step, which sums to num_averaged over it.
     """
 
     inputs: Mapping[str, Any]
@@ -49,6 +50,7 @@ class Batch:
     num_rows: int | None = None
     count: Tensor | int = 0
     unscored: Tensor | bool = False
+    shares: Tensor | None = None
 
     @property
     def counted_tokens(self) -> Tensor | None:

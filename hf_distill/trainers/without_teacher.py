@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from hf_distill.data import token_weights
 from hf_distill.data.sides import IGNORE_INDEX
-from hf_distill.losses.hard_loss import ignores_count, probe_row
-from hf_distill.models.structure import check_kind, is_classifier, output_head
+from hf_distill.losses.hard_loss import ignores_count, probe_labels
+from hf_distill.models.structure import causal_lm, check_decoder, is_classifier, output_head
 from hf_distill.trainers.classification import compares_classes
 from hf_distill.trainers.evaluation import Evaluation
 from hf_distill.trainers.tasks import at_least_one_item, ignore_rows_from
@@ -25,7 +25,7 @@ class ModelLoss:
     first label of a row, or is a mean over each micro-batch, it would not be this mean.
 
     Args:
-        lm: the student without wrappers.
+        model: the student, with its adapters.
         label_name: the batch's key of the labels.
         accepts_count: whether its forward takes `num_items_in_batch`.
         has_users_loss: whether there is a `compute_loss_func` or label smoothing now.
@@ -34,15 +34,15 @@ class ModelLoss:
 
     def __init__(
         self,
-        lm: nn.Module,
+        model: nn.Module,
         label_name: str,
         *,
         accepts_count: bool,
         has_users_loss: Callable[[], bool],
         sharded: bool,
     ) -> None:
-        self._lm, self._label_name, self._has_users_loss = lm, label_name, has_users_loss
-        self._of_rows = is_classifier(lm)
+        self._model, self._label_name, self._has_users_loss = model, label_name, has_users_loss
+        self._of_rows = is_classifier(causal_lm(model))
         # a classifier's loss is a mean over the rows of a micro-batch in every model
         self._counts = accepts_count and not self._of_rows
         self._to_probe = self._counts and not sharded
@@ -104,9 +104,11 @@ class ModelLoss:
         return loss, outputs
 
     def _probe(self, inputs: Mapping[str, Any]) -> None:
-        row = probe_row(inputs) if self._to_probe else None
-        if row is not None:
-            self._to_probe, self._counts = False, not ignores_count(self._lm, row)
+        labels = inputs[self._label_name]
+        given = {name: value for name, value in inputs.items() if name != self._label_name}
+        asked = probe_labels(given, labels) if self._to_probe else None
+        if asked is not None:
+            self._to_probe, self._counts = False, not ignores_count(self._model, *asked)
 
 
 def find_label_name(lm: nn.Module, names: Sequence[str]) -> str | None:
@@ -115,11 +117,10 @@ def find_label_name(lm: nn.Module, names: Sequence[str]) -> str | None:
         return None
     if is_classifier(lm):
         return names[0] if compares_classes(cast(Any, lm).config) else None
-    config = getattr(lm, "config", None)
-    if getattr(config, "is_encoder_decoder", False) or output_head(lm) is None:
+    if output_head(lm) is None:
         return None
     try:
-        check_kind(lm)
+        check_decoder(lm, "student")
     except ValueError:
         return None  # of another task: its loss is what the Trainer makes of it
     return names[0]

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from hf_distill.data.sides import Side
-from hf_distill.models.forward import Reader, probe_head
+from hf_distill.models.forward import Reader
+from hf_distill.models.head_probe import Post, probe_head
 from hf_distill.models.structure import vocab_size
 from tests.hf_distill.trainers import models
 
@@ -49,13 +50,13 @@ def hooked_head() -> nn.Module:
 
 
 def scaled_logits() -> nn.Module:
-    """A model that changes its logits in a way that its config does not tell."""
+    """A model that changes its logits in a way that no scale or softcap does."""
     model = models.llama()
     forward = model.forward
 
     def changed(*args: Any, **kwargs: Any) -> Any:
         out = forward(*args, **kwargs)
-        out.logits = out.logits * 1.1
+        out.logits = out.logits + 1.1
         return out
 
     model.forward = changed
@@ -87,7 +88,7 @@ REFUSED = {
     ),
     "another class": (custom_head, "the head is a tests Doubled"),
     "a hook": (hooked_head, "the head does more than a linear map"),
-    "logits changed": (scaled_logits, "the logits are not a known scale or softcap"),
+    "logits changed": (scaled_logits, "the logits are not a scale and softcap"),
     "no head": (headless, "the model has no output embeddings"),
     "quantised": (half_integer, "the head's weight is torch.int8"),
 }
@@ -95,7 +96,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("family", POSTS)
 def test_the_probe_finds_what_follows_the_head(family: str) -> None:
-    assert probe_head(models.FAMILIES[family](), IDS[:1]) == POSTS[family]
+    assert probe_head(models.FAMILIES[family](), IDS[:1]) == (*POSTS[family], None)
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -170,7 +171,7 @@ def test_a_forward_that_the_user_replaced_is_put_back() -> None:
     model = scaled_logits()
     mine = model.forward
     reader = Reader("student")
-    reader._post = (1.0, None)
+    reader._post, reader._is_known = Post(1.0, None), True
     reader.signal(model, SIDE)
     assert model.forward is mine
 
@@ -178,7 +179,7 @@ def test_a_forward_that_the_user_replaced_is_put_back() -> None:
 def test_the_probe_leaves_mode_and_hooks() -> None:
     model = models.llama(attention_dropout=0.5).train()
     state = torch.get_rng_state()
-    assert probe_head(model, IDS[:1]) == (1.0, None)
+    assert probe_head(model, IDS[:1]) == (1.0, None, None)
     assert model.training
     assert model.model.layers[0].training
     assert not model.lm_head._forward_hooks

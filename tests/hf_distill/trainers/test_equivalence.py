@@ -18,6 +18,7 @@ from hf_distill import DistillConfig, DistillTrainer, ModelTeacher, OPSDConfig, 
 from hf_distill.losses import DivergenceLoss, Terms, Tokens
 from hf_distill.models import Signal, forward
 from hf_distill.models.forward import Reader
+from hf_distill.models.head_probe import Post
 from tests.hf_distill.trainers import models
 from tests.hf_distill.trainers.reading import ReadsLogits
 
@@ -216,7 +217,7 @@ def test_a_lost_scale_or_softcap_would_show(
     make = models.FAMILIES[family]
     logits = distill(tmp_path, make(), make(1), kind=ReadsLogits)
     right = distill(tmp_path, make(), make(1))
-    monkeypatch.setattr(forward, "probe_head", lambda lm, ids: (1.0, None))
+    monkeypatch.setattr(forward, "probe_head", lambda *_: Post(1.0, None))
     assert_same(logits, right, distill(tmp_path, make(), make(1)))
 
 

@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PrefixTuningConfig, get_peft_model
 from torch import nn
 from torch.utils.data import IterableDataset
-from transformers import T5Config, T5ForConditionalGeneration, TrainingArguments
+from transformers import TrainingArguments
 
 from hf_distill import (
     DistillConfig,
@@ -169,20 +168,6 @@ def test_the_student_as_its_own_teacher(tmp_path: Path) -> None:
 def test_a_teacher_with_another_vocabulary(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got 61 entries for the student and 50 for the teacher"):
         distill(tmp_path, teacher=models.llama(1, vocab_size=50))
-
-
-def test_prompt_learning(tmp_path: Path) -> None:
-    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    model = get_peft_model(models.llama(), config)
-    message = r"virtual tokens before the text, .* got PeftType.PREFIX_TUNING"
-    with pytest.raises(ValueError, match=message):
-        distill(tmp_path, model=model)
-
-
-def test_an_encoder_and_decoder(tmp_path: Path) -> None:
-    config = T5Config(vocab_size=61, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4)
-    with pytest.raises(ValueError, match="must be a decoder-only causal LM, got an enc"):
-        distill(tmp_path, model=T5ForConditionalGeneration(config))
 
 
 class Stream(IterableDataset):

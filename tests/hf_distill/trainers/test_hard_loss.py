@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    BartConfig,
+    BartForCausalLM,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from hf_distill import DistillConfig, DistillTrainer, OPSDConfig, OPSDTrainer
@@ -300,12 +306,41 @@ def test_two_tokens_are_enough_to_look(tmp_path: Path) -> None:
     assert look.replaces
 
 
-def test_a_trainer_looks_again_where_the_first_row_is_too_short(tmp_path: Path) -> None:
+def test_a_row_that_has_tokens_is_looked_at(tmp_path: Path) -> None:
     rows, pad = models.rows(), models.Pad()
     args = DistillConfig(**models.options(tmp_path, alpha=0.5, watchdog={"action": "off"}))
-    trainer = DistillTrainer(OWN["penalty"](), args, pad, rows, teacher=models.llama(1))
     short = {"input_ids": [5], "attention_mask": [1], "labels": [-100]}
-    trainer.compute_loss(trainer.model, pad([short, rows[0]]))
+    trainer = DistillTrainer(OWN["penalty"](), args, pad, rows, teacher=models.llama(1))
+    trainer.compute_loss(trainer.model, pad([short]))
     assert not trainer.task.hard_loss.replaces
-    trainer.compute_loss(trainer.model, pad(rows[:2]))
+    trainer.compute_loss(trainer.model, pad([short, rows[0]]))
     assert trainer.task.hard_loss.replaces
+
+
+def bart(seed: int = 0) -> nn.Module:
+    """A decoder whose own loss compares the logits of a position with its own label."""
+    torch.manual_seed(seed)
+    sizes = {
+        "d_model": 32,
+        "decoder_layers": 2,
+        "decoder_ffn_dim": 48,
+        "decoder_attention_heads": 4,
+    }
+    config = BartConfig(**models.BASE, **sizes, max_position_embeddings=64, dropout=0.0)
+    return BartForCausalLM(config)
+
+
+def test_labels_that_are_not_shifted_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = TrainingArguments(**models.options(tmp_path))
+    plain = Trainer(bart(), args, models.Pad(), models.rows())
+    plain.train()
+    found = distil(tmp_path, bart())
+    # one step's batches have as many labels as its rows have on this side of the shift
+    assert "its labels are not shifted: it compares the logits of each position" in caplog.text
+    for log, want in zip(models.steps(found), models.steps(plain), strict=True):
+        assert log["loss"] == pytest.approx(want["loss"], rel=2e-6)
+    caplog.clear()
+    distil(tmp_path, bart(), alpha=1.0)
+    assert "not shifted" not in caplog.text
