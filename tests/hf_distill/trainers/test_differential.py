@@ -231,7 +231,7 @@ class Pad(models.Pad):
 
 @functools.cache
 def rows() -> list[dict[str, Any]]:
-    made = models.rows(8, longest=9)
+    made: Any = models.rows(8, longest=9)
     for row in made:
         row["size"] = len(row["input_ids"])
         row["length"] = len(row["input_ids"])
