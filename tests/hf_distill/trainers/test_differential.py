@@ -231,7 +231,7 @@ class Pad(models.Pad):
 
 @functools.cache
 def rows() -> list[dict[str, Any]]:
-    made = models.rows(8, longest=9)
+    made: Any = models.rows(8, longest=9)
     for row in made:
         row["size"] = len(row["input_ids"])
         row["length"] = len(row["input_ids"])
@@ -250,8 +250,8 @@ USED = ("include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches", "
 
 def train(folder: Path, kind: str, field: str | None) -> Run:
     settings = models.options(folder, max_steps=3) | (TRIED[field] if field else {})
-    extra = {"compute_metrics": compute} if field in USED else {}
-    given = models.llama(num_hidden_layers=1), None, Pad(), rows(), models.rows(6, seed=1)
+    extra: dict[str, Any] = {"compute_metrics": compute} if field in USED else {}
+    given: Any = models.llama(num_hidden_layers=1), None, Pad(), rows(), models.rows(6, seed=1)
     if kind == "trainer":
         made: Any = Trainer(given[0], TrainingArguments(**settings), *given[2:], **extra)
     else:
