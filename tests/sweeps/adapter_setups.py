@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 
 from tests.sweeps.reference import Pad, rows
 
-BASES = ("llama", "gpt2")
 TARGETS: Mapping[str, Mapping[str, Any]] = {
     "llama": {
         "attention": ["q_proj", "v_proj"],

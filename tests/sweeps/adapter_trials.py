@@ -157,7 +157,10 @@ def trial(name: str, columns: tuple[str, ...] = COLUMNS) -> dict[str, Any]:
     adapter, _, base_name = name.rpartition(" on ")
     subject = Subject(adapter, base_name)
     try:
-        kind = type(subject.student()).__name__
+        student = subject.student()
+        kind = type(student).__name__
+        if not any(parameter.requires_grad for parameter in student.parameters()):
+            return {"kind": name, "failed": "nothing is trained"}
     except Exception as error:  # PEFT's own: there is nothing to try
         return {"kind": name, "failed": f"{type(error).__name__}: {' '.join(str(error).split())}"}
     cells, path, note = {}, "", ""

@@ -19,8 +19,9 @@ from functools import partial
 from pathlib import Path
 
 from tests.sweeps import page, sweep
-from tests.sweeps.adapter_setups import BASES, setups
+from tests.sweeps.adapter_setups import setups
 from tests.sweeps.adapter_trials import COLUMNS, trial
+from tests.sweeps.sweep import BASES
 
 
 def main() -> int:

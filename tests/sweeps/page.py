@@ -5,6 +5,7 @@ import platform
 import re
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tests.sweeps.cells import CLEAR, NONE, RIGHT, WRONG
 Result = dict[str, Any]
 VERDICTS = (RIGHT, CLEAR, WRONG, NONE)
 PACKAGES = ("hf-distill", "transformers", "peft", "torch")
-NUMBER = re.compile(r"(?<![\w.])-?\d[\d.]*(e-?\d+)?")
+NUMBER = re.compile(r"(?<![\w.])-?\d[\d.]*(e[+-]?\d+)?")
 LONGEST = 300  # characters of a reason
 
 
@@ -72,7 +73,7 @@ def _rows(results: Sequence[Result]) -> str:
     rows = [
         (
             str(len(group)),
-            ", ".join(x["kind"] for x in group),
+            _names(x["kind"] for x in group),
             group[0]["path"],
             *(_cell(group, column) for column in columns),
             group[0]["note"],
@@ -82,19 +83,48 @@ def _rows(results: Sequence[Result]) -> str:
     return _table(("", "which", "read by", *columns, "note"), rows)
 
 
+def _names(kinds: Iterable[str]) -> str:
+    """Names; of adapters those without a base that stand for every base."""
+    bases: dict[str, list[str]] = {}
+    for kind in dict.fromkeys(kinds):
+        name, _, base = kind.rpartition(" on ")
+        bases.setdefault(name, []).append(base)
+    plain = bases.pop("", [])
+    short = (
+        [name] if set(found) == set(sweep.BASES) else [f"{name} on {base}" for base in found]
+        for name, found in bases.items()
+    )
+    return ", ".join([*plain, *chain.from_iterable(short)])
+
+
+def _alike(text: str, result: Result) -> str:
+    """A text without what differs from one model or adapter to the next."""
+    name = result["kind"].rpartition(" on ")[0] or result["kind"]
+    words = "|".join(map(re.escape, (result["class"], name, name.upper())))
+    return NUMBER.sub("0", re.sub(rf"\b({words})\b", "X", text))
+
+
 def _reasons(results: Sequence[Result], verdict: str) -> str:
-    """The texts of cells with a verdict, those together that differ by numbers and names only."""
-    found: dict[tuple[str, str], tuple[str, list[str]]] = {}
+    """The texts of cells with a verdict, each once, with its columns and names."""
+    found: dict[str, tuple[str, list[str], list[str]]] = {}
     for result in results:
         for column, (said, text) in result["cells"].items():
-            if said != verdict or not text:
-                continue
-            alike = NUMBER.sub("0", text.replace(result["class"], "X"))
-            found.setdefault((column, alike), (text, []))[1].append(result["kind"])
+            if said == verdict and text:
+                entry = found.setdefault(_alike(text, result), (text, [], []))
+                entry[1].append(column)
+                entry[2].append(result["kind"])
     lines = [
-        f"- {column} ({', '.join(names)}): {_text(text)}"
-        for (column, _), (text, names) in found.items()
+        f"- {', '.join(dict.fromkeys(columns))} ({_names(names)}): {_text(text)}"
+        for text, columns, names in found.values()
     ]
+    return "\n".join(lines) + "\n"
+
+
+def _failures(results: Sequence[Result]) -> str:
+    found: dict[str, list[str]] = {}
+    for result in results:
+        found.setdefault(result["failed"], []).append(result["kind"])
+    lines = [f"- {_names(names)}: {_text(text)}" for text, names in found.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -114,8 +144,7 @@ def section(results: Sequence[Result]) -> str:
         if any(said == verdict and text for x in tried for said, text in x["cells"].values()):
             parts += [f"{title}:\n", _reasons(tried, verdict)]
     if left:
-        lines = [f"- {x['kind']}: {_text(x['failed'])}" for x in left]
-        parts += ["Not built, or not run alone on token ids:\n", "\n".join(lines) + "\n"]
+        parts += ["Not built, or not run alone on token ids:\n", _failures(left)]
     return "\n".join(parts)
 
 

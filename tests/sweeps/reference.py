@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,13 +32,20 @@ def takes(model: nn.Module, name: str) -> bool:
     return name in inspect.signature(lm.forward).parameters
 
 
+def tasks(model: nn.Module, count: int) -> dict[str, Tensor]:
+    """A task for each row, where an adapter tells tasks apart."""
+    configs = getattr(model, "peft_config", {}).values()
+    several = any(hasattr(x, "n_tasks") or hasattr(x, "num_tasks") for x in configs)
+    return {"task_ids": torch.zeros(count, dtype=torch.long)} if several else {}
+
+
 class Pad:
     """A collator that pads on one side, with those columns that a model takes."""
 
     def __init__(self, model: nn.Module, side: str = "right") -> None:
         masked = takes(model, "attention_mask")
         self.names = [name for name in FILLS if masked or name != "attention_mask"]
-        self.side = side
+        self.side, self.tasks = side, partial(tasks, model)
 
     def __call__(self, batch: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
         width = max(len(row["input_ids"]) for row in batch)
@@ -47,7 +55,7 @@ class Pad:
             pairs = [(list(row[name]), gap) for row, gap in zip(batch, fills, strict=True)]
             joined = [a + b if self.side == "right" else b + a for a, b in pairs]
             made[name] = torch.tensor(joined)
-        return made
+        return made | self.tasks(len(batch))
 
 
 def inputs_of(model: nn.Module, ids: Sequence[int]) -> dict[str, Any]:
@@ -57,7 +65,7 @@ def inputs_of(model: nn.Module, ids: Sequence[int]) -> dict[str, Any]:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if takes(model, "use_cache"):
         inputs["use_cache"] = False
-    return inputs
+    return inputs | tasks(model, 1)
 
 
 def logits(model: nn.Module, ids: Sequence[int]) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 from tests.sweeps import running
 from tests.sweeps.cells import CLEAR, NONE, RIGHT, WRONG
 
+BASES = ("llama", "gpt2")  # that adapters are tried on
 LIMIT = 180  # seconds of one name
 Result = dict[str, Any]
 Trial = Callable[[str], Result]
