@@ -10,6 +10,7 @@ Shapes: B rows, T positions, N scored tokens, H hidden, V vocabulary.
 
 import inspect
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,10 +26,10 @@ from hf_distill.models.causality import find_front
 from hf_distill.models.head_probe import Post, Seen, adds_to_loss, marked_loss, probe_head
 from hf_distill.models.kept_logits import KEEP, takes_mask
 from hf_distill.models.layers import LayerWatcher, States
-from hf_distill.models.modes import replaced_forward
+from hf_distill.models.modes import replaced_forwards
 from hf_distill.models.positions import positions_of
 from hf_distill.models.probe_rows import ProbeRow, probe_row
-from hf_distill.models.routers import RouterWatcher
+from hf_distill.models.routers import RouterWatcher, asks_routers
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import (
     causal_lm,
@@ -59,7 +60,7 @@ def _tapped(
         outputs = forward(*args, **kwargs)
         return inside(outputs, results.pop())
 
-    with replaced_forward(head, tap), replaced_forward(lm, run):
+    with replaced_forwards({head: tap, lm: run}):
         yield
 
 
@@ -113,6 +114,9 @@ class Reader:
         self._front = 0  # outputs before that of the first token
         self._adds = False
         self._takes_mask: bool | None = None
+        self._lm: Callable[[], nn.Module | None] = lambda: None  # what the following is known of
+        self._names: frozenset[str] = frozenset()  # of its forward's inputs
+        self._is_classifier = self._positions_matter = self._has_routers = self._is_bare = False
 
     def reads_hidden(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
         """Whether `model` is read by its hidden states; decided, and logged, at the first call."""
@@ -185,22 +189,50 @@ class Reader:
         Raises:
             ValueError: see `Positions.arguments`.
         """
-        lm = causal_lm(model)
-        names = inspect.signature(lm.forward).parameters
-        if is_classifier(lm):
-            named = {name: value for name, value in inputs.items() if name in names}
+        self._meet(model)
+        if self._is_classifier:
+            named = {name: value for name, value in inputs.items() if name in self._names}
             return named or dict(inputs)  # a forward of *args and **kwargs names none
         result: dict[str, Any] = dict(inputs)
-        if "use_cache" in names:
+        if "use_cache" in self._names:
             result.setdefault("use_cache", False)
-        return result | positions_of(model).arguments(model, result, self.name)
+        if not self._positions_matter:
+            return result
+        positions = positions_of(model)
+        result |= positions.arguments(model, result, self.name)
+        self._positions_matter = not positions.are_never_given
+        return result
+
+    def _meet(self, model: nn.Module) -> nn.Module:
+        """Note what is the same at every call of a model; returns it without its wrappers."""
+        lm = causal_lm(model)
+        if self._lm() is lm:
+            return lm
+        self._lm, self._is_classifier = weakref.ref(lm), is_classifier(lm)
+        self._is_bare = unwrap(model) is lm
+        self._names = frozenset(inspect.signature(lm.forward).parameters)
+        self._positions_matter, self._has_routers = True, asks_routers(lm)
+        return lm
 
     def _placed(self, predicts: Tensor) -> Tensor:
         """[B, front + T] bool: where the scored outputs stand among all."""
         return F.pad(predicts, (self._front, 0)) if self._front else predicts
 
-    def at_head(self, model: nn.Module, side: Side, read: Callable[[Tensor, Head], Any]) -> Any:
-        """What `read(hidden [N, H], head)` returns, called inside the model's forward."""
+    def at_head(
+        self,
+        model: nn.Module,
+        side: Side,
+        read: Callable[[Tensor, Head], Any],
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Return what `read(hidden [N, H], head)` does, called inside the model's forward.
+
+        Args:
+            model: to run, wrapped or not.
+            side: its part of the batch.
+            read: called once.
+            kwargs: its `forward_inputs`, if they are known.
+        """
         assert self._post is not None
         scale, cap, entries = self._post
         sizes = [size for size in (self.vocab, entries) if size is not None]
@@ -210,8 +242,10 @@ class Reader:
             whole = Head(head.weight, head.bias, scale, cap)
             return read(hidden[predicts], whole.first(min(sizes)) if sizes else whole)
 
-        kwargs, lm = self.forward_inputs(model, side.inputs), causal_lm(model)
-        if lm is unwrap(model):
+        kwargs = self.forward_inputs(model, side.inputs) if kwargs is None else kwargs
+        lm = self._lm()
+        assert lm is not None
+        if self._is_bare:
             with _tapped(lm, read_scored, lambda _, result: result):
                 return model(**kwargs)
         carried = _Carried(self._adds)
@@ -219,16 +253,16 @@ class Reader:
             result, self.added = carried.take(model(**kwargs))
         return result
 
-    def outputs(self, model: nn.Module, side: Side, **asked: Any) -> Any:
+    def outputs(self, model: nn.Module, kwargs: Mapping[str, Any], **asked: Any) -> Any:
         """The model's outputs, with logits of the text's tokens only.
 
         Args:
             model: to run, wrapped or not.
-            side: its part of the batch.
+            kwargs: its `forward_inputs`.
             **asked: more arguments of its forward. With labels, what adapters add to the loss of
                 the outputs is in it; without, it is in `added`.
         """
-        kwargs = self.forward_inputs(model, side.inputs) | asked
+        kwargs = {**kwargs, **asked}
         self.added = None
         if self._adds and "labels" not in asked:
             with marked_loss(causal_lm(model), Seen([], [], [])):
@@ -240,13 +274,22 @@ class Reader:
             outputs.logits = outputs.logits[:, self._front :]
         return outputs
 
-    def logits(self, model: nn.Module, side: Side) -> Tensor:
-        """[N, V] logits of the scored positions; of a classifier [N, C], of the rows."""
+    def logits(
+        self, model: nn.Module, side: Side, kwargs: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        """Return [N, V] logits of the scored positions; of a classifier [N, C], of the rows.
+
+        Args:
+            model: to run, wrapped or not.
+            side: its part of the batch.
+            kwargs: its `forward_inputs`, if they are known.
+        """
         self.look(model, side)
         asked = {}
         if self._keeps(model, side.inputs):
             asked[KEEP] = self._placed(side.predicts)
-        logits = self.outputs(model, side, **asked).logits
+        kwargs = self.forward_inputs(model, side.inputs) if kwargs is None else kwargs
+        logits = self.outputs(model, kwargs, **asked).logits
         scored = logits if logits.ndim == 2 else logits[side.predicts]
         return scored if self.vocab is None else scored[:, : self.vocab]
 
@@ -283,11 +326,13 @@ class Reader:
         at_head = at_head and self._post is not None
         if not at_head:
             self._keeps(model, side.inputs)  # a probe, which must not be watched
+        kwargs = self.forward_inputs(model, side.inputs)  # a trial, maybe, as well
         with self.watching(model, side) as states:
             if not at_head:
-                logits = self.logits(model, side)
+                logits = self.logits(model, side, kwargs)
                 return read(Signal(logits=logits, states=states()))
-            return self.at_head(model, side, lambda *x: read(Signal(None, *x, states=states())))
+            told = lambda *x: read(Signal(None, *x, states=states()))
+            return self.at_head(model, side, told, kwargs)
 
     @contextmanager
     def watching(self, model: nn.Module, side: Side) -> Iterator[Callable[[], States]]:
@@ -295,8 +340,11 @@ class Reader:
 
         What is yielded gives the layers' states.
         """
-        self.forward_inputs(model, side.inputs)  # may try the model out, which must not be watched
-        lm, predicts = causal_lm(model), self._placed(side.predicts)
+        lm = self._meet(model)
+        if not (self._has_routers or self.watch.layers):
+            yield States
+            return
+        predicts = self._placed(side.predicts)
         with self.routers.on(lm, predicts):
             if not self.watch.layers:
                 yield States

@@ -1,7 +1,7 @@
 """What holds of a model for the length of a block: its mode, its random state, its forward."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -42,14 +42,23 @@ def kept_rng(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """The module's forward is another one inside the block."""
-    had = module.__dict__.get("forward")
-    module.forward = forward
+def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Each module has another forward inside the block."""
+    before = {module: module.__dict__.get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
     try:
         yield
     finally:
-        if had is None:
-            del module.forward
-        else:
-            module.forward = had
+        for module, had in before.items():
+            if had is None:
+                del module.forward
+            else:
+                module.forward = had
+
+
+def replaced_forward(
+    module: nn.Module, forward: Callable[..., Any]
+) -> AbstractContextManager[None]:
+    """Give one module another forward inside the block."""
+    return replaced_forwards({module: forward})

@@ -124,6 +124,12 @@ class Positions:
         self.way: Way | None = None
         self._is_measured = False
 
+    @property
+    def are_never_given(self) -> bool:
+        """Return whether `arguments` returns none, and raises nothing, whatever the batch."""
+        known = self._is_measured and self.way is not None
+        return known and self.limit is None and self.way.kind == OWN
+
     def arguments(self, model: nn.Module, inputs: Mapping[str, Any], whose: str) -> dict[str, Any]:
         """Inputs of the forward to add or to change: `position_ids` [B, T], `input_ids`, or none.
 

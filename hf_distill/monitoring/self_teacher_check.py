@@ -144,6 +144,11 @@ class SelfTeacherCheck:
         self.in_16_bit = in_16_bit
         self._left = [x for x in teachers if isinstance(x, SelfTeacher) and x.kind != "live"]
 
+    @property
+    def is_done(self) -> bool:
+        """Return whether there is nothing left to check."""
+        return not self._left
+
     def skip(self) -> None:
         """Check nothing: it was done, or the student is not at its start."""
         self._left = []

@@ -136,7 +136,7 @@ class CausalLM:
 
         Where nothing of a step is scored they are 0, or there are none.
         """
-        counted = batch.counted_tokens
+        counted = None if batch.num_rows is None else batch.counted_tokens
         if batch.weights is None:
             own = torch.ones(len(targets), device=targets.device)
         else:
@@ -181,8 +181,9 @@ class CausalLM:
             return self._with_added(terms, batch), None
         labels, side = batch.counted_labels(batch.inputs["labels"]), batch.student
         asked = self.hard_loss.arguments(labels, batch.num_items)
+        kwargs = self.student.forward_inputs(model, side.inputs)
         with self.student.watching(model, side) as states:
-            outputs = self.student.outputs(model, side, **asked)
+            outputs = self.student.outputs(model, kwargs, **asked)
             if self._vocab is not None:
                 outputs.logits = outputs.logits[..., : self._vocab]
             own_loss = self.hard_loss.of(outputs, labels, batch.num_items)

@@ -42,7 +42,7 @@ from hf_distill.trainers.classification import check_classifier, make_classifica
 from hf_distill.trainers.distill_config import DistillConfig
 from hf_distill.trainers.restarts import continued
 from hf_distill.trainers.step_collation import given_collator
-from hf_distill.trainers.tasks import Batch, Task
+from hf_distill.trainers.tasks import LABELS, Batch, Task
 from hf_distill.trainers.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -239,15 +239,15 @@ class DistillTrainer(AccountingTrainer):
         """Teacher's signal, student's terms, normalised over the whole optimizer step."""
         if self.teacher is None:
             return self._without_teacher(model, inputs, return_outputs, num_items_in_batch)
-        batch = self._read(model, self._with_labels(inputs), num_items_in_batch)
+        batch = self._read(model, inputs, num_items_in_batch)
         teacher = self.task.signal(batch, lambda: self._signal(model, batch))
         tokens = self.task.tokens(batch, model.training)
         terms_of = lambda student: self._terms(student, teacher, tokens)
         at_head = teacher.logits is None
         terms, outputs = self.task.run(model, batch, terms_of, at_head, return_outputs)
-        num_batches = self.current_gradient_accumulation_steps if model.training else None
-        terms = add_router_loss(terms, self._reader.routers, teacher, tokens, num_batches)
-        losses.assert_finite(terms, teacher)
+        terms = self._with_router_loss(terms, teacher, tokens, model.training)
+        if not bool(torch.isfinite(terms.loss)):
+            losses.assert_finite(terms, teacher)
         self._note(terms, batch, tokens, model.training)
         return (terms.loss, outputs) if return_outputs else terms.loss
 
@@ -276,21 +276,34 @@ class DistillTrainer(AccountingTrainer):
         weight = config_schedules.value_at(self.args, "hidden_weight", self._step())
         return self._layers.add(terms, student, teacher, tokens, weight)
 
+    def _with_router_loss(
+        self, terms: Terms, teacher: Signal, tokens: Tokens, training: bool
+    ) -> Terms:
+        """Add what the routers of a mixture of experts have said of the batch, if there are any."""
+        routers = self._reader.routers
+        if routers.aux is None and routers.experts is None:
+            return terms
+        num_batches = self.current_gradient_accumulation_steps if training else None
+        return add_router_loss(terms, routers, teacher, tokens, num_batches)
+
     def _read(
         self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None
     ) -> Batch:
         """The batch, checked; the first ones are looked at closely."""
+        if self.task.label_name != LABELS:
+            inputs = self._with_labels(inputs)
         if not self.task.was_asked(inputs):
             self._check_batch(inputs)
-        evaluates = self._evaluation.active
-        averaged = 1 if evaluates else self._num_averaged(num_items)
-        batch = self.task.read(inputs, None if evaluates else num_items, averaged)
+        if self._evaluation.active:
+            num_items = None  # a batch of an evaluation has its own
+        averaged = 1 if num_items is None else self._num_averaged(num_items)
+        batch = self.task.read(inputs, num_items, averaged)
         batch.num_rows = self._evaluation.num_rows
-        self._start_check.look(model, batch.student)
         if not self._looked:
+            self._start_check.look(model, batch.student)
             done, probe = self.task.look(model, batch), self._probe
             kept = probe is None or probe.keep(model, batch.student, batch.teacher)
-            self._looked = done and kept
+            self._looked = done and kept and self._start_check.is_done
         return batch
 
     def _check_batch(self, inputs: dict[str, Any]) -> None:
