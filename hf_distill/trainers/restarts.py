@@ -62,7 +62,7 @@ class RestartingTrainer(StatefulTrainer):
         raise NotImplementedError
 
     def _before_training(self) -> None:
-        """Let a subclass act when all is set up; the student has its first weights, resumed or not."""
+        """Let a subclass act on the set-up; the student has its first weights, resumed or not."""
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Do as `Trainer` does; a training that is not the first begins as a new trainer's does."""
