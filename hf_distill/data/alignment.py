@@ -23,7 +23,7 @@ SHOWN = 3  # ids in an error
 
 
 class AlignmentError(ValueError):
-    """Student and teacher rows do not hold the same completion tokens where their maps say."""
+    """Says that student and teacher rows do not hold the same completion tokens at their maps."""
 
 
 class _Rows(NamedTuple):
