@@ -26,14 +26,14 @@ logger = logging.getLogger(__name__)
 class AccountingTrainer(StepCollatingTrainer):
     """Trains with losses that are means over scored tokens, or rows of a classifier.
 
-    That of an optimizer step is over all its micro-batches and processes, and that of an evaluation
-    over all its batches and processes, of the schedules' last values.
+    The mean of an optimizer step is over all its micro-batches and processes, that of an evaluation
+    over all its batches and processes, with the schedules' last values.
     """
 
     args: DistillConfig
     task: Task
     _model_loss: ModelLoss | None = None  # without a teacher
-    _told: bool = False  # which values an evaluation has
+    _told: bool = False  # whether a log line said which values an evaluation has
     _own_loss: Loss | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

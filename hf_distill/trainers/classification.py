@@ -200,7 +200,7 @@ class Classification:
         return False
 
     def look(self, model: nn.Module, batch: Batch) -> bool:
-        """The loss of a classifier is known from its config."""
+        """Return True: the loss of a classifier is known from its config."""
         return True
 
     def read(

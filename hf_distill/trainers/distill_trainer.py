@@ -100,7 +100,7 @@ class DistillTrainer(AccountingTrainer):
             raise TypeError(f"args must be a DistillConfig, got {type(args).__name__}")
         config_schedules.check_teacher_is_given(args, teacher is not None)
         self._own_loss = None if loss is None else own_loss(loss, args)
-        self._present: tuple[Any, Loss] | None = None  # and what it is made of
+        self._present: tuple[Any, Loss] | None = None  # what it is made of, and the loss
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
         )

@@ -35,7 +35,7 @@ NUM_CHECKED = 4  # rows of the check before training
 
 
 class OPSDTrainer(DistillTrainer):
-    """Self-distils on-policy: student = the model on the prompt, teacher = it with a hint.
+    """Trains by on-policy self-distillation: student = model on the prompt, teacher = it hinted.
 
     Completions are sampled from the student once per optimizer step (or per `steps_per_rollout`
     steps), or taken from the data (`on_policy=False`); both sides score the same tokens.

@@ -137,7 +137,7 @@ class Task(Protocol):
         ...
 
     def look(self, model: nn.Module, batch: Batch) -> bool:
-        """Look closely at one of the first batches; whether no more need be looked at."""
+        """Look closely at one of the first batches; return whether no more need be looked at."""
         ...
 
     def signal(self, batch: Batch, ask: Ask) -> Signal:
