@@ -50,8 +50,8 @@ class DriftProbe:
     """Compares what a frozen teacher says about a row of the first batch with what it said then.
 
     It sees every way in which a teacher can follow the student: adapters that stay on, weights that
-    are shared, a copy that is trained. Read at the first, second, fourth, eighth ... log, because
-    it takes a forward of one row.
+    are shared, a copy that is trained. It is read at the first, second, fourth, eighth ... log,
+    because it takes a forward of one row.
 
     Args:
         teacher: one that must say the same about the same tokens for the whole run.
@@ -97,8 +97,8 @@ class LiveProbe:
 
     The measure is its mean JSD from what it said at the start, as a share of the JSD between the
     teacher and the student there: what the student has to learn. A teacher that moves as far as the
-    student does follows it instead of teaching it, long before the completions show it. Read at
-    every log: a forward of PROBE_ROWS rows.
+    student does follows it instead of teaching it, long before the completions show it. It is read
+    at every log, which takes a forward of PROBE_ROWS rows.
 
     Args:
         teacher: of kind "live".
