@@ -23,7 +23,7 @@ SHOWN = 3  # ids in an error
 
 
 class AlignmentError(ValueError):
-    """Says that student and teacher rows do not hold the same completion tokens at their maps."""
+    """Student and teacher rows do not hold the same completion tokens where their maps say."""
 
 
 class _Rows(NamedTuple):

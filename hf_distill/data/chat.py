@@ -173,7 +173,7 @@ def _ends(ids: Sequence[int], ends: TurnEnds) -> bool:
 
 
 class Dialogue(NamedTuple):
-    """Holds a prompt and what follows it; a reply that the prompt begins is one message.
+    """Holds a prompt and what follows; a reply that the prompt begins is one message with its rest.
 
     messages: prompt and completion. num_prompt: how many stand in front of the first reply. begun:
     the first reply as the prompt begins it, or None.

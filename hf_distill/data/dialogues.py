@@ -56,7 +56,7 @@ def written_row(
 def begun_row(
     dialogue: Dialogue, rest: Sequence[int], scored: Sequence[int], chat: ChatIds
 ) -> RowWith:
-    """Return a function from hints to a row of the data's replies, of which the prompt begins one.
+    """Return a function from hints to a row of the data's replies; the prompt begins the first.
 
     Its rest is token ids, so that the row begins with the ids that completions are sampled behind;
     rendered whole, the template could write its beginning otherwise (thoughts, joined tokens).
