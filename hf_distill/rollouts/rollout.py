@@ -193,7 +193,7 @@ class Rollouts:
         return batch
 
     def _add_anchors(self, batches: list[dict[str, Any]], rows: list[list[Row]]) -> None:
-        """Add rows of the data's own completions, and how many tokens these have in the whole step."""
+        """Add rows of the data's own completions, and how many tokens the step has of them."""
         references = [self.collator.references(x) for x in rows]
         tokens = sum(int((x["labels"] != sides.IGNORE_INDEX).sum()) for x in references)
         own = torch.tensor(tokens, device=self.accelerator.device)
