@@ -124,7 +124,7 @@ class SelfTeacher(Teacher):
         self.kind = kind
         self.ema_decay = ema_decay
         self._copy: nn.Module | None = None
-        self._base: tuple[nn.Module, BaseOfAdapters] | None = None  # and whose
+        self._base: tuple[nn.Module, BaseOfAdapters] | None = None  # the model, and its base
         self._average: dict[str, Tensor] = {}
         self._step = 0
 
