@@ -62,7 +62,7 @@ class Signal:
 
     @property
     def vocab(self) -> int | None:
-        """Return V; None, because a sparse signal does not say it."""
+        """Return V, or None for a sparse signal, which does not say it."""
         if self.logits is not None:
             return self.logits.shape[-1]
         return None if self.head is None else len(self.head.weight)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def _extent(tensor: Tensor) -> tuple[int, int, int] | None:
-    """Return a tensor's storage and the bytes it spans there, first to behind the last, or None."""
+    """Return a tensor's storage, and its bytes in it, first to behind the last; or None."""
     if type(tensor) not in (Tensor, nn.Parameter) or not tensor.numel():
         return None
     storage = tensor.untyped_storage().data_ptr()
