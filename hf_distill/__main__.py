@@ -113,7 +113,7 @@ def _add_write(parsers: Any) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Make the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m hf_distill", description=f"hf_distill {hf_distill.__version__}"
     )

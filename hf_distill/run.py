@@ -14,7 +14,7 @@ from hf_distill.models.structure import causal_lm, is_classifier
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a run.
+    """Holds the parts of a run.
 
     Attributes:
         args: the trainer's config.
@@ -45,21 +45,21 @@ class Run:
 
     @property
     def language_model(self) -> nn.Module:
-        """The Transformers model itself, without wrappers and adapters."""
+        """Return the Transformers model itself, without wrappers and adapters."""
         return causal_lm(self.student)
 
     @property
     def is_classifier(self) -> bool:
-        """Whether the student classifies sequences."""
+        """Return whether the student classifies sequences."""
         return is_classifier(self.language_model)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The processing class where it is a tokenizer."""
+        """Return the processing class where it is a tokenizer, else None."""
         given = self.processing_class
         return given if isinstance(given, PreTrainedTokenizerBase) else None
 
     @property
     def teachers(self) -> Sequence[Any]:
-        """The teachers that are asked: several behind a `RoutedTeacher`."""
+        """Return the teachers that are asked: several behind a `RoutedTeacher`."""
         return self.teacher.each()

@@ -18,7 +18,7 @@ Template = Callable[[Messages, bool], list[int]]
 def scored_messages(
     messages: Messages, num_prompt: int, hints: Sequence[PlacedHint], scored: str
 ) -> list[int]:
-    """Assistant messages of a dialogue's completion that count, ascending.
+    """Return the assistant messages of a dialogue's completion that count, ascending.
 
     Args:
         messages: prompt and completion.
@@ -39,7 +39,7 @@ def scored_messages(
 
 
 def ids_between_replies(messages: Messages, template: Template, ends: TurnEnds) -> list[int]:
-    """Token ids between the end token of a reply and the next reply: messages, then its prompt.
+    """Return token ids from a reply's end token to the next reply: messages, then its prompt.
 
     They do not depend on the dialogue before them: the messages are rendered behind a stand-in for
     it, so that replies which are token ids are never rendered.
@@ -66,7 +66,7 @@ def join_replies(
     scored: Sequence[bool],
     ends: TurnEnds,
 ) -> TokenRow:
-    """A row from what stands in front of each reply, and the replies as they were sampled.
+    """Make a row from what stands in front of each reply, and the replies as they were sampled.
 
     A reply that was cut off gets an end token, unscored, if something follows.
     """
@@ -84,7 +84,7 @@ def join_replies(
 
 @dataclass(frozen=True)
 class ChatIds:
-    """Token ids of dialogues, by one tokenizer and its template.
+    """Makes token ids of dialogues, by one tokenizer and its template.
 
     Attributes:
         template: to token ids.
@@ -97,13 +97,13 @@ class ChatIds:
     ends: TurnEnds
 
     def context(self, messages: Messages, begun: bool) -> list[int]:
-        """Messages, ready for a reply, which the last of them begins if `begun`."""
+        """Return ids of messages, ready for a reply, which the last of them begins if `begun`."""
         return self.continued(messages) if begun else self.template(messages, True)
 
     def between(
         self, dialogue: "Dialogue", messages: Messages, replies: Sequence[int], last: bool = False
     ) -> list[list[int]]:
-        """Token ids in front of each reply; with `last`, also in front of one to come.
+        """Return token ids in front of each reply; with `last`, also in front of one to come.
 
         Args:
             dialogue: says whether the first reply is begun.
@@ -120,7 +120,7 @@ class ChatIds:
         return pieces
 
     def reply(self, messages: Messages, at: int) -> tuple[list[int], list[int]]:
-        """The ids in front of a message, and its own, up to its end token.
+        """Return the ids in front of a message, and its own, up to its end token.
 
         Raises:
             ValueError: the template does not render the one as the beginning of both.
@@ -137,7 +137,7 @@ class ChatIds:
 
 
 def render_dialogue(messages: Messages, scored: Sequence[int], chat: ChatIds) -> TokenRow:
-    """The dialogue up to its last scored message, with the places of the scored messages' tokens.
+    """Render a dialogue up to its last scored message, with the places of scored messages' tokens.
 
     A message ends at its end token: what a template writes behind it is the next context's.
 
@@ -173,7 +173,7 @@ def _ends(ids: Sequence[int], ends: TurnEnds) -> bool:
 
 
 class Dialogue(NamedTuple):
-    """A prompt and what follows it; a reply that the prompt begins is one message with its rest.
+    """Holds a prompt and what follows; a reply that the prompt begins is one message with its rest.
 
     messages: prompt and completion. num_prompt: how many stand in front of the first reply. begun:
     the first reply as the prompt begins it, or None.
@@ -185,12 +185,12 @@ class Dialogue(NamedTuple):
 
 
 def begins_reply(prompt: Prompt) -> bool:
-    """Whether a prompt's last message is the assistant's: completions go on with it."""
+    """Return whether a prompt's last message is the assistant's: completions go on with it."""
     return not isinstance(prompt, str) and bool(prompt) and prompt[-1]["role"] == "assistant"
 
 
 def join_dialogue(prompt: Messages, completion: Messages) -> Dialogue:
-    """The dialogue of a prompt and a completion.
+    """Make the dialogue of a prompt and a completion.
 
     Raises:
         ValueError: the rest of a begun reply is more than text.
@@ -204,7 +204,7 @@ def join_dialogue(prompt: Messages, completion: Messages) -> Dialogue:
 
 
 def text_of(message: dict[str, Any]) -> str:
-    """The rest of a reply, as text.
+    """Return the rest of a reply, as text.
 
     Raises:
         ValueError: it has more than text.

@@ -75,7 +75,7 @@ class CrossTokenizerCollator:
         self._teacher = side(teacher_tokenizer, teacher_chat_template_kwargs)
 
     def with_end_tokens(self, ids: int | Sequence[int]) -> "CrossTokenizerCollator":
-        """The collator for a student that ends its replies with these tokens too."""
+        """Return the collator for a student that ends its replies with these tokens too."""
         told = copy.copy(self)
         told._student = self._student.with_end_tokens(ids)
         return told

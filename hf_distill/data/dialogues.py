@@ -11,7 +11,7 @@ RowWith = Callable[[Sequence[PlacedHint]], TokenRow]
 
 
 def rendered_row(messages: Messages, scored: Sequence[int], chat: ChatIds) -> RowWith:
-    """Replies as the template writes them.
+    """Return a function from hints to a row of replies as the template writes them.
 
     Args:
         messages: the dialogue.
@@ -33,7 +33,7 @@ def written_row(
     scored: Sequence[int],
     chat: ChatIds,
 ) -> RowWith:
-    """Replies that are token ids.
+    """Return a function from hints to a row of replies that are token ids.
 
     Args:
         dialogue: with the replies as text, for hints.
@@ -56,7 +56,7 @@ def written_row(
 def begun_row(
     dialogue: Dialogue, rest: Sequence[int], scored: Sequence[int], chat: ChatIds
 ) -> RowWith:
-    """Replies of the data, the first of which goes on with one that the prompt begins.
+    """Return a function from hints to a row of the data's replies; the prompt begins the first.
 
     Its rest is token ids, so that the row begins with the ids that completions are sampled behind;
     rendered whole, the template could write its beginning otherwise (thoughts, joined tokens).

@@ -43,7 +43,7 @@ Hints = Hint | str | Callable[[Row], str | None] | Sequence[Hint]
 
 
 class HintCollator(PromptIds):
-    """Batches whose student sees the prompt and whose teacher sees the prompt and a hint.
+    """Makes batches whose student sees the prompt and whose teacher sees the prompt and a hint.
 
     A row has a prompt (text, or chat messages), what the hints need, and for off-policy training a
     completion (text, or messages: replies with what came between them). The student's ids are
@@ -120,11 +120,11 @@ class HintCollator(PromptIds):
         self.max_completion_length = max_completion_length
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """A training batch from rows with completions: see `alignment.build_batch`."""
+        """Make a training batch from rows with completions: see `batches.build_batch`."""
         return self._batch(self._all(self._row, rows))
 
     def at(self, step: int, seed: int | None = None) -> "HintCollator":
-        """The collator of one optimizer step. Trainers call it; fixed settings need no step.
+        """Return the collator of an optimizer step. Trainers call it; fixed settings need no step.
 
         Args:
             step: optimizer steps taken.
@@ -141,7 +141,7 @@ class HintCollator(PromptIds):
     def _all(
         self, make: Callable[[Given], RenderedSides], given: Sequence[Given]
     ) -> list[RenderedSides]:
-        """Both sides of some rows, without the hints that the step drops."""
+        """Make both sides of some rows, without the hints that the step drops."""
         if self.hint_plan is not None:
             raise ValueError(
                 f"{self.hint_plan.refusal()}: give this collator, or one around it, to a trainer, "
@@ -160,7 +160,7 @@ class HintCollator(PromptIds):
         return self._with_count(batches.build_rows(students, teachers, self.pad_token_id), made)
 
     def prompts(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """The rows as they are, and the student's contexts, for completions yet to be generated.
+        """Return the rows as they are, and student contexts, for completions yet to be generated.
 
         Returns:
             rows: the list; prompt_ids, prompt_mask: [B, T] int64, padded on the left.
@@ -172,7 +172,7 @@ class HintCollator(PromptIds):
     def from_episodes(
         self, episodes: Sequence[Episode]
     ) -> tuple[dict[str, Tensor], list[Sequence[str]]]:
-        """A training batch of dialogues that the student has written, and the hints of each.
+        """Make a training batch of dialogues that the student has written, and the hints of each.
 
         Hints may read the columns of `Episode.seen`. The replies' ids are those that were sampled.
         An episode may have nothing to score.
@@ -181,14 +181,14 @@ class HintCollator(PromptIds):
         return self._batch(made), [x.hints for x in made]
 
     def next_context(self, episode: Episode) -> list[int]:
-        """The student's ids up to its next reply, behind what an environment has said."""
+        """Return the student's ids up to its next reply, behind what an environment has said."""
         made, chat = episode.dialogue, self._chat
         between = chat.between(made, made.messages, episode.replies(), last=True)
         replies, nothing = [*episode.completions, []], [False] * len(between)
         return list(join_replies(between, replies, nothing, chat.ends).ids)
 
     def contexts(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Both contexts of each row, padded on the left, for completions yet to be generated.
+        """Return both contexts of each row, padded on the left, for completions to be generated.
 
         Returns:
             prompt_ids, prompt_mask [B, T]; teacher_prompt_ids, teacher_prompt_mask [B, T of the
@@ -205,7 +205,7 @@ class HintCollator(PromptIds):
     def without_hints(
         self, rows: Sequence[Row], completed: bool = False
     ) -> tuple[list[TokenRow], list[TokenRow]]:
-        """Student's and teacher's rows as if there were no hints, to compare the two sides.
+        """Return student's and teacher's rows as if there were no hints, to compare the two sides.
 
         Args:
             rows: of the data.
@@ -223,7 +223,7 @@ class HintCollator(PromptIds):
         return bare
 
     def references(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """The student's rows of the data's own completions: input_ids, attention_mask, labels."""
+        """Return student rows of the data's own completions: input_ids, attention_mask, labels."""
         batch = self._without_hints()(rows)
         return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
 
@@ -243,7 +243,7 @@ class HintCollator(PromptIds):
         return batch
 
     def _column(self, row: Row, name: str) -> Any:
-        """The row's prompt or completion; the name is that of its argument."""
+        """Return the row's prompt or completion; the name is that of its argument."""
         column = getattr(self, name)
         if row.get(column) is None:
             raise ValueError(row_columns.missing_column(row, column, name))
@@ -260,14 +260,14 @@ class HintCollator(PromptIds):
         return [place_hint(h, row, text, messages, num_prompt) for h, text in self._rendered(row)]
 
     def _prompt(self, row: Row) -> list[int]:
-        """The student's context."""
+        """Return the student's context."""
         prompt = self._column(row, "prompt_column")
         ids = self.context_ids(prompt)
         rendering.check_length(prompt, "prompt", len(ids), self.max_prompt_length)
         return ids
 
     def _contexts(self, row: Row) -> RenderedSides:
-        """Both contexts; nothing is scored yet."""
+        """Make both contexts; nothing is scored yet."""
         prompt, ids = self._column(row, "prompt_column"), self._prompt(row)
         if isinstance(prompt, str):
             hints = [PlacedHint(hint, text, 0) for hint, text in self._rendered(row)]
@@ -289,7 +289,7 @@ class HintCollator(PromptIds):
         return self._fit(prompt, TokenRow(ids, []), hints, teacher)
 
     def _row(self, row: Row) -> RenderedSides:
-        """Both rows, from a row with a completion."""
+        """Make both rows, from a row with a completion."""
         prompt = self._column(row, "prompt_column")
         completion = self._column(row, "completion_column")
         if not completion or (isinstance(completion, str) and not completion.strip()):
@@ -303,7 +303,7 @@ class HintCollator(PromptIds):
         return made._replace(student=student, teacher=teacher)
 
     def _episode(self, episode: Episode) -> RenderedSides:
-        """Both rows, from a dialogue that the student has written."""
+        """Make both rows, from a dialogue that the student has written."""
         row, prompt = episode.seen(), episode.prompt
         if isinstance(prompt, str):
             made, ids = self._contexts(row), episode.completions[0]
@@ -354,7 +354,7 @@ class HintCollator(PromptIds):
         hints: list[PlacedHint],
         teacher: Callable[[Sequence[PlacedHint]], TokenRow],
     ) -> RenderedSides:
-        """Both rows, with hints short enough for their budget."""
+        """Make both rows, with hints short enough for their budget."""
         made, budget = teacher(hints), self.max_hint_length
         added = len(made.ids) - len(student.ids)
         if budget is None or added <= budget or self.truncation == "error":

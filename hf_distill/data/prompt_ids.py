@@ -14,7 +14,7 @@ from hf_distill.data.turn_ends import TurnEnds, find_turn_ends
 
 
 class PromptIds:
-    """What a tokenizer makes of prompts that are to be completed, and of what completes them.
+    """Makes token ids of prompts that are to be completed, and of what completes them.
 
     Args:
         tokenizer: with a chat template if prompts are messages.
@@ -31,7 +31,7 @@ class PromptIds:
 
     @property
     def pad_token_id(self) -> int:
-        """The tokenizer's padding id, or its end id where it has none; masks tell it apart."""
+        """Return the tokenizer's padding id, or its end id without one; masks tell them apart."""
         for token_id in (self.tokenizer.pad_token_id, self.eos_token_id):
             if token_id is not None:
                 return cast(int, token_id)
@@ -39,18 +39,18 @@ class PromptIds:
 
     @property
     def eos_token_id(self) -> int | None:
-        """The tokenizer's end id, or None."""
+        """Return the tokenizer's end id, or None."""
         return cast("int | None", self.tokenizer.eos_token_id)
 
     @property
     def ends(self) -> TurnEnds:
-        """The tokens that end replies, by the tokenizer, its template and `with_end_tokens`."""
+        """Return the tokens that end replies, by tokenizer, template and `with_end_tokens`."""
         if self._ends is None:
             self._ends = find_turn_ends(self.tokenizer, self.chat_template_kwargs, self._told)
         return self._ends
 
     def with_end_tokens(self, ids: int | Sequence[int]) -> Self:
-        """The collator for a model that ends its replies with these tokens too.
+        """Return the collator for a model that ends its replies with these tokens too.
 
         Trainers call it with the ids of the model's generation config, one or several.
         """
@@ -59,13 +59,13 @@ class PromptIds:
         return told
 
     def _end_of(self, prompt: Prompt, context: Sequence[int]) -> int | None:
-        """What ends a text completion: in a chat, also one that is rendered, the turn's end."""
+        """Return what ends a text completion: in a chat, also a rendered one, the turn's end."""
         of_chat = not isinstance(prompt, str) or self.ends.turn in context
         end = self.ends.turn if of_chat else None
         return self.ends.of_text if end is None else end
 
     def context_ids(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, ready to be completed; a reply that it begins goes on."""
+        """Return token ids of a prompt, ready to be completed; a reply that it begins goes on."""
         if isinstance(prompt, str):
             return texts.context_of_text(prompt, self.tokenizer)
         return self._chat.context(prompt, begins_reply(prompt))
@@ -91,7 +91,7 @@ class PromptIds:
         return encoded["input_ids"]
 
     def text(self, ids: Sequence[int]) -> str:
-        """A completion to be read, without special tokens and its end token."""
+        """Return a completion to be read, without special tokens and its end token."""
         shown = list(ids[:-1] if ids and ids[-1] in self.ends.ids else ids)
         return str(self.tokenizer.decode(shown, skip_special_tokens=True))
 

@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 class RenderedSides(NamedTuple):
-    """Both sides of a row."""
+    """Holds both sides of a row."""
 
     student: TokenRow
     teacher: TokenRow
@@ -28,7 +28,7 @@ class RenderedSides(NamedTuple):
     dropped: bool = False  # whether they were left out, all of them
 
     def without_hints(self) -> "RenderedSides":
-        """The same tokens scored, and the teacher reads what the student reads."""
+        """Score the same tokens, and let the teacher read what the student reads."""
         return RenderedSides(self.student, self.student, truncated=False, dropped=bool(self.hints))
 
 
@@ -45,7 +45,7 @@ def in_row(i: int, make: Callable[[Given], Result], row: Given) -> Result:
 
 
 def check_length(prompt: Prompt, what: str, length: int, budget: int | None) -> None:
-    """A row's prompt, hint or completion (`what`) must have at most `budget` tokens.
+    """Check that a row's prompt, hint or completion (`what`) has at most `budget` tokens.
 
     Raises:
         ValueError: it has more; naming the row by its prompt.
@@ -65,7 +65,7 @@ def fit_hints(
     budget: int,
     tokenizer: PreTrainedTokenizerBase,
 ) -> RenderedSides:
-    """Both sides of a row whose hints are over their budget, cut until they fit.
+    """Make both sides of a row whose hints are over their budget, cut until they fit.
 
     The teacher's side is still too long if nothing is left to cut.
 
@@ -88,7 +88,7 @@ def fit_hints(
 def shorten_hints(
     hints: Sequence[PlacedHint], excess: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[PlacedHint] | None:
-    """The hints with `excess` tokens less at the end of the longest, or None if it has no more.
+    """Cut `excess` tokens off the longest hint's end, or return None if it has no more.
 
     At least a token of the hint stays at each call. A template can change how a text is tokenised,
     so the caller counts again.
@@ -108,14 +108,14 @@ def shorten_hints(
 
 
 def _end(offsets: Sequence[tuple[int, int]], kept: int) -> int:
-    """Where a text ends after so many tokens; the bytes of a character stay together."""
+    """Return where a text ends after so many tokens; the bytes of a character stay together."""
     while kept and kept < len(offsets) and offsets[kept][0] < offsets[kept - 1][1]:
         kept -= 1
     return offsets[kept - 1][1] if kept else 0
 
 
 def _offsets(text: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
-    """Where in a text its tokens begin and end."""
+    """Return where in a text its tokens begin and end."""
     if not tokenizer.is_fast:
         raise ValueError(
             "truncation 'hint' needs a fast tokenizer, got " + type(tokenizer).__name__

@@ -43,14 +43,14 @@ KNOWN = sorted(frozenset.union(*(needed for needed, _ in KINDS)))
 
 
 def advice(columns: Iterable[str]) -> str:
-    """What to do with rows of these columns, or nearly these; empty if none is known."""
+    """Say what to do with rows of these columns, or nearly these; empty if none is known."""
     meant = {name for column in columns for name in get_close_matches(column, KNOWN, 1, 0.8)}
     found = next((text for needed, text in KINDS if needed <= meant), "")
     return found and f": {found}"
 
 
 def missing_column(row: Mapping[str, Any], column: str, argument: str) -> str:
-    """The error of a row without a column.
+    """Return the error of a row without a column.
 
     Args:
         row: of the data.
@@ -71,7 +71,7 @@ def missing_column(row: Mapping[str, Any], column: str, argument: str) -> str:
 
 
 def missing_hint(row: Mapping[str, Any], column: str) -> str:
-    """The error of a row without a column that a hint needs."""
+    """Return the error of a row without a column that a hint needs."""
     close = get_close_matches(column, row)
     told = f": if it is {close[0]!r}, name that" if close else ""
     return (
@@ -81,12 +81,12 @@ def missing_hint(row: Mapping[str, Any], column: str) -> str:
 
 
 def may_mean(row: Mapping[str, Any], column: str) -> bool:
-    """Whether the row has a column of this name, or nearly this."""
+    """Return whether the row has a column of this name, or nearly this."""
     return column in row or bool(get_close_matches(column, row))
 
 
 def check_content(value: Any, column: str) -> None:
-    """A prompt or a completion must be a string, or a list of chat messages.
+    """Check that a prompt or a completion is a string, or a list of chat messages.
 
     Raises:
         ValueError: it is something else.
@@ -102,7 +102,7 @@ def check_content(value: Any, column: str) -> None:
 
 
 def columns_of(dataset: Any) -> list[str] | None:
-    """The columns of a data set's rows, without making one; None where they are not known."""
+    """Return the columns of a data set's rows, without making one; None if they are not known."""
     names = getattr(dataset, "column_names", None)
     if isinstance(names, list):
         how = getattr(dataset, "format", None)
@@ -114,7 +114,7 @@ def columns_of(dataset: Any) -> list[str] | None:
 
 
 def reads_all_columns(collator: Any) -> bool:
-    """Whether a collator, or one inside it, may read any column: hints do."""
+    """Return whether a collator, or one inside it, may read any column: hints do."""
     while collator is not None:
         if getattr(collator, "reads_all_columns", False):
             return True

@@ -12,7 +12,7 @@ def _bare(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def context_of_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a text that is to be continued.
+    """Return token ids of a text that is to be continued.
 
     What the tokenizer puts in front of a text (a start token) stays, unless the text begins with it
     already, as one does that a chat template wrote. What it puts behind a text (an end token) does
@@ -38,7 +38,7 @@ def context_of_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def start_of_text(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The start token that a text begins with, as text; empty if it begins with another."""
+    """Return the start token that a text begins with, as text; empty if it begins otherwise."""
     for token in (tokenizer.bos_token, tokenizer.cls_token):
         if isinstance(token, str) and token and text.startswith(token):
             return token
@@ -48,7 +48,7 @@ def start_of_text(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 def completion_of_text(
     text: str, tokenizer: PreTrainedTokenizerBase, ends: TurnEnds, end: int | None
 ) -> list[int]:
-    """Token ids of a completion, up to its end token, which is appended if the text has none.
+    """Return token ids of a completion, up to its end token, appended if the text has none.
 
     Args:
         text: of the completion.

@@ -18,7 +18,7 @@ NEXT_TURN = {"role": "user", "content": "x"}
 
 @dataclass(frozen=True)
 class TurnEnds:
-    """The tokens that end replies.
+    """Holds the tokens that end replies.
 
     Attributes:
         ids: every one, the tokenizer's first.
@@ -33,11 +33,11 @@ class TurnEnds:
 
     @property
     def of_text(self) -> int | None:
-        """The one that ends a completion of a text that is no chat, or None."""
+        """Return the one that ends a completion of a text that is no chat, or None."""
         return self.ids[0] if self.ids else None
 
     def end_of(self, reply: Sequence[int]) -> int | None:
-        """Where the reply at the beginning of some ids ends, its end token included, or None.
+        """Return where the reply at the beginning of some ids ends, end token included, or None.
 
         What a template writes behind the end token belongs to the next context. Content that holds
         such a token keeps it: the last one counts.
@@ -48,7 +48,7 @@ class TurnEnds:
 
 
 def tell_end_tokens(collator: Any, ids: Sequence[int]) -> Any:
-    """A collator, or one inside it, that knows at which ids the student ends its replies.
+    """Return a collator that knows, itself or inside, at which ids the student ends replies.
 
     Args:
         collator: a `HintCollator`, one around it as its attribute `collator`, or any other, which
@@ -109,7 +109,7 @@ def find_turn_ends(
 def _behind_reply(
     tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any], more: Messages
 ) -> str | None:
-    """What the template writes behind a reply's content; None if it says nothing about that."""
+    """Return what the template writes behind a reply's content; None if it says nothing of that."""
     if tokenizer.chat_template is None and "chat_template" not in template_kwargs:
         return None
     try:

@@ -31,7 +31,7 @@ AnyLoss = TypeVar("AnyLoss", bound="Loss")
 
 
 class Terms(NamedTuple):
-    """The loss of some tokens, and what was measured of each.
+    """Holds the loss of some tokens, and what was measured of each.
 
     loss: the scalar with a gradient. metrics: by the name under which their mean is logged, values
     without gradient, [N] for the scored tokens; a NaN is no value, and what was not measured is
@@ -47,7 +47,7 @@ class Terms(NamedTuple):
 
 
 class Importance(NamedTuple):
-    """What corrects for a student that has moved since it sampled the tokens.
+    """Holds what corrects for a student that has moved since it sampled the tokens.
 
     behaviour [N]: the log-probability of each token under the student that sampled it, at
     temperature 1; NaN where it is not known. clip: the largest ratio, > 0.
@@ -58,14 +58,14 @@ class Importance(NamedTuple):
 
 
 class Anchor(NamedTuple):
-    """M tokens of supervised training beside the others: targets [M] int64, weights [M]."""
+    """Holds M tokens of supervised training beside the others: targets [M] int64, weights [M]."""
 
     targets: Tensor
     weights: Tensor
 
 
 class LossSettings(NamedTuple):
-    """What the loss of a causal LM's batch knows of rollouts.
+    """Says what the loss of a causal LM's batch knows of rollouts.
 
     importance_clip: the largest weight of a reused token, or None. anchor_weight: that of the
     data's own completions beside sampled ones.
@@ -76,7 +76,7 @@ class LossSettings(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """The N tokens that are compared with the teacher.
+    """Holds the N tokens that are compared with the teacher.
 
     targets: [N] int64. weights: [N], which make a sum over tokens the mean over an optimizer step.
     counted: [N] bool, the tokens that metrics count, or None for all. corrected: [N], weights of
@@ -93,24 +93,24 @@ class Tokens(NamedTuple):
 
     @property
     def soft_weights(self) -> Tensor:
-        """[N] the weights of the soft loss."""
+        """Return [N]: the weights of the soft loss."""
         return self.weights if self.corrected is None else self.corrected
 
     def rows(self, at: slice) -> "Tokens":
-        """The targets and weights of some tokens."""
+        """Return the targets and weights of some tokens."""
         corrected = None if self.corrected is None else self.corrected[at]
         return Tokens(self.targets[at], self.weights[at], corrected=corrected)
 
 
 def mixed(alpha: float, soft: Tensor, hard: Tensor) -> Tensor:
-    """Alpha * soft + (1 - alpha) * hard; a side without a share may be infinite."""
+    """Return alpha * soft + (1 - alpha) * hard; a side without a share may be infinite."""
     if alpha == 1.0:
         return soft
     return (1 - alpha) * hard if alpha == 0.0 else alpha * soft + (1 - alpha) * hard
 
 
 class Loss:
-    """A loss of tokens: alpha * soft + (1 - alpha) * hard, where soft compares two models.
+    """Computes a loss of tokens: alpha * soft + (1 - alpha) * hard, where soft compares two models.
 
     Subclasses override `per_token`. The rest works for all of them: the soft loss is computed from
     a chunk of tokens at a time, its gradients are formed while the logits of the chunk exist, and
@@ -141,7 +141,7 @@ class Loss:
     def per_token(
         self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor
     ) -> PerToken:
-        """The soft loss of some tokens.
+        """Compute the soft loss of some tokens.
 
         Args:
             student_logits: [n, V] in the dtype of the model, with a gradient.
@@ -154,7 +154,7 @@ class Loss:
         raise NotImplementedError(f"{type(self).__name__} must override per_token or soft")
 
     def with_share(self: AnyLoss, alpha: float, measures_hard: bool) -> AnyLoss:
-        """The same loss with another share of the soft part."""
+        """Return the same loss with another share of the soft part."""
         other = copy.copy(self)
         other.set_share(alpha, measures_hard)
         return other
@@ -166,7 +166,7 @@ class Loss:
 
     @property
     def wants_hard(self) -> bool:
-        """Whether the cross-entropy is computed."""
+        """Return whether the cross-entropy is computed."""
         return self.alpha < 1.0 or self.measures_hard
 
     def check_signal(self, teacher: Signal, num_tokens: int) -> None:
@@ -179,7 +179,7 @@ class Loss:
             teacher.dense()  # says why it cannot be read
 
     def soft(self, logits: Tensor, teacher: Signal, tokens: Tokens) -> Terms:
-        """The soft loss of some tokens.
+        """Compute the soft loss of some tokens.
 
         Args:
             logits: [n, V] of the student.
@@ -223,7 +223,7 @@ class Loss:
             )
 
     def __call__(self, student: Signal, teacher: Signal, tokens: Tokens) -> Terms:
-        """The terms of N tokens.
+        """Compute the terms of N tokens.
 
         Args:
             student: hidden states and the head, or logits; with a gradient.
@@ -239,7 +239,7 @@ class Loss:
         return self._from_logits(student, teacher, tokens)
 
     def _from_hidden(self, student: Signal, teacher: Signal, tokens: Tokens) -> Terms:
-        """From hidden states, a chunk of tokens at a time."""
+        """Compute the terms from hidden states, a chunk of tokens at a time."""
 
         def piece(logits: Tensor, at: slice) -> Terms:
             own = tokens.rows(at)
@@ -257,7 +257,7 @@ class Loss:
         return _summed(piece, student.hidden, student.head, largest, width)
 
     def _from_logits(self, student: Signal, teacher: Signal, tokens: Tokens) -> Terms:
-        """From logits; the cross-entropy may be replaced by the model's own loss."""
+        """Compute the terms from logits; the model's own loss may replace the cross-entropy."""
         logits = student.dense()
         if self.chunks_logits:
 
@@ -276,13 +276,13 @@ class Loss:
         return terms._replace(loss=loss, metrics={**terms.metrics, "hard": hard})
 
     def _width(self, student: Signal, teacher: Signal, device: torch.device) -> int:
-        """Entries that a chunk is to hold for each token."""
+        """Return how many entries a chunk is to hold for each token."""
         width = max(student.vocab or 0, teacher.vocab or 0)
         return chunks.width_of_copies(width, device) if self.copies_logits else width
 
 
 def _without_odd_gradients(logits: Tensor, unweighted: Tensor) -> Tensor:
-    """Logits [n, V] whose gradient is 0 at tokens without weight, where a loss may be infinite.
+    """Return logits [n, V] with gradient 0 at tokens without weight, where a loss may be infinite.
 
     0 times the gradient of an infinite loss is NaN.
     """
@@ -298,7 +298,7 @@ def _summed(
     weights: Tensor,
     width: int,
 ) -> Terms:
-    """The terms of all tokens from those of a chunk at a time."""
+    """Return the terms of all tokens from those of a chunk at a time."""
     names: tuple[list[str], list[str]] = ([], [])
 
     def stacked(logits: Tensor, at: slice) -> tuple[Tensor, Tensor]:
@@ -323,7 +323,7 @@ def _summed(
 
 
 def _corrected(student: Signal, tokens: Tokens) -> tuple[Tokens, dict[str, Tensor]]:
-    """The tokens with weights of the soft loss, and what is logged of the ratios.
+    """Return the tokens with weights of the soft loss, and what is logged of the ratios.
 
     Truncated importance sampling: a token's soft term counts min(q(y) / q_behaviour(y), clip)
     times, held constant. Both are read at temperature 1, like the student in the hard loss,
@@ -351,7 +351,7 @@ TokenLoss = Callable[[Signal, Signal, Tokens], Terms]
 
 
 def step_terms(loss: TokenLoss, student: Signal, teacher: Signal, tokens: Tokens) -> Terms:
-    """The terms of a micro-batch, with what surrounds the loss of its tokens.
+    """Compute the terms of a micro-batch, with what surrounds the loss of its tokens.
 
     Args:
         loss: a `Loss`, or a function like one.

@@ -16,7 +16,7 @@ from metal_ops.functional import DivergenceStats
 
 @dataclass
 class ClipConfig:
-    """A bound on the divergence.
+    """Bounds the divergence.
 
     Raises:
         ValueError: a value is out of range.
@@ -56,7 +56,7 @@ where the two are more than some 20 nats apart.
 
 
 def normalised_jsd(spec: DivergenceSpec) -> tuple[DivergenceSpec, float]:
-    """A spec and a factor whose product is JSD / (beta (1 - beta)), clip included.
+    """Return a spec and a factor whose product is JSD / (beta (1 - beta)), clip included.
 
     With p the teacher, q the student and m = beta p + (1 - beta) q it is KL(p || m) / (1 - beta) +
     KL(q || m) / beta, which tends to KL(p || q) as beta goes to 0 and to KL(q || p) as it goes to
@@ -78,7 +78,7 @@ def normalised_jsd(spec: DivergenceSpec) -> tuple[DivergenceSpec, float]:
 
 @dataclass(frozen=True)
 class DivergenceLoss(Loss):
-    """alpha * soft + (1 - alpha) * hard: a divergence to the teacher, and cross-entropy.
+    """Computes alpha * soft + (1 - alpha) * hard: a divergence to the teacher, cross-entropy.
 
     From hidden states of both sides one fused operation computes both, and their gradients.
 
@@ -100,7 +100,7 @@ class DivergenceLoss(Loss):
     measures_hard: bool = field(default=False, kw_only=True)
 
     def __call__(self, student: Signal, teacher: Signal, tokens: Tokens) -> Terms:
-        """The terms of N tokens, see `Loss`.
+        """Compute the terms of N tokens, see `Loss`.
 
         Weights of the soft loss that differ from the others cost a second projection of the
         student, unless the teacher's signal is sparse.
@@ -113,7 +113,7 @@ class DivergenceLoss(Loss):
         return self._fused(student, teacher, tokens)
 
     def _fused(self, student: Signal, teacher: Signal, tokens: Tokens) -> Terms:
-        """From hidden states of both sides."""
+        """Compute the terms from hidden states of both sides."""
         assert student.head is not None
         assert teacher.head is not None
         assert student.hidden is not None
@@ -145,7 +145,7 @@ class DivergenceLoss(Loss):
         return Terms(mixed(self.alpha, terms.loss, hard_sum), metrics)
 
     def _fused_weights(self, weights: Tensor, with_hard: bool) -> tuple[Tensor, float]:
-        """Weights and alpha with which the op, which knows no factor, gives the same sum."""
+        """Return weights and alpha with which the op, which knows no factor, gives the same sum."""
         if not with_hard:
             return self._times(weights), 1.0
         if self.factor == 1.0:
@@ -165,7 +165,7 @@ class DivergenceLoss(Loss):
         return metrics
 
     def soft(self, logits: Tensor, teacher: Signal, tokens: Tokens) -> Terms:
-        """The divergence of n tokens, from the student's logits [n, V]."""
+        """Compute the divergence of n tokens, from the student's logits [n, V]."""
         weights = self._times(tokens.soft_weights)
         if teacher.sparse is not None:
             terms = sparse_terms(logits, teacher.sparse, teacher.tail, self.spec, weights)

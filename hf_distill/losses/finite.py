@@ -37,7 +37,7 @@ def _odd_sides(terms: Terms) -> Iterator[str]:
 
 
 def _odd_soft(terms: Terms, teacher: Signal | None) -> Iterator[str]:
-    """What is wrong with the soft losses of tokens, if something is."""
+    """Yield what is wrong with the soft losses of tokens, if something is."""
     soft = terms.metrics.get("soft")
     if soft is None:
         return
@@ -57,7 +57,7 @@ def _odd_soft(terms: Terms, teacher: Signal | None) -> Iterator[str]:
 
 
 def _why_infinite(soft: Tensor, teacher: Signal | None) -> str:
-    """Whose probability is 0 at the first token of an infinite divergence."""
+    """Say whose probability is 0 at the first token of an infinite divergence."""
     at = int(soft.isinf().nonzero()[0, 0])
     if teacher is None or _gives_zero(teacher.rows(slice(at, at + 1))):
         return "the teacher gives a token probability 0"
@@ -76,7 +76,7 @@ def _gives_zero(teacher: Signal) -> bool:
 
 
 def _odd_others(terms: Terms) -> Iterator[str]:
-    """Other parts of the loss that are not finite."""
+    """Yield other parts of the loss that are not finite."""
     values = {**terms.metrics, **terms.others}
     for name in BESIDE:
         bad = int((~values[name].isfinite()).sum()) if name in values else 0

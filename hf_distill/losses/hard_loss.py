@@ -30,14 +30,14 @@ UsersLoss = Callable[..., Tensor] | None
 
 
 class _Found(NamedTuple):
-    """Why the loss is the model's own; whether it ignores the count of tokens it is given."""
+    """Says why the loss is the model's own; whether it ignores the count of tokens it is given."""
 
     reason: str
     ignores_count: bool = False
 
 
 def _named(model: nn.Module) -> str | None:
-    """How a model names another loss than `ForCausalLMLoss`, or None."""
+    """Return how a model names another loss than `ForCausalLMLoss`, or None."""
     if not isinstance(model, PreTrainedModel):
         return None
     own = "_loss_function" in vars(model) or type(model).loss_function is not (
@@ -62,7 +62,7 @@ NOT_SHIFTED = (
 def probe_labels(
     inputs: Mapping[str, Any], labels: Tensor | None
 ) -> tuple[ProbeRow, Tensor] | None:
-    """What a model's own loss is asked about, with labels; None if a batch has nothing to ask.
+    """Return what a model's own loss is asked about, with labels; None if there is nothing.
 
     Args:
         inputs: of the model's forward, without labels.
@@ -80,7 +80,7 @@ def probe_labels(
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, shift: int) -> Tensor:
-    """The mean over labels [B, T] of logits [B, front + T, V], those before the text left out."""
+    """Return the mean over labels [B, T] of logits [B, front + T, V], the front left out."""
     logits = logits[:, logits.shape[1] - labels.shape[1] :]
     kept = logits[:, : logits.shape[1] - shift].flatten(0, 1)
     return F.cross_entropy(kept.float(), labels[:, shift:].flatten(), ignore_index=IGNORE_INDEX)
@@ -93,7 +93,7 @@ def _is(loss: Tensor, other: Tensor) -> bool:
 
 @torch.no_grad()
 def _probed(model: nn.Module, row: ProbeRow, labels: Tensor) -> str | None:
-    """How the loss of some tokens differs from the cross-entropy of the model's logits, or None.
+    """Return how the loss of some tokens differs from the logits' cross-entropy, or None.
 
     Args:
         model: with its adapters.
@@ -126,7 +126,7 @@ def _probed(model: nn.Module, row: ProbeRow, labels: Tensor) -> str | None:
 
 @torch.no_grad()
 def ignores_count(model: nn.Module, row: ProbeRow, labels: Tensor) -> bool:
-    """Whether a model's loss of some tokens is the same whatever count of them it is given."""
+    """Return whether a model's loss of some tokens is the same whatever count of them it gets."""
     count = int((labels[:, 1:] != IGNORE_INDEX).sum())
     with evaluating(model), kept_rng(labels.device):
         once, twice = (
@@ -137,7 +137,7 @@ def ignores_count(model: nn.Module, row: ProbeRow, labels: Tensor) -> bool:
 
 
 class HardLoss:
-    """What takes the place of the cross-entropy of the labels as the hard loss, if something does.
+    """Knows what replaces the labels' cross-entropy as the hard loss, if something does.
 
     That is `compute_loss_func`, else label smoothing, else the student's own loss where it is
     another: its `loss_function` is not `ForCausalLMLoss`, or its forward, asked for the loss of a
@@ -178,7 +178,7 @@ class HardLoss:
 
     @property
     def replaces(self) -> bool:
-        """Whether there is another hard loss than the cross-entropy, as far as it is known."""
+        """Return whether there is another hard loss than the cross-entropy, as far as known."""
         return self._is_users() or self._found is not None
 
     def look(
@@ -225,7 +225,7 @@ class HardLoss:
         )
 
     def arguments(self, labels: Tensor, num_items: Tensor | int | None) -> dict[str, Any]:
-        """What the model's forward must be given besides its inputs."""
+        """Return what the model's forward must be given besides its inputs."""
         if self._found is None:
             return {}
         count = {"num_items_in_batch": num_items} if self._model_counts(num_items) else {}
@@ -236,7 +236,7 @@ class HardLoss:
         return self._accepts_count and num_items is not None and not ignores
 
     def of(self, outputs: Any, labels: Tensor, num_items: Tensor | int | None) -> Tensor | None:
-        """This batch's part [] of the hard loss of an optimizer step, or None: the cross-entropy.
+        """Return this batch's part [] of an optimizer step's hard loss; None: the cross-entropy.
 
         Args:
             outputs: of the model, given `arguments`.

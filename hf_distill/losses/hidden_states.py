@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class HiddenConfig:
-    """How layers are compared.
+    """Says how layers are compared.
 
     Raises:
         ValueError: a value is unknown or out of range.
@@ -64,7 +64,7 @@ HIDDEN_LOSSES = ("mse", "cosine", "l1")
 
 
 def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], kind: str) -> Tensor:
-    """[N] the mean over pairs of layers of the difference of hidden states.
+    """Return [N]: the mean over pairs of layers of the difference of hidden states.
 
     Args:
         student: of each pair [N, H], projected to the teacher's width.
@@ -82,7 +82,7 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], kind: str)
 
 
 def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """[N] nats: the mean over pairs of layers of KL(teacher's map || student's).
+    """Return [N] nats: the mean over pairs of layers of KL(teacher's map || student's).
 
     A head of the student is compared with the same head of the teacher, and the mean is taken over
     heads, as in MiniLM (arXiv:2002.10957). Where the numbers of heads differ, each side's heads
@@ -110,7 +110,7 @@ HIDDEN_NAME, ATTENTION_NAME = "hidden", "attention"
 
 
 def _widths(lm: nn.Module, every: Sequence[Layer], layers: Sequence[int]) -> list[int]:
-    """The width of the states of some layers; of a sharded model that of its config."""
+    """Return the width of the states of some layers; of a sharded model that of its config."""
     config: Any = lm.config
     widths = (every[number - 1].width for number in layers)
     return [config.get_text_config().hidden_size if x is None else x for x in widths]
@@ -193,7 +193,7 @@ class HiddenAlignment:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """The projections are a module of the student inside the block."""
+        """Make the projections a module of the student inside the block."""
         if self.projections is not None:
             self.student.add_module(MODULE, self.projections)
         try:
@@ -203,7 +203,7 @@ class HiddenAlignment:
 
     @contextmanager
     def detached(self) -> Iterator[None]:
-        """The student is as it is saved inside the block."""
+        """Make the student what it is when saved, inside the block."""
         there = self.student._modules.pop(MODULE, None)
         try:
             yield
@@ -226,7 +226,7 @@ class HiddenAlignment:
     def add(
         self, terms: Terms, student: Signal, teacher: Signal, tokens: Tokens, weight: float
     ) -> Terms:
-        """The terms with the hidden loss: its weighted sum over the scored tokens.
+        """Add the hidden loss to the terms: its weighted sum over the scored tokens.
 
         Args:
             terms: of N tokens.

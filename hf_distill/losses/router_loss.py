@@ -13,7 +13,7 @@ AUX, AGREEMENT = ROUTER_NAMES
 def add_router_loss(
     terms: Terms, routers: RouterWatcher, teacher: Signal, tokens: Tokens, num_batches: int | None
 ) -> Terms:
-    """The terms with the student's auxiliary loss, and with what its routers have in common.
+    """Add the student's auxiliary loss to the terms, and what its routers have in common.
 
     The loss of an optimizer step has the mean over its micro-batches and processes, times the
     model's coefficient, as a term of its own that no alpha scales.

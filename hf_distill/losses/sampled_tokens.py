@@ -35,7 +35,7 @@ SAMPLED_KINDS = ("policy_gradient", "k3")
 
 
 class _Soft(NamedTuple):
-    """Per token: the loss, with a gradient, before scaling; whether it was clipped."""
+    """Holds, per token, the loss with a gradient before scaling, and whether it was clipped."""
 
     value: Tensor
     clipped: Tensor
@@ -67,7 +67,7 @@ _SOFT: dict[str, Callable[[Tensor, Tensor, float | None], _Soft]] = {
 
 @dataclass(frozen=True)
 class SampledTokenLoss(Loss):
-    """alpha * soft + (1 - alpha) * hard: a loss of the sampled tokens, and cross-entropy.
+    """Computes alpha * soft + (1 - alpha) * hard: a loss of the sampled tokens, cross-entropy.
 
     Args:
         kind: "policy_gradient" or "k3"; see the module.
@@ -100,12 +100,12 @@ class SampledTokenLoss(Loss):
         self._spec()
 
     def _spec(self) -> DivergenceSpec:
-        """A spec with the same temperature, scaling and clip: it has the checks."""
+        """Make a spec with the same temperature, scaling and clip: it has the checks."""
         scaling, clip = self.temperature_scaling, self.clip
         return DivergenceSpec("reverse_kl", 0.5, self.temperature, scaling, clip, "token")
 
     def soft(self, logits: Tensor, teacher: Signal, tokens: Tokens) -> Terms:
-        """The loss of n sampled tokens; `advantage` is a metric of its own."""
+        """Compute the loss of n sampled tokens; `advantage` is a metric of its own."""
         with torch.no_grad():
             log_p = chunks.target_log_probs(teacher.dense(), tokens.targets, self.temperature)
         log_q = chunks.target_log_probs(logits, tokens.targets, self.temperature)

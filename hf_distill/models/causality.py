@@ -30,7 +30,7 @@ def _name(model: nn.Module) -> str:
 
 @contextmanager
 def narrow_head(lm: nn.Module, is_narrow: bool) -> Iterator[None]:
-    """The head passes on its input, which is smaller than logits of a whole batch."""
+    """Let the head pass on its input, which is smaller than logits of a whole batch."""
     head = output_head(lm)
     if not is_narrow or not isinstance(head, nn.Module):
         yield
@@ -40,7 +40,7 @@ def narrow_head(lm: nn.Module, is_narrow: bool) -> Iterator[None]:
 
 
 def _logits(model: nn.Module, row: ProbeRow, inputs: Mapping[str, Any], whose: str) -> Tensor:
-    """[B, front + T, V], in eval mode, with the same noise in each call of a model that samples.
+    """Return logits [B, front + T, V], in eval mode; if it samples, each call has the same noise.
 
     Raises:
         ValueError: the model gives no logits, or fewer than tokens.
@@ -65,7 +65,7 @@ def _logits(model: nn.Module, row: ProbeRow, inputs: Mapping[str, Any], whose: s
 
 
 def _exchange(row: ProbeRow, scored: Tensor | None) -> tuple[int, int, Tensor] | None:
-    """The row and position of the first token to exchange, and the ids with others in place."""
+    """Return row and position of the first token to exchange, and the ids with others in place."""
     ids = row.ids
     if row.is_cut:
         places = [(0, ids.shape[1] // 2)] if ids.shape[1] > 1 else []
@@ -86,14 +86,14 @@ def _exchange(row: ProbeRow, scored: Tensor | None) -> tuple[int, int, Tensor] |
 
 
 def _moved(one: Tensor, other: Tensor) -> Tensor:
-    """[T] the largest move of each position's logits [T, V]; no number is no move."""
+    """Return [T]: the largest move of each position's logits [T, V]; no number is no move."""
     return (one.float() - other.float()).abs().nan_to_num(0, 0, 0).flatten(1).amax(-1)
 
 
 def _reads(model: nn.Module, row: ProbeRow, at: int, position: int, end: int) -> bool | None:
-    """Whether the gradient of outputs before `end` reaches tokens from `position` on.
+    """Return whether the gradient of outputs before `end` reaches tokens from `position` on.
 
-    None if the gradient of the tokens' embeddings is not known.
+    It returns None if the gradient of the tokens' embeddings is not known.
     """
     getter: Any = getattr(causal_lm(model), "get_input_embeddings", None)
     embeddings = None if getter is None else getter()
@@ -102,7 +102,7 @@ def _reads(model: nn.Module, row: ProbeRow, at: int, position: int, end: int) ->
     seen: list[Tensor] = []
 
     def total(change: Tensor | None = None) -> Tensor:
-        """[] a weighted sum of the outputs before the end, at other embeddings by `change`."""
+        """Return [] a weighted sum of the outputs before the end, embeddings moved by `change`."""
         seen.clear()
 
         def follow(_: Any, __: Any, output: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ def find_front(
     scored: Tensor | None = None,
     sharded: bool = False,
 ) -> tuple[int, bool]:
-    """How many outputs stand before that of a row's first token: those of virtual tokens.
+    """Find how many outputs stand before that of a row's first token: those of virtual tokens.
 
     Args:
         model: with its adapters; without parallel wrapper unless its parameters lie in pieces.

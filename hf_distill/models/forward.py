@@ -65,7 +65,7 @@ def _tapped(
 
 
 class _Carried:
-    """What was read inside of a model's forward, and comes out of its adapters in its outputs.
+    """Carries what was read inside of a model's forward out of its adapters, in its outputs.
 
     Adapters may expect the model's real outputs, and may add to their loss. What has a gradient
     passes through them, because parallel wrappers look for it in what they are given.
@@ -85,7 +85,7 @@ class _Carried:
         return outputs
 
     def take(self, returned: Any) -> tuple[Any, Tensor | None]:
-        """The result, and what was added to the loss."""
+        """Return the result, and what was added to the loss."""
         result, self._result = self._result, None
         if isinstance(result, Tensor):
             result = returned.logits
@@ -119,7 +119,7 @@ class Reader:
         self._is_classifier = self._positions_matter = self._has_routers = self._is_bare = False
 
     def reads_hidden(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-        """Whether `model` is read by its hidden states; decided, and logged, at the first call."""
+        """Return whether `model` is read by hidden states: decided and logged at the first call."""
         self._look(model, inputs, None)
         return self._post is not None
 
@@ -149,7 +149,7 @@ class Reader:
             self._choose(bare, row)
 
     def _probed(self, model: nn.Module, row: ProbeRow) -> tuple[nn.Module, ProbeRow]:
-        """The model and inputs that probes call: neither compiled nor in parallel with others.
+        """Return the model and inputs that probes call: not compiled, not in parallel with others.
 
         Positions are the model's own, for the row has no padding.
         """
@@ -181,7 +181,7 @@ class Reader:
         )
 
     def forward_inputs(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
-        """The inputs, with the cache off, and positions where `models.positions` adds them.
+        """Return the inputs, with the cache off, and positions where `models.positions` adds them.
 
         A classifier gets those inputs that its forward names, as they are: encoders count their
         positions in ways of their own.
@@ -215,7 +215,7 @@ class Reader:
         return lm
 
     def _placed(self, predicts: Tensor) -> Tensor:
-        """[B, front + T] bool: where the scored outputs stand among all."""
+        """Return [B, front + T] bool: where the scored outputs stand among all."""
         return F.pad(predicts, (self._front, 0)) if self._front else predicts
 
     def at_head(
@@ -254,7 +254,7 @@ class Reader:
         return result
 
     def outputs(self, model: nn.Module, kwargs: Mapping[str, Any], **asked: Any) -> Any:
-        """The model's outputs, with logits of the text's tokens only.
+        """Return the model's outputs, with logits of the text's tokens only.
 
         Args:
             model: to run, wrapped or not.
@@ -294,7 +294,7 @@ class Reader:
         return scored if self.vocab is None else scored[:, : self.vocab]
 
     def _keeps(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-        """Whether the model can be told of which positions logits are wanted."""
+        """Return whether the model can be told of which positions logits are wanted."""
         if self._takes_mask is None:
             row = None if is_classifier(causal_lm(model)) else probe_row(inputs)
             if row is None or KEEP not in inspect.signature(causal_lm(model).forward).parameters:
@@ -312,7 +312,7 @@ class Reader:
         read: Callable[[Signal], Any],
         at_head: bool = True,
     ) -> Any:
-        """What `read` makes of the model's signal, with a gradient.
+        """Return what `read` makes of the model's signal, with a gradient.
 
         Args:
             model: the model to run, wrapped or not.
@@ -354,7 +354,7 @@ class Reader:
 
     @torch.no_grad()
     def signal(self, model: nn.Module, side: Side, frozen_head: bool = True) -> Signal:
-        """The model's signal without gradient.
+        """Return the model's signal without gradient.
 
         Args:
             model: the model to read.
@@ -371,7 +371,7 @@ def _same(signal: Signal) -> Signal:
 
 
 def _frozen(signal: Signal) -> Signal:
-    """The signal with the values that its head has now."""
+    """Return the signal with the values that its head has now."""
     if signal.head is None:
         return signal
     bias = None if signal.head.bias is None else signal.head.bias.detach()

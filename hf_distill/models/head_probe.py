@@ -26,7 +26,7 @@ NOT_KNOWN = "the logits are not a scale and softcap of the head's output"
 
 
 class Post(NamedTuple):
-    """What follows the head: logit scale, softcap, and how many entries are left (None: all)."""
+    """Says what follows the head: logit scale, softcap, and how many entries stay (None: all)."""
 
     scale: float
     softcap: float | None
@@ -34,7 +34,7 @@ class Post(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a call of a model went through.
+    """Holds what a call of a model went through.
 
     outputs: what its own forward returned, at each time. hidden: what its head was given. returned:
     what came out of the wrappers (adapters) around it. marks: the loss that was put into outputs.
@@ -64,7 +64,7 @@ def marked_loss(lm: nn.Module, seen: Seen) -> Iterator[None]:
 
 
 def added_loss(seen: Seen, returned: Any) -> Tensor | None:
-    """What wrappers have added to the loss of 0 in the outputs, or None."""
+    """Return what wrappers have added to the loss of 0 in the outputs, or None."""
     loss = getattr(returned, "loss", None)
     if not seen.marks or not isinstance(loss, Tensor):
         return None
@@ -72,7 +72,7 @@ def added_loss(seen: Seen, returned: Any) -> Tensor | None:
 
 
 def adds_to_loss(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """Whether wrappers (AdaLoRA's, say) add to the loss that the model's outputs have.
+    """Return whether wrappers (AdaLoRA's, say) add to the loss that the model's outputs have.
 
     Args:
         model: with its adapters, without parallel wrapper.
@@ -87,13 +87,13 @@ def adds_to_loss(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
 
 
 def _calm(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    """The model's outputs in eval mode; a model that samples there leaves no trace."""
+    """Return the model's outputs in eval mode; a model that samples there leaves no trace."""
     with evaluating(model), kept_rng(next(model.parameters()).device):
         return model(**inputs)
 
 
 def _head_refusal(head: Any) -> str | None:
-    """Why the model's head cannot be applied by itself, or None."""
+    """Return why the model's head cannot be applied by itself, or None."""
     if head is None:
         return "the model has no output embeddings"
     if type(head) is not nn.Linear:
@@ -111,7 +111,7 @@ def _head_refusal(head: Any) -> str | None:
 
 
 def is_cut(weight: Tensor) -> bool:
-    """Whether a tensor lies in pieces on several processes."""
+    """Return whether a tensor lies in pieces on several processes."""
     if not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor  # noqa: PLC0415 - slow, and seldom used
@@ -120,7 +120,7 @@ def is_cut(weight: Tensor) -> bool:
 
 
 def _is_linear(head: nn.Linear) -> bool:
-    """Whether calling the head, with its hooks, is the linear map of its weight and bias.
+    """Return whether calling the head, with its hooks, is the linear map of its weight and bias.
 
     Rows of one entry that is not 0 pick columns of the weight, which no dtype rounds.
     """
@@ -139,7 +139,7 @@ SMALLEST, LARGEST = 2.0**-6, 2.0**15  # within float16, to which some models rou
 
 
 def ramp(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Known float32 values of both signs, other ones at each position, small and large."""
+    """Return known float32 values of both signs, other ones at each position, small and large."""
     sizes = torch.logspace(math.log2(SMALLEST), math.log2(LARGEST), MAGNITUDES, base=2.0)
     table = torch.cat([sizes, -sizes]).to(device)
     count = math.prod(shape[:-1])
@@ -149,7 +149,7 @@ def ramp(shape: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _see(model: nn.Module, lm: nn.Module, head: nn.Linear, inputs: Mapping[str, Any]) -> Seen:
-    """What a call of the model goes through whose head returns a ramp."""
+    """Call the model with a head that returns a ramp, and return what the call goes through."""
     seen, entries = Seen([], [], []), head.weight.shape[0]
 
     def of_head(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -163,7 +163,7 @@ def _see(model: nn.Module, lm: nn.Module, head: nn.Linear, inputs: Mapping[str, 
 
 
 def _around(model: nn.Module, lm: nn.Module, head: nn.Linear, seen: Seen) -> str | None:
-    """Why what is called in the head's place would not come out of the model, or None."""
+    """Return why what is called in the head's place would not come out of the model, or None."""
     inner = getattr(unwrap(model), "base_model", lm)
     name = type(unwrap(model) if inner is lm else inner).__name__
     if not seen.outputs:
@@ -185,7 +185,7 @@ def _around(model: nn.Module, lm: nn.Module, head: nn.Linear, seen: Seen) -> str
 
 
 def _deviation(x: Tensor, y: Tensor, scale: float, softcap: float | None) -> float:
-    """The largest relative deviation of y from what a scale and a softcap make of x."""
+    """Return the largest relative deviation of y from what a scale and a softcap make of x."""
     want = x * scale
     if softcap is not None:
         want = softcap * torch.tanh(want / softcap)
@@ -193,7 +193,7 @@ def _deviation(x: Tensor, y: Tensor, scale: float, softcap: float | None) -> flo
 
 
 def _fit(x: Tensor, y: Tensor) -> tuple[float, float | None]:
-    """The scale and softcap that lead through the smallest and the largest value."""
+    """Return the scale and softcap that lead through the smallest and the largest value."""
     small, large = int(x.abs().argmin()), int(x.abs().argmax())
     x0, y0, x1, y1 = (abs(float(v)) for v in (x[small], y[small], x[large], y[large]))
     if y0 == 0.0 or y1 / x1 >= y0 / x0:
@@ -211,7 +211,7 @@ def _fit(x: Tensor, y: Tensor) -> tuple[float, float | None]:
 
 
 def _numbers(config: Any) -> list[float]:
-    """The numbers in a config, which say scales and softcaps exactly, and their inverses."""
+    """Return the numbers in a config, which say scales and softcaps exactly, and their inverses."""
     words = {} if config is None else vars(config.get_text_config())
     values = [v for v in words.values() if isinstance(v, int | float)]
     found = [float(v) for v in values if not isinstance(v, bool) and 0 < abs(v) < math.inf]
@@ -219,12 +219,12 @@ def _numbers(config: Any) -> list[float]:
 
 
 def _near(value: float, numbers: list[float]) -> list[float]:
-    """A value, the same with few digits, and the nearest number."""
+    """Return a value, the same with few digits, and the nearest number."""
     return [value, float(f"{value:.4g}"), min(numbers, key=lambda x: abs(x - value))]
 
 
 def fit_post(x: Tensor, y: Tensor, config: Any) -> tuple[float, float | None] | None:
-    """(scale, softcap) that make y of x, or None.
+    """Return (scale, softcap) that make y of x, or None.
 
     Args:
         x: [..., V] float32, what the head returned: not 0.
@@ -248,7 +248,7 @@ def fit_post(x: Tensor, y: Tensor, config: Any) -> tuple[float, float | None] | 
 
 
 def _cut_head(model: nn.Module, lm: nn.Module, head: Any, inputs: Mapping[str, Any]) -> Post | str:
-    """As `probe_head`, from a head's real output: hooks that join its pieces expect these."""
+    """Probe as `probe_head` does, by the head's real output: hooks that join its pieces need it."""
     seen: list[tuple[Tensor, Tensor]] = []
     hook = head.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
     try:
@@ -279,7 +279,7 @@ def _config(lm: nn.Module) -> Any:
 
 @torch.no_grad()
 def probe_head(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> Post | str:
-    """What follows the model's head, or why its logits cannot be made of its hidden states.
+    """Return what follows the model's head, or why logits cannot be made of its hidden states.
 
     Args:
         model: a causal LM, or one with adapters around it, without parallel wrapper.
@@ -300,7 +300,7 @@ def probe_head(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> Post | s
 
 
 def _post(lm: nn.Module, seen: Seen, entries: int) -> Post | str:
-    """What the logits of a ramp say."""
+    """Return what the logits of a ramp say."""
     logits, hidden = getattr(seen.returned, "logits", None), seen.hidden[0][:1, :PROBE_TOKENS]
     said = ramp((*hidden.shape[:-1], entries), hidden.device)
     if not isinstance(logits, Tensor) or logits.shape[:-1] != said.shape[:-1]:

@@ -19,7 +19,7 @@ REFUSALS = (IndexError, RuntimeError, TypeError, ValueError)  # of code that exp
 
 @torch.no_grad()
 def takes_mask(model: nn.Module, row: ProbeRow, front: int) -> bool:
-    """Whether a mask [B, front + T] as `logits_to_keep` gives the logits [N, V] of its positions.
+    """Return whether a mask [B, front + T] as `logits_to_keep` gives its positions' logits [N, V].
 
     Args:
         model: with its adapters, without parallel wrapper.

@@ -25,14 +25,14 @@ FORMS = f"{NAMED}, a list of student layers such as [6, 12], or of pairs [[6, 12
 
 
 class LayerPair(NamedTuple):
-    """A layer of the student and the layer of the teacher that it is compared with, from 1."""
+    """Names a layer of the student and the one of the teacher it is compared with, from 1."""
 
     student: int
     teacher: int
 
 
 def parse_layers(value: Any) -> str | list[Any] | None:
-    """What `match_layers` takes, from what a script, a YAML file or a command line gives.
+    """Return what `match_layers` takes, from what a script, YAML file or command line gives.
 
     Raises:
         ValueError: it has none of the forms.
@@ -54,7 +54,7 @@ def parse_layers(value: Any) -> str | list[Any] | None:
 
 
 def _partner(layer: int, num_student: int, num_teacher: int) -> int:
-    """The teacher's layer at the same share of its depth, at least 1; a half is rounded up."""
+    """Return the teacher's layer at the same share of its depth, >= 1; a half is rounded up."""
     return max(1, (2 * layer * num_teacher + num_student) // (2 * num_student))
 
 
@@ -67,7 +67,7 @@ def _number(layer: int, count: int, whose: str) -> int:
 
 
 def match_layers(layers: str | list[Any], num_student: int, num_teacher: int) -> list[LayerPair]:
-    """The pairs of layers that are compared.
+    """Return the pairs of layers that are compared.
 
     Args:
         layers: "uniform", every layer of the student with the teacher's at the same share of the
@@ -94,7 +94,7 @@ def match_layers(layers: str | list[Any], num_student: int, num_teacher: int) ->
 
 
 class States(NamedTuple):
-    """Of the chosen layers, in order: hidden states [N, H], and attention maps [N, A, T]."""
+    """Holds, of the chosen layers in order, hidden states [N, H] and attention maps [N, A, T]."""
 
     hidden: tuple[Tensor, ...] = ()
     attention: tuple[Tensor, ...] = ()
@@ -117,13 +117,13 @@ class _BeforeDropout(TorchFunctionMode):
         return made
 
     def before(self, made: Tensor) -> Tensor:
-        """What dropout was given where it made this tensor, else the tensor."""
+        """Return what dropout was given where it made this tensor, else the tensor."""
         found = self._made.get(made.untyped_storage().data_ptr())
         return made if found is None else found[1].reshape(made.shape)
 
 
 class LayerStates:
-    """What hooks have taken in one forward pass.
+    """Holds what hooks have taken in one forward pass.
 
     Args:
         layers: by number.
@@ -150,7 +150,7 @@ class LayerStates:
         self._turns: Counter[nn.Module] = Counter()
 
     def states(self) -> States:
-        """What has been taken.
+        """Return what has been taken.
 
         Raises:
             ValueError: the model's attention gives no maps, or a layer has another shape.
@@ -171,7 +171,7 @@ class LayerStates:
         )
 
     def turn(self, module: nn.Module) -> int:
-        """Which run of a module has just ended, from 0."""
+        """Return which run of a module has just ended, from 0."""
         self._turns[module] += 1
         return self._turns[module] - 1
 
@@ -235,7 +235,7 @@ class LayerWatcher:
         self._seen: tuple[nn.Module, Sequence[Layer]] | None = None
 
     def look(self, lm: nn.Module, every: Sequence[Layer] | None = None) -> Sequence[Layer]:
-        """The layers of the model, which are found once.
+        """Return the layers of the model, which are found once.
 
         Args:
             lm: the Transformers model itself.
@@ -278,7 +278,7 @@ class LayerWatcher:
 
 
 def _checkpoints(lm: nn.Module) -> bool:
-    """Whether some module of a Transformers model is recomputed for its gradient."""
+    """Return whether some module of a Transformers model is recomputed for its gradient."""
     return any(vars(module).get("gradient_checkpointing") is True for module in lm.modules())
 
 
@@ -304,7 +304,7 @@ def _hook_map(
     turns: Mapping[int, int],
     training: bool,
 ) -> None:
-    """As `_hook`, of an attention module's map; in training it is that before dropout."""
+    """Hook an attention module's map as `_hook` does; in training it is that before dropout."""
     running: list[_BeforeDropout] = []
 
     def begin(_: Any, __: Any) -> None:

@@ -12,7 +12,7 @@ CHECKPOINTING = "gradient_checkpointing"  # of Transformers' modules
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode (no dropout, no gradient checkpointing) inside the block."""
+    """Put the model in eval mode (no dropout, no gradient checkpointing) inside the block."""
     was_training = model.training
     # without being on it changes nothing in eval mode, but adapters that prepare for the backward
     # pass of each forward pass (aLoRA) raise an error where none follows
@@ -30,7 +30,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def kept_rng(device: torch.device) -> Iterator[None]:
-    """The random state of the CPU and of a device is afterwards as it was."""
+    """Leave the random state of the CPU and of a device as it was before the block."""
     module = None if device.type == "cpu" else getattr(torch, device.type)
     state = None if module is None else module.get_rng_state()
     with torch.random.fork_rng(devices=[]):
@@ -43,7 +43,7 @@ def kept_rng(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Each module has another forward inside the block."""
+    """Replace the modules' forwards by others inside the block."""
     before = {module: module.__dict__.get("forward") for module in forwards}
     for module, forward in forwards.items():
         module.forward = forward

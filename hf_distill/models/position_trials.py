@@ -23,7 +23,7 @@ MOST_NOISE = 0.05  # padding on the right that changes more than this is no roun
 
 
 class Lookup(NamedTuple):
-    """What was looked up in a table: how many rows it has, and which were asked for."""
+    """Says what was looked up in a table: how many rows it has, and which were asked for."""
 
     rows: int
     numbers: list[int]
@@ -59,14 +59,14 @@ class _Spy(TorchFunctionMode):
 
 @dataclass
 class Said:
-    """What a model says of the row's n tokens: logits [n, V] in float32, and how it came to it."""
+    """Holds what a model says of a row's n tokens: logits [n, V] in float32, and what led to it."""
 
     logits: Tensor
     lookups: list[Lookup]
     eps: float
 
     def apart(self, other: "Said") -> float:
-        """Mean over tokens of the largest difference, in units of the other's largest logit."""
+        """Return the mean over tokens of the largest difference, over the other's largest logit."""
         difference = (self.logits - other.logits).abs().amax(-1).mean()
         found = float(difference / other.logits.abs().max().clamp_min(1e-30))
         return found if found == found else float("inf")
@@ -74,7 +74,7 @@ class Said:
 
 @dataclass
 class Trial:
-    """A row, and a model to read it.
+    """Holds a row, and a model to read it.
 
     Attributes:
         run: the model as it is called.
@@ -93,13 +93,13 @@ class Trial:
     masked: bool = True
 
     def first(self, length: int) -> "Trial":
-        """With the row's first tokens only."""
+        """Return the trial with the row's first tokens only."""
         others = {k: x if x.ndim == 1 else x[:, :length] for k, x in self.others.items()}
         return Trial(self.run, self.lm, self.name, self.row[:, :length], others, self.masked)
 
     @property
     def takes_positions(self) -> bool:
-        """Whether the forward has an argument for them."""
+        """Return whether the forward has an argument for positions."""
         return "position_ids" in inspect.signature(self.lm.forward).parameters
 
     def read(
@@ -139,7 +139,7 @@ class Trial:
 
 
 def _surrounded(x: Tensor, left: int, right: int, fill: Tensor | int) -> Tensor:
-    """[1, left + n + right, ...] of [1, n, ...]; what is one a row stays."""
+    """Return [1, left + n + right, ...] of [1, n, ...]; what is one a row stays."""
     if x.ndim == 1:
         return x
     one = torch.zeros_like(x[:, :1]) + fill
@@ -147,12 +147,12 @@ def _surrounded(x: Tensor, left: int, right: int, fill: Tensor | int) -> Tensor:
 
 
 def ascends(numbers: list[int]) -> bool:
-    """Whether they are two or more numbers that ascend by one."""
+    """Return whether they are two or more numbers that ascend by one."""
     return len(numbers) > 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
 
 def positions_in(said: Said, shorter: Said, row: Tensor) -> Lookup | None:
-    """The first lookup by numbers that ascend by one, of which a longer row has more.
+    """Return the first lookup by numbers that ascend by one, of which a longer row has more.
 
     Args:
         said: of the row.
@@ -169,7 +169,7 @@ def positions_in(said: Said, shorter: Said, row: Tensor) -> Lookup | None:
 
 
 def synthetic_row(lm: nn.Module, device: torch.device) -> Tensor:
-    """[1, n] ids that descend, so that they are not taken for positions, without the padding's."""
+    """Return [1, n] descending ids, which are not taken for positions, without the padding's."""
     ids = torch.arange(ROW + 1, 0, -1, device=device) % _num_ids(lm)
     return ids[ids != pad_id(lm)][None, :ROW]
 
@@ -177,7 +177,7 @@ def synthetic_row(lm: nn.Module, device: torch.device) -> Tensor:
 def one_row(
     run: Callable[..., Any], model: nn.Module, inputs: Mapping[str, Any], name: str
 ) -> Trial:
-    """A trial of the first tokens of the batch's longest row, without its padding.
+    """Make a trial of the first tokens of the batch's longest row, without its padding.
 
     Inputs that have neither the shape of the ids nor one entry a row (images, say) are left out,
     so the row is read as text.
@@ -204,14 +204,14 @@ def one_row(
 
 
 def pad_id(lm: nn.Module) -> int:
-    """The padding's id as the model knows it, or -1."""
+    """Return the padding's id as the model knows it, or -1."""
     config: Any = getattr(lm, "config", None)
     found = None if config is None else getattr(config.get_text_config(), "pad_token_id", None)
     return -1 if found is None else found
 
 
 def _num_ids(lm: nn.Module) -> int:
-    """How many ids the model has embeddings of."""
+    """Return how many ids the model has embeddings of."""
     config: Any = getattr(lm, "config", None)
     found = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
     return 2**31 if found is None else found

@@ -41,7 +41,7 @@ TEXT_INPUTS = {"input_ids", "inputs_embeds", "attention_mask", "token_type_ids",
 
 @dataclass
 class Way:
-    """How rows that are padded on the left are read right.
+    """Says how rows that are padded on the left are read right.
 
     Attributes:
         kind: one of the four above.
@@ -59,7 +59,7 @@ class Way:
 
 
 def _knows_padding(padded: Said, alone: Said, trial: Trial) -> bool:
-    """Whether the row's positions are looked up as they are without padding."""
+    """Return whether the row's positions are looked up as they are without padding."""
     ids = trial.row[0].tolist()
     tails = [x.numbers[-len(ids) :] for x in padded.lookups if len(x.numbers) > len(ids)]
     found = [x.numbers for x in alone.lookups if ascends(x.numbers) and x.numbers != ids]
@@ -108,7 +108,7 @@ WHY = {
 
 
 class Positions:
-    """What is known of one model.
+    """Holds what is known of one model's positions.
 
     Attributes:
         limit: the most tokens of a row that the model has learnt positions for; None if it has
@@ -131,7 +131,7 @@ class Positions:
         return known and self.limit is None and self.way.kind == OWN
 
     def arguments(self, model: nn.Module, inputs: Mapping[str, Any], whose: str) -> dict[str, Any]:
-        """Inputs of the forward to add or to change: `position_ids` [B, T], `input_ids`, or none.
+        """Return forward inputs to add or to change: `position_ids` [B, T], `input_ids`, or none.
 
         Nothing is changed where rows have no padding on the left, the batch has positions, or its
         mask is not [B, T].
@@ -178,7 +178,7 @@ class Positions:
                 )
 
     def _measure(self, trial: Trial) -> None:
-        """How many learnt positions there are, and the first of them."""
+        """Find how many learnt positions there are, and the first of them."""
         self._is_measured = True
         shorter, row = trial.first(SHORT), trial.first(SHORT + 1)
         own = positions_in(row.read(), shorter.read(), row.row)
@@ -193,7 +193,7 @@ class Positions:
     def check_length(
         self, model: nn.Module, tokens: Tensor, mask: Tensor | None, whose: str
     ) -> None:
-        """No row may have more tokens than there are learnt positions; looks at shapes first.
+        """Check that no row has more tokens than there are learnt positions, by shapes first.
 
         Raises:
             ValueError: one has.
@@ -243,7 +243,7 @@ class Positions:
 
 
 def _from_start(mask: Tensor) -> Tensor:
-    """[B, T] columns counted from each row's first token, negative before it.
+    """Return [B, T]: columns counted from each row's first token, negative before it.
 
     Behind it every column counts, also a hole in the mask, as models count themselves.
     """
@@ -255,7 +255,7 @@ _KNOWN: WeakKeyDictionary[nn.Module, dict[str, Positions]] = WeakKeyDictionary()
 
 
 def positions_of(model: nn.Module, by: str = "input_ids") -> Positions:
-    """What is known of a model, wrapped or not; one record for all who run it.
+    """Return what is known of a model, wrapped or not; one record for all who run it.
 
     Args:
         model: wrapped in parallel wrappers or not; adapters are part of it.

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 class Stored(NamedTuple):
-    """How a model's weights are stored.
+    """Says how a model's weights are stored.
 
     dtype: the one that has the most elements, of quantized weights an integer's, say. quantized:
     whether Transformers says so, or weights are of a subclass of tensors, as those of torchao are.
@@ -31,7 +31,7 @@ class Stored(NamedTuple):
 
 
 def stored(model: nn.Module) -> Stored:
-    """How the weights of a model are stored; of one without parameters as float32."""
+    """Return how the weights of a model are stored; of one without parameters as float32."""
     sizes: Counter[torch.dtype] = Counter()
     quantized = bool(getattr(model, "is_quantized", False))
     for parameter in model.parameters():
@@ -49,7 +49,7 @@ def _is_packed(value: Tensor) -> bool:
 
 
 def follows_autocast(teacher: nn.Module, student: nn.Module) -> bool:
-    """Whether a teacher computes under the student's autocast, and not as it was loaded.
+    """Return whether a teacher computes under the student's autocast, not as it was loaded.
 
     Args:
         teacher: without wrappers.

@@ -13,7 +13,7 @@ PROBE_TOKENS = 8  # of a row
 
 
 class ProbeRow(NamedTuple):
-    """What a probe gives to a model.
+    """Holds what a probe gives to a model.
 
     inputs: with `input_ids`. is_cut: whether they are one row of at most PROBE_TOKENS real tokens;
     otherwise they are the whole batch, which has an input (images, say) that no row can be told of.
@@ -24,12 +24,12 @@ class ProbeRow(NamedTuple):
 
     @property
     def ids(self) -> Tensor:
-        """[1, n] or [B, T]."""
+        """Return the ids, [1, n] or [B, T]."""
         return self.inputs["input_ids"]
 
 
 def _part(value: Any, rows: slice, columns: Any, shape: torch.Size) -> Any:
-    """An input of some rows at some positions; None if it cannot be told which part that is."""
+    """Return an input of some rows at some positions; None if it cannot be told which part."""
     if isinstance(value, Tensor) and value.ndim > 0:
         if value.shape[:2] == shape:
             return value[rows, columns]
@@ -42,7 +42,7 @@ def _part(value: Any, rows: slice, columns: Any, shape: torch.Size) -> Any:
 def rows_of(
     inputs: Mapping[str, Any], rows: slice, columns: Any = slice(None)
 ) -> dict[str, Any] | None:
-    """Some rows of a batch, with what its other inputs have for them.
+    """Return some rows of a batch, with what its other inputs have for them.
 
     Args:
         inputs: with `input_ids` [B, T]. Others are [B, T, ...] or [B], a list of B, or no tensor.
@@ -61,7 +61,7 @@ def rows_of(
 
 
 def probe_row(inputs: Mapping[str, Any]) -> ProbeRow | None:
-    """The first tokens of the longest row, with the batch's other inputs of that row.
+    """Return the first tokens of the longest row, with the batch's other inputs of that row.
 
     Padding is left out, wherever it stands. Where an input is none of rows or tokens the batch
     stays whole, because the model would not understand a part of it.

@@ -22,7 +22,7 @@ COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # as Mixtral and JetMo
 
 
 class Experts(NamedTuple):
-    """The experts that routers prefer: chosen [L, N, k] int64, of `num_experts` in each layer."""
+    """Holds experts that routers prefer: chosen [L, N, k] int64, of `num_experts` in each layer."""
 
     chosen: Tensor
     num_experts: int
@@ -34,7 +34,7 @@ def _configs(lm: Any) -> list[Any]:
 
 
 def asks_routers(lm: nn.Module) -> bool:
-    """Whether the config asks for what routers say."""
+    """Return whether the config asks for what routers say."""
     return any(getattr(config, SETTING, False) for config in _configs(lm))
 
 
@@ -52,7 +52,7 @@ def silent_routers(lm: nn.Module) -> Iterator[None]:
 
 
 def aux_coefficient(lm: nn.Module) -> float:
-    """What a model multiplies its routers' auxiliary loss by.
+    """Return what a model multiplies its routers' auxiliary loss by.
 
     Raises:
         ValueError: neither the model nor its config says so.
@@ -79,7 +79,7 @@ def _num_chosen(lm: Any) -> int | None:
 
 @torch.no_grad()
 def _experts(logits: Any, k: int | None, predicts: Tensor) -> Experts | None:
-    """The best k of each router at the scored tokens; None where outputs have another form."""
+    """Return the best k of each router at the scored tokens; None if outputs have another form."""
     if not isinstance(logits, tuple | list) or not logits or k is None:
         return None
     sizes = {x.shape[-1] if isinstance(x, Tensor) else None for x in logits}
@@ -92,9 +92,9 @@ def _experts(logits: Any, k: int | None, predicts: Tensor) -> Experts | None:
 
 
 def expert_agreement(student: Experts, teacher: Experts) -> Tensor | None:
-    """[N] the share of chosen experts that both choose, the mean over layers.
+    """Return [N]: the share of chosen experts that both choose, the mean over layers.
 
-    Where one chooses more experts than the other, twice the common ones over those of both.
+    Where one chooses more experts than the other, it is twice the common ones over those of both.
 
     Returns:
         None where they have not as many layers and experts, or tokens.

@@ -20,7 +20,7 @@ NO_ENTRY = -1  # padding of a sparse signal's ids
 
 
 class TailRule(NamedTuple):
-    """How the loss reads a sparse signal outside the known entries.
+    """Says how the loss reads a sparse signal outside the known entries.
 
     See `tail` and `max_ratio` of `metal_ops.sparse_divergence`.
     """
@@ -31,7 +31,7 @@ class TailRule(NamedTuple):
 
 @dataclass(frozen=True)
 class Signal:
-    """What a model says about the N scored tokens, in one of three forms.
+    """Holds what a model says about the N scored tokens, in one of three forms.
 
     `logits` [N, V]; `hidden` [N, H] and `head`; or `sparse`, the log-probabilities of a few entries
     and the mass of the rest, with a rule for that rest. Exactly one form is set. `states` are
@@ -54,7 +54,7 @@ class Signal:
     experts: Experts | None = None
 
     def __len__(self) -> int:
-        """The number of rows: N, or how many of the N tokens it is about."""
+        """Return the number of rows: N, or how many of the N tokens it is about."""
         said = self.logits if self.hidden is None else self.hidden
         if said is not None:
             return len(said)
@@ -62,13 +62,13 @@ class Signal:
 
     @property
     def vocab(self) -> int | None:
-        """V; a sparse signal does not say it."""
+        """Return V, or None for a sparse signal, which does not say it."""
         if self.logits is not None:
             return self.logits.shape[-1]
         return None if self.head is None else len(self.head.weight)
 
     def dense(self) -> Tensor:
-        """[N, V] logits, projected now if they were not.
+        """Return [N, V] logits, projected now if they were not.
 
         Raises:
             ValueError: the signal is sparse.
@@ -86,7 +86,7 @@ class Signal:
         return reference.head(self.hidden, h.weight, h.bias, h.logit_scale, h.softcap)
 
     def rows(self, at: slice) -> "Signal":
-        """The signal about some of the scored tokens, one row for each of them.
+        """Return the signal about some of the scored tokens, one row for each of them.
 
         Of a signal that is `paired`, tokens that it says nothing of get any of its rows, and
         `paired` tells which these are.
@@ -105,7 +105,7 @@ class Signal:
         )
 
     def split(self, sizes: Sequence[int]) -> list["Signal"]:
-        """The tokens in groups of so many; the states stay with the first."""
+        """Split the signal into groups of so many tokens; the states stay with the first."""
         starts = [0, *accumulate(sizes)]
         places = [slice(a, b) for a, b in pairwise(starts)]
         first, *others = [self.rows(at) for at in places]
@@ -113,7 +113,7 @@ class Signal:
 
 
 def without_padding(signal: Signal, size: int) -> Signal:
-    """A signal about the first `size` entries of the vocabulary only, renormalised over them.
+    """Return a signal about the first `size` vocabulary entries only, renormalised over them.
 
     Of a sparse signal the known entries from there on are left out, and the others grow by their
     mass; what of the tail's mass lies there is not known and stays, as do its power sums up to that
@@ -128,7 +128,7 @@ def without_padding(signal: Signal, size: int) -> Signal:
 
 
 def _masked(ids: Tensor, size: int, *values: Tensor) -> tuple[Tensor, ...]:
-    """Ids with -1, and values with -inf, at ids from `size` on."""
+    """Return ids with -1, and values with -inf, at ids from `size` on."""
     beyond = ids >= size
     return ids.masked_fill(beyond, -1), *(x.masked_fill(beyond, -torch.inf) for x in values)
 
@@ -161,7 +161,7 @@ def _without_padding(known: SparseTeacher, size: int) -> SparseTeacher:
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether two tensors are the same memory, as the detached views of one parameter are."""
+    """Return whether two tensors are the same memory, as detached views of one parameter are."""
     if one is None or other is None:
         return one is other
     views = [(x.data_ptr(), x.shape, x.stride(), x.dtype, x.device) for x in (one, other)]
@@ -169,7 +169,7 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def _one_head(signals: Sequence[Signal]) -> Head | None:
-    """The head that all signals share, or None."""
+    """Return the head that all signals share, or None."""
     heads = [signal.head for signal in signals if signal.head is not None]
     if len(heads) != len(signals):
         return None
@@ -184,7 +184,7 @@ def _one_head(signals: Sequence[Signal]) -> Head | None:
 
 
 def join(signals: Sequence[Signal], order: Tensor) -> Signal:
-    """One signal of all tokens from signals about some of them.
+    """Join signals about some of the tokens into one signal of all tokens.
 
     Args:
         signals: at least one.
@@ -219,14 +219,14 @@ def join(signals: Sequence[Signal], order: Tensor) -> Signal:
 
 
 def _padded(parts: Sequence[Tensor], value: float) -> Tensor:
-    """One tensor of [tokens, width] parts, each widened to the widest."""
+    """Return one tensor of [tokens, width] parts, each widened to the widest."""
     width = max(x.shape[-1] for x in parts)
     pad = F.pad
     return torch.cat([pad(x, (0, width - x.shape[-1]), value=value) for x in parts])
 
 
 def _joined_samples(signals: Sequence[SparseTeacher]) -> TailSamples | None:
-    """The draws of all; a teacher without any has no draw, which is its tail as one category."""
+    """Return the draws of all; a teacher without any has no draw: its tail is one category."""
     if all(signal.samples is None for signal in signals):
         return None
     parts = [
@@ -241,7 +241,7 @@ def _joined_samples(signals: Sequence[SparseTeacher]) -> TailSamples | None:
 
 
 def _joined_powers(signals: Sequence[SparseTeacher]) -> PowerSums | None:
-    """The power sums, where all have the same and a common range; else none."""
+    """Return the power sums, where all have the same and a common range; else None."""
     powers = [signal.powers for signal in signals if signal.powers is not None]
     if len(powers) != len(signals) or len({each.orders for each in powers}) > 1:
         return None

@@ -32,7 +32,7 @@ FORMS: Sequence[tuple[int, dict[int, int], tuple[int, ...]]] = (
 
 
 def tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors of a module's output, in order; those of its lists and tuples too."""
+    """Yield the tensors of a module's output, in order; those of its lists and tuples too."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Sequence) and not isinstance(output, str):
@@ -41,13 +41,13 @@ def tensors(output: Any) -> Iterator[Tensor]:
 
 
 def states_of(output: Any) -> Tensor | None:
-    """The states in a block's output: the first tensor, or the one that is named so."""
+    """Return the states in a block's output: the first tensor, or the one that is named so."""
     named = getattr(output, "hidden_states", None)
     return named if isinstance(named, Tensor) else next(tensors(output), None)
 
 
 def _order(states: Tensor) -> tuple[int, ...] | None:
-    """The order of a block's axes that makes [B, T, ...], from its output for one row of TOKENS."""
+    """Return the order of axes that makes [B, T, ...] of a block's output for a row of TOKENS."""
     for ndim, sizes, order in FORMS:
         if states.ndim == ndim and all(states.shape[k] == v for k, v in sizes.items()):
             return order
@@ -55,7 +55,7 @@ def _order(states: Tensor) -> tuple[int, ...] | None:
 
 
 class Map(NamedTuple):
-    """Where an attention map [B, A, T, T] is: a module, and which tensor of its output."""
+    """Says where an attention map [B, A, T, T] is: a module, and which tensor of its output."""
 
     module: nn.Module
     place: int
@@ -63,7 +63,7 @@ class Map(NamedTuple):
 
 @dataclass(frozen=True)
 class Layer:
-    """A run of a block in a forward.
+    """Describes a run of a block in a forward.
 
     block: what runs. turn: which of its runs it is, from 0. order: of the output's axes, so that
     they become [B, T, ...]. width: what a token has, S * H, or None if it is not known. map: where
@@ -77,7 +77,7 @@ class Layer:
     map: Map | None = None
 
     def states(self, output: Any, predicts: Tensor) -> Tensor:
-        """[N, S * H] of a block's output at the scored positions.
+        """Return [N, S * H] of a block's output at the scored positions.
 
         Args:
             output: of the block.
@@ -100,7 +100,7 @@ class Layer:
 
 @dataclass
 class _Run:
-    """A run of a member of a list: what it took and gave, and the maps of the modules in it."""
+    """Holds what a run of a member of a list took and gave, and the maps of the modules in it."""
 
     stack: nn.ModuleList
     member: nn.Module
@@ -114,7 +114,7 @@ class _Run:
 
 
 class _Recorder:
-    """The runs of members of lists in one forward, but not those inside of another one's run."""
+    """Notes the runs of lists' members in one forward, but not those inside of another's run."""
 
     def __init__(self) -> None:
         self.runs: list[_Run] = []
@@ -141,7 +141,7 @@ class _Recorder:
 
 
 def _plain_ids(lm: Any) -> Tensor:
-    """[1, TOKENS] ids that the config gives no meaning to, such as that of an image."""
+    """Return [1, TOKENS] ids that the config gives no meaning to, such as that of an image."""
     config = lm.config
     parts = [config, config.get_text_config()]
     words = ("token_id", "token_index")
@@ -156,7 +156,7 @@ def _plain_ids(lm: Any) -> Tensor:
 
 @torch.no_grad()
 def _recorded(lm: nn.Module) -> list[_Run]:
-    """The runs of all lists' members, for one row of TOKENS."""
+    """Return the runs of all lists' members, for one row of TOKENS."""
     recorder = _Recorder()
     ids = _plain_ids(lm)
     with ExitStack() as stack, evaluating(lm), kept_rng(ids.device):
@@ -184,17 +184,17 @@ def _watch_member(
 
 
 def _count(lm: Any) -> int | None:
-    """The number of layers that the config says, or None."""
+    """Return the number of layers that the config says, or None."""
     return getattr(lm.config.get_text_config(), "num_hidden_layers", None)
 
 
 def _passes_on(runs: Sequence[_Run]) -> bool:
-    """Whether a run takes what the one before it made."""
+    """Return whether a run takes what the one before it made."""
     return any(one.made & other.given for one, other in pairwise(runs))
 
 
 def _choose(lm: nn.Module, runs: Sequence[_Run]) -> list[_Run]:
-    """The runs of the stack.
+    """Return the runs of the stack.
 
     Raises:
         ValueError: there is none, or there are several.
@@ -239,7 +239,7 @@ def _layers(lm: nn.Module, runs: Sequence[_Run]) -> list[Layer]:
 
 
 def _named_blocks(lm: Any) -> list[Layer]:
-    """The blocks of a model that cannot be run by one process: by the config's number of layers.
+    """Find the blocks of a model that one process cannot run, by the config's number of layers.
 
     Raises:
         ValueError: there is no list of as many modules, or more than one.
@@ -265,7 +265,7 @@ def _named_map(block: nn.Module) -> Map | None:
 
 
 def decoder_blocks(lm: nn.Module) -> list[Layer]:
-    """The layers of a Transformers model, in the order in which a forward runs them.
+    """Return the layers of a Transformers model, in the order in which a forward runs them.
 
     Args:
         lm: without wrappers. It runs once on a few tokens, unless its parameters are sharded: then

@@ -17,7 +17,7 @@ _inside: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model without its parallel wrapper; adapters stay."""
+    """Return the model without its parallel wrapper; adapters stay."""
     # a step asks many times, and looking for compiled regions visits every module
     known = _inside.get(model)
     bare = None if known is None else known()
@@ -28,25 +28,25 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def causal_lm(model: nn.Module) -> nn.Module:
-    """The Transformers model itself, without parallel wrapper and PEFT wrapper."""
+    """Return the Transformers model itself, without parallel wrapper and PEFT wrapper."""
     model = unwrap(model)
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether parameters lie in pieces on several processes (FSDP 1 and 2, DeepSpeed ZeRO-3)."""
+    """Return whether processes hold parameters in pieces (FSDP 1 and 2, DeepSpeed ZeRO-3)."""
     wrapped = any(isinstance(m, FSDPModule | FullyShardedDataParallel) for m in model.modules())
     return wrapped or any(hasattr(p, "ds_id") for p in model.parameters())
 
 
 def output_head(lm: nn.Module) -> Any:
-    """The model's output embeddings, a module, or None."""
+    """Return the model's output embeddings, a module, or None."""
     getter = getattr(lm, "get_output_embeddings", None)
     return None if getter is None else getter()
 
 
 def vocab_size(lm: nn.Module) -> int | None:
-    """Number of logits per position, or per row; None if the model does not say."""
+    """Return the number of logits per position, or per row; None if the model does not say."""
     if is_classifier(lm):
         return cast(Any, lm.config).num_labels
     head = output_head(lm)
@@ -57,7 +57,7 @@ def vocab_size(lm: nn.Module) -> int | None:
 
 
 def generation_end_ids(lm: nn.Module) -> list[int]:
-    """The ids at which the model's generation config ends a completion: none, one or several."""
+    """Return ids at which a model's generation config ends a completion: none, one or several."""
     ids = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)
     if ids is None:
         return []
@@ -68,12 +68,12 @@ CLASSIFIER = "ForSequenceClassification"  # how Transformers ends the names of t
 
 
 def is_classifier(model: nn.Module) -> bool:
-    """Whether a Transformers model, without wrappers, gives one row of class logits per text."""
+    """Return whether a Transformers model, unwrapped, gives one row of class logits per text."""
     return any(kind.__name__.endswith(CLASSIFIER) for kind in type(model).__mro__)
 
 
 def check_decoder(model: nn.Module, whose: str) -> None:
-    """The model must be a causal LM, as far as its class and config tell.
+    """Check that a model is a causal LM or a classifier, as far as its class and config tell.
 
     Models of unknown kind pass: their class may have any name. What they compute is looked at with
     the first batch, see `models.causality`.
@@ -102,7 +102,7 @@ def check_decoder(model: nn.Module, whose: str) -> None:
 
 
 def check_classes(student: nn.Module, teacher: nn.Module) -> None:
-    """A student and a teacher, without wrappers, must both be classifiers of the same classes.
+    """Check that student and teacher, unwrapped, are both classifiers of the same classes.
 
     Names are compared where both configs have some (not LABEL_0, LABEL_1, ...), in any case of
     letters. Other names only give a warning: they may be synonyms.
@@ -136,7 +136,7 @@ def check_classes(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def _class_names(config: Any) -> list[str]:
-    """The names of the classes in order, or none if they are those that Transformers makes up."""
+    """Return the classes' names in order, or none if they are those that Transformers makes up."""
     names = [str(config.id2label.get(i)) for i in range(config.num_labels)]
     return [] if names == [f"LABEL_{i}" for i in range(len(names))] else names
 

@@ -4,18 +4,18 @@ from transformers import PreTrainedTokenizerBase
 
 
 def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the tokenizer's largest id: its length, if it leaves no id out."""
+    """Return one more than the tokenizer's largest id: its length, if it leaves no id out."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def describe(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A tokenizer in words: where it is from, its class and its number of ids."""
+    """Describe a tokenizer in words: where it is from, its class and its number of ids."""
     kind = type(tokenizer).__name__
     return f"{str(tokenizer.name_or_path)!r} ({kind}, {num_ids(tokenizer)} ids)"
 
 
 def first_difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
-    """The first token, in the order of ids, that two tokenizers do not give one id; or None."""
+    """Describe the first token, by ids, that two tokenizers do not give one id; or return None."""
     if one is other:
         return None
     mine, theirs = one.get_vocab(), other.get_vocab()
@@ -31,7 +31,7 @@ def first_difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBas
 
 
 def check_same(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, rule: str) -> None:
-    """Every token must have one id.
+    """Check that two tokenizers give every token one id.
 
     Args:
         one: a tokenizer.

@@ -18,7 +18,7 @@ def _limit(default: float, text: str) -> Any:
 
 @dataclass
 class Limits:
-    """One limit per fault, under the fault's name; None leaves the fault out.
+    """Holds one limit per fault, under the fault's name; None leaves the fault out.
 
     Raises:
         ValueError: a limit is negative.
@@ -90,7 +90,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Check:
-    """One fault: a metric that must stay on one side of a limit.
+    """Describes one fault: a metric that must stay on one side of a limit.
 
     Args:
         fault: its name, and that of its field in `Limits`.
@@ -109,7 +109,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a limit is made of besides its field; NaN where it is not known.
+    """Holds what a limit is made of besides its field; NaN where it is not known.
 
     Args:
         ln_vocab: ln V.
@@ -236,7 +236,7 @@ SETTLED = {"dead_signal", "ema_still", "ema_same"}  # may hold in the first logs
 
 @dataclass(frozen=True)
 class Finding:
-    """A fault that holds at this log, and how far: 1 is at its limit."""
+    """Reports a fault that holds at this log, and how far: 1 is at its limit."""
 
     check: Check
     value: float
@@ -245,7 +245,7 @@ class Finding:
 
     @property
     def severity(self) -> float:
-        """How many times beyond its limit, from 1 to MOST_SEVERE."""
+        """Return how many times beyond its limit the value is, from 1 to MOST_SEVERE."""
         high, low = (self.value, self.bound) if self.check.above else (self.bound, self.value)
         return min(high / low, MOST_SEVERE) if low > 0 else MOST_SEVERE
 

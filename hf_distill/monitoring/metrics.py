@@ -238,7 +238,7 @@ class TokenMeter:
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """What many numbers are summed in: float64 where the device has it."""
+    """Return what many numbers are summed in: float64 where the device has it."""
     # MPS has no float64; float32 counts tokens exactly up to 2^24 between two readings
     return torch.float32 if device.type == "mps" else torch.float64
 

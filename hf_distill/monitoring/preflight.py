@@ -32,7 +32,7 @@ class EmptyHintError(SelfTeacherError):
 
 
 def _side(rows: Sequence[TokenRow], fill: int, device: torch.device) -> Side:
-    """The rows, padded on the right."""
+    """Return the rows, padded on the right."""
     width = max(len(row.ids) for row in rows)
     predicts = torch.zeros(len(rows), width, dtype=torch.bool)
     for i, row in enumerate(rows):
@@ -45,7 +45,7 @@ def _side(rows: Sequence[TokenRow], fill: int, device: torch.device) -> Side:
 
 
 def _has_dropout(model: nn.Module) -> bool:
-    """Whether a module or the config drops something out: attention is given a number by some."""
+    """Return whether a module or the config has dropout: some give attention only a number."""
     if any(isinstance(x, nn.Dropout) and x.p > 0 for x in model.modules()):
         return True
     given = vars(getattr(causal_lm(model), "config", None) or object)
@@ -53,13 +53,13 @@ def _has_dropout(model: nn.Module) -> bool:
 
 
 def _few(row: TokenRow) -> TokenRow:
-    """The row with its first and last scored tokens only: a completion's logits can be large."""
+    """Keep only the first and last scored tokens of a row: a completion's logits can be large."""
     scored = [position for position in row.scored if position > 0]
     return TokenRow(row.ids, sorted({*scored[:FEW], *scored[-FEW:]}))
 
 
 def _reversed(row: TokenRow) -> TokenRow:
-    """Another row of the same length, of which nothing is scored."""
+    """Return another row of the same length, of which nothing is scored."""
     return TokenRow(list(reversed(row.ids)), [])
 
 
@@ -78,7 +78,7 @@ def _check_contexts(student: Sequence[TokenRow], teacher: Sequence[TokenRow]) ->
 
 
 class _Checked(Compared):
-    """The student and its rows.
+    """Holds the student and its rows, to check them.
 
     Args:
         model: the student.
@@ -98,7 +98,7 @@ class _Checked(Compared):
         super().__init__(model, _side(rows, pad_token_id, device), in_16_bit)
 
     def check_padding(self) -> None:
-        """Rows padded on the right give the logits of rows alone; on the left none is here.
+        """Check that rows padded on the right give the logits of rows alone; none is padded left.
 
         Raises:
             EmptyHintError: they do not, because the padding is read.
@@ -135,7 +135,7 @@ class _Checked(Compared):
         )
 
     def rows_alone(self, around: Callable[[TokenRow], list[TokenRow]]) -> Tensor:
-        """[N, V] logits of each row in a batch of its own, with what `around` puts below it."""
+        """Return [N, V] logits of each row in its own batch, with what `around` puts below it."""
         sides = (_side(around(row), self.pad_token_id, self.device) for row in self.token_rows)
         return torch.cat([self.logits(side) for side in sides])
 
@@ -176,7 +176,7 @@ def check_empty_hint(
     pad_token_id: int,
     in_16_bit: bool = False,
 ) -> float:
-    """The largest JSD of a token between student and teacher, in nats, on rows without a hint.
+    """Return a token's largest JSD of student and teacher, in nats, on rows without a hint.
 
     Args:
         model: the student, before training.
@@ -205,7 +205,7 @@ def check_empty_hint(
 def find_lost_context(
     student: Sequence[int], teacher: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, str] | None:
-    """The first text of the student's row that the teacher's has not, and what it has instead.
+    """Return the first text of the student's row that the teacher's lacks, and its substitute.
 
     Token ids may be others where a hint touches a word: what counts is the text.
     """

@@ -21,7 +21,7 @@ SAMPLES = 256  # entries of a tensor
 
 
 def _first_row(side: Side) -> Side:
-    """The first row with a scored token, and its first scored tokens."""
+    """Return the first row with a scored token, and its first scored tokens."""
     row = int(side.predicts.any(1).int().argmax())
     chosen = torch.zeros_like(side.predicts)
     chosen[row] = side.predicts[row] & (side.predicts[row].cumsum(0) <= PROBE_TOKENS)
@@ -33,7 +33,7 @@ def _first_row(side: Side) -> Side:
 
 
 def some_tokens(side: Side) -> Side:
-    """The first PROBE_ROWS rows, of each PROBE_TOKENS scored tokens, evenly spread."""
+    """Return the first PROBE_ROWS rows, of each PROBE_TOKENS scored tokens, evenly spread."""
     num_scored, number = side.predicts.sum(1, keepdim=True), side.predicts.cumsum(1) - 1
     at = torch.arange(PROBE_TOKENS, device=number.device)
     wanted = torch.where(num_scored > PROBE_TOKENS, at * num_scored // PROBE_TOKENS, at)
@@ -47,11 +47,11 @@ def some_tokens(side: Side) -> Side:
 
 
 class DriftProbe:
-    """What a frozen teacher says about one row of the first batch, against what it said then.
+    """Compares what a frozen teacher says about a row of the first batch with what it said then.
 
     It sees every way in which a teacher can follow the student: adapters that stay on, weights that
-    are shared, a copy that is trained. Read at the first, second, fourth, eighth ... log, because
-    it takes a forward of one row.
+    are shared, a copy that is trained. It is read at the first, second, fourth, eighth ... log,
+    because it takes a forward of one row.
 
     Args:
         teacher: one that must say the same about the same tokens for the whole run.
@@ -79,7 +79,7 @@ class DriftProbe:
         return self._kept is not None
 
     def read(self, student: nn.Module) -> dict[str, float]:
-        """`teacher_drift`: the largest JSD of a token, in nats; every process must call it."""
+        """Return `teacher_drift`: a token's largest JSD, in nats; every process must call it."""
         self._reads += 1
         if self._reads & (self._reads - 1):
             return {}
@@ -93,12 +93,12 @@ class DriftProbe:
 
 
 class LiveProbe:
-    """How far a live teacher has moved on some rows of the first batch, with their hints.
+    """Measures how far a live teacher has moved on some rows of the first batch, with their hints.
 
     The measure is its mean JSD from what it said at the start, as a share of the JSD between the
     teacher and the student there: what the student has to learn. A teacher that moves as far as the
-    student does follows it instead of teaching it, long before the completions show it. Read at
-    every log: a forward of PROBE_ROWS rows.
+    student does follows it instead of teaching it, long before the completions show it. It is read
+    at every log, which takes a forward of PROBE_ROWS rows.
 
     Args:
         teacher: of kind "live".
@@ -128,7 +128,7 @@ class LiveProbe:
         return True
 
     def read(self, student: nn.Module) -> dict[str, float]:
-        """`teacher_moved`, over all processes; every process must call it."""
+        """Return `teacher_moved`, over all processes; every process must call it."""
         moved = torch.full((1,), torch.nan, device=self.accelerator.device)
         if self._kept is not None:
             rows, before, gap = self._kept
@@ -142,7 +142,7 @@ def _mean_jsd(one: Tensor, other: Tensor) -> float:
 
 
 def _sample(tensors: Mapping[str, Tensor]) -> Tensor:
-    """About SAMPLES entries of each tensor, evenly spread, as one float32 vector on the CPU."""
+    """Return about SAMPLES entries of each tensor, evenly spread, as one float32 CPU vector."""
     parts = []
     for tensor in tensors.values():
         flat = tensor.detach().reshape(-1)
@@ -151,7 +151,7 @@ def _sample(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 class AverageProbe:
-    """Where an EMA teacher is between its start and the student, from a sample of the weights.
+    """Measures where an EMA teacher is between its start and the student, by sampled weights.
 
     Args:
         teacher: of kind "ema", prepared.
@@ -172,7 +172,7 @@ class AverageProbe:
         return True
 
     def read(self, student: nn.Module) -> dict[str, float]:
-        """`ema_moved` and `ema_distance`: of the average, over the student's way from its start."""
+        """Return `ema_moved` and `ema_distance` of the average, over the student's way so far."""
         if self._start is None:
             return {}
         weights, average = self._samples(student)
@@ -187,7 +187,7 @@ Probe = DriftProbe | AverageProbe | LiveProbe
 
 
 def make_probe(teacher: Teacher, accelerator: Accelerator) -> Probe | None:
-    """The probe for a teacher, or None for one that may change in ways that are not known."""
+    """Make the probe for a teacher; None for one that may change in ways that are not known."""
     if isinstance(teacher, SelfTeacher) and teacher.kind == "ema":
         return AverageProbe(teacher)
     if isinstance(teacher, SelfTeacher) and teacher.kind == "live":

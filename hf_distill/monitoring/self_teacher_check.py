@@ -32,12 +32,12 @@ class SelfTeacherError(ValueError):
 
 
 def apart(one: Tensor, other: Tensor) -> float:
-    """The largest JSD of a token, in nats, of logits [N, V]."""
+    """Return the largest JSD of a token, in nats, of logits [N, V]."""
     return float(divergence(one, other, DivergenceSpec("jsd")).max())
 
 
 class Compared:
-    """The student on some rows, to compare its teacher with.
+    """Holds the student on some rows, to compare its teacher with.
 
     Args:
         model: the student.
@@ -64,12 +64,12 @@ class Compared:
         )
 
     def logits(self, side: Side) -> Tensor:
-        """[N, V], without dropout."""
+        """Return [N, V] logits, without dropout."""
         with evaluating(self.model):
             return self.reader.logits(self.model, side)
 
     def check(self, teacher: SelfTeacher) -> float:
-        """How far teacher and student are apart, in nats.
+        """Return how far teacher and student are apart, in nats.
 
         Raises:
             SelfTeacherError: they differ without a reason, or the teacher follows the student, or
@@ -86,7 +86,7 @@ class Compared:
         return found
 
     def check_numbers(self, name: str, logits: Tensor) -> None:
-        """NaN is no difference of a padding, an adapter or a teacher. Masked entries are legal."""
+        """Check that no logit is NaN or inf: such sides cannot be compared. -inf masks an entry."""
         bad = int((logits.isnan() | (logits == torch.inf)).any(-1).sum())
         if bad:
             raise self.error(
@@ -95,7 +95,7 @@ class Compared:
             )
 
     def check_frozen(self, teacher: Teacher, said: Tensor) -> None:
-        """A teacher that is not the live student says the same whatever the adapter's weights."""
+        """Check that a teacher that is not live says the same whatever the adapter's weights."""
         if not has_adapters(self.bare):
             return
         trainable = [p for p in self.bare.parameters() if p.requires_grad]

@@ -42,7 +42,7 @@ class WatchdogError(RuntimeError):
 
 
 def _pooled(logs: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """The share of all completions of some logs, and their number."""
+    """Return the share of all completions of some logs, and their number."""
     count = sum(number for _, number in logs)
     return sum(share * number for share, number in logs) / count, count
 
@@ -88,7 +88,7 @@ class Watchdog(TrainerCallback, ExportableState):
         self.vocab: int | None = None  # entries of the logits that are used; None: all
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint, as transformers' `ExportableState` wants it."""
+        """Return what the checkpoint keeps, as transformers' `ExportableState` wants it."""
         limits = {x.name: getattr(self.limits, x.name) for x in dataclasses.fields(Limits)}
         return {
             "args": {"action": self.action, "window": self.window, "limits": limits},
@@ -101,7 +101,7 @@ class Watchdog(TrainerCallback, ExportableState):
         }
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Starts anew, or from a checkpoint: the Trainer restores callbacks only on request."""
+        """Start anew, or from a checkpoint: the Trainer restores callbacks only on request."""
         name = type(self).__name__
         kept = state.stateful_callbacks.get(name) if state.global_step else None
         kept = kept[0] if isinstance(kept, list) else kept
@@ -132,7 +132,7 @@ class Watchdog(TrainerCallback, ExportableState):
         model: Any = None,
         **_: Any,
     ) -> None:
-        """Reads a training log, adds its metrics to it, and acts."""
+        """Read a training log, add its metrics to it, and act."""
         if self.action == "off" or logs is None or "loss" not in logs:
             return
         self._keep(logs)
@@ -175,7 +175,7 @@ class Watchdog(TrainerCallback, ExportableState):
                 yield Finding(check, value, bound, at.start)
 
     def _against_start(self, metric: str, scene: Scene) -> tuple[float, Scene]:
-        """The metric's present value, and the scene with its start once that is complete."""
+        """Return the metric's present value, and the scene with its start once that is complete."""
         first, last = self.first[metric], self.last[metric]
         if len(first) < self.window:
             return math.nan, scene
@@ -190,7 +190,7 @@ class Watchdog(TrainerCallback, ExportableState):
     def _follows_teacher(
         self, check: Check, value: float, logs: Mapping[str, float], scene: Scene
     ) -> bool:
-        """Whether the student's entropy goes where its teacher's was at the start: it learns.
+        """Return whether the student's entropy goes where the teacher's was at first: it learns.
 
         A teacher that is nearly uniform is no such aim. On completions of its own a student that
         grows as certain as its teacher may write the same few tokens, which is a collapse.
@@ -204,7 +204,7 @@ class Watchdog(TrainerCallback, ExportableState):
         return "completion_length" not in logs and value >= teacher / 2
 
     def _begins_alike(self, logs: Mapping[str, float], scene: Scene) -> bool:
-        """Whether the student began about as uniform as its teacher is: both are new models.
+        """Return whether the student began about as uniform as its teacher: both are new models.
 
         A teacher that was not loaded is much more uniform than a student that was, and one whose
         weights are zero is exactly uniform, whatever the student.
@@ -243,7 +243,7 @@ class Watchdog(TrainerCallback, ExportableState):
 
 @dataclass
 class WatchdogConfig(Limits):
-    """What is watched during training, and what happens at a fault; the limits are `Limits`.
+    """Says what is watched during training, and what happens at a fault; `Limits` has limits.
 
     Raises:
         ValueError: a value is out of range.
@@ -270,7 +270,7 @@ class WatchdogConfig(Limits):
         self.make()
 
     def make(self) -> Watchdog:
-        """The callback."""
+        """Make the callback."""
         return Watchdog(self.action, self.window, self)
 
 
@@ -278,7 +278,7 @@ OF_TEXT = ("entropy_collapse", "entropy_explosion")  # limits for a vocabulary, 
 
 
 def without_text_limits(config: WatchdogConfig) -> WatchdogConfig:
-    """The watchdog's settings; limits for texts that were left at their defaults are off.
+    """Return the watchdog's settings; limits for texts that were left at defaults are off.
 
     A classifier that learns becomes sure of its classes, which is no collapse.
     """
@@ -288,7 +288,7 @@ def without_text_limits(config: WatchdogConfig) -> WatchdogConfig:
 
 
 def make_watchdog(run: Run, vocab: int | None) -> tuple[Watchdog | None, Probe | None]:
-    """The watchdog of a run, unless it is off, and the probe of its teacher, if it needs one.
+    """Make the watchdog of a run, unless it is off, and its teacher's probe, if it needs one.
 
     Args:
         run: with its settings and teacher.

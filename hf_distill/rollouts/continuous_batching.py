@@ -45,7 +45,7 @@ def _attention_refusal(lm: Any) -> str | None:
 
 
 def _positions_refusal(model: nn.Module) -> str | None:
-    """Why its positions are not right there, found by a short forward at the first call."""
+    """Return why its positions are wrong there, found by a short forward at the first call."""
     lm = causal_lm(model)
     row = synthetic_row(lm, next(lm.parameters()).device)
     positions = positions_of(model)
@@ -56,7 +56,7 @@ def _positions_refusal(model: nn.Module) -> str | None:
 
 
 def continuous_batching_refusal(model: nn.Module) -> str | None:
-    """Why continuous batching cannot sample from a model, or None.
+    """Return why continuous batching cannot sample from a model, or None.
 
     Args:
         model: wrapped or not.
@@ -80,7 +80,7 @@ def continuous_batching_refusal(model: nn.Module) -> str | None:
 
 @contextmanager
 def _without_autocast(lm: Any) -> Iterator[None]:
-    """The forward without accelerate's mixed precision: the paged cache has the weights' dtype."""
+    """Take accelerate's mixed precision off: the paged cache has the weights' dtype."""
     mixed, plain = lm.__dict__.get("forward"), lm.__dict__.get("_original_forward")
     if plain is None:
         yield
@@ -129,7 +129,7 @@ class ContinuousEngine:
     def sample(
         self, model: nn.Module, prompts: Sequence[Sequence[int]], seed: int
     ) -> list[list[int]]:
-        """One list of ids per prompt.
+        """Return one list of ids per prompt.
 
         Raises:
             ValueError: continuous batching cannot sample from this model; the message says why.
@@ -154,7 +154,7 @@ class ContinuousEngine:
         return [cut_at_end_token(output, end_ids) for output in outputs]
 
     def weights_changed(self) -> None:
-        """Nothing: it samples from the model itself."""
+        """Do nothing: it samples from the model itself."""
 
 
 def _run(lm: Any, prompts: Sequence[Sequence[int]], config: Any, batching: Any) -> list[list[int]]:

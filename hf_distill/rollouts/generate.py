@@ -22,7 +22,7 @@ from hf_distill.rollouts.sampling import Sampling, cut_at_end_token, end_token_i
 
 @contextmanager
 def _no_generation_defaults(lm: Any) -> Iterator[None]:
-    """The model's own generation config is empty inside the block.
+    """Empty the model's own generation config inside the block.
 
     `generate` takes every field that its argument leaves open from the model's config: sampling
     tricks such as min_p or no_repeat_ngram_size would change the policy silently. An adapter
@@ -41,7 +41,7 @@ def _no_generation_defaults(lm: Any) -> Iterator[None]:
 
 @contextmanager
 def _whole_root(model: nn.Module) -> Iterator[None]:
-    """What only the forward of an FSDP root would bring together is whole inside the block.
+    """Make whole, inside the block, what only an FSDP root's forward would bring together.
 
     `generate` calls the module inside FSDP 1's wrapper; the wrapped blocks gather themselves. After
     forwards without a backward, FSDP 2 would leave its root in one piece.
@@ -58,7 +58,7 @@ def _whole_root(model: nn.Module) -> Iterator[None]:
 
 
 def generation_config(sampling: Sampling, end_ids: list[int]) -> GenerationConfig:
-    """The config of one call: no field of the model's own config enters it."""
+    """Return the config of one call: no field of the model's own config enters it."""
     t = sampling.temperature
     defaults = {"temperature": t, "top_k": 0, "top_p": 1.0} if t > 0 else {}
     return GenerationConfig(
@@ -79,7 +79,7 @@ def manual_seed(seed: int) -> None:
 def _batches(
     prompts: Sequence[Sequence[int]], batch_size: int | None, share: str
 ) -> list[list[int]]:
-    """Indices of the prompts of each call: short ones together, so that little is padded.
+    """Return the prompts' indices of each call: short ones together, so that little is padded.
 
     Args:
         prompts: of all calls.
@@ -120,7 +120,7 @@ def generate(
     generation_kwargs: Mapping[str, Any] | None = None,
     batch_size: int | None = None,
 ) -> list[list[int]]:
-    """Completions of the prompts, by `generate` with the key-value cache.
+    """Generate completions of the prompts, by `generate` with the key-value cache.
 
     Args:
         model: wrapped or not; it generates in eval mode and is then as before.
@@ -181,7 +181,7 @@ def _call(
     padding: LeftPadding,
     options: dict[str, Any],
 ) -> list[list[int]]:
-    """What one call of the model's `generate` writes behind prompts."""
+    """Return what one call of the model's `generate` writes behind prompts."""
     device, fill = next(lm.parameters()).device, cast(int, config.pad_token_id)
     ids = pad(prompts, fill, side="left").to(device)
     mask = pad([[1] * len(prompt) for prompt in prompts], 0, side="left").to(device)
@@ -210,9 +210,9 @@ class GenerateEngine:
     def sample(
         self, model: nn.Module, prompts: Sequence[Sequence[int]], seed: int
     ) -> list[list[int]]:
-        """One list of ids per prompt."""
+        """Return one list of ids per prompt."""
         settings = {x.name: getattr(self.sampling, x.name) for x in fields(self.sampling)}
         return generate(model, prompts, **settings, seed=seed, batch_size=self.batch_size)
 
     def weights_changed(self) -> None:
-        """Nothing: it samples from the model itself."""
+        """Do nothing: it samples from the model itself."""

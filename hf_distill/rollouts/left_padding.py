@@ -29,7 +29,7 @@ ANY, OF_ONE_LENGTH, NONE = "any", "of one length", "none"
 
 
 class LeftPadding(NamedTuple):
-    """What is known of a model's `generate`.
+    """Says what is known of a model's `generate`.
 
     Attributes:
         share: which prompts may share a call: any, padded on the left; those of one length; none.
@@ -43,18 +43,18 @@ class LeftPadding(NamedTuple):
     limit: int | None = None
 
     def arguments(self, mask: Tensor) -> dict[str, Tensor]:
-        """What `generate` is given besides ids and mask [B, T]."""
+        """Return what `generate` is given besides ids and mask [B, T]."""
         if self.first == 0:
             return {}
         return {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0) + self.first}
 
     def sharing(self, longest: int, wanted: int) -> str:
-        """Which prompts may share a call, so that a long one does not cut a short one's reply."""
+        """Return which prompts may share a call, lest a long one cut a short one's reply."""
         short = self.limit is not None and longest + wanted > self.limit
         return OF_ONE_LENGTH if short and self.share == ANY else self.share
 
     def new_tokens(self, wanted: int, width: int) -> int:
-        """How many tokens can be sampled behind a prompt; the last one is read by nobody."""
+        """Return how many tokens can be sampled behind a prompt; the last is read by nobody."""
         return wanted if self.limit is None else max(1, min(wanted, self.limit - width + 1))
 
 
@@ -91,7 +91,7 @@ def left_padding(
 
 
 class _Generated:
-    """A prompt [1, n] that a model continues in several surroundings."""
+    """Continues a prompt [1, n] with a model, in several surroundings."""
 
     def __init__(self, lm: Any, ids: Tensor, pad_token_id: int, plain: LeftPadding) -> None:
         self.lm, self.ids, self.pad_token_id, self.plain = lm, ids, pad_token_id, plain
@@ -112,7 +112,7 @@ class _Generated:
         self.limit = max(self.limit, 4 * found if found <= MOST_NOISE else 0.0)
 
     def share(self) -> str:
-        """Which prompts may share a call."""
+        """Return which prompts may share a call."""
         other = self.ids.flip(1)
         columns = min(PADDING, self.ids.shape[1])
         fill = torch.full_like(self.ids[:, :columns], self.pad_token_id)
@@ -135,13 +135,13 @@ class _Generated:
         return share
 
     def apart(self, tokens: Tensor, logits: Tensor) -> float:
-        """How far logits [n, V] are from the forward's, while the tokens are the same."""
+        """Return how far logits [n, V] are from the forward's, while the tokens are the same."""
         same = 1 + int((tokens == self.tokens)[:-1].int().cumprod(0).sum())
         truth = Said(self.truth.logits[:same], [], 0.0)
         return Said(logits[:same], [], 0.0).apart(truth)
 
     def continued(self, ids: Tensor, padding: int) -> tuple[Tensor, Tensor]:
-        """The most probable tokens [n] behind the first row, and the logits [n, V] of them.
+        """Return the most probable tokens [n] behind the first row, and their logits [n, V].
 
         Args:
             ids: [B, T].

@@ -29,7 +29,7 @@ EVAL_STEP = 10**9  # eval rollouts draw from seeds that no training step uses
 
 
 class RolloutWindow(NamedTuple):
-    """Micro-batches, and the episodes that they were made of; none if they are the data's."""
+    """Holds micro-batches, and the episodes they were made of; none if they are the data's."""
 
     episodes: list[list[Episode]]
     batches: list[dict[str, Tensor]]
@@ -66,15 +66,15 @@ class Rollouts:
         self._overlap = HintOverlapMeter()
 
     def first_step(self, step: int) -> int:
-        """The step whose completions a step is taken on."""
+        """Return the step whose completions a step is taken on."""
         return step - step % self.config.steps_per_rollout
 
     def is_first_step(self, step: int) -> bool:
-        """Whether a step needs new completions."""
+        """Return whether a step needs new completions."""
         return step == self.first_step(step)
 
     def is_sampled(self, step: int) -> bool:
-        """Whether a step's completions are sampled; the same on all processes."""
+        """Return whether a step's completions are sampled; the same on all processes."""
         period = step // self.config.steps_per_rollout
         drawn = random.Random(f"{self.args.seed} {period}").random()
         return drawn < self.config.on_policy_fraction
@@ -87,7 +87,7 @@ class Rollouts:
         resumed: list[list[dict[str, Any]]] | None,
         collator: HintCollator,
     ) -> RolloutWindow:
-        """The window that begins at a step, or that a checkpoint holds the episodes of.
+        """Make the window that begins at a step, or that a checkpoint holds the episodes of.
 
         Args:
             model: the student, wrapped or not.
@@ -128,7 +128,7 @@ class Rollouts:
     def _episodes(
         self, batches: list[dict[str, Any]], size: int | None = None
     ) -> list[list[Episode]]:
-        """New episodes for the rows of each micro-batch; no two of them share a group."""
+        """Make new episodes for the rows of each micro-batch; no two of them share a group."""
         column, size = self.collator.prompt_column, size or self.config.num_completions
         number = count()
         made = []
@@ -143,7 +143,7 @@ class Rollouts:
     def play(
         self, model: nn.Module, batches: list[dict[str, Any]], step: int, training: bool
     ) -> list[list[Episode]]:
-        """The episodes of each micro-batch, the replies of a round sampled in one call."""
+        """Play the episodes of each micro-batch, the replies of a round sampled in one call."""
         end_ids = rollouts.end_token_ids(unwrap(model), self.collator.ends.ids)
         # large odd multipliers keep steps and processes of neighbouring seeds apart
         seed = (self.args.seed * 1_000_003 + step) * 65_537 + self.args.process_index
@@ -170,7 +170,7 @@ class Rollouts:
     def batch(
         self, model: nn.Module, episodes: list[Episode], collator: HintCollator
     ) -> dict[str, Any]:
-        """The student's and the teacher's rows of one micro-batch."""
+        """Make the student's and the teacher's rows of one micro-batch."""
         batch, hints = collator.from_episodes(episodes)
         alignment.assert_completions(batch, [episode.completions for episode in episodes])
         limit = getattr(getattr(causal_lm(model), "config", None), "max_position_embeddings", None)
@@ -193,7 +193,7 @@ class Rollouts:
         return batch
 
     def _add_anchors(self, batches: list[dict[str, Any]], rows: list[list[Row]]) -> None:
-        """Rows of the data's own completions, and the number of their tokens in the whole step."""
+        """Add rows of the data's own completions, and how many tokens the step has of them."""
         references = [self.collator.references(x) for x in rows]
         tokens = sum(int((x["labels"] != sides.IGNORE_INDEX).sum()) for x in references)
         own = torch.tensor(tokens, device=self.accelerator.device)
@@ -239,7 +239,7 @@ class Rollouts:
         )
 
     def read(self, training: bool) -> dict[str, float]:
-        """Metrics since the last reading. Every process must call it."""
+        """Return metrics since the last reading. Every process must call it."""
         metrics = self._completions[training].read(self.accelerator)
         if training:
             metrics |= self._overlap.read(self.accelerator)
@@ -249,14 +249,14 @@ class Rollouts:
 
 
 def _plain(value: Any) -> Any:
-    """A value that JSON can hold."""
+    """Return a value that JSON can hold."""
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
 def make_engine(
     run: Run, collator: HintCollator, environment: Environment | None
 ) -> rollouts.Engine:
-    """The engine that samples completions.
+    """Make the engine that samples completions.
 
     Args:
         run: with an `OPSDConfig`.
@@ -295,7 +295,7 @@ def make_engine(
 
 
 def make_table(run: Run, collator: HintCollator) -> CompletionTable | None:
-    """The table of what is sampled, or None if `log_completions` is 0."""
+    """Make the table of what is sampled, or None if `log_completions` is 0."""
     args = run.args
     if not args.log_completions:
         return None

@@ -13,7 +13,7 @@ from hf_distill.run import Run
 
 
 class Teacher:
-    """A teacher says something of the scored tokens. Subclasses override `signal`.
+    """Says something of the scored tokens. Subclasses override `signal`.
 
     The rest is what a trainer asks of a teacher and its life cycle; the defaults are those of a
     frozen teacher that is ready as it is.
@@ -39,11 +39,11 @@ class Teacher:
     route: Any = None
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer of its ids, which is compared with the student's; None if not known."""
+        """Return the tokenizer of its ids, to compare with the student's; None if not known."""
         return None
 
     def each(self) -> Sequence["Teacher"]:
-        """The teachers that are asked."""
+        """Return the teachers that are asked."""
         return [self]
 
     def check(self, run: Run) -> None:
@@ -54,15 +54,15 @@ class Teacher:
         """
 
     def inputs(self) -> Sequence[str]:
-        """Names of a batch's inputs that it reads, which the student need not read."""
+        """Return names of a batch's inputs that it reads, which the student need not read."""
         return ()
 
     def collator(self, collator: Any) -> Any:
-        """The run's data collator, or one around it that adds what the teacher needs."""
+        """Return the run's data collator, or one around it that adds what the teacher needs."""
         return collator
 
     def prepare(self, accelerator: Accelerator, student: nn.Module, refusal: str | None) -> None:
-        """Called before any training: place the teacher, check it against the student, begin anew.
+        """Place the teacher, check it against the student and begin anew, before any training.
 
         It is called when a trainer is made, and again before each of its later trainings.
 
@@ -73,29 +73,29 @@ class Teacher:
         """
 
     def keep_vocab(self, size: int | None) -> None:
-        """The run reads the first `size` entries of the vocabulary, or all (None)."""
+        """Learn that the run reads the first `size` entries of the vocabulary, or all (None)."""
 
     def wrong_vocab(self, message: str) -> Exception:
-        """The error of a vocabulary that is not the student's."""
+        """Return the error of a vocabulary that is not the student's."""
         return ValueError(message)
 
     def watched_model(self, student: nn.Module) -> nn.Module | None:
-        """The model whose layers `watch` numbers, or None where the teacher runs elsewhere."""
+        """Return the model whose layers `watch` numbers; None where the teacher runs elsewhere."""
         return None
 
     def watch(self, layers: Sequence[int], attention: bool) -> None:
-        """Signals have these layers' states from now on, see `hf_distill.models.layers`."""
+        """Give signals these layers' states from now on, see `hf_distill.models.layers`."""
         raise NotImplementedError(f"a {type(self).__name__} has no layers")
 
     def signal(self, student: nn.Module, side: Side) -> Signal:
-        """The teacher's view of the scored tokens, without gradient. `student` may be wrapped."""
+        """Return the teacher's view of the scored tokens, no gradient; `student` may be wrapped."""
         raise NotImplementedError(f"{type(self).__name__} must override signal")
 
     def update(self, student: nn.Module) -> None:
-        """Called after every optimizer step."""
+        """Follow the student; it is called after every optimizer step."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold besides the student; empty if nothing."""
+        """Return what a checkpoint must hold besides the student; empty if nothing."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -109,5 +109,5 @@ class UpdateTeacher(TrainerCallback):
         self.teacher = teacher
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Called by the Trainer."""
+        """Update the teacher after an optimizer step."""
         self.teacher.update(model)

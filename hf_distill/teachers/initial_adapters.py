@@ -31,12 +31,12 @@ SAME_START = 1e-2  # of the largest entry of a product
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name."""
+    """Return the parameters that are trained, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether a model has adapters of PEFT, in a `PeftModel` or injected into its modules."""
+    """Return whether a model has adapters of PEFT, in a `PeftModel` or injected into modules."""
     return isinstance(model, PeftModel) or any(
         isinstance(module, BaseTunerLayer) for module in model.modules()
     )
@@ -44,7 +44,7 @@ def has_adapters(model: nn.Module) -> bool:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The model without its adapters inside the block; afterwards all is as before.
+    """Switch the model's adapters off inside the block; afterwards all is as before.
 
     PEFT turns requires_grad on for all parameters of the active adapter when it comes back, also
     for those the user had frozen.
@@ -79,7 +79,7 @@ def _off(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_warning_of_biases(model: PeftModel) -> Iterator[None]:
-    """PEFT's warning that biases stay as trained is not logged: they are put back."""
+    """Hide PEFT's warning that biases stay as trained: they are put back."""
     if all(getattr(x, "bias", "none") == "none" for x in model.peft_config.values()):
         yield  # a filter would make Python show its other warnings again
         return
@@ -90,7 +90,7 @@ def _without_warning_of_biases(model: PeftModel) -> Iterator[None]:
 
 @contextmanager
 def holding(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """The parameters have these values inside the block, in their own dtype."""
+    """Give the parameters these values inside the block, in their own dtype."""
     kept = {name: parameters[name].data for name in values}
     try:
         for name, value in values.items():
@@ -102,7 +102,7 @@ def holding(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
 
 
 def _of_adapters(model: nn.Module) -> set[int]:
-    """Ids of the parameters that adapters have brought, which have no effect while they are off."""
+    """Return ids of the parameters that adapters brought; without effect while these are off."""
     found: set[int] = set()
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
@@ -117,7 +117,7 @@ def _of_adapters(model: nn.Module) -> set[int]:
 
 
 def adapter_configs(model: nn.Module) -> dict[str, Any]:
-    """The config of each adapter by name, wherever in the model it was injected."""
+    """Return the config of each adapter by name, wherever in the model it was injected."""
     found: dict[str, Any] = {}
     for module in model.modules():
         configs = vars(module).get("peft_config")
@@ -127,7 +127,7 @@ def adapter_configs(model: nn.Module) -> dict[str, Any]:
 
 
 def check_not_merged(model: nn.Module) -> None:
-    """Adapters must not be merged into the weights.
+    """Check that adapters are not merged into the weights.
 
     Raises:
         ValueError: one is.
@@ -141,14 +141,14 @@ def check_not_merged(model: nn.Module) -> None:
 
 
 class _Product(NamedTuple):
-    """A product B A that was taken out of a base weight."""
+    """Names a product B A that was taken out of a base weight."""
 
     path: str
     layer: Any
     adapter: str
 
     def factors(self) -> dict[str, nn.Parameter]:
-        """A and B, by their names in the model."""
+        """Return A and B, by their names in the model."""
         found = {"A": self.layer.lora_A, "B": self.layer.lora_B}
         return {
             f"{self.path}.lora_{which}.{self.adapter}.weight": layers[self.adapter].weight
@@ -170,7 +170,7 @@ INSTEAD = "give the model before training as a teacher of its own"
 
 
 def _taken_out(configs: Mapping[str, Any]) -> dict[str, str]:
-    """The adapters that took their start out of the base's weights, and how.
+    """Return the adapters that took their start out of the base's weights, and how.
 
     Raises:
         ValueError: the weights before cannot be had again.
@@ -195,7 +195,7 @@ def _taken_out(configs: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _check_initial(products: list[_Product], taken: Mapping[str, str]) -> None:
-    """The adapters must be active, and as they were initialised.
+    """Check that the adapters are active, and as they were initialised.
 
     Raises:
         ValueError: they are not; the message says why that must be.
@@ -263,7 +263,7 @@ class BaseOfAdapters:
         self._stays_on = bool(products)
 
     def __str__(self) -> str:
-        """What it is, for the log."""
+        """Say what it is, for the log."""
         size = sum(x.numel() * x.element_size() for x in self.initial.values()) / 2**20
         copied = f"a copy of {len(self.initial)} tensors, {size:,.1f} MiB"
         if self._stays_on:
@@ -279,7 +279,7 @@ class BaseOfAdapters:
 
     @contextmanager
     def inside(self, model: nn.Module) -> Iterator[None]:
-        """The model is the one before training inside the block."""
+        """Make the model the one before training inside the block."""
         with nullcontext() if self._stays_on else adapters_off(model):
             if not self.initial:
                 yield
@@ -289,7 +289,7 @@ class BaseOfAdapters:
 
     @contextmanager
     def scaled(self, model: nn.Module, share: float) -> Iterator[None]:
-        """The model before training, and this share of what its LoRA adapters have changed.
+        """Make the model the one before training, with this share of its LoRA adapters' changes.
 
         A product that was taken out of the base is there at its start: the weight is
         base + scaling * (share * B A + (1 - share) * B0 A0), one product of twice the rank.

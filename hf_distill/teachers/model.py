@@ -68,7 +68,7 @@ def _quantization_config(quantization: str, dtype: torch.dtype | None) -> BitsAn
 
 
 def _names_classifier(name: str, kwargs: dict[str, Any]) -> bool:
-    """Whether what `from_pretrained` takes says of itself that it is a sequence classifier."""
+    """Return whether what `from_pretrained` takes says that it is a sequence classifier."""
     config = kwargs.get("config")
     if config is None:
         where = ("cache_dir", "force_download", "token", "revision", "local_files_only")
@@ -119,7 +119,7 @@ WHERE = ("revision", "cache_dir", "local_files_only", "token")  # of a repositor
 
 
 def _tokenizer(name: str, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that lies beside a model, or None."""
+    """Return the tokenizer that lies beside a model, or None."""
     where = {key: kwargs[key] for key in WHERE if key in kwargs}
     folder = kwargs.get("subfolder") or ""
     # without its files some classes come out with a handful of ids instead of an error
@@ -134,7 +134,7 @@ def _tokenizer(name: str, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | N
 
 
 class ModelTeacher(Teacher):
-    """Another causal LM or sequence classifier, frozen. Its dtype need not be the student's.
+    """Asks another causal LM or classifier, frozen. Its dtype need not be the student's.
 
     A trainer freezes it, but for modules and frozen parameters that it has in common with the
     student. Parameters that the student trains must not be among them.
@@ -187,7 +187,7 @@ class ModelTeacher(Teacher):
 
     @property
     def vocab_size(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Logits per token, or None if the model does not say."""
+        """Return how many logits a token has, or None if the model does not say."""
         return vocab_size(causal_lm(self.model))
 
     def check(self, run: Run) -> None:
@@ -202,11 +202,11 @@ class ModelTeacher(Teacher):
             check_decoder(causal_lm(self.model), "teacher")
 
     def inputs(self) -> Sequence[str]:
-        """Names of its forward's inputs."""
+        """Return the names of its forward's inputs."""
         return tuple(inspect.signature(causal_lm(self.model).forward).parameters)
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer of its ids, loaded at the first call; None if it is not known."""
+        """Return the tokenizer of its ids, loaded at the first call; None if it is not known."""
         if self._tokenizer is None and self._beside is not None:
             self._tokenizer, self._beside = _tokenizer(*self._beside), None
         return self._tokenizer
@@ -239,15 +239,15 @@ class ModelTeacher(Teacher):
         return torch.autocast(device, enabled=False)
 
     def watched_model(self, student: nn.Module) -> nn.Module:
-        """The model whose layers `watch` numbers."""
+        """Return the model whose layers `watch` numbers."""
         return self.model
 
     def watch(self, layers: Sequence[int], attention: bool) -> None:
-        """Signals have these layers' states from now on, see `hf_distill.models.layers`."""
+        """Give signals these layers' states from now on, see `hf_distill.models.layers`."""
         self._reader.watch = LayerWatcher("teacher", layers, attention)
 
     def signal(self, student: nn.Module, side: Side) -> Signal:
-        """The frozen model's view of its side of the batch."""
+        """Return the frozen model's view of its side of the batch."""
         if not (self._common or self._leaves_autocast):
             return self._reader.signal(self.model, side)
         with evaluating_each(self._common), self._autocast():
@@ -255,7 +255,7 @@ class ModelTeacher(Teacher):
 
 
 def as_teacher(teacher: Teacher | nn.Module | str | os.PathLike[str]) -> Teacher:
-    """A teacher from a model, a name or folder that `from_pretrained` takes, or a teacher.
+    """Make a teacher of a model, or a name or folder that `from_pretrained` takes; keep a teacher.
 
     Raises:
         ValueError: the folder holds a teacher cache.

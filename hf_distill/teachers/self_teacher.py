@@ -49,7 +49,7 @@ PLAIN_LORA = "teacher lora_scale needs a model with plain LoRA adapters"
 
 
 def check_scalable(model: nn.Module) -> None:
-    """The effect of the model's active adapters must be proportional to LoRA's scaling.
+    """Check that the effect of the model's active adapters is proportional to LoRA's scaling.
 
     Raises:
         ValueError: it is no PEFT model, its adapters are of another kind, or more than low-rank
@@ -86,7 +86,7 @@ def _check_layer(path: str, layer: LoraLayer, active: list[str]) -> None:
 
 
 class SelfTeacher(Teacher):
-    """The student itself, as it was or as it is.
+    """Asks the student itself, as it was or as it is.
 
     Args:
         kind: "base" is the student before training: its adapters are switched off, which needs no
@@ -124,7 +124,7 @@ class SelfTeacher(Teacher):
         self.kind = kind
         self.ema_decay = ema_decay
         self._copy: nn.Module | None = None
-        self._base: tuple[nn.Module, BaseOfAdapters] | None = None  # and whose
+        self._base: tuple[nn.Module, BaseOfAdapters] | None = None  # the model, and its base
         self._average: dict[str, Tensor] = {}
         self._step = 0
 
@@ -183,15 +183,15 @@ class SelfTeacher(Teacher):
             logger.info("teacher lora_scale: %s of %s", self.lora_scale, base)
 
     def watched_model(self, student: nn.Module) -> nn.Module:
-        """The model whose layers `watch` numbers."""
+        """Return the model whose layers `watch` numbers."""
         return student if self._copy is None else self._copy
 
     def watch(self, layers: Sequence[int], attention: bool) -> None:
-        """Signals have these layers' states from now on, see `hf_distill.models.layers`."""
+        """Give signals these layers' states from now on, see `hf_distill.models.layers`."""
         self._reader.watch = LayerWatcher("teacher", layers, attention)
 
     def signal(self, student: nn.Module, side: Side) -> Signal:
-        """The teacher's view of its side of the batch."""
+        """Return the teacher's view of its side of the batch."""
         if self._copy is not None:
             return self._reader.signal(self._copy, side)
         model = unwrap(student)
@@ -200,7 +200,7 @@ class SelfTeacher(Teacher):
             return self._reader.signal(model, side, frozen_head=swaps)
 
     def _instead(self, model: nn.Module) -> Any:
-        """The student is the teacher inside the block."""
+        """Make the student the teacher inside the block."""
         if self.kind == "ema":
             return self._swapped(model)
         if self._base is None:
@@ -214,7 +214,7 @@ class SelfTeacher(Teacher):
         return holding(self._averaged(model), self._average)
 
     def _averaged(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The student's trainable parameters, which must be those of the average."""
+        """Return the student's trainable parameters, which must be those of the average."""
         parameters = trainable(model)
         if parameters.keys() != self._average.keys():
             odd = sorted(parameters.keys() ^ self._average.keys())
@@ -235,9 +235,9 @@ class SelfTeacher(Teacher):
 
     @torch.no_grad()
     def distance(self, student: nn.Module) -> float | None:
-        """The largest absolute difference between the average and the student's parameters.
+        """Return the largest absolute difference of the average and the student's parameters.
 
-        None for the kinds that have no average.
+        It is None for the kinds that have no average.
         """
         if self.kind != "ema":
             return None
@@ -248,7 +248,7 @@ class SelfTeacher(Teacher):
         return float(torch.stack(differences).max())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The average or what the adapters started from, by parameter name; the schedule's step."""
+        """Return the average or the adapters' start, by parameter name, and a schedule's step."""
         kept = {} if self._base is None else self._base[1].initial
         step = {STEP: torch.tensor(self._step)} if self.kind == "lora_scale" else {}
         return {**self._average, **kept, **step}
@@ -278,7 +278,7 @@ class SelfTeacher(Teacher):
 
 @dataclass
 class SelfTeacherConfig:
-    """How a self-teacher follows the student.
+    """Says how a self-teacher follows the student.
 
     Raises:
         ValueError: a value is out of range.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def _extent(tensor: Tensor) -> tuple[int, int, int] | None:
-    """Its storage, and the bytes of it from the first to behind the last; None: it has none."""
+    """Return a tensor's storage, and its bytes in it, first to behind the last; or None."""
     if type(tensor) not in (Tensor, nn.Parameter) or not tensor.numel():
         return None
     storage = tensor.untyped_storage().data_ptr()
@@ -25,7 +25,7 @@ def _extent(tensor: Tensor) -> tuple[int, int, int] | None:
 
 
 def shared_trainable(teacher: nn.Module, student: nn.Module) -> tuple[str, str] | None:
-    """The first parameter that the student trains and the teacher has too: its names in both.
+    """Return the first parameter that the student trains and the teacher has, its names in both.
 
     Parameters of other objects count where they lie in the same memory.
     """
@@ -47,7 +47,7 @@ def shared_trainable(teacher: nn.Module, student: nn.Module) -> tuple[str, str] 
 
 
 def check_sharing(teacher: nn.Module, student: nn.Module) -> None:
-    """Nothing that the student trains may be the teacher's.
+    """Check that nothing that the student trains is the teacher's.
 
     Raises:
         ValueError: they share such a parameter; the message names the first.
@@ -87,7 +87,7 @@ def freeze(teacher: nn.Module, student: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def evaluating_each(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Each of the modules is in eval mode inside the block, and afterwards as it was."""
+    """Put each of the modules in eval mode inside the block; afterwards it is as it was."""
     in_training = [module for module in modules if module.training]
     for module in in_training:
         module.training = False

@@ -138,7 +138,7 @@ class Completions:
         raise AssertionError("the last try returns or raises")
 
     def _refusal(self, response: httpx2.Response, tries: int) -> str:
-        """What is wrong with an answer of another status: the server's own reason first."""
+        """Say what is wrong with an answer of another status: the server's own reason first."""
         reason, rule = reason_in(response), f"the status must be 200 (try {tries})"
         if reason is None:
             return rule
@@ -156,7 +156,7 @@ class Completions:
 
 
 def reason_in(response: httpx2.Response) -> str | None:
-    """The message of an error as OpenAI's and vLLM's servers write it, or None."""
+    """Return the message of an error as OpenAI's and vLLM's servers write it, or None."""
     try:
         said = response.json()
     except ValueError:

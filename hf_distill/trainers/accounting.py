@@ -24,16 +24,16 @@ logger = logging.getLogger(__name__)
 
 
 class AccountingTrainer(StepCollatingTrainer):
-    """A `Trainer` whose losses are means over scored tokens, or rows of a classifier.
+    """Trains with losses that are means over scored tokens, or rows of a classifier.
 
-    That of an optimizer step is over all its micro-batches and processes, and that of an evaluation
-    over all its batches and processes, of the schedules' last values.
+    The mean of an optimizer step is over all its micro-batches and processes, that of an evaluation
+    over all its batches and processes, with the schedules' last values.
     """
 
     args: DistillConfig
     task: Task
     _model_loss: ModelLoss | None = None  # without a teacher
-    _told: bool = False  # which values an evaluation has
+    _told: bool = False  # whether a log line said which values an evaluation has
     _own_loss: Loss | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -81,7 +81,7 @@ class AccountingTrainer(StepCollatingTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _with_labels(self, batch: Any) -> Any:
-        """The batch with its labels under the name that the loss reads them by."""
+        """Return the batch with its labels under the name that the loss reads them by."""
         name = self.task.label_name
         if not self.task.shifts_labels or name == LABELS or not isinstance(batch, Mapping):
             return batch
@@ -90,22 +90,22 @@ class AccountingTrainer(StepCollatingTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """As in `Trainer`, with the labels under their usual name."""
+        """Do as `Trainer` does, with the labels under their usual name."""
         named = epoch_iterator if self.teacher is None else map(self._with_labels, epoch_iterator)
         return super().get_batch_samples(named, num_batches, device)
 
     def _num_ranks(self) -> int:
-        """Processes with rows of their own, whose gradients are averaged."""
+        """Return how many processes have rows of their own; their gradients are averaged."""
         return self.accelerator.num_processes // self._num_copies
 
     def _num_averaged(self, num_items_in_batch: Tensor | int | None) -> int:
-        """Processes whose gradients will be averaged though the count is of all of them."""
+        """Return how many processes' gradients will be averaged though the count is of all."""
         if num_items_in_batch is None or not self.args.average_tokens_across_devices:
             return 1
         return self._num_ranks()
 
     def _count(self, batches: list[Any], device: torch.device) -> Tensor | None:
-        """What this process's sums over some batches are divided by; None if the Trainer counts."""
+        """Return what this process's sums are divided by; None if the Trainer counts."""
         if self.teacher is not None:
             return self.task.count(batches, device, self._prepare_inputs, self._ask)
         return None if self._model_loss is None else self._model_loss.count(batches, device)
@@ -113,7 +113,7 @@ class AccountingTrainer(StepCollatingTrainer):
     def _get_num_items_in_batch(
         self, batch_samples: list[Any], device: torch.device
     ) -> Tensor | int | None:
-        """As in `Trainer`; of tokens with weights the sum of these, of classifiers their rows."""
+        """Count as `Trainer` does; token weights are summed, and a classifier's rows counted."""
         count = self._count(batch_samples, device)
         if self._evaluation.active and (self.teacher is not None or self._model_loss is not None):
             return None  # a batch of an evaluation has its own
@@ -125,7 +125,7 @@ class AccountingTrainer(StepCollatingTrainer):
         return count / (self._num_copies * self._num_parts)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`; what an attempt has measured that did not end is in no log."""
+        """Do as `Trainer` does, without what an attempt that did not end has measured."""
         self._read_metrics(training=True)
         return super()._inner_training_loop(*args, **kwargs)
 
@@ -136,7 +136,7 @@ class AccountingTrainer(StepCollatingTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The loss; logits and labels only for who computes metrics from them."""
+        """Return the loss; logits and labels only for who computes metrics from them."""
         inputs = inputs if self.teacher is None else self._with_labels(inputs)
         found: tuple[Any, Any, Any]
         with self._evaluation.batch(rows_that_count(self.accelerator, inputs)):
@@ -149,7 +149,7 @@ class AccountingTrainer(StepCollatingTrainer):
             return None if loss is None else self._evaluation.add(loss), logits, labels
 
     def _loss_alone(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
-        """The loss of a batch, without its logits."""
+        """Return the loss of a batch, without its logits."""
         inputs = self._prepare_inputs(inputs)
         self._get_num_items_in_batch([inputs], self.args.device)  # may ask the teacher
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -163,7 +163,7 @@ class AccountingTrainer(StepCollatingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """As in `Trainer`, with the metrics of the scored tokens; the loss is the mean over all."""
+        """Do as `Trainer` does, with metrics of scored tokens; the loss is the mean over all."""
         self._start_evaluation()
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -183,7 +183,7 @@ class AccountingTrainer(StepCollatingTrainer):
         return output
 
     def _scores_data(self) -> bool:
-        """Whether an evaluation scores labels of the data, whose cross-entropy then tells much."""
+        """Return whether an evaluation scores the data's labels, so that their loss tells much."""
         return True
 
     def _start_evaluation(self) -> None:
@@ -199,9 +199,9 @@ class AccountingTrainer(StepCollatingTrainer):
         self._told = True
 
     def _read_metrics(self, training: bool) -> dict[str, float]:
-        """What was measured since the last reading; every process must call it."""
+        """Return what was measured since the last reading; every process must call it."""
         raise NotImplementedError
 
     def _ask(self, inputs: dict[str, Any]) -> Signal:
-        """The teacher's signal of a batch on its device."""
+        """Return the teacher's signal of a batch on its device."""
         raise NotImplementedError

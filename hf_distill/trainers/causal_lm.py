@@ -37,7 +37,7 @@ BEHAVIOUR = "behaviour_log_probs"
 
 
 class CausalLM:
-    """The task of a causal LM, see `tasks.Task`.
+    """Does what a trainer asks of its task for a causal LM, see `tasks.Task`.
 
     Args:
         run: of the trainer.
@@ -84,7 +84,7 @@ class CausalLM:
         return Batch(inputs, student, teacher, num_items, num_averaged)
 
     def was_asked(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether the teacher has seen the batch and its signal waits there."""
+        """Return whether the teacher has seen the batch and its signal waits there."""
         return self.weighing.was_asked(inputs)
 
     def look(self, model: nn.Module, batch: Batch) -> bool:
@@ -102,7 +102,7 @@ class CausalLM:
         return not self.hard_loss.to_probe
 
     def signal(self, batch: Batch, ask: Ask) -> Signal:
-        """What the teacher says, with the weights that depend on it."""
+        """Return what the teacher says, and set the weights that depend on it."""
         if not self.weighing.weighs(batch.inputs):
             return ask()
         weighed, signal = self.weighing.of(batch.inputs, ask)
@@ -110,7 +110,7 @@ class CausalLM:
         return signal
 
     def tokens(self, batch: Batch, training: bool) -> Tokens:
-        """The scored tokens; the anchor is a part of the training loss only.
+        """Return the scored tokens; the anchor is a part of the training loss only.
 
         Raises:
             ValueError: the shape of `behaviour_log_probs` is not the labels'.
@@ -132,7 +132,7 @@ class CausalLM:
         return tokens._replace(anchor=anchor)
 
     def _weights(self, batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[N] float32 weights that make a sum over tokens the mean over an optimizer step.
+        """Return [N] float32 weights that make a sum over tokens the mean over an optimizer step.
 
         Where nothing of a step is scored they are 0, or there are none.
         """
@@ -194,7 +194,7 @@ class CausalLM:
             return self._with_added(terms_of(signal), batch), outputs
 
     def _with_added(self, terms: Terms, batch: Batch) -> Terms:
-        """With what adapters add to the loss of their outputs, once an optimizer step."""
+        """Add what adapters add to the loss of their outputs, once an optimizer step."""
         added = self.student.added
         if added is None or batch.shares is None:
             return terms
@@ -207,7 +207,7 @@ class CausalLM:
         place: Callable[[Any], Any],
         ask: Callable[[Any], Signal],
     ) -> Tensor | None:
-        """The sum of the weights of a step's tokens; None if none of them has weights.
+        """Return the sum of the weights of a step's tokens; None if none of them has weights.
 
         Raises:
             ValueError: there are weights, and a hard loss that cannot read them.
@@ -220,11 +220,11 @@ class CausalLM:
         return token_weights.total_weight(batches, weights).to(device)
 
     def parts(self, batch: Batch, loss: Tensor) -> Sequence[Part]:
-        """The loss of all its tokens together, over the sum of their weights."""
+        """Return the loss of all its tokens together, over the sum of their weights."""
         return [(loss * batch.count, batch.count)]
 
     def named(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """As they are."""
+        """Return the metrics as they are."""
         return dict(metrics)
 
 
@@ -235,7 +235,7 @@ REASONING_SHARE, ENTROPY_FACTOR = "reasoning_share", "entropy_factor"
 
 @dataclass
 class WeighedBatch:
-    """What is known of a micro-batch.
+    """Holds what is known of a micro-batch.
 
     weights: [B, T] float32 aligned with the labels, or None if every token counts as one. logged:
     by name, values of the N scored tokens. signal: the teacher's, or None if it was not asked or
@@ -247,13 +247,13 @@ class WeighedBatch:
     signal: Signal | None = None
 
     def take(self) -> Signal | None:
-        """The signal, which is not kept any longer."""
+        """Return the signal, which is not kept any longer."""
         signal, self.signal = self.signal, None
         return signal
 
 
 class TokenWeighing:
-    """Weights that need nothing but the batch, and those that need the teacher.
+    """Computes weights that need nothing but the batch, and those that need the teacher.
 
     Args:
         weigh: the weights of a batch without the teacher.
@@ -271,7 +271,7 @@ class TokenWeighing:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Under which names means are logged."""
+        """Return the names under which means are logged."""
         reasoning = (REASONING_SHARE,) if self.weigh.reads_rows else ()
         return (*reasoning, ENTROPY_FACTOR) if self.entropy > 0 else reasoning
 
@@ -281,7 +281,7 @@ class TokenWeighing:
         place: Callable[[Any], Any],
         ask: Callable[[Any], Signal],
     ) -> list[Tensor | None]:
-        """The weights of each micro-batch of a step; what was costly to find is kept in it.
+        """Return the weights of a step's micro-batches; what was costly to find is kept in each.
 
         Args:
             batches: of a step. One that is given again, say of completions that are used for
@@ -301,22 +301,22 @@ class TokenWeighing:
         return found
 
     def known(self, batch: Mapping[str, Any]) -> Tensor | None:
-        """The weights that `ahead` has found, or those that need no teacher."""
+        """Return the weights that `ahead` has found, or those that need no teacher."""
         kept = batch.get(KEPT)
         return self.weigh(batch) if kept is None else kept.weights
 
     def weighs(self, batch: Mapping[str, Any]) -> bool:
-        """Whether some of a batch's tokens count more than others."""
+        """Return whether some of a batch's tokens count more than others."""
         return self.weigh.reads_texts or self.entropy > 0 or KEY in batch
 
     @staticmethod
     def was_asked(batch: Mapping[str, Any]) -> bool:
-        """Whether the teacher has seen the batch and its signal waits there."""
+        """Return whether the teacher has seen the batch and its signal waits there."""
         kept = batch.get(KEPT)
         return kept is not None and kept.signal is not None
 
     def of(self, batch: Mapping[str, Any], ask: Ask) -> tuple[WeighedBatch, Signal]:
-        """Of a placed batch; the teacher is asked now if it was not."""
+        """Return what is known of a placed batch; the teacher is asked now if it was not."""
         kept = batch.get(KEPT)
         signal = None if kept is None else kept.take()
         if signal is None:

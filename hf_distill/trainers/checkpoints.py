@@ -32,7 +32,7 @@ def remove_mark(folder: str) -> None:
 
 
 def find_flaw(folder: str) -> str | None:
-    """Why a checkpoint is not whole, or None."""
+    """Return why a checkpoint is not whole, or None."""
     path = os.path.join(folder, TRAINER_STATE_NAME)
     if not os.path.isfile(path):
         return f"it has no {TRAINER_STATE_NAME}, which is written last"
@@ -45,7 +45,7 @@ def find_flaw(folder: str) -> str | None:
 
 
 def last_whole_checkpoint(output_dir: str) -> str | None:
-    """The folder of the last whole checkpoint; later ones that are not are logged.
+    """Return the folder of the last whole checkpoint, and log later ones that are not.
 
     Returns:
         None if there is no checkpoint at all.
@@ -88,7 +88,7 @@ def assert_whole_checkpoint(folder: str) -> None:
 
 
 def find_absence(folder: str) -> str | None:
-    """Why a path is no checkpoint at all, not even one that is not whole, or None."""
+    """Return why a path is no checkpoint at all, not even one that is not whole, or None."""
     if not os.path.isdir(folder):
         return "there is no such folder"
     names = os.listdir(folder)
@@ -102,7 +102,7 @@ def find_absence(folder: str) -> str | None:
 
 
 class ResumableTrainer(Trainer):
-    """A `Trainer` whose checkpoints are whole or passed over, with files of a subclass in them."""
+    """Keeps files of a subclass in its checkpoints, and passes over those that are not whole."""
 
     def train(
         self,
@@ -110,7 +110,7 @@ class ResumableTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
-        """As in `Trainer`; checkpoints that were not written to the end are passed over.
+        """Do as `Trainer` does, but pass over checkpoints that were not written to the end.
 
         Raises:
             ValueError: the checkpoint that is named, or every one there is, is such a one.
@@ -181,7 +181,7 @@ def add_to_optimizer(
 
 
 class StatefulTrainer(ResumableTrainer):
-    """A `Trainer` with a teacher, projections of hidden states and the t of TAID, or without."""
+    """Keeps a teacher, projections of hidden states and the t of TAID, where there are any."""
 
     teacher: Teacher | None = None
     _layers: HiddenAlignment | None = None
@@ -192,16 +192,16 @@ class StatefulTrainer(ResumableTrainer):
         super().__init__(*args, **kwargs)
 
     def _attach_layers(self) -> None:
-        """Projections of hidden layers are a part of the model from now on."""
+        """Make projections of hidden layers a part of the model from now on."""
         if self._layers is not None:
             self._attached.enter_context(self._layers.attached())
 
     def _detach_layers(self) -> None:
-        """The model is as it was before `_attach_layers`."""
+        """Make the model what it was before `_attach_layers`."""
         self._attached.close()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As in `Trainer`; projections of hidden layers are in an optimizer of the user's too.
+        """Do as `Trainer` does; a user's optimizer gets the projections of hidden layers too.
 
         Raises:
             ValueError: they cannot be put into it, because its scheduler is the user's as well.
@@ -225,7 +225,7 @@ class StatefulTrainer(ResumableTrainer):
             super()._load_best_model()
 
     def _parts(self) -> list[HiddenAlignment | TaidCallback]:
-        """What has a file of its own in a checkpoint."""
+        """Return what has a file of its own in a checkpoint."""
         return [part for part in (self._layers, self._taid) if part is not None]
 
     def _save_extra(self, folder: str) -> None:

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def own_loss(loss: Loss | LossFunction, args: DistillConfig) -> Loss:
-    """The user's loss as a trainer keeps it: a copy, with the share of the config at each step.
+    """Return the user's loss as a trainer keeps it: a copy, whose share follows the config.
 
     Raises:
         TypeError: see `losses.as_loss`.
@@ -49,7 +49,7 @@ def own_loss(loss: Loss | LossFunction, args: DistillConfig) -> Loss:
 
 
 def losses_of_run(args: DistillConfig, own: Loss | None) -> Sequence[Loss]:
-    """The losses at the ends of all schedules and between them, see `Run`."""
+    """Return the losses at the ends of all schedules and between them, see `Run`."""
     if own is None:
         return tuple(args.losses())
     ends = config_schedules.bounds(args, "alpha")
@@ -74,7 +74,7 @@ def check_setup(run: Run) -> None:
 
 
 def check_hints(collator: HintCollator | None, teacher: Teacher) -> None:
-    """A teacher that is the student teaches by hints alone: its rows must have some.
+    """Require hints where the teacher is the student itself, which teaches by hints alone.
 
     Args:
         collator: the trainer's own, or None if another makes the rows.
@@ -102,7 +102,7 @@ def _check_temperature(run: Run, teacher: Teacher) -> None:
 
 
 def _check_dense(run: Run, teacher: Teacher) -> None:
-    """The teacher must say what the loss reads."""
+    """Check that the teacher says what the loss reads."""
     if teacher.dense:
         return
     for loss in run.losses:
@@ -122,7 +122,7 @@ def _named(run: Run, loss: Loss) -> str:
 
 
 def check_anchor(anchor_weight: float, own_hard_loss: bool) -> None:
-    """Anchor rows are learnt by cross-entropy, which must be the run's hard loss.
+    """Check that anchor rows, learnt by cross-entropy, meet no other hard loss.
 
     Raises:
         ValueError: there is an anchor and another hard loss.
@@ -135,7 +135,7 @@ def check_anchor(anchor_weight: float, own_hard_loss: bool) -> None:
 
 
 def check_unweighted(weights: Sequence[Tensor | None]) -> None:
-    """Batches must have no weights of tokens, because the hard loss could not read them.
+    """Check that batches have no weights of tokens, which the hard loss could not read.
 
     Raises:
         ValueError: one has.
@@ -148,7 +148,7 @@ def check_unweighted(weights: Sequence[Tensor | None]) -> None:
 
 
 def hidden_states_refusal(run: Run, own_hard_loss: bool) -> str | None:
-    """Why a run must read logits and not hidden states, or None."""
+    """Return why a run must read logits and not hidden states, or None."""
     if run.is_classifier:
         return "a classifier has few logits"
     if run.sharded:
@@ -161,7 +161,7 @@ def hidden_states_refusal(run: Run, own_hard_loss: bool) -> str | None:
 
 
 def _check_whole_rows(run: Run) -> None:
-    """Weights that depend on a whole row need it on each process."""
+    """Check that each process has whole rows, if weights depend on a whole row."""
     config = cast(TokenWeightsConfig, run.args.token_weights)
     whole = config.entropy > 0 or config.around_reasoning() is not None
     if whole and run.num_parts > 1:
@@ -214,14 +214,14 @@ READERS = {"ema_decay": "ema", "lora_scale": "lora_scale"}  # of SelfTeacherConf
 
 
 def _changed(settings: Any) -> set[str]:
-    """The fields that differ from their defaults."""
+    """Return the names of the fields that differ from their defaults."""
     plain = type(settings)()
     names = (x.name for x in dataclasses.fields(settings))
     return {name for name in names if getattr(settings, name) != getattr(plain, name)}
 
 
 def unused_opsd_settings(args: OPSDConfig, has_environment: bool, own_teacher: bool) -> list[str]:
-    """What differs from its default and is not read, each with the setting that would read it.
+    """Return what is changed and not read, each with the setting that would read it.
 
     Args:
         args: of the run.
@@ -261,7 +261,7 @@ LOSS_SETTINGS = attrgetter("alpha", *OF_BUILT_IN)
 
 
 def unused_settings(args: DistillConfig, own_loss: bool = False) -> list[str]:
-    """As `unused_opsd_settings`, of settings that both trainers have.
+    """Return what `unused_opsd_settings` would, of settings that both trainers have.
 
     Args:
         args: of the run.

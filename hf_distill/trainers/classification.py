@@ -31,7 +31,7 @@ LABEL_KEYS = ("labels", "label", "label_ids")  # of collators; not the model's i
 
 
 class Counts(NamedTuple):
-    """What the sums over an optimizer step are divided by: its labelled rows, and all its rows."""
+    """Holds what sums over an optimizer step are divided by: labelled rows, and all rows."""
 
     labelled: Tensor | int
     rows: Tensor | int
@@ -39,7 +39,7 @@ class Counts(NamedTuple):
 
 @dataclasses.dataclass(kw_only=True)
 class RowBatch(Batch):
-    """A classifier's batch.
+    """Holds a classifier's batch.
 
     targets: [B] int64, or -100. labelled: how many there are. counts: of the step. hard: set by
     `Classification.run`, the hard part of the loss before its share.
@@ -65,7 +65,7 @@ def make_classification(
     hard_loss: HardLoss,
     present_loss: Callable[[], Loss],
 ) -> "Classification":
-    """The task of a trainer whose student is a sequence classifier.
+    """Make the task of a trainer whose student is a sequence classifier.
 
     Args:
         run: of the trainer.
@@ -101,13 +101,13 @@ def check_classifier(run: Run) -> None:
 
 
 def _problem(config: Any) -> str | None:
-    """What kind of labels a model's rows have, None if their dtype decides."""
+    """Return what kind of labels a model's rows have, None if their dtype decides."""
     one = config.problem_type is None and config.num_labels == 1
     return "regression" if one else config.problem_type
 
 
 def compares_classes(config: Any) -> bool:
-    """Whether a row of a model has one class, as far as its config says."""
+    """Return whether a row of a model has one class, as far as its config says."""
     return _problem(config) in (None, SINGLE_LABEL)
 
 
@@ -148,7 +148,7 @@ def _check_settings(run: Run) -> None:
 
 
 class Classification:
-    """The task of a sequence classifier, see `tasks.Task`.
+    """Does what a trainer asks of its task for a sequence classifier, see `tasks.Task`.
 
     The loss of an optimizer step is alpha * soft + (1 - alpha) * hard: soft is the mean divergence
     of all its rows, hard the student's own loss, a mean over its labelled rows (of label smoothing
@@ -184,7 +184,7 @@ class Classification:
         place: Callable[[Any], Any],
         ask: Callable[[Any], Signal],
     ) -> Tensor | None:
-        """[2] the labelled rows and all rows of a step; None if there is no batch."""
+        """Return [2]: the labelled rows and all rows of a step; None if there is no batch."""
         if not batches:
             return None
         counts = torch.zeros(2, dtype=torch.long, device=device)
@@ -196,11 +196,11 @@ class Classification:
         return counts
 
     def was_asked(self, inputs: Mapping[str, Any]) -> bool:
-        """Never: rows have no weights that depend on the teacher."""
+        """Return False: rows have no weights that depend on the teacher."""
         return False
 
     def look(self, model: nn.Module, batch: Batch) -> bool:
-        """The loss of a classifier is known from its config."""
+        """Return True: the loss of a classifier is known from its config."""
         return True
 
     def read(
@@ -244,18 +244,18 @@ class Classification:
         )
 
     def signal(self, batch: Batch, ask: Ask) -> Signal:
-        """What the teacher says."""
+        """Return what the teacher says."""
         return ask()
 
     def _targets(self, labels: Tensor | None, predicts: Tensor) -> Tensor:
-        """[B] int64 the classes of the rows, or -100."""
+        """Return [B] int64: the classes of the rows, or -100."""
         if labels is None:
             return torch.full((len(predicts),), IGNORE_INDEX, device=predicts.device)
         self._check_shape(labels, len(predicts))
         return labels.reshape(-1).long()
 
     def tokens(self, batch: Batch, training: bool) -> Tokens:
-        """The rows, each of which counts as one."""
+        """Return the rows, each of which counts as one."""
         rows = cast(RowBatch, batch)
         counted = rows.counted_tokens
         if counted is not None and rows.num_rows is not None:
@@ -301,7 +301,7 @@ class Classification:
         return terms._replace(metrics={**terms.metrics, "hard": per_row}), outputs
 
     def parts(self, batch: Batch, loss: Tensor) -> Sequence[Part]:
-        """The soft part over the rows, the hard part over the labelled ones."""
+        """Return the soft part over the rows, the hard part over the labelled ones."""
         rows = cast(RowBatch, batch)
         assert rows.hard is not None
         hard = (1 - self.present_loss().alpha) * rows.hard
@@ -309,7 +309,7 @@ class Classification:
         return [(soft * counts.rows, counts.rows), (hard * counts.labelled, counts.labelled)]
 
     def named(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """The metrics with `rows`; `hard` is the mean of the labelled rows."""
+        """Return the metrics with `rows`; `hard` is the mean of the labelled rows."""
         return {("rows" if name == "tokens" else name): x for name, x in metrics.items()}
 
     def _check_shape(self, labels: Tensor, num_rows: int) -> None:

@@ -9,7 +9,7 @@ Group = TypeVar("Group")
 
 
 def as_group(name: str, kind: type[Group], value: Any) -> Group:
-    """The group from what a script, a YAML file or a command line gives.
+    """Make the group from what a script, a YAML file or a command line gives.
 
     Args:
         name: of the config's field, for errors.
@@ -39,7 +39,7 @@ def as_group(name: str, kind: type[Group], value: Any) -> Group:
 
 
 def as_optional_group(name: str, kind: type[Group], value: Any) -> Group | None:
-    """As `as_group`, for a group that is off if it is None (or "null"), and on if it is {}."""
+    """Do as `as_group`, for a group that is off if it is None (or "null"), on if it is {}."""
     if value is None or (isinstance(value, str) and value.strip() == "null"):
         return None
     return as_group(name, kind, value)

@@ -13,7 +13,7 @@ WITH_BETA = frozenset(kind for kind, _ in ENDS)
 
 
 class Range(NamedTuple):
-    """What every value of a setting must be: a test, and its words."""
+    """Says what every value of a setting must be: a test, and its words."""
 
     holds: Callable[[float], bool]
     words: str
@@ -33,7 +33,7 @@ LAST_STEP = sys.maxsize  # where every schedule has reached its last value
 
 
 def checked_value(name: str, value: Value) -> Value:
-    """The value as a config keeps it: as given, but the text of a number as the number.
+    """Return the value as a config keeps it: as given, but a number's text as the number.
 
     Args:
         name: of a field in `RANGES`.
@@ -55,7 +55,7 @@ def checked_value(name: str, value: Value) -> Value:
 
 
 def check_schedules_are_read(args: Any) -> None:
-    """What moves must be read.
+    """Check that what moves is read.
 
     Raises:
         ValueError: beta moves and the divergence has none, or hidden_weight without layers.
@@ -74,7 +74,7 @@ def check_schedules_are_read(args: Any) -> None:
 
 
 def check_teacher_is_given(args: Any, has_teacher: bool) -> None:
-    """Without a teacher there is no soft loss, at no step.
+    """Check that a run without a teacher asks for no soft loss at any step.
 
     Raises:
         ValueError: there is no teacher, and alpha is somewhere above 0 or a setting moves.
@@ -90,7 +90,7 @@ def check_teacher_is_given(args: Any, has_teacher: bool) -> None:
 
 
 def schedules(args: Any) -> dict[str, Schedule]:
-    """The schedule of every field in `RANGES`, numbers included."""
+    """Return the schedule of every field in `RANGES`, numbers included."""
     return {name: Schedule.parse(getattr(args, name)) for name in RANGES}
 
 
@@ -98,7 +98,7 @@ OF_BUILT_IN = ("temperature", "beta")  # what a loss of the user's own does not 
 
 
 def moving_schedules(args: Any, own_loss: bool = False) -> dict[str, Schedule]:
-    """The schedules of more than one value, of those that are read.
+    """Return the schedules of more than one value, of those that are read.
 
     Args:
         args: a `DistillConfig`.
@@ -109,22 +109,22 @@ def moving_schedules(args: Any, own_loss: bool = False) -> dict[str, Schedule]:
 
 
 def bounds(args: Any, name: str) -> tuple[float, float]:
-    """The least and the largest value that a field takes."""
+    """Return the least and the largest value that a field takes."""
     return Schedule.parse(getattr(args, name)).bounds
 
 
 def value_at(args: Any, name: str, step: int) -> float:
-    """A field's value after so many optimizer steps."""
+    """Return a field's value after so many optimizer steps."""
     return Schedule.parse(getattr(args, name)).at(step)
 
 
 def values_at(args: Any, step: int) -> dict[str, float]:
-    """The value of every field in `RANGES` after so many optimizer steps."""
+    """Return the value of every field in `RANGES` after so many optimizer steps."""
     return {name: schedule.at(step) for name, schedule in schedules(args).items()}
 
 
 def extreme_values(args: Any) -> Iterator[dict[str, float]]:
-    """Values that stand for all that the fields in `RANGES` take: their ends, and between."""
+    """Yield values that stand for all that fields in `RANGES` take: their ends, and between."""
     ends = (
         (low, (low + high) / 2, high) if low < high else (low,)
         for low, high in (schedule.bounds for schedule in schedules(args).values())
@@ -133,6 +133,6 @@ def extreme_values(args: Any) -> Iterator[dict[str, float]]:
 
 
 def logged_values(args: Any, step: int, own_loss: bool = False) -> dict[str, float]:
-    """What is logged after `step` optimizer steps: what the last of them used, where it moves."""
+    """Return what is logged after `step` optimizer steps: what moves, as the last step used it."""
     moving = moving_schedules(args, own_loss)
     return {name: schedule.at(max(0, step - 1)) for name, schedule in moving.items()}

@@ -35,7 +35,7 @@ DIVERGENCES = (*KINDS, *SAMPLED_KINDS, UNIVERSAL)
 
 
 def check_divergence(name: str) -> None:
-    """A divergence must be one that there is.
+    """Check that a divergence is one that there is.
 
     Raises:
         ValueError: it is another; naming all, and those that it may mean.
@@ -50,7 +50,7 @@ def check_divergence(name: str) -> None:
 
 @dataclass
 class DistillConfig(TrainingArguments):
-    """TrainingArguments and what defines the loss, alpha * soft + (1 - alpha) * hard.
+    """Adds to TrainingArguments what defines the loss, alpha * soft + (1 - alpha) * hard.
 
     temperature, alpha, beta and hidden_weight are numbers or follow the optimizer steps, as a
     `Schedule` or its text ("linear:4.0->1.0@1000"). A group (`clip`) is its dataclass, a mapping
@@ -189,7 +189,7 @@ class DistillConfig(TrainingArguments):
         list(self.losses())
 
     def loss_at(self, step: int = 0) -> Loss:
-        """The loss in the optimizer step that follows `step` of them.
+        """Return the loss in the optimizer step that follows `step` of them.
 
         Raises:
             ValueError: a value is out of range, the clip, support or taid is not one of this
@@ -198,7 +198,7 @@ class DistillConfig(TrainingArguments):
         return self._loss(config_schedules.values_at(self, step))
 
     def losses(self) -> Iterator[Loss]:
-        """Those of the ends of all schedules, and between them: what holds for these always holds.
+        """Yield losses at the ends of all schedules, and between: what holds for them always holds.
 
         Raises:
             ValueError: as `loss_at`.
@@ -207,7 +207,7 @@ class DistillConfig(TrainingArguments):
 
     @property
     def measures_hard(self) -> bool:
-        """Whether some step has a share of the cross-entropy, so that all measure it."""
+        """Return whether some step has a share of the cross-entropy, so that all measure it."""
         return config_schedules.bounds(self, "alpha")[0] < 1.0
 
     def _loss(self, values: Mapping[str, float]) -> Loss:
@@ -231,7 +231,7 @@ class DistillConfig(TrainingArguments):
         return kind(spec, alpha, factor=factor, measures_hard=hard)
 
     def _token_bound(self) -> float | None:
-        """The clip's bound, for a loss of single tokens."""
+        """Return the clip's bound, for a loss of single tokens."""
         clip = cast(ClipConfig, self.clip)
         if clip.bound is not None and clip.level != "token":
             raise ValueError(
@@ -241,7 +241,7 @@ class DistillConfig(TrainingArguments):
         return clip.bound
 
     def _check_unread(self, *names: str) -> None:
-        """Settings that the divergence does not read must be as they are."""
+        """Check that settings that the divergence does not read are at their defaults."""
         plain = {x.name: x.default for x in fields(self)}
         for name in names:
             value, default = getattr(self, name), plain[name]
@@ -254,11 +254,11 @@ class DistillConfig(TrainingArguments):
                 )
 
     def loss_settings(self) -> LossSettings:
-        """What the loss knows of rollouts: here nothing."""
+        """Return what the loss knows of rollouts: here nothing."""
         return LossSettings()
 
     def divergence_spec(self, step: int = 0) -> DivergenceSpec:
-        """The divergence of the soft loss after so many steps, unless it is of sampled tokens."""
+        """Return the soft loss's divergence after so many steps, unless it is of sampled tokens."""
         return self._divergence_spec(config_schedules.values_at(self, step))
 
     def _divergence_spec(self, values: Mapping[str, float]) -> DivergenceSpec:
@@ -276,7 +276,7 @@ class DistillConfig(TrainingArguments):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As in `TrainingArguments`; groups are dicts, schedules their texts."""
+        """Do as `TrainingArguments` does; groups become dicts, schedules their texts."""
         result = super().to_dict()
         for name in (x.name for x in fields(self) if x.name in result):
             value = result[name]

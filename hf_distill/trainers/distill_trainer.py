@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 
 class DistillTrainer(AccountingTrainer):
-    """A `Trainer` for causal LMs and classifiers: loss = alpha * soft + (1 - alpha) * hard.
+    """Trains causal LMs and classifiers: loss = alpha * soft + (1 - alpha) * hard.
 
     soft is the divergence of the args between teacher and student at every labelled token, hard the
     cross-entropy of the labels (with `label_smoothing_factor` or `compute_loss_func`, that one; of
@@ -100,7 +100,7 @@ class DistillTrainer(AccountingTrainer):
             raise TypeError(f"args must be a DistillConfig, got {type(args).__name__}")
         config_schedules.check_teacher_is_given(args, teacher is not None)
         self._own_loss = None if loss is None else own_loss(loss, args)
-        self._present: tuple[Any, Loss] | None = None  # and what it is made of
+        self._present: tuple[Any, Loss] | None = None  # what it is made of, and the loss
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
         )
@@ -113,7 +113,7 @@ class DistillTrainer(AccountingTrainer):
             self._set_up(self._make_run(self.teacher))
 
     def _make_run(self, teacher: Teacher) -> Run:
-        """What helpers are told of this trainer."""
+        """Return what helpers are told of this trainer."""
         return Run(
             self.args,
             cast(nn.Module, self.model),
@@ -173,7 +173,7 @@ class DistillTrainer(AccountingTrainer):
         return teacher.collator  # wraps the run's data collator in what the teacher needs
 
     def _make_layers(self, run: Run) -> HiddenAlignment | None:
-        """What compares hidden layers, or None."""
+        """Make what compares hidden layers, or return None."""
         args, settings = self.args, cast(HiddenConfig, self.args.hidden)
         weighs = config_schedules.bounds(args, "hidden_weight")[1] > 0
         if args.hidden_layers is None or not (weighs or settings.attention_weight):
@@ -185,7 +185,7 @@ class DistillTrainer(AccountingTrainer):
         return continued(made, self._layers)
 
     def _make_monitors(self, run: Run) -> None:
-        """Meters, and callbacks that follow the training."""
+        """Make meters, and callbacks that follow the training."""
         size = vocab_size(run.language_model)
         classes = None
         if run.tokenizer is not None and size is not None and not run.is_classifier:
@@ -202,7 +202,7 @@ class DistillTrainer(AccountingTrainer):
 
     @property
     def loss(self) -> Loss:
-        """The loss of a token now: of every micro-batch of the next optimizer step.
+        """Return the loss of a token now: of every micro-batch of the next optimizer step.
 
         In an evaluation it is that of the schedules' last values, the same whenever it is asked.
         """
@@ -215,7 +215,7 @@ class DistillTrainer(AccountingTrainer):
         return self._present[1]
 
     def _step(self) -> int:
-        """The optimizer step whose values schedules have now."""
+        """Return the optimizer step whose values schedules have now."""
         return config_schedules.LAST_STEP if self._evaluation.active else self.state.global_step
 
     def _loss_at(self, step: int) -> Loss:
@@ -236,7 +236,7 @@ class DistillTrainer(AccountingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Teacher's signal, student's terms, normalised over the whole optimizer step."""
+        """Return the loss of student against teacher, normalised over the whole optimizer step."""
         if self.teacher is None:
             return self._without_teacher(model, inputs, return_outputs, num_items_in_batch)
         batch = self._read(model, inputs, num_items_in_batch)
@@ -252,7 +252,7 @@ class DistillTrainer(AccountingTrainer):
         return (terms.loss, outputs) if return_outputs else terms.loss
 
     def token_loss(self, student: Signal, teacher: Signal, tokens: Tokens) -> Terms:
-        """The loss of the scored tokens of a micro-batch. Override it for a loss of your own.
+        """Compute the loss of a micro-batch's scored tokens. Override it for a loss of your own.
 
         Args:
             student: what the student says of the N tokens, with a gradient: hidden states [N, H]
@@ -269,7 +269,7 @@ class DistillTrainer(AccountingTrainer):
         return self._taid.present(self.loss)(student, teacher, tokens)
 
     def _terms(self, student: Signal, teacher: Signal, tokens: Tokens) -> Terms:
-        """The loss of the tokens and what surrounds it."""
+        """Compute the loss of the tokens and what surrounds it."""
         terms = losses.step_terms(self.token_loss, student, teacher, tokens)
         if self._layers is None:
             return terms
@@ -289,7 +289,7 @@ class DistillTrainer(AccountingTrainer):
     def _read(
         self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None
     ) -> Batch:
-        """The batch, checked; the first ones are looked at closely."""
+        """Return the batch, checked; the first ones are looked at closely."""
         if self.task.label_name != LABELS:
             inputs = self._with_labels(inputs)
         if not self.task.was_asked(inputs):
@@ -307,7 +307,7 @@ class DistillTrainer(AccountingTrainer):
         return batch
 
     def _check_batch(self, inputs: dict[str, Any]) -> None:
-        """Called with every batch before it is used."""
+        """Check a batch; it is called with every batch before it is used."""
         if not self.task.shifts_labels:
             return
         if not self._has_plain_vocabulary(inputs):
@@ -318,7 +318,7 @@ class DistillTrainer(AccountingTrainer):
             self._layers.check(inputs)
 
     def _signal(self, model: nn.Module, batch: Batch) -> Signal:
-        """The teacher's, about the entries of the vocabulary that are used."""
+        """Return the teacher's signal, about the entries of the vocabulary that are used."""
         with self.accelerator.autocast():  # the student's forward has its own
             signal = cast(Teacher, self.teacher).signal(model, batch.teacher)
         if not isinstance(signal, Signal):
@@ -332,7 +332,7 @@ class DistillTrainer(AccountingTrainer):
         return self._vocabulary.is_plain and TEACHER_OWN_TOKENS not in inputs
 
     def _ask(self, inputs: dict[str, Any]) -> Signal:
-        """The teacher's signal of a batch on its device, before the step's first loss."""
+        """Return the teacher's signal of a batch on its device, before the step's first loss."""
         self._check_batch(inputs)
         batch = self.task.read(inputs, None, 1)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -354,7 +354,7 @@ class DistillTrainer(AccountingTrainer):
             meter.add(others)
 
     def _set_signature_columns_if_needed(self) -> None:
-        """As in `Trainer`, with the columns that this class and its collators read."""
+        """Do as `Trainer` does; add the columns that this class and its collators read."""
         super()._set_signature_columns_if_needed()
         columns = cast("list[str]", self._signature_columns)
         read = []
@@ -373,7 +373,7 @@ class DistillTrainer(AccountingTrainer):
         return self.task.named(metrics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in `Trainer`; training logs also hold the metrics of the scored tokens."""
+        """Do as `Trainer` does; training logs also hold the metrics of the scored tokens."""
         if "loss" in logs:
             logs.update(self._read_metrics(training=True))
             step, own_loss = self.state.global_step, self._own_loss is not None

@@ -24,7 +24,7 @@ NUM_PARTS = 2  # a classifier's loss is a mean over rows and one over labelled r
 
 
 class Evaluation:
-    """What an evaluation sums, and the batch that it is at.
+    """Holds what an evaluation sums, and the batch that it is at.
 
     Attributes:
         active: whether a batch of an evaluation is being computed.
@@ -74,7 +74,7 @@ class Evaluation:
         self._sums = None
 
     def read(self, accelerator: Accelerator) -> float | None:
-        """The loss; starts anew. Every process must call it.
+        """Return the loss, and start anew. Every process must call it.
 
         Returns:
             NaN where nothing was scored, None where no batch has a loss.
@@ -93,7 +93,7 @@ class Evaluation:
 
 
 def rows_that_count(accelerator: Accelerator, inputs: Mapping[str, Any]) -> int | None:
-    """How many of a batch's first rows are not there to fill it, or None for all.
+    """Return how many of a batch's first rows are not there to fill it, or None for all.
 
     Processes get as many batches, of as many rows: the last ones are filled with rows that were
     evaluated before. `Accelerator.gather_for_metrics` drops these again.
@@ -112,7 +112,7 @@ def rows_that_count(accelerator: Accelerator, inputs: Mapping[str, Any]) -> int 
 
 
 def perplexity(cross_entropy: float) -> float:
-    """The exponential of nats per token, infinite where that overflows."""
+    """Return the exponential of nats per token, infinite where that overflows."""
     try:
         return math.exp(cross_entropy)
     except OverflowError:

@@ -15,7 +15,7 @@ from hf_distill.trainers.distill_config import DistillConfig
 
 @dataclass
 class OPSDConfig(DistillConfig):
-    """DistillConfig with the defaults of on-policy self-distillation, and its own settings."""
+    """Gives DistillConfig the defaults of on-policy self-distillation, and settings of its own."""
 
     temperature: Value = field(
         default=1.0,
@@ -99,7 +99,7 @@ class OPSDConfig(DistillConfig):
     )
 
     def check_values(self) -> None:
-        """As in `DistillConfig`."""
+        """Check the values as `DistillConfig` does, and those of this class."""
         super().check_values()
         self.self_teacher = as_group("self_teacher", SelfTeacherConfig, self.self_teacher)
         self.rollout = as_group("rollout", RolloutConfig, self.rollout)
@@ -123,11 +123,11 @@ class OPSDConfig(DistillConfig):
             )
 
     def loss_settings(self) -> LossSettings:
-        """What the loss knows of rollouts."""
+        """Return what the loss knows of rollouts."""
         rollout = cast(RolloutConfig, self.rollout)
         return LossSettings(rollout.importance_clip, self.anchor_weight)
 
     def make_teacher(self) -> SelfTeacher:
-        """The teacher that `teacher` names."""
+        """Make the teacher that `teacher` names."""
         follow = cast(SelfTeacherConfig, self.self_teacher)
         return SelfTeacher(self.teacher, follow.ema_decay, follow.lora_scale)

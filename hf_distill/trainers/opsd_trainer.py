@@ -35,7 +35,7 @@ NUM_CHECKED = 4  # rows of the check before training
 
 
 class OPSDTrainer(DistillTrainer):
-    """On-policy self-distillation: student = the model on the prompt, teacher = it with a hint.
+    """Trains by on-policy self-distillation: student = model on the prompt, teacher = it hinted.
 
     Completions are sampled from the student once per optimizer step (or per `steps_per_rollout`
     steps), or taken from the data (`on_policy=False`); both sides score the same tokens.
@@ -166,14 +166,14 @@ class OPSDTrainer(DistillTrainer):
         return Rollouts(self.args, collator, environment, engine, self.accelerator, route, table)
 
     def _engine(self) -> Engine:
-        """The engine; vLLM's is made once, as it has a model of its own on the devices."""
+        """Return the engine; vLLM's is made once, as it has a model of its own on the devices."""
         config = cast(RolloutConfig, self.args.rollout)
         if self.rollouts is not None and config.engine == "vllm":
             return self.rollouts.engine
         return make_engine(self._run, self.hint_collator, self.environment)
 
     def _before_training(self) -> None:
-        """A run that is not resumed first checks a self-teacher without hints, see `preflight`."""
+        """Check a self-teacher without hints, see `preflight`, unless the run is resumed."""
         if not self._is_resumed:
             self._check_empty_hint()
 
@@ -215,7 +215,7 @@ class OPSDTrainer(DistillTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """The micro-batches of an optimizer step, with completions, and their number of tokens."""
+        """Return an optimizer step's micro-batches, with completions, and their token count."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.rollouts is not None and batches:
             step = self.state.global_step
@@ -244,7 +244,7 @@ class OPSDTrainer(DistillTrainer):
         return window
 
     def behaviour_log_probs(self, batch: dict[str, Tensor]) -> Tensor:
-        """[B, T] log-probabilities of a batch's scored tokens under the student as it is now.
+        """Return [B, T] log-probabilities of the scored tokens under the student as it is now.
 
         See `losses.behaviour_log_probs`; the batch must be on the student's device.
         """
@@ -262,7 +262,7 @@ class OPSDTrainer(DistillTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """As in `DistillTrainer`, with completions sampled from the student if on-policy."""
+        """Do as `DistillTrainer` does, on completions sampled from the student if on-policy."""
         if self.rollouts is not None:
             step = EVAL_STEP + self._eval_batches
             (episodes,) = self.rollouts.play(model, [inputs], step, training=False)
@@ -281,7 +281,7 @@ class OPSDTrainer(DistillTrainer):
         return self.rollouts is None  # else what the student has sampled
 
     def get_train_dataloader(self) -> DataLoader:
-        """As in `Trainer`; rows are repeated if the rollout asks for it."""
+        """Do as `Trainer` does; rows are repeated if the rollout asks for it."""
         strategy = self.args.train_sampling_strategy
         repeatable = has_length(self.train_dataset) and strategy in ("random", "sequential")
         if self._repeats() and not repeatable:
@@ -293,7 +293,7 @@ class OPSDTrainer(DistillTrainer):
         return super().get_train_dataloader()
 
     def _repeats(self) -> str:
-        """Which setting repeats rows, or nothing."""
+        """Return which setting repeats rows, as text; it is empty if none does."""
         config = cast(RolloutConfig, self.args.rollout)
         for name in ("steps_per_rollout", "num_completions"):
             if self.args.on_policy and getattr(config, name) > 1:
@@ -349,7 +349,7 @@ class OPSDTrainer(DistillTrainer):
                 self._resumed = json.load(file)
 
     def _inside_a_rollout(self) -> bool:
-        """Whether the next step is not the first on its completions."""
+        """Return whether the next step is not the first on its completions."""
         return self.rollouts is not None and not self.rollouts.is_first_step(self.state.global_step)
 
     def _rollout_path(self, folder: str) -> str:

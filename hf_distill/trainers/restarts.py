@@ -27,7 +27,7 @@ Callback = TypeVar("Callback", bound=TrainerCallback)
 
 
 def continued(layers: HiddenAlignment, before: HiddenAlignment | None) -> HiddenAlignment:
-    """Layers whose projections are those of the training before, if the student is the same."""
+    """Return layers with the projections of the training before, if the student is the same."""
     if before is None or before.student is not layers.student:
         return layers
     old, new = (
@@ -39,7 +39,7 @@ def continued(layers: HiddenAlignment, before: HiddenAlignment | None) -> Hidden
 
 
 class RestartingTrainer(StatefulTrainer):
-    """A `Trainer` that sets itself up again for a training if the last set-up is not for it."""
+    """Sets itself up again for a training if the last set-up is not for it."""
 
     _run: Run
     _start_check: SelfTeacherCheck
@@ -54,7 +54,7 @@ class RestartingTrainer(StatefulTrainer):
         self._set_up(self._make_run(cast(Teacher, self.teacher)), keeps_teacher)
 
     def _make_run(self, teacher: Teacher) -> Run:
-        """What helpers are told of this trainer."""
+        """Return what helpers are told of this trainer."""
         raise NotImplementedError
 
     def _set_up(self, run: Run, keeps_teacher: bool = False) -> None:
@@ -62,10 +62,10 @@ class RestartingTrainer(StatefulTrainer):
         raise NotImplementedError
 
     def _before_training(self) -> None:
-        """Called when all is set up; the student has its first weights, also in a resumed run."""
+        """Let a subclass act on the set-up; the student has its first weights, resumed or not."""
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`; a training that is not the first begins as that of a new trainer."""
+        """Do as `Trainer` does; a training that is not the first begins as a new trainer's does."""
         self._is_resumed, self._loops = bool(resume_from_checkpoint), 0
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -97,7 +97,7 @@ class RestartingTrainer(StatefulTrainer):
         self._attach_layers()
 
     def _is_ready(self) -> bool:
-        """Whether the last set-up is for the training that begins."""
+        """Return whether the last set-up is for the training that begins."""
         run, model = self._run, cast(Any, self.model)
         same = unwrap(model) is unwrap(run.student)
         if same and run.sharded and not self._is_new:
@@ -111,11 +111,11 @@ class RestartingTrainer(StatefulTrainer):
 
     @property
     def _moved(self) -> bool:
-        """Whether the student lies elsewhere than at the set-up."""
+        """Return whether the student lies elsewhere than at the set-up."""
         return self._device != next(cast(Any, self.model).parameters()).device
 
     def _note_set_up(self, run: Run) -> None:
-        """Called behind each set-up."""
+        """Note a set-up that was just made."""
         self._put_callback(UpdateTeacher(run.teacher))
         self._is_new = True
         self._device = next(run.student.parameters()).device
@@ -177,7 +177,7 @@ class RestartingTrainer(StatefulTrainer):
     def hyperparameter_search(
         self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As in `Trainer`.
+        """Search as `Trainer` does.
 
         The default objective is that of `Trainer`: the sum of what `compute_metrics` gives, else
         the loss. What this class adds to an evaluation's metrics is not a part of it.
@@ -190,7 +190,7 @@ class RestartingTrainer(StatefulTrainer):
         return default_compute_objective(known)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`."""
+        """Do as `Trainer` does, and note which metrics it gives."""
         output = super().evaluation_loop(*args, **kwargs)
         self._metrics_of_trainer |= set(output.metrics or ())
         return output

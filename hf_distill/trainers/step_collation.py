@@ -27,7 +27,7 @@ ROWS = "rows_to_collate"  # the only key of a batch that is not made yet
 
 
 class DeferredCollator:
-    """A data collator that leaves its work to the trainer.
+    """Leaves a data collator's work to the trainer.
 
     Args:
         collator: makes the batches; a `HintCollator` with a plan, or around one.
@@ -38,12 +38,12 @@ class DeferredCollator:
         self.columns = tuple(getattr(collator, "columns", ()))
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, list[Row]]:
-        """The rows as they are."""
+        """Return the rows as they are."""
         return {ROWS: list(rows)}
 
 
 def defer_collator(collator: Any, args: TrainingArguments) -> Any:
-    """The collator for a data loader: itself, or one that passes rows on if they need the step.
+    """Return what a data loader collates with: it passes rows on if they need the step.
 
     Raises:
         ValueError: `dispatch_batches` is set, which cuts tensors, and rows are passed on.
@@ -61,19 +61,19 @@ def defer_collator(collator: Any, args: TrainingArguments) -> Any:
 
 
 def given_collator(collator: Any) -> Any:
-    """The data collator that a trainer was given, also where its work is left to the trainer."""
+    """Return the data collator that a trainer was given, also where its work is left to it."""
     return collator.collator if isinstance(collator, DeferredCollator) else collator
 
 
 def wrap_collator(collator: Any, wrap: Callable[[Any], Any]) -> Any:
-    """The collator inside another one; a deferred one stays deferred."""
+    """Wrap a collator in another one; a deferred one stays deferred."""
     if isinstance(collator, DeferredCollator):
         return DeferredCollator(wrap(collator.collator))
     return wrap(collator)
 
 
 def shows_hints(batch: Mapping[str, Any], num_rows: int) -> bool:
-    """Whether one of a batch's first rows has kept its hints, as far as the collator says."""
+    """Return whether one of a batch's first rows kept its hints, as far as the collator says."""
     dropped = batch.get(DROPPED)
     return dropped is None or not bool(dropped[:num_rows].all())
 
@@ -101,7 +101,7 @@ class StepCollation:
         }
 
     def at(self, collator: Any, step: int, training: bool) -> Any:
-        """The collator as it is at an optimizer step. Evaluation drops no hints."""
+        """Return the collator as it is at an optimizer step. Evaluation drops no hints."""
         plan = hint_schedule_of(collator)
         if plan is None:
             return collator
@@ -111,7 +111,7 @@ class StepCollation:
     def made(
         self, batches: Iterable[Any], collator: Any, step: int, training: bool
     ) -> Iterator[Any]:
-        """Batches of a data loader, made if they are rows still, and counted.
+        """Yield batches of a data loader, made if they are rows still, and counted.
 
         Args:
             batches: read no further than what is taken of the result.
@@ -135,7 +135,7 @@ class StepCollation:
                 meter.add(flags)
 
     def read(self, accelerator: Accelerator, training: bool) -> dict[str, float]:
-        """The metrics; shares start anew. Every process must call it."""
+        """Return the metrics; shares start anew. Every process must call it."""
         metrics = dict(self._values[training])
         for meter in self._shares[training].values():
             metrics |= meter.read(accelerator)
@@ -143,7 +143,7 @@ class StepCollation:
 
 
 class CollatingLoader:
-    """A data loader whose batches are made as they are read; in all else it is the loader inside.
+    """Makes batches as they are read; in all else it is the data loader inside.
 
     Args:
         loader: of the evaluation.
@@ -167,7 +167,7 @@ class CollatingLoader:
 
 
 class StepCollatingTrainer(RestartingTrainer):
-    """A `Trainer` that makes batches of rows where hints depend on the step."""
+    """Makes batches of rows where hints depend on the step."""
 
     def __init__(
         self, model: Any, args: TrainingArguments, data_collator: Any, *others: Any, **kwargs: Any
@@ -194,11 +194,11 @@ class StepCollatingTrainer(RestartingTrainer):
         self._wrapped = given, self.data_collator
 
     def _reads_rows(self) -> bool:
-        """Whether the data collator may read any column of the rows."""
+        """Return whether the data collator may read any column of the rows."""
         return row_columns.reads_all_columns(self.data_collator)
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
-        """As in `Trainer`; a collator of prompts and hints gets the rows as they are."""
+        """Do as `Trainer` does; a collator of prompts and hints gets the rows as they are."""
         if self._reads_rows():
             return dataset
         return super()._remove_unused_columns(dataset, description)
@@ -206,18 +206,18 @@ class StepCollatingTrainer(RestartingTrainer):
     def _get_collator_with_removed_columns(
         self, data_collator: Any, description: str | None = None
     ) -> Any:
-        """As in `Trainer`; a collator of prompts and hints gets the rows as they are."""
+        """Do as `Trainer` does; a collator of prompts and hints gets the rows as they are."""
         if self._reads_rows():
             return data_collator
         return super()._get_collator_with_removed_columns(data_collator, description)
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`, for rows that something reads."""
+        """Do as `Trainer` does, for rows that something reads."""
         self._check_columns(dataset, description)
         return super()._get_dataloader(dataset, description, *args, **kwargs)
 
     def _check_columns(self, dataset: Any, description: str) -> None:
-        """Rows that the model and the collator would see nothing of are an error.
+        """Check that the model and the collator see something of the rows.
 
         Raises:
             ValueError: naming the columns, and what to do with such rows.
@@ -243,13 +243,13 @@ class StepCollatingTrainer(RestartingTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """As in `Trainer`; rows that waited for their step become batches."""
+        """Do as `Trainer` does; rows that waited for their step become batches."""
         step = self.state.global_step
         batches = self._hinting.made(epoch_iterator, self.data_collator, step, training=True)
         return super().get_batch_samples(batches, num_batches, device)
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`; hints are as long as at the present step, and none is dropped."""
+        """Do as `Trainer` does; hints are as long as at the present step, and none is dropped."""
         made = CollatingLoader(
             dataloader, self._hinting, self.data_collator, self.state.global_step
         )

@@ -22,7 +22,7 @@ LABELS = "labels"
 
 @dataclass
 class Batch:
-    """A micro-batch on its device, as a task has read it.
+    """Holds a micro-batch on its device, as a task has read it.
 
     Attributes:
         inputs: the batch itself.
@@ -54,18 +54,18 @@ class Batch:
 
     @property
     def counted_tokens(self) -> Tensor | None:
-        """[N] bool: which scored tokens stand in rows that count, or None for all."""
+        """Return [N] bool: which scored tokens stand in rows that count, or None for all."""
         if self.num_rows is None:
             return None
         return self.student.predicts.nonzero()[:, 0] < self.num_rows
 
     def counted_labels(self, labels: Tensor) -> Tensor:
-        """The labels [B, ...], ignored in rows that do not count."""
+        """Return the labels [B, ...], ignored in rows that do not count."""
         return ignore_rows_from(self.num_rows, labels)
 
 
 def ignore_rows_from(num_rows: int | None, labels: Tensor) -> Tensor:
-    """The labels [B, ...], ignored behind the first rows; None keeps all."""
+    """Return the labels [B, ...], ignored behind the first rows; None keeps all."""
     if num_rows is None:
         return labels
     labels = labels.clone()
@@ -74,14 +74,14 @@ def ignore_rows_from(num_rows: int | None, labels: Tensor) -> Tensor:
 
 
 def at_least_one_item(num_items: Tensor | int) -> Tensor | int:
-    """What sums are divided by: 1 where there is nothing to sum, so that they are 0 and no NaN."""
+    """Return what sums are divided by: 1 where nothing is summed, which gives 0 and no NaN."""
     if isinstance(num_items, Tensor):
         return torch.where(num_items > 0, num_items, 1)
     return num_items or 1
 
 
 def find_label_name(lm: nn.Module, given: Sequence[str] | None) -> str:
-    """The batch's key of the labels that the loss is computed from.
+    """Find the batch's key of the labels that the loss is computed from.
 
     Args:
         lm: the student without wrappers.
@@ -108,7 +108,7 @@ Ask = Callable[[], Signal]
 
 
 class Task(Protocol):
-    """What a trainer asks of its task.
+    """Says what a trainer asks of its task.
 
     Attributes:
         label_name: the data's key of the labels.
@@ -133,19 +133,19 @@ class Task(Protocol):
         ...
 
     def was_asked(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether `count` has asked the teacher about a batch, which was checked for that."""
+        """Return whether `count` has asked the teacher about a batch; it was checked for that."""
         ...
 
     def look(self, model: nn.Module, batch: Batch) -> bool:
-        """Look closely at one of the first batches; whether no more need be looked at."""
+        """Look closely at one of the first batches; return whether no more need be looked at."""
         ...
 
     def signal(self, batch: Batch, ask: Ask) -> Signal:
-        """What the teacher says of the batch; it is asked now unless `count` has asked it."""
+        """Return what the teacher says of the batch, asking now unless `count` has asked it."""
         ...
 
     def tokens(self, batch: Batch, training: bool) -> Tokens:
-        """What is scored, and how much each token (or row) counts."""
+        """Return what is scored, and how much each token (or row) counts."""
         ...
 
     def run(
@@ -177,7 +177,7 @@ class Task(Protocol):
         place: Callable[[Any], Any],
         ask: Callable[[Any], Signal],
     ) -> Tensor | None:
-        """What this process's sums over an optimizer step are divided by.
+        """Return what this process's sums over an optimizer step are divided by.
 
         Args:
             batches: of the step.
@@ -191,7 +191,7 @@ class Task(Protocol):
         ...
 
     def parts(self, batch: Batch, loss: Tensor) -> Sequence[Part]:
-        """What an evaluation sums of a batch, which was read without a count of a step.
+        """Return what an evaluation sums of a batch, which was read without a count of a step.
 
         Args:
             batch: whose loss was computed.
@@ -204,5 +204,5 @@ class Task(Protocol):
         ...
 
     def named(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """The metrics under the names that this kind of model has for them."""
+        """Return the metrics under the names that this kind of model has for them."""
         ...

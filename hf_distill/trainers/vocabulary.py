@@ -26,7 +26,7 @@ OWN = f"divergence {UNIVERSAL!r} with a CrossTokenizerCollator takes different o
 
 
 class Vocabulary:
-    """The vocabularies of a run.
+    """Compares the vocabularies of a run, and leaves padding out.
 
     Where student and teacher give different numbers of logits and the tokenizer has no more ids
     than either, the entries behind its last id are padding: they are left out on both sides, from
@@ -82,7 +82,7 @@ class Vocabulary:
         self.is_plain = self.size is None
 
     def _known(self, teachers: Sequence[Teacher]) -> list[PreTrainedTokenizerBase]:
-        """The teachers' tokenizers, as far as they and the student's are known."""
+        """Return the teachers' tokenizers, as far as they and the student's are known."""
         if self._tokenizer is None:
             return []
         found = (teacher.tokenizer() for teacher in teachers)
@@ -121,7 +121,7 @@ class Vocabulary:
         return _both(one, other)
 
     def _shared(self, student: int | None, teachers: Sequence[Teacher]) -> int | None:
-        """How many entries are used, or None for all."""
+        """Return how many entries are used, or None for all."""
         sizes = [(teacher, teacher.vocab_size) for teacher in teachers]
         odd = [(teacher, size) for teacher, size in sizes if size not in (None, student)]
         if student is None or not odd:
@@ -140,7 +140,7 @@ class Vocabulary:
         return ids
 
     def _mismatch(self, teacher: Teacher, student: int, size: int) -> Exception:
-        """Why two vocabularies of different sizes cannot be used."""
+        """Return the error that says why two vocabularies of different sizes cannot be used."""
         if self._tokenizer is None:
             why = "with their tokenizer as processing_class, entries that only pad are left out"
         else:
@@ -187,7 +187,7 @@ class Vocabulary:
                 )
 
     def signal(self, signal: Signal, batch: Mapping[str, Any]) -> Signal:
-        """The teacher's signal about what is used, and about which of the scored tokens."""
+        """Return the teacher's signal about what is used, and about which of the scored tokens."""
         if self.size is not None:
             return signals.without_padding(signal, self.size)
         if sides.has_own_tokens(batch):
@@ -195,13 +195,13 @@ class Vocabulary:
         return signal
 
     def outputs(self, outputs: Any) -> Any:
-        """A model's outputs with logits [..., size] only."""
+        """Return a model's outputs with logits [..., size] only."""
         if self.size is not None:
             outputs.logits = outputs.logits[..., : self.size]
         return outputs
 
     def check_one_tokenizer(self, what: str) -> None:
-        """For what compares positions of the two sides that hold the same token.
+        """Check one tokenizer for what compares positions that hold the same token on both sides.
 
         Args:
             what: the setting, for the error.

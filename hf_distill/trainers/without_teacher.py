@@ -19,7 +19,7 @@ Compute = Callable[[Mapping[str, Any], Any], tuple[Tensor, Any]]
 
 
 class ModelLoss:
-    """The mean of the student's loss over the labelled tokens or rows of an optimizer step.
+    """Computes the mean of the student's loss over a step's labelled tokens or rows.
 
     The Trainer leaves it to the model what the loss is divided by. Of models whose loss counts the
     first label of a row, or is a mean over each micro-batch, it would not be this mean.
@@ -48,7 +48,7 @@ class ModelLoss:
         self._to_probe = self._counts and not sharded
 
     def labelled(self, batch: Mapping[str, Any]) -> Tensor | None:
-        """[] how many tokens or rows of a batch have labels, or None where it has none."""
+        """Return [] how many tokens or rows of a batch have labels, or None where it has none."""
         labels = batch.get(self._label_name)
         if not isinstance(labels, Tensor) or labels.is_floating_point():
             return None
@@ -58,7 +58,7 @@ class ModelLoss:
         return ((labels[..., 1:] if shifted is None else shifted) != IGNORE_INDEX).sum()
 
     def count(self, batches: Sequence[Any], device: torch.device) -> Tensor | None:
-        """[] those of a step, or None where a batch has none."""
+        """Return [] how many labelled tokens or rows a step has, or None where a batch has none."""
         found = [self.labelled(x) if isinstance(x, Mapping) else None for x in batches]
         if not found or any(each is None for each in found):
             return None
@@ -71,7 +71,7 @@ class ModelLoss:
         num_items: Tensor | int | None,
         evaluation: Evaluation,
     ) -> tuple[Tensor, Any]:
-        """The batch's part of the loss, and the outputs.
+        """Return the batch's part of the loss, and the outputs.
 
         Args:
             compute: the Trainer's own.
@@ -112,7 +112,7 @@ class ModelLoss:
 
 
 def find_label_name(lm: nn.Module, names: Sequence[str]) -> str | None:
-    """The labels of a model whose loss is a mean over labelled tokens or rows; else None."""
+    """Find the labels of a model whose loss is a mean over labelled tokens or rows; else None."""
     if len(names) != 1:
         return None
     if is_classifier(lm):
