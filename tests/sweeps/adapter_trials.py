@@ -63,6 +63,11 @@ class Subject:
         return adapter_setups.adapted(running.copied(self.original), self.name, self.base)
 
     @cached_property
+    def adds_loss(self) -> bool:
+        """Whether the adapter adds a term of its own to the model's loss, as AdaLoRA does."""
+        return reference.has_own_loss(self.student())
+
+    @cached_property
     def mixes_rows(self) -> bool:
         """Whether the adapter reads the other rows of a batch: no row is then right alone."""
         student = self.student()
@@ -135,7 +140,7 @@ def step(subject: Subject) -> Cell:
             expected = float(reference.distillation(student, other, reference.ALPHA))
         off = relative(running.evaluated(student, other, collator, reference.ALPHA), expected)
         return measured(off, LOSS, f"evaluated {off:.0e}")
-    given = student, other, reference.ALPHA, subject.mixes_rows
+    given = student, other, reference.ALPHA, subject.mixes_rows, subject.adds_loss
     loss, gradients = reference.distillation_step(*given)
     off = relative(first.loss if first.loss is not None else float("nan"), loss)
     far = furthest(first.gradients, gradients)
@@ -172,6 +177,7 @@ def trial(name: str, columns: tuple[str, ...] = COLUMNS) -> dict[str, Any]:
         path = running.path_of(said) if column == "step" else path
     if cells.get("step", Cell(CLEAR)).verdict not in (RIGHT, WRONG):
         path = "-"
-    elif subject.mixes_rows:
-        note = "reads all rows of a batch"
+    else:
+        own = ["adds a loss of its own"] if subject.adds_loss else []
+        note = "; ".join(own + (["reads all rows of a batch"] if subject.mixes_rows else []))
     return {"kind": name, "class": kind, "path": path, "note": note, "cells": as_json(cells)}

@@ -197,8 +197,9 @@ def trial(kind: str, windows: bool = False, columns: tuple[str, ...] = COLUMNS) 
     """
     subject = Subject(kind, windows)
     try:
+        with torch.no_grad():
+            reference.logits(subject.student, reference.rows()[0]["input_ids"])
         note = _notes(subject)
-        reference.logits(subject.student, reference.rows()[0]["input_ids"])
     except Exception as error:  # the library's own: there is nothing to try
         return {"kind": kind, "failed": f"{type(error).__name__}: {' '.join(str(error).split())}"}
     cells, path = {}, ""

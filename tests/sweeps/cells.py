@@ -21,7 +21,7 @@ EPS = torch.finfo(torch.float32).eps
 LOSS = 16 * EPS
 # A gradient is a sum of as many terms as there are positions, of either sign, which may cancel:
 # it is compared with the largest gradient of the model, and so many roundings are allowed
-GRADIENT = 128 * EPS
+GRADIENT = 256 * EPS
 # Logits go through the same sums, but nothing makes their mean
 LOGITS = 64 * EPS
 

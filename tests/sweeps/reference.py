@@ -78,7 +78,9 @@ def logits_of_rows(model: nn.Module, together: bool = False) -> list[Tensor]:
     if not together:
         return [logits(model, row["input_ids"]) for row in rows()]
     batch = Pad(model)(rows())
-    found = model(**{name: x for name, x in batch.items() if name != "labels"}).logits.double()
+    width = batch["input_ids"].shape[1]  # before these columns are an adapter's virtual tokens
+    found = model(**{name: x for name, x in batch.items() if name != "labels"}).logits
+    found = found[:, -width:].double()
     return [x[: len(row["input_ids"])] for x, row in zip(found, rows(), strict=True)]
 
 
@@ -107,12 +109,29 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+def _added(model: nn.Module) -> Tensor:
+    """What a model's own loss has beside the cross-entropy of the next tokens."""
+    row = rows()[0]
+    labels = torch.tensor([row["labels"]])
+    out = model(**inputs_of(model, row["input_ids"]), labels=labels)
+    return out.loss - F.cross_entropy(out.logits[0, :-1], labels[0, 1:])
+
+
 def distillation_step(
-    student: nn.Module, teacher: nn.Module, alpha: float, together: bool = False
+    student: nn.Module,
+    teacher: nn.Module,
+    alpha: float,
+    together: bool = False,
+    adds_loss: bool = False,
 ) -> tuple[float, dict[str, Tensor]]:
-    """The loss of the rows and its gradients; the student is in training mode."""
+    """The loss of the rows and its gradients; the student is in training mode.
+
+    With `adds_loss`, what the student's own loss has beside the cross-entropy counts whole.
+    """
     student.train().zero_grad()
     loss = distillation(student, teacher.eval(), alpha, together)
+    if adds_loss:
+        loss = loss + _added(student)
     loss.backward()
     return float(loss), gradients(student)
 

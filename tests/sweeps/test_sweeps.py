@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import logging
 
-from hf_distill.models.structure import check_kind
+from hf_distill.models.structure import check_decoder
 from tests.sweeps import adapter_trials, architecture_trials, cells, page, running, sweep
 from tests.sweeps.cells import CLEAR, NONE, RIGHT, WRONG, Cell
 from tests.sweeps.difficult import CHANGES, WINDOWS
@@ -86,7 +86,7 @@ def test_only_errors_of_the_project_that_name_their_subject_are_clear() -> None:
         pass
 
     def own() -> Cell:
-        check_kind(BertForMaskedLM())
+        check_decoder(BertForMaskedLM(), "student")
         raise AssertionError
 
     def foreign() -> Cell:
