@@ -127,8 +127,9 @@ class Positions:
     @property
     def are_never_given(self) -> bool:
         """Return whether `arguments` returns none, and raises nothing, whatever the batch."""
-        known = self._is_measured and self.way is not None
-        return known and self.limit is None and self.way.kind == OWN
+        if not self._is_measured or self.way is None:
+            return False
+        return self.limit is None and self.way.kind == OWN
 
     def arguments(self, model: nn.Module, inputs: Mapping[str, Any], whose: str) -> dict[str, Any]:
         """Return forward inputs to add or to change: `position_ids` [B, T], `input_ids`, or none.
