@@ -154,7 +154,10 @@ TRIALS = {"base": base, "student": student, "ema": ema, "live": live, "scale": s
 def plain(subject: Subject) -> None:
     """A step of the adapted model by PEFT alone."""
     model = subject.student().train()
-    model(**reference.Pad(model)(reference.rows())).loss.backward()
+    loss = model(**reference.Pad(model)(reference.rows())).loss
+    if not loss.isfinite():  # which stops our run, and not a Trainer's
+        raise FloatingPointError("the adapter's own loss is not finite")
+    loss.backward()
 
 
 def trial(name: str, columns: tuple[str, ...] = COLUMNS) -> dict[str, Any]:
