@@ -36,6 +36,7 @@ from hf_distill.models.structure import causal_lm, is_sharded, unwrap
 logger = logging.getLogger(__name__)
 
 OWN, OWN_BY_ID, GIVEN, NEITHER = "own", "own by id", "given", "neither"
+UNPADDED = "unpadded"
 TEXT_INPUTS = {"input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "use_cache"}
 
 
@@ -44,7 +45,7 @@ class Way:
     """Says how rows that are padded on the left are read right.
 
     Attributes:
-        kind: one of the four above.
+        kind: one of the five above.
         own: how far a row is from itself alone at the model's own positions, see `Said.apart`.
         given: the same at positions that are given; NaN if the forward takes none.
         own_is_right: whether the model's own are right as well.
@@ -79,18 +80,22 @@ def find_way(trial: Trial, limit: int | None, first: int) -> Way:
     columns = max(1, min(PADDING, room - row.row.shape[1]))
     alone, fill = row.read(), row.row[0, 0]  # any token but the padding's
     noise = row.read(right=columns, fill=fill).apart(alone)
-    noise = noise if noise <= MOST_NOISE else 0.0
+    if noise > MOST_NOISE:
+        return Way(UNPADDED, noise, float("nan"))
     limits = max(LENIENT, 8 * alone.eps, 4 * noise)  # rounding differs where the width does
-    own = row.read(columns, fill=fill).apart(alone)
+    padded = row.read(columns, fill=fill)
+    own = padded.apart(alone)
     given = float("nan")
     if row.takes_positions:
         given = row.read(columns, fill=fill, first_position=first).apart(alone)
     pad = pad_id(row.lm)
     by_id = row.read(columns, fill=max(pad, 0))
     if own <= limits:
-        # 16 bits hide what a few columns of padding do: clearly nearer is better
-        nearer = given <= limits and own > max(4 * given, 4 * noise, alone.eps)
-        return Way(GIVEN if nearer else OWN, own, given, own_is_right=True)
+        # where both are right, a model may still learn to tell how far the row was moved: scales
+        # behind rotary positions that are all 1 at the start do, and 16 bits hide small differences
+        # adapters with virtual tokens ignore what they are given, to the bit
+        moves = given <= limits and given != own and not _knows_padding(padded, alone, row)
+        return Way(GIVEN if moves else OWN, own, given, own_is_right=True)
     if pad >= 0 and by_id.apart(alone) <= limits and _knows_padding(by_id, alone, row):
         return Way(OWN_BY_ID, by_id.apart(alone), given, fill=pad)
     return Way(GIVEN if given <= limits else NEITHER, own, given)
@@ -102,9 +107,17 @@ WHY = {
     "padded on the left they get that id",
     GIVEN: "positions are counted from each row's first token, because a row that is padded on "
     "the left is not read as it is alone at the model's own",
+    UNPADDED: "rows must be as long as each other, because one that is padded on the right is not "
+    "read as it is alone",
     NEITHER: "positions are the model's own; rows must be padded on the right, because one that is "
     "padded on the left is not read as it is alone, at whatever positions",
 }
+
+
+EITHER = (
+    "positions are counted from each row's first token where the forward takes them; the model's "
+    "own are right as well"
+)
 
 
 class Positions:
@@ -168,12 +181,13 @@ class Positions:
                 self._measure(trial)
             if masked:
                 self.way = find_way(trial, self.limit, self.first)
-                level = logging.DEBUG if self.way.kind == OWN else logging.INFO  # as in `Trainer`
+                # what is as in `Trainer` need not be said
+                level = logging.DEBUG if self.way.own_is_right else logging.INFO
                 logger.log(
                     level,
                     "%s: %s (%.1g of the largest logit apart at its own, %.1g at given ones)",
                     whose,
-                    WHY[self.way.kind],
+                    EITHER if self.way.own_is_right else WHY[self.way.kind],
                     self.way.own,
                     self.way.given,
                 )
@@ -224,6 +238,9 @@ class Positions:
         kind = self.way.kind
         if kind == OWN or (self.way.own_is_right and not inputs.keys() <= TEXT_INPUTS):
             return {}  # with images, say, positions may be more than a count
+        if kind == UNPADDED:
+            self._refuse_padding(model, mask, whose)
+            return {}
         if kind == NEITHER:
             self._refuse_padding_on_the_left(model, mask, whose)
             return {}
@@ -232,6 +249,14 @@ class Positions:
             return {"input_ids": tokens.masked_fill(at < 0, self.way.fill)}
         at = at.clamp(0, None if self.limit is None else self.limit - 1)
         return {"position_ids": at + self.first}
+
+    def _refuse_padding(self, model: nn.Module, mask: Tensor, whose: str) -> None:
+        if bool(((mask == 0).any(1) & (mask != 0).any(1)).any()):
+            raise ValueError(
+                f"{whose}: a {type(causal_lm(model)).__name__} does not read a row that is padded "
+                "on the right as it reads the row alone: give batches of one row, or of rows of "
+                "one length"
+            )
 
     def _refuse_padding_on_the_left(self, model: nn.Module, mask: Tensor, whose: str) -> None:
         # waits for the device, at each batch of these few models only

@@ -90,6 +90,54 @@ def test_a_packed_row_may_be_padded_on_the_left() -> None:
     assert apart(read(model, batch), numbering.alone(model, batch)) < TOLERANCE
 
 
+def hunyuan() -> nn.Module:
+    """Scales its queries behind the rotary positions, by what is 1 everywhere at the start."""
+    torch.manual_seed(0)
+    sizes = numbering.SIZES | {"num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3}
+    return hf.HunYuanDenseV1ForCausalLM(hf.HunYuanDenseV1Config(**sizes)).eval()
+
+
+@pytest.mark.parametrize(
+    "make", [hunyuan, lambda: numbering.make("llama")], ids=["hunyuan", "llama"]
+)
+def test_gradients_of_rows_that_are_padded_on_the_left(make: Any) -> None:
+    """Logits alone do not tell that a scale's gradient depends on where the row stands."""
+    found = []
+    for side in ("left", "right"):
+        model, batch = make(), numbering.batch(side)
+        everywhere = torch.ones_like(batch["input_ids"], dtype=torch.bool)
+        logits = (
+            Reader("student").logits(model, Side(batch, everywhere)).view(*everywhere.shape, -1)
+        )
+        logits[batch["attention_mask"].bool()].square().sum().backward()
+        found.append([p.grad for p in model.parameters()])
+    for left, right in zip(*found, strict=True):
+        # sums of some 30 tokens in another order
+        assert float((left - right).abs().max()) <= 1e-4 * float(right.abs().max())
+
+
+def test_a_model_that_no_padding_suits() -> None:
+    """ProphetNet's second stream depends on the width of the batch."""
+    torch.manual_seed(0)
+    sizes = numbering.COMMON | {"hidden_size": 32, "num_decoder_layers": 2, "dropout": 0.0}
+    config = hf.ProphetNetConfig(
+        **sizes,
+        decoder_ffn_dim=48,
+        num_decoder_attention_heads=4,
+        max_position_embeddings=64,
+        init_std=0.3,
+        is_decoder=True,
+        is_encoder_decoder=False,
+        add_cross_attention=False,
+    )
+    model = hf.ProphetNetForCausalLM(config).eval()
+    for side in ("right", "left"):
+        with pytest.raises(ValueError, match=r"student: a ProphetNetFor.* rows of one length"):
+            read(model, numbering.batch(side))
+    whole = {k: x[:1] for k, x in numbering.batch("right").items()}
+    assert apart(read(model, whole), numbering.alone(model, whole)) < TOLERANCE
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bart"])
 def test_rows_without_tokens_do_not_matter(family: str) -> None:
     """An empty first row, a first row of one token, and columns where all is padding."""
