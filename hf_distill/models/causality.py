@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hf_distill.models.modes import evaluating, kept_rng, replaced_forward
 from hf_distill.models.probe_rows import ProbeRow
-from hf_distill.models.structure import causal_lm, output_head
+from hf_distill.models.structure import causal_lm, input_embeddings, output_head
 
 LEAK = 1e-5  # of a gradient; convolutions by Fourier transforms have some 1e-7 of rounding
 STEP = 0.02  # of the embeddings, along the gradient
@@ -95,9 +95,8 @@ def _reads(model: nn.Module, row: ProbeRow, at: int, position: int, end: int) ->
 
     It returns None if the gradient of the tokens' embeddings is not known.
     """
-    getter: Any = getattr(causal_lm(model), "get_input_embeddings", None)
-    embeddings = None if getter is None else getter()
-    if not isinstance(embeddings, nn.Module):
+    embeddings = input_embeddings(causal_lm(model))
+    if embeddings is None:
         return None
     seen: list[Tensor] = []
 

@@ -80,8 +80,8 @@ def find_way(trial: Trial, limit: int | None, first: int) -> Way:
     columns = max(1, min(PADDING, room - row.row.shape[1]))
     alone, fill = row.read(), row.row[0, 0]  # any token but the padding's
     noise = row.read(right=columns, fill=fill).apart(alone)
-    if noise > MOST_NOISE:
-        return Way(UNPADDED, noise, float("nan"))
+    reads_padding = noise > MOST_NOISE
+    noise = 0.0 if reads_padding else noise
     limits = max(LENIENT, 8 * alone.eps, 4 * noise)  # rounding differs where the width does
     padded = row.read(columns, fill=fill)
     own = padded.apart(alone)
@@ -98,7 +98,9 @@ def find_way(trial: Trial, limit: int | None, first: int) -> Way:
         return Way(GIVEN if moves else OWN, own, given, own_is_right=True)
     if pad >= 0 and by_id.apart(alone) <= limits and _knows_padding(by_id, alone, row):
         return Way(OWN_BY_ID, by_id.apart(alone), given, fill=pad)
-    return Way(GIVEN if given <= limits else NEITHER, own, given)
+    if given <= limits:
+        return Way(GIVEN, own, given)
+    return Way(UNPADDED if reads_padding else NEITHER, own, given)
 
 
 WHY = {

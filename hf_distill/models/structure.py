@@ -45,6 +45,16 @@ def output_head(lm: nn.Module) -> Any:
     return None if getter is None else getter()
 
 
+def input_embeddings(lm: nn.Module) -> nn.Module | None:
+    """Return the module that looks up the tokens' embeddings, or None if it is not known."""
+    getter = getattr(lm, "get_input_embeddings", None)
+    try:
+        found = None if getter is None else getter()
+    except NotImplementedError:  # Transformers finds them by their name
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
 def vocab_size(lm: nn.Module) -> int | None:
     """Return the number of logits per position, or per row; None if the model does not say."""
     if is_classifier(lm):

@@ -187,7 +187,8 @@ def test_one_forward_of_the_student_without_odd_keys(
         return forward(self, *args, **kwargs)
 
     watchdog = {"action": "off"}  # it asks the teacher about a row of its own
-    trainer = make(tmp_path, kind, anchor_weight=1.0, max_steps=1, watchdog=watchdog)
+    # models are tried out in the first step
+    trainer = make(tmp_path, kind, anchor_weight=1.0, max_steps=2, watchdog=watchdog)
     monkeypatch.setattr(nn.Module, "__call__", noted)
     trainer.train()
     names = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
