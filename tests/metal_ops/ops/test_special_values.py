@@ -109,6 +109,18 @@ def test_jsd_near_the_ends_of_beta(beta, family):
     check(student, teacher, DivergenceSpec("jsd", beta=beta))
 
 
+def test_a_mixture_far_below_the_least_number():
+    """Its logarithm counts though beta p + (1 - beta) q is no float32 number any more."""
+    student, teacher = torch.zeros(1, 64), torch.full((1, 64), -200.0)
+    student[0, 1:], teacher[0, 0] = -torch.linspace(66, 71, 63), 0.0  # 2e-29 to 1e-31
+    spec = DivergenceSpec("jsd", beta=1 - 1e-9)
+    found = divergence(student, teacher, spec)
+    want = exact(student, teacher, spec).loss
+    eps = torch.finfo(torch.float32).eps
+    # the exponentials of 70 are off by 70 roundings, and the sum's terms by as many again
+    assert float(found) == pytest.approx(float(want), rel=200 * eps, abs=0)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("spec", [*SPECS, DivergenceSpec("jsd", clip=0.1)], ids=name)

@@ -57,6 +57,7 @@ def clips(patch: pytest.MonkeyPatch) -> None:
 
 def ends_of_beta(_: pytest.MonkeyPatch) -> None:
     special.test_jsd_near_the_ends_of_beta(1 - 1e-9, "peaked")
+    special.test_a_mixture_far_below_the_least_number()
 
 
 def statistics(patch: pytest.MonkeyPatch) -> None:
