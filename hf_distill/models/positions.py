@@ -9,6 +9,7 @@ Shapes: B rows, T columns of the batch.
 """
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -80,8 +81,8 @@ def find_way(trial: Trial, limit: int | None, first: int) -> Way:
     columns = max(1, min(PADDING, room - row.row.shape[1]))
     alone, fill = row.read(), row.row[0, 0]  # any token but the padding's
     noise = row.read(right=columns, fill=fill).apart(alone)
-    reads_padding = noise > MOST_NOISE
-    noise = 0.0 if reads_padding else noise
+    reads_padding = MOST_NOISE < noise < math.inf  # no number says nothing
+    noise = noise if noise <= MOST_NOISE else 0.0
     limits = max(LENIENT, 8 * alone.eps, 4 * noise)  # rounding differs where the width does
     padded = row.read(columns, fill=fill)
     own = padded.apart(alone)
