@@ -54,6 +54,12 @@ class Run:
         return is_classifier(self.language_model)
 
     @property
+    def in_16_bit(self) -> bool:
+        """Return whether the student computes in 16 bits or fewer, whatever its logits are."""
+        quantized = getattr(self.student, "is_quantized", False)
+        return bool(self.args.bf16 or self.args.fp16 or quantized)
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """Return the processing class where it is a tokenizer, else None."""
         given = self.processing_class

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from hf_distill.models.modes import evaluating, kept_rng, replaced_forward
 from hf_distill.models.probe_rows import PROBE_TOKENS
-from hf_distill.models.structure import causal_lm, output_head, unwrap
+from hf_distill.models.structure import causal_lm, in_pieces, output_head, unwrap
 
 NOT_LINEAR = "the head does more than a linear map (an adapter or a hook)"
 NOT_KNOWN = "the logits are not a scale and softcap of the head's output"
@@ -101,22 +101,13 @@ def _head_refusal(head: Any) -> str | None:
     weight = head.weight
     if not weight.is_floating_point():
         return f"the head's weight is {weight.dtype}"
-    if type(weight) not in (Tensor, nn.Parameter) and not is_cut(weight):
+    if type(weight) not in (Tensor, nn.Parameter) and not in_pieces(weight):
         return f"the head's weight is a {type(weight).__module__.split('.')[0]} " + (
             type(weight).__name__
         )
     if weight.is_meta:
         return "the head's weight is not kept on a device (offloaded)"
     return None
-
-
-def is_cut(weight: Tensor) -> bool:
-    """Return whether a tensor lies in pieces on several processes."""
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor  # noqa: PLC0415 - slow, and seldom used
-
-    return isinstance(weight, DTensor)
 
 
 def _is_linear(head: nn.Linear) -> bool:
@@ -270,7 +261,7 @@ def _cut_head(model: nn.Module, lm: nn.Module, head: Any, inputs: Mapping[str, A
 
 
 def _whole(x: Tensor) -> Tensor:
-    return x.full_tensor() if is_cut(x) else x  # pyright: ignore[reportAttributeAccessIssue]
+    return x.full_tensor() if in_pieces(x) else x  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _config(lm: nn.Module) -> Any:
@@ -291,7 +282,7 @@ def probe_head(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> Post | s
     refusal = _head_refusal(head)
     if refusal is not None:
         return refusal
-    if is_cut(head.weight):
+    if in_pieces(head.weight):
         return _cut_head(model, lm, head, given)
     if not _is_linear(head):
         return NOT_LINEAR

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from hf_distill.models.structure import in_pieces
+
 
 class Stored(NamedTuple):
     """Says how a model's weights are stored.
@@ -41,11 +43,7 @@ def stored(model: nn.Module) -> Stored:
 
 
 def _is_packed(value: Tensor) -> bool:
-    if not is_traceable_wrapper_subclass(value):
-        return False
-    from torch.distributed.tensor import DTensor  # noqa: PLC0415 - slow, and seldom used
-
-    return not isinstance(value, DTensor)
+    return is_traceable_wrapper_subclass(value) and not in_pieces(value)
 
 
 def follows_autocast(teacher: nn.Module, student: nn.Module) -> bool:

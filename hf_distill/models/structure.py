@@ -4,9 +4,10 @@ import logging
 import weakref
 from typing import Any, cast
 
+import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
@@ -37,6 +38,15 @@ def is_sharded(model: nn.Module) -> bool:
     """Return whether processes hold parameters in pieces (FSDP 1 and 2, DeepSpeed ZeRO-3)."""
     wrapped = any(isinstance(m, FSDPModule | FullyShardedDataParallel) for m in model.modules())
     return wrapped or any(hasattr(p, "ds_id") for p in model.parameters())
+
+
+def in_pieces(weight: Tensor) -> bool:
+    """Return whether a tensor lies in pieces on several processes."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415 - slow, and seldom used
+
+    return isinstance(weight, DTensor)
 
 
 def output_head(lm: nn.Module) -> Any:

@@ -248,8 +248,6 @@ class ModelTeacher(Teacher):
 
     def signal(self, student: nn.Module, side: Side) -> Signal:
         """Return the frozen model's view of its side of the batch."""
-        if not (self._common or self._leaves_autocast):
-            return self._reader.signal(self.model, side)
         with evaluating_each(self._common), self._autocast():
             return self._reader.signal(self.model, side)
 

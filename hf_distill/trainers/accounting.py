@@ -18,7 +18,7 @@ from hf_distill.trainers.distill_config import DistillConfig
 from hf_distill.trainers.evaluation import Evaluation, perplexity, rows_that_count
 from hf_distill.trainers.step_collation import StepCollatingTrainer
 from hf_distill.trainers.tasks import LABELS, Task
-from hf_distill.trainers.without_teacher import ModelLoss, find_label_name
+from hf_distill.trainers.without_teacher import ModelLoss, find_counted_labels
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class AccountingTrainer(StepCollatingTrainer):
     def _count_without_teacher(self) -> None:
         """Without a teacher the loss is the same mean, of what the model computes."""
         model = cast(nn.Module, self.model)
-        label_name = find_label_name(causal_lm(model), self.label_names)
+        label_name = find_counted_labels(causal_lm(model), self.label_names)
         if label_name is None:
             return
         self._model_loss = ModelLoss(

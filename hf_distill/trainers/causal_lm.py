@@ -136,7 +136,7 @@ class CausalLM:
 
         Where nothing of a step is scored they are 0, or there are none.
         """
-        counted = None if batch.num_rows is None else batch.counted_tokens
+        counted = batch.counted_tokens
         if batch.weights is None:
             own = torch.ones(len(targets), device=targets.device)
         else:

@@ -42,7 +42,7 @@ from hf_distill.trainers.classification import check_classifier, make_classifica
 from hf_distill.trainers.distill_config import DistillConfig
 from hf_distill.trainers.restarts import continued
 from hf_distill.trainers.step_collation import given_collator
-from hf_distill.trainers.tasks import LABELS, Batch, Task
+from hf_distill.trainers.tasks import Batch, Task
 from hf_distill.trainers.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -246,8 +246,7 @@ class DistillTrainer(AccountingTrainer):
         at_head = teacher.logits is None
         terms, outputs = self.task.run(model, batch, terms_of, at_head, return_outputs)
         terms = self._with_router_loss(terms, teacher, tokens, model.training)
-        if not bool(torch.isfinite(terms.loss)):
-            losses.assert_finite(terms, teacher)
+        losses.assert_finite(terms, teacher)
         self._note(terms, batch, tokens, model.training)
         return (terms.loss, outputs) if return_outputs else terms.loss
 
@@ -280,18 +279,14 @@ class DistillTrainer(AccountingTrainer):
         self, terms: Terms, teacher: Signal, tokens: Tokens, training: bool
     ) -> Terms:
         """Add what the routers of a mixture of experts have said of the batch, if there are any."""
-        routers = self._reader.routers
-        if routers.aux is None and routers.experts is None:
-            return terms
         num_batches = self.current_gradient_accumulation_steps if training else None
-        return add_router_loss(terms, routers, teacher, tokens, num_batches)
+        return add_router_loss(terms, self._reader.routers, teacher, tokens, num_batches)
 
     def _read(
         self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None
     ) -> Batch:
         """Return the batch, checked; the first ones are looked at closely."""
-        if self.task.label_name != LABELS:
-            inputs = self._with_labels(inputs)
+        inputs = self._with_labels(inputs)
         if not self.task.was_asked(inputs):
             self._check_batch(inputs)
         if self._evaluation.active:
@@ -340,7 +335,8 @@ class DistillTrainer(AccountingTrainer):
 
     def _note(self, terms: Terms, batch: Batch, tokens: Tokens, training: bool) -> None:
         """Count the metrics."""
-        self._evaluation.parts = partial(self.task.parts, batch)
+        if self._evaluation.active:
+            self._evaluation.parts = partial(self.task.parts, batch)
         self._unscored[training].add(batch.unscored)
         if self._taid is not None and training:
             self._taid.add(terms.metrics["soft"], tokens.weights)

@@ -197,9 +197,10 @@ class OPSDTrainer(DistillTrainer):
         model, collator = cast(nn.Module, self.model), self.hint_collator
         student, teacher = collator.without_hints(rows, completed=not self.args.on_policy)
         # before training the model has no autocast of its own; as in training, products are 16-bit
-        in_16_bit = self.args.bf16 or self.args.fp16 or getattr(model, "is_quantized", False)
         with self.accelerator.autocast():
-            found = check_empty_hint(model, own, student, teacher, collator.pad_token_id, in_16_bit)
+            found = check_empty_hint(
+                model, own, student, teacher, collator.pad_token_id, self._run.in_16_bit
+            )
         logger.info("without a hint student and teacher are %.1e nats apart", found)
         self._start_check.skip()
 

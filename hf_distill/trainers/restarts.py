@@ -119,8 +119,7 @@ class RestartingTrainer(StatefulTrainer):
         self._put_callback(UpdateTeacher(run.teacher))
         self._is_new = True
         self._device = next(run.student.parameters()).device
-        in_16_bit = run.args.bf16 or run.args.fp16 or getattr(run.student, "is_quantized", False)
-        self._start_check = SelfTeacherCheck(run.teachers, bool(in_16_bit))
+        self._start_check = SelfTeacherCheck(run.teachers, run.in_16_bit)
         if run.sharded:
             self._start_check.skip()
 

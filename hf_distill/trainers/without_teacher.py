@@ -100,7 +100,8 @@ class ModelLoss:
         else:
             mean, outputs = compute(inputs, None)
             loss = torch.where(own > 0, mean, 0.0) * (own / count)
-        evaluation.parts = lambda mean: [(mean * own, own)]
+        if evaluation.active:
+            evaluation.parts = lambda mean: [(mean * own, own)]
         return loss, outputs
 
     def _probe(self, inputs: Mapping[str, Any]) -> None:
@@ -111,7 +112,7 @@ class ModelLoss:
             self._to_probe, self._counts = False, not ignores_count(self._model, *asked)
 
 
-def find_label_name(lm: nn.Module, names: Sequence[str]) -> str | None:
+def find_counted_labels(lm: nn.Module, names: Sequence[str]) -> str | None:
     """Find the labels of a model whose loss is a mean over labelled tokens or rows; else None."""
     if len(names) != 1:
         return None
