@@ -77,6 +77,8 @@ class DivergenceSpec:
             constant in the gradient, which keeps its direction.
 
     Attributes:
+        scale: derived, no argument; what the divergence is multiplied by, temperature² under "t2",
+            else 1.
         resolved_text: derived, no argument; `resolved().to_text()`, which the ops are given.
 
     Raises:
@@ -93,6 +95,7 @@ class DivergenceSpec:
     support: str = "full"
     top_k: int | None = None
     missing: str = "tail"
+    scale: float = field(init=False, repr=False, compare=False)
     # made here: torch.compile sees a constant, where it would make numbers symbolic
     resolved_text: str = field(init=False, repr=False, compare=False)
 
@@ -115,6 +118,8 @@ class DivergenceSpec:
         if self.clip is not None and not (self.clip > 0.0 and math.isfinite(self.clip)):
             raise ValueError(f"clip must be positive and finite, or None, got {self.clip}")
         self._check_support()
+        scale = self.temperature**2 if self.temperature_scaling == "t2" else 1.0
+        object.__setattr__(self, "scale", scale)
         object.__setattr__(self, "resolved_text", self.resolved().to_text())
 
     def _check_support(self) -> None:
@@ -130,11 +135,6 @@ class DivergenceSpec:
                 "a reverse KL is smallest not at q = p but at q = p / e, so the student learns "
                 "to move mass off the support; use missing 'tail' or 'renormalise'"
             )
-
-    @property
-    def scale(self) -> float:
-        """Return what the divergence is multiplied by: temperature² under "t2", else 1."""
-        return self.temperature**2 if self.temperature_scaling == "t2" else 1.0
 
     def resolved(self) -> "DivergenceSpec":
         """Return the same loss, with a kind at an end of beta's range as the KL it stands for."""

@@ -106,3 +106,10 @@ def has_own_tokens(batch: Mapping[str, Any]) -> bool:
 def paired_tokens(batch: Mapping[str, Any]) -> Tensor:
     """Return [N] bool: which of the student's scored tokens have a teacher's token beside them."""
     return (batch["teacher_completion_index"] >= 0)[batch["completion_index"] >= 0]
+
+
+def at_least_one_item(num_items: Tensor | int) -> Tensor | int:
+    """Return what sums are divided by: 1 where nothing is summed, which gives 0 and no NaN."""
+    if isinstance(num_items, Tensor):
+        return torch.where(num_items > 0, num_items, 1)
+    return num_items or 1

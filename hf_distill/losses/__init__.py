@@ -15,7 +15,7 @@ from hf_distill.losses.behaviour import behaviour_log_probs
 from hf_distill.losses.cross_tokenizer import UNIVERSAL, CrossTokenizerLoss
 from hf_distill.losses.divergence import ClipConfig, DivergenceLoss, normalised_jsd
 from hf_distill.losses.entropy import entropy_share
-from hf_distill.losses.finite import assert_finite
+from hf_distill.losses.finite import not_finite
 from hf_distill.losses.function import FunctionLoss, LossFunction, as_loss
 from hf_distill.losses.generalized_jsd import generalized_jsd_loss
 from hf_distill.losses.hidden_states import (
@@ -49,13 +49,13 @@ __all__ = [
     "Terms",
     "Tokens",
     "as_loss",
-    "assert_finite",
     "attention_loss",
     "behaviour_log_probs",
     "entropy_share",
     "generalized_jsd_loss",
     "hidden_loss",
     "normalised_jsd",
+    "not_finite",
     "step_terms",
     "taid_target",
 ]

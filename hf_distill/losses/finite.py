@@ -1,4 +1,4 @@
-"""Stops at a loss that is not a number, and says where it comes from."""
+"""Where a loss that is not a number comes from."""
 
 from collections.abc import Iterator
 
@@ -11,21 +11,16 @@ from hf_distill.models.signals import Signal
 BESIDE = ("hidden", "attention", "anchor", "aux")  # terms of a loss beside soft and hard
 
 
-def assert_finite(terms: Terms, teacher: Signal | None = None) -> None:
-    """Stop at a loss that is not a number, saying which side it comes from.
+def not_finite(terms: Terms, teacher: Signal | None = None) -> FloatingPointError:
+    """Return the error that says which side a loss that is not finite comes from.
 
     Args:
-        terms: of the loss.
+        terms: of the loss, which is NaN or infinite.
         teacher: what it said, to tell whose probability of 0 makes a divergence infinite.
-
-    Raises:
-        FloatingPointError: the loss is NaN or infinite.
     """
-    if bool(torch.isfinite(terms.loss)):
-        return
     named = list(_odd_sides(terms)) or [*_odd_soft(terms, teacher), *_odd_others(terms)]
     cause = " and ".join(named) or "the hard loss is not finite"
-    raise FloatingPointError(f"the loss must be finite, got {terms.loss.item()}: {cause}")
+    return FloatingPointError(f"the loss must be finite, got {terms.loss.item()}: {cause}")
 
 
 def _odd_sides(terms: Terms) -> Iterator[str]:

@@ -167,6 +167,7 @@ class HardLoss:
         self._users = users
         self._shifts_labels, self._accepts_count = shifts_labels, accepts_count
         self._found: _Found | None = None
+        self.is_models = False  # as far as known
         wanted = wanted and not self._is_users()
         self.to_probe = wanted and not sharded
         reason = _named(lm) if wanted else None
@@ -179,7 +180,7 @@ class HardLoss:
     @property
     def replaces(self) -> bool:
         """Return whether there is another hard loss than the cross-entropy, as far as known."""
-        return self._is_users() or self._found is not None
+        return self._is_users() or self.is_models
 
     def look(
         self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None = None
@@ -219,7 +220,7 @@ class HardLoss:
         return is_new
 
     def _note(self, found: _Found) -> None:
-        self._found = found
+        self._found, self.is_models = found, True
         logger.warning(
             "student: the hard loss is the model's own, which takes logits: %s", found.reason
         )

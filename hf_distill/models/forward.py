@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -27,7 +27,7 @@ from hf_distill.models.head_probe import Post, Seen, adds_to_loss, marked_loss, 
 from hf_distill.models.kept_logits import KEEP, takes_mask
 from hf_distill.models.layers import LayerWatcher, States
 from hf_distill.models.modes import replaced_forwards
-from hf_distill.models.positions import positions_of
+from hf_distill.models.positions import Positions, positions_of
 from hf_distill.models.probe_rows import ProbeRow, probe_row
 from hf_distill.models.routers import RouterWatcher, asks_routers
 from hf_distill.models.signals import Signal
@@ -35,7 +35,6 @@ from hf_distill.models.structure import (
     causal_lm,
     is_classifier,
     is_sharded,
-    output_head,
     unwrap,
 )
 from metal_ops import Head
@@ -48,7 +47,7 @@ def _tapped(
     lm: nn.Module, read: Callable[[Tensor, Any], Any], inside: Callable[[Any, Any], Any]
 ) -> Iterator[None]:
     """Inside the block, the model's forward returns inside(outputs, read(head's input, head))."""
-    head = output_head(lm)
+    head: Any = cast(Any, lm).get_output_embeddings()  # the probe has found that it has one
     results: list[Any] = []
     forward = lm.forward
 
@@ -114,9 +113,12 @@ class Reader:
         self._front = 0  # outputs before that of the first token
         self._adds = False
         self._takes_mask: bool | None = None
-        self._lm: Callable[[], nn.Module | None] = lambda: None  # what the following is known of
+        # what the following is known of
+        self._model: Callable[[], nn.Module | None] = lambda: None
+        self._lm: Callable[[], nn.Module | None] = lambda: None
+        self._positions: Positions | None = None  # None where they need not be looked at
         self._names: frozenset[str] = frozenset()  # of its forward's inputs
-        self._is_classifier = self._positions_matter = self._has_routers = self._is_bare = False
+        self._is_classifier = self._has_routers = self._is_bare = False
 
     def reads_hidden(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
         """Return whether `model` is read by hidden states: decided and logged at the first call."""
@@ -196,22 +198,22 @@ class Reader:
         result: dict[str, Any] = dict(inputs)
         if "use_cache" in self._names:
             result.setdefault("use_cache", False)
-        if not self._positions_matter:
-            return result
-        positions = positions_of(model)
-        result |= positions.arguments(model, result, self.name)
-        self._positions_matter = not positions.are_never_given
+        if self._positions is not None:
+            result |= self._positions.arguments(model, result, self.name)
+            if self._positions.are_never_given:
+                self._positions = None
         return result
 
     def _meet(self, model: nn.Module) -> nn.Module:
         """Note what is the same at every call of a model; returns it without its wrappers."""
+        known = self._lm()
+        if known is not None and self._model() is model:
+            return known
         lm = causal_lm(model)
-        if self._lm() is lm:
-            return lm
-        self._lm, self._is_classifier = weakref.ref(lm), is_classifier(lm)
-        self._is_bare = unwrap(model) is lm
+        self._model, self._lm = weakref.ref(model), weakref.ref(lm)
+        self._is_classifier, self._is_bare = is_classifier(lm), unwrap(model) is lm
         self._names = frozenset(inspect.signature(lm.forward).parameters)
-        self._positions_matter, self._has_routers = True, asks_routers(lm)
+        self._positions, self._has_routers = positions_of(model), asks_routers(lm)
         return lm
 
     def _placed(self, predicts: Tensor) -> Tensor:

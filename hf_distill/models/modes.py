@@ -1,6 +1,6 @@
 """What holds of a model for the length of a block: its mode, its random state, its forward."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -26,6 +26,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for module in checkpointed:
             setattr(module, CHECKPOINTING, True)
         model.train(was_training)
+
+
+@contextmanager
+def evaluating_each(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Put each of the modules in eval mode inside the block; afterwards it is as it was."""
+    in_training = [module for module in modules if module.training]
+    for module in in_training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in in_training:
+            module.training = True
 
 
 @contextmanager

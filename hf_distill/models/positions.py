@@ -132,20 +132,14 @@ class Positions:
         first: the position of a row's first token where the model counts itself, as it would have
             to be given.
         way: how rows that are padded on the left are read, or None if that is not known yet.
+        are_never_given: whether `arguments` returns none, and raises nothing, whatever the batch.
     """
 
     def __init__(self) -> None:
         self.limit: int | None = None
         self.first = 0
         self.way: Way | None = None
-        self._is_measured = False
-
-    @property
-    def are_never_given(self) -> bool:
-        """Return whether `arguments` returns none, and raises nothing, whatever the batch."""
-        if not self._is_measured or self.way is None:
-            return False
-        return self.limit is None and self.way.kind == OWN
+        self.are_never_given = self._is_measured = False
 
     def arguments(self, model: nn.Module, inputs: Mapping[str, Any], whose: str) -> dict[str, Any]:
         """Return forward inputs to add or to change: `position_ids` [B, T], `input_ids`, or none.
@@ -184,6 +178,7 @@ class Positions:
                 self._measure(trial)
             if masked:
                 self.way = find_way(trial, self.limit, self.first)
+                self.are_never_given = self.limit is None and self.way.kind == OWN
                 # what is as in `Trainer` need not be said
                 level = logging.DEBUG if self.way.own_is_right else logging.INFO
                 logger.log(

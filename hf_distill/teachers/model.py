@@ -25,6 +25,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from hf_distill.data.sides import Side
 from hf_distill.models.forward import Reader
 from hf_distill.models.layers import LayerWatcher
+from hf_distill.models.modes import evaluating_each
 from hf_distill.models.precision import follows_autocast, stored
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import (
@@ -37,7 +38,7 @@ from hf_distill.models.structure import (
 )
 from hf_distill.run import Run
 from hf_distill.teachers.base import Teacher
-from hf_distill.teachers.sharing import check_sharing, evaluating_each, freeze
+from hf_distill.teachers.sharing import check_sharing, freeze
 
 logger = logging.getLogger(__name__)
 

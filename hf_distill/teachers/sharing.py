@@ -5,10 +5,9 @@ were loaded without a copy are all such. What is frozen on both sides may be sha
 student trains must not be: the teacher would change with it.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-
 from torch import Tensor, nn
+
+from hf_distill.models.modes import evaluating_each
 
 
 def _extent(tensor: Tensor) -> tuple[int, int, int] | None:
@@ -83,16 +82,3 @@ def freeze(teacher: nn.Module, student: nn.Module) -> list[nn.Module]:
     with evaluating_each(common):  # afterwards these are as they were
         teacher.eval()
     return common
-
-
-@contextmanager
-def evaluating_each(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Put each of the modules in eval mode inside the block; afterwards it is as it was."""
-    in_training = [module for module in modules if module.training]
-    for module in in_training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in in_training:
-            module.training = True

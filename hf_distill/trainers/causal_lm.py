@@ -31,7 +31,7 @@ from hf_distill.models.structure import causal_lm, vocab_size
 from hf_distill.run import Run
 from hf_distill.trainers.checks import check_anchor, check_unweighted
 from hf_distill.trainers.evaluation import Part
-from hf_distill.trainers.tasks import LABELS, Ask, Batch, at_least_one_item, find_label_name
+from hf_distill.trainers.tasks import LABELS, Ask, Batch, find_label_name
 
 BEHAVIOUR = "behaviour_log_probs"
 
@@ -136,7 +136,7 @@ class CausalLM:
 
         Where nothing of a step is scored they are 0, or there are none.
         """
-        counted = batch.counted_tokens
+        counted = None if batch.num_rows is None else batch.counted_tokens
         if batch.weights is None:
             own = torch.ones(len(targets), device=targets.device)
         else:
@@ -151,7 +151,7 @@ class CausalLM:
         num_items = batch.count if batch.num_items is None else batch.num_items
         if isinstance(num_items, Tensor):
             num_items = num_items.to(own.device)
-        divisor = batch.num_items = at_least_one_item(num_items)
+        divisor = batch.num_items = sides.at_least_one_item(num_items)
         return own * (batch.num_averaged / divisor), counted
 
     def _importance(self, batch: Batch) -> Importance | None:
@@ -176,7 +176,8 @@ class CausalLM:
     ) -> tuple[Terms, Any]:
         """Run the student; its outputs are formed only for who needs them."""
         self.student.look(model, batch.student)
-        if not (return_outputs or self.hard_loss.replaces):
+        own = self.hard_loss.is_models
+        if not (return_outputs or own or batch.wants_outputs):
             terms = self.student.run(model, batch.student, terms_of, at_head)
             return self._with_added(terms, batch), None
         labels, side = batch.counted_labels(batch.inputs["labels"]), batch.student

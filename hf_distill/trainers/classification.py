@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_distill.data.hint_collator import HintCollator
-from hf_distill.data.sides import IGNORE_INDEX, TEACHER_PREFIX, TEACHER_ROUTE, Side
+from hf_distill.data.sides import (
+    IGNORE_INDEX,
+    TEACHER_PREFIX,
+    TEACHER_ROUTE,
+    Side,
+    at_least_one_item,
+)
 from hf_distill.data.token_weights import KEY
 from hf_distill.losses import Loss, Terms, Tokens
 from hf_distill.losses.hard_loss import HardLoss
@@ -21,7 +27,7 @@ from hf_distill.models.signals import Signal
 from hf_distill.run import Run
 from hf_distill.trainers.evaluation import Part
 from hf_distill.trainers.opsd_config import OPSDConfig
-from hf_distill.trainers.tasks import Ask, Batch, at_least_one_item, find_label_name
+from hf_distill.trainers.tasks import Ask, Batch, find_label_name
 
 logger = logging.getLogger(__name__)
 

@@ -42,7 +42,7 @@ from hf_distill.trainers.classification import check_classifier, make_classifica
 from hf_distill.trainers.distill_config import DistillConfig
 from hf_distill.trainers.restarts import continued
 from hf_distill.trainers.step_collation import given_collator
-from hf_distill.trainers.tasks import Batch, Task
+from hf_distill.trainers.tasks import LABELS, Batch, Task
 from hf_distill.trainers.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -246,7 +246,8 @@ class DistillTrainer(AccountingTrainer):
         at_head = teacher.logits is None
         terms, outputs = self.task.run(model, batch, terms_of, at_head, return_outputs)
         terms = self._with_router_loss(terms, teacher, tokens, model.training)
-        losses.assert_finite(terms, teacher)
+        if not terms.loss.isfinite():
+            raise losses.not_finite(terms, teacher)
         self._note(terms, batch, tokens, model.training)
         return (terms.loss, outputs) if return_outputs else terms.loss
 
@@ -279,21 +280,26 @@ class DistillTrainer(AccountingTrainer):
         self, terms: Terms, teacher: Signal, tokens: Tokens, training: bool
     ) -> Terms:
         """Add what the routers of a mixture of experts have said of the batch, if there are any."""
+        said = self._reader.routers
+        if said.aux is None and said.experts is None:
+            return terms
         num_batches = self.current_gradient_accumulation_steps if training else None
-        return add_router_loss(terms, self._reader.routers, teacher, tokens, num_batches)
+        return add_router_loss(terms, said, teacher, tokens, num_batches)
 
     def _read(
         self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None
     ) -> Batch:
         """Return the batch, checked; the first ones are looked at closely."""
-        inputs = self._with_labels(inputs)
+        if self.task.label_name != LABELS:
+            inputs = self._with_labels(inputs)
         if not self.task.was_asked(inputs):
             self._check_batch(inputs)
         if self._evaluation.active:
             num_items = None  # a batch of an evaluation has its own
-        averaged = 1 if num_items is None else self._num_averaged(num_items)
-        batch = self.task.read(inputs, num_items, averaged)
+        alone = num_items is None or self.accelerator.num_processes == 1
+        batch = self.task.read(inputs, num_items, 1 if alone else self._num_averaged(num_items))
         batch.num_rows = self._evaluation.num_rows
+        batch.wants_outputs = bool(self.compute_loss_func or self.label_smoother)
         if not self._looked:
             self._start_check.look(model, batch.student)
             done, probe = self.task.look(model, batch), self._probe
@@ -342,9 +348,9 @@ class DistillTrainer(AccountingTrainer):
             self._taid.add(terms.metrics["soft"], tokens.weights)
         meter = self._meters[training]
         meter.add(terms.metrics, tokens.targets, tokens.counted)
-        logged, counted = batch.logged or {}, batch.counted_tokens
-        if counted is not None:
-            logged = {name: value[counted] for name, value in logged.items()}
+        logged = batch.logged or {}
+        if logged and batch.num_rows is not None:
+            logged = {name: value[batch.counted_tokens] for name, value in logged.items()}
         others = {**terms.others, **logged}
         if others:
             meter.add(others)

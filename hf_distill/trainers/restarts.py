@@ -71,6 +71,19 @@ class RestartingTrainer(StatefulTrainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._detach_layers()
+            self._end_workers()
+
+    def _end_workers(self) -> None:
+        """Let the persistent workers of data loaders go now that nothing reads them.
+
+        A trainer is part of reference cycles. Workers that are found by the collector of those are
+        not told to end: PyTorch waits five seconds for each, wherever the collector runs.
+        """
+        kept = getattr(self, "_eval_dataloaders", {}).values()
+        for loader in (self.callback_handler.train_dataloader, *kept):
+            inside: Any = getattr(loader, "base_dataloader", loader)  # of Accelerate's
+            if getattr(inside, "_iterator", None) is not None:
+                inside._iterator = None  # the next loop over it makes another
 
     def _hp_search_setup(self, trial: Any) -> None:
         # train() calls it when the model is the one to train and the arguments are its arguments

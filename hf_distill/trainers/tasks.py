@@ -35,6 +35,7 @@ class Batch:
         logged: by name, values of the scored tokens that are logged beside the loss's metrics.
         num_rows: how many of the first rows count, or None for all: in an evaluation by several
             processes the others fill the last batch.
+        wants_outputs: whether a loss of the user's is computed from the student's outputs.
         count: set by `Task.tokens`: what the sums over this batch alone are divided by.
         unscored: set by `Task.tokens`: whether there is nothing to score.
         shares: [N] each token's share of the optimizer step, which sums to num_averaged over it.
@@ -48,6 +49,7 @@ class Batch:
     weights: Tensor | None = None
     logged: Mapping[str, Tensor] | None = None
     num_rows: int | None = None
+    wants_outputs: bool = False
     count: Tensor | int = 0
     unscored: Tensor | bool = False
     shares: Tensor | None = None
@@ -71,13 +73,6 @@ def ignore_rows_from(num_rows: int | None, labels: Tensor) -> Tensor:
     labels = labels.clone()
     labels[num_rows:] = IGNORE_INDEX
     return labels
-
-
-def at_least_one_item(num_items: Tensor | int) -> Tensor | int:
-    """Return what sums are divided by: 1 where nothing is summed, which gives 0 and no NaN."""
-    if isinstance(num_items, Tensor):
-        return torch.where(num_items > 0, num_items, 1)
-    return num_items or 1
 
 
 def find_label_name(lm: nn.Module, given: Sequence[str] | None) -> str:

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_distill.data import token_weights
-from hf_distill.data.sides import IGNORE_INDEX
+from hf_distill.data.sides import IGNORE_INDEX, at_least_one_item
 from hf_distill.losses.hard_loss import ignores_count, probe_labels
 from hf_distill.models.structure import causal_lm, check_decoder, is_classifier, output_head
 from hf_distill.trainers.classification import compares_classes
 from hf_distill.trainers.evaluation import Evaluation
-from hf_distill.trainers.tasks import at_least_one_item, ignore_rows_from
+from hf_distill.trainers.tasks import ignore_rows_from
 
 Compute = Callable[[Mapping[str, Any], Any], tuple[Tensor, Any]]
 """The Trainer's loss and outputs of a batch, given what sums are divided by, or None."""

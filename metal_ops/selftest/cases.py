@@ -39,6 +39,7 @@ from metal_ops.selftest.numerics import (
     exact,
     exact_sparse,
     needed_c,
+    sum_roundings,
     unit_upstream,
 )
 from metal_ops.spec import KINDS, DivergenceSpec
@@ -236,7 +237,9 @@ def _linear(student: Tensor, teacher: Tensor, spec: DivergenceSpec, where: Where
     # rounded to the dtype of the head before it is multiplied
     size = size + torch.finfo(dtype).eps / torch.finfo(wide).eps / C * grad.abs()
     logits = student.double()
-    products = grad @ logits.T, size @ logits.abs().T
+    # and the product is a sum over the vocabulary, whose own roundings are added to it
+    summed = sum_roundings(student.shape[-1]) / (C * (1 + x[:, None])) * grad.abs()
+    products = grad @ logits.T, (size + summed) @ logits.abs().T
     yield Comparison("gradient of hidden", grads[0], *products, x.max(), dtype)
     yield Comparison("gradient of head", grads[1], grad.T, size.T, x.max(), dtype)
 

@@ -26,6 +26,7 @@ __all__ = ["backward", "forward", "hidden_states", "linear", "sparse", "unsuppor
 DEVICES = ("cuda", "xpu")
 MIN_BLOCK, MAX_BLOCK = 8, 2048  # columns of a row at a time, see `_block`
 COLUMNS_PER_WARP = 256  # 8 a lane
+REGISTERS = 128  # a thread, at most: then two programs of 8 warps fit an NVIDIA multiprocessor
 LOGITS, HIDDEN = "rows", "hidden"  # modules, imported with Triton at first use
 
 
@@ -61,8 +62,8 @@ def _units(device: torch.device) -> int:
 def _block(columns: int) -> tuple[int, int]:
     """Return (columns a step, warps a program), with 8 columns a thread.
 
-    The kernels for sums then need 48 to 107 registers (ptxas, sm_90): with programs of 8 warps
-    two to five fit a multiprocessor, which have 16 KiB of 16-bit logits under way, or more.
+    The kernels for sums then need 48 to 128 registers (ptxas, sm_90 and sm_100): with programs of 8
+    warps two to five fit a multiprocessor, which have 16 KiB of 16-bit logits under way, or more.
     """
     power = 1 << max(columns - 1, MIN_BLOCK - 1).bit_length()
     block = min(power, MAX_BLOCK)
@@ -104,6 +105,18 @@ def _cuts(spec: DivergenceSpec) -> bool:
     return spec.clip is not None and spec.clip_level == "vocab_entry"
 
 
+def _compiler(device: torch.device) -> str:
+    """Name Triton's backend for a device; none where it interprets."""
+    if device.type == "cuda":
+        return "hip" if torch.version.hip else "cuda"
+    return "" if device.type == "cpu" else device.type
+
+
+def _limits(name: str) -> dict[str, int]:
+    """Return the options that hold a Triton backend's compiler to what the grid counts on."""
+    return {"maxnreg": REGISTERS} if name == "cuda" else {}
+
+
 def _launch(
     module: str, kernel: str, grid: tuple[int, ...], args: tuple[Any, ...], warps: int, **meta: Any
 ) -> None:
@@ -117,7 +130,7 @@ def _launch(
     try:
         with guard:
             function = getattr(importlib.import_module(f"{__package__}.{module}"), kernel)
-            function[grid](*args, **meta, num_warps=warps)
+            function[grid](*args, **meta, num_warps=warps, **_limits(_compiler(device)))
     except Exception as error:  # of Triton, ptxas, a C compiler or the driver
         raise KernelError(f"triton {kernel}", f"{type(error).__name__}: {error}") from error
 

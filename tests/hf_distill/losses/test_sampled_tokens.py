@@ -11,8 +11,8 @@ from hf_distill.losses import (
     SampledTokenLoss,
     Terms,
     Tokens,
-    assert_finite,
     chunks,
+    not_finite,
 )
 from hf_distill.models.signals import Head, Signal
 from metal_ops import reference
@@ -173,7 +173,7 @@ def test_a_token_without_weight_may_be_impossible(kind: str) -> None:
     loss, student, targets = SampledTokenLoss(kind, 1.0), Signal(logits=z), given["targets"]
     terms = loss(student, Signal(logits=w), Tokens(targets, weights))
     with pytest.raises(FloatingPointError, match=r"infinite at 1 of 7 tokens \(the teacher gives"):
-        assert_finite(terms)
+        raise not_finite(terms)
     weights[2] = 0.0
     terms = loss(student, Signal(logits=w), Tokens(targets, weights))
     (grad,) = torch.autograd.grad(terms.loss, z)
@@ -183,10 +183,10 @@ def test_a_token_without_weight_may_be_impossible(kind: str) -> None:
     w[0], weights[2] = torch.nan, 1.0
     terms = loss(student, Signal(logits=w), Tokens(targets, weights))
     with pytest.raises(FloatingPointError, match="teacher logits are NaN at 1 of 7 tokens"):
-        assert_finite(terms)
+        raise not_finite(terms)
     terms = loss(Signal(logits=z * torch.nan), student, Tokens(targets, weights))
     with pytest.raises(FloatingPointError, match="student logits are NaN at 7 of 7 tokens"):
-        assert_finite(terms)
+        raise not_finite(terms)
 
 
 def test_logits_exist_for_a_chunk_of_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:

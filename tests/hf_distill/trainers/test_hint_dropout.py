@@ -1,5 +1,6 @@
 """Hints that depend on the optimizer step reach the loss of that step, and of no other."""
 
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,17 @@ def test_rows_of_the_data_have_the_hints_of_their_step(
         assert lengths.tolist() == want["teacher_attention_mask"].sum(1).tolist()
     log = trainer.state.log_history[2]
     assert (log["hint_dropout"], log["max_hint_length"]) == (pytest.approx(0.5), 4)
+
+
+def test_no_worker_outlives_the_training(tmp_path: Path) -> None:
+    """Else the collector of reference cycles waits five seconds for each of them, somewhere."""
+    kept = {"eval_strategy": "steps", "eval_steps": 1}
+    trainer = off_policy(tmp_path, PLAN, max_steps=2, **LOADERS["workers"], **kept)
+    before = set(multiprocessing.active_children())
+    for _ in range(2):
+        trainer.train()
+        assert set(multiprocessing.active_children()) <= before
+        assert any("eval_soft" in log for log in trainer.state.log_history)
 
 
 def test_how_rows_are_loaded_does_not_matter(tmp_path: Path) -> None:

@@ -80,7 +80,8 @@ def build(kernel: Kernel, dtype: torch.dtype, target: GPUTarget) -> Any:
     known = {k: v for k, v in known.items() if names[k[0]] not in kernel.meta}
     source = ASTSource(kernel.function, signature, constexprs=kernel.meta, attrs=known)
     warps = max(1, kernel.meta.get("BLOCK", 1) // backend.COLUMNS_PER_WARP)
-    return triton.compile(source, target=target, options={"num_warps": warps})
+    options = {"num_warps": warps} | backend._limits(target.backend)
+    return triton.compile(source, target=target, options=options)
 
 
 def resources(cubin: bytes) -> dict[str, int]:
