@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from hf_distill.models.structure import causal_lm
 
-ROW, PADDING = 8, 8  # tokens of a trial, where the model's table of positions is long enough
+ROW = 8  # tokens of a trial, where the model's table of positions is long enough
+PADDING = 7  # odd, so that blocks of keys that follow the columns are others beside padding
 SHORT = 2  # tokens that any table has, and one more
 LENIENT = 1e-4  # of the largest logit, in float32; padding that counts gives more than 1e-3
 MOST_NOISE = 0.05  # padding on the right that changes more than this is no rounding

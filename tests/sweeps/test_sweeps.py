@@ -55,8 +55,9 @@ def test_a_family_is_right_or_refused(kind: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_windows_smaller_than_the_rows() -> None:
-    none_wrong(architecture_trials.trial("mistral", windows=True))
+@pytest.mark.parametrize("kind", ["mistral", "minimax_m3_vl_text"])  # windows; blocks by columns
+def test_windows_smaller_than_the_rows(kind: str) -> None:
+    none_wrong(architecture_trials.trial(kind, windows=True))
 
 
 @pytest.mark.filterwarnings("ignore")
