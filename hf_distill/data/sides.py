@@ -34,12 +34,14 @@ class Side(NamedTuple):
     predicts: [B, T] bool, True where the output predicts a scored token; N are True.
     route: [B] int64, the number of the teacher that each row asks, or None if there is one teacher.
     stored: what a data loader has read from a teacher's cache for these rows, or None.
+    as_logits: whether what is said of it is wanted as logits in any case.
     """
 
     inputs: dict[str, Tensor]
     predicts: Tensor
     route: Tensor | None = None
     stored: Mapping[str, Tensor] | None = None
+    as_logits: bool = False
 
 
 def predicts_from_labels(labels: Tensor) -> Tensor:

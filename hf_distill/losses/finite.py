@@ -63,6 +63,8 @@ def _why_infinite(soft: Tensor, teacher: Signal | None) -> str:
 
 
 def _gives_zero(teacher: Signal) -> bool:
+    if teacher.hidden is not None and teacher.head is None:  # the student's
+        return False
     if teacher.sparse is None:
         return bool((teacher.dense() == -torch.inf).any())
     known = teacher.sparse

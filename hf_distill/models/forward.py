@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -23,10 +23,17 @@ from torch.nn import functional as F
 
 from hf_distill.data.sides import Side
 from hf_distill.models.causality import find_front
-from hf_distill.models.head_probe import Post, Seen, adds_to_loss, marked_loss, probe_head
+from hf_distill.models.head_probe import (
+    Post,
+    Seen,
+    adds_to_loss,
+    marked_loss,
+    probe_head,
+    probe_joined_head,
+)
+from hf_distill.models.head_replacement import call_in_head
 from hf_distill.models.kept_logits import KEEP, takes_mask
 from hf_distill.models.layers import LayerWatcher, States
-from hf_distill.models.modes import replaced_forwards
 from hf_distill.models.positions import Positions, positions_of
 from hf_distill.models.probe_rows import ProbeRow, probe_row
 from hf_distill.models.routers import RouterWatcher, asks_routers
@@ -40,57 +47,6 @@ from hf_distill.models.structure import (
 from metal_ops import Head
 
 logger = logging.getLogger(__name__)
-
-
-@contextmanager
-def _tapped(
-    lm: nn.Module, read: Callable[[Tensor, Any], Any], inside: Callable[[Any, Any], Any]
-) -> Iterator[None]:
-    """Inside the block, the model's forward returns inside(outputs, read(head's input, head))."""
-    head: Any = cast(Any, lm).get_output_embeddings()  # the probe has found that it has one
-    results: list[Any] = []
-    forward = lm.forward
-
-    def tap(hidden: Tensor) -> Tensor:
-        results.append(read(hidden, head))
-        return hidden[..., :1].detach() * 0  # the model's code after the head needs a tensor
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        outputs = forward(*args, **kwargs)
-        return inside(outputs, results.pop())
-
-    with replaced_forwards({head: tap, lm: run}):
-        yield
-
-
-class _Carried:
-    """Carries what was read inside of a model's forward out of its adapters, in its outputs.
-
-    Adapters may expect the model's real outputs, and may add to their loss. What has a gradient
-    passes through them, because parallel wrappers look for it in what they are given.
-    """
-
-    def __init__(self, adds: bool) -> None:
-        self._adds = adds
-        self._result: Any = None
-
-    def put(self, outputs: Any, result: Any) -> Any:
-        self._result = result
-        loss = result if isinstance(result, Tensor) else getattr(result, "loss", None)
-        if isinstance(loss, Tensor):
-            outputs.logits = loss
-            if self._adds:
-                outputs.loss = torch.zeros((), device=loss.device)
-        return outputs
-
-    def take(self, returned: Any) -> tuple[Any, Tensor | None]:
-        """Return the result, and what was added to the loss."""
-        result, self._result = self._result, None
-        if isinstance(result, Tensor):
-            result = returned.logits
-        elif isinstance(getattr(result, "loss", None), Tensor):
-            result = result._replace(loss=returned.logits)
-        return result, returned.loss if self._adds else None
 
 
 class Reader:
@@ -109,7 +65,8 @@ class Reader:
         self.added: Tensor | None = None  # by adapters, to the loss of the last call
         self._refusal = refusal
         self._post: Post | None = None
-        self._is_known = self._has_said = self._is_sharded = False
+        self._is_known = self._has_said = False
+        self.is_in_pieces = False  # whether its parameters are, on several processes
         self._front = 0  # outputs before that of the first token
         self._adds = False
         self._takes_mask: bool | None = None
@@ -141,9 +98,9 @@ class Reader:
             self._is_known = True
             self._refusal = self._refusal or "the batch has no input_ids"
             return
-        self._is_sharded = is_sharded(model)
+        self.is_in_pieces = is_sharded(model)
         bare, row = self._probed(model, row)
-        found = find_front(bare, row, self.name, scored, self._is_sharded)
+        found = find_front(bare, row, self.name, scored, self.is_in_pieces)
         self._front, self._is_known = found
         if not self._has_said:
             self._has_said = True
@@ -155,7 +112,7 @@ class Reader:
 
         Positions are the model's own, for the row has no padding.
         """
-        if not self._is_sharded:
+        if not self.is_in_pieces:
             model = extract_model_from_parallel(model, keep_torch_compile=False)
         names = inspect.signature(causal_lm(model).forward).parameters
         cache = {"use_cache": False} if "use_cache" in names else {}
@@ -170,7 +127,7 @@ class Reader:
             )
         if self._refusal is not None:
             return
-        found = probe_head(model, row.inputs)
+        found = (probe_joined_head if self.is_in_pieces else probe_head)(model, row.inputs)
         if isinstance(found, str):
             self._refusal = found
             logger.warning("%s: read by its logits, not its hidden states: %s", self.name, found)
@@ -247,12 +204,8 @@ class Reader:
         kwargs = self.forward_inputs(model, side.inputs) if kwargs is None else kwargs
         lm = self._lm()
         assert lm is not None
-        if self._is_bare:
-            with _tapped(lm, read_scored, lambda _, result: result):
-                return model(**kwargs)
-        carried = _Carried(self._adds)
-        with _tapped(lm, read_scored, carried.put):
-            result, self.added = carried.take(model(**kwargs))
+        kind = {"is_bare": self._is_bare, "adds": self._adds, "in_pieces": self.is_in_pieces}
+        result, self.added = call_in_head(model, lm, read_scored, kwargs, **kind)
         return result
 
     def outputs(self, model: nn.Module, kwargs: Mapping[str, Any], **asked: Any) -> Any:
@@ -267,7 +220,7 @@ class Reader:
         kwargs = {**kwargs, **asked}
         self.added = None
         if self._adds and "labels" not in asked:
-            with marked_loss(causal_lm(model), Seen([], [], [])):
+            with marked_loss(causal_lm(model), Seen([], [], [], [])):
                 outputs = model(**kwargs)
             self.added = outputs.loss
         else:
@@ -301,7 +254,7 @@ class Reader:
             row = None if is_classifier(causal_lm(model)) else probe_row(inputs)
             if row is None or KEEP not in inspect.signature(causal_lm(model).forward).parameters:
                 self._takes_mask = False
-            elif self._is_sharded:  # an error would leave the pieces in any state
+            elif self.is_in_pieces:  # an error would leave the pieces in any state
                 self._takes_mask = type(causal_lm(model)).__module__.startswith("transformers.")
             else:
                 self._takes_mask = takes_mask(*self._probed(model, row), self._front)
@@ -325,7 +278,7 @@ class Reader:
         """
         self.look(model, side)
         self.added = None
-        at_head = at_head and self._post is not None
+        at_head = at_head and self._post is not None and not side.as_logits
         if not at_head:
             self._keeps(model, side.inputs)  # a probe, which must not be watched
         kwargs = self.forward_inputs(model, side.inputs)  # a trial, maybe, as well
@@ -362,9 +315,13 @@ class Reader:
             model: the model to read.
             side: its part of the batch.
             frozen_head: False keeps the head's own parameter in the signal, so that the op can see
-                that student and teacher share it; True takes its value now.
+                that student and teacher share it, or none where parameters lie in pieces: then it
+                is the student's, given where that is whole. True takes its value now.
         """
-        said = self.run(model, side, _frozen if frozen_head else _same)
+        keep = _frozen if frozen_head else _same
+        if self.is_in_pieces or is_sharded(model):
+            keep = _copied if frozen_head else _headless
+        said = self.run(model, side, keep)
         return replace(said, experts=self.routers.experts)
 
 
@@ -372,9 +329,20 @@ def _same(signal: Signal) -> Signal:
     return signal
 
 
-def _frozen(signal: Signal) -> Signal:
+def _headless(signal: Signal) -> Signal:
+    """Return the signal without its head, which is whole inside of the head's call only."""
+    return replace(signal, head=None)
+
+
+def _frozen(signal: Signal, keep: Callable[[Tensor], Tensor] = Tensor.detach) -> Signal:
     """Return the signal with the values that its head has now."""
-    if signal.head is None:
+    head = signal.head
+    if head is None:
         return signal
-    bias = None if signal.head.bias is None else signal.head.bias.detach()
-    return replace(signal, head=replace(signal.head, weight=signal.head.weight.detach(), bias=bias))
+    bias = None if head.bias is None else keep(head.bias)
+    return replace(signal, head=replace(head, weight=keep(head.weight), bias=bias))
+
+
+def _copied(signal: Signal) -> Signal:
+    """Return the signal with a copy of its head: the engine uses the memory again."""
+    return _frozen(signal, lambda x: x.detach().clone())

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 from hf_distill.models.modes import evaluating, kept_rng, replaced_forward
@@ -38,11 +39,13 @@ class Seen(NamedTuple):
 
     outputs: what its own forward returned, at each time. hidden: what its head was given. returned:
     what came out of the wrappers (adapters) around it. marks: the loss that was put into outputs.
+    entries: how many entries its head has.
     """
 
     outputs: list[Any]
     hidden: list[Tensor]
     marks: list[Tensor]
+    entries: list[int]
     returned: Any = None
 
 
@@ -78,7 +81,7 @@ def adds_to_loss(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
         model: with its adapters, without parallel wrapper.
         inputs: of its forward, without labels.
     """
-    lm, seen = causal_lm(model), Seen([], [], [])
+    lm, seen = causal_lm(model), Seen([], [], [], [])
     if lm is unwrap(model):
         return False
     with marked_loss(lm, seen):
@@ -92,11 +95,16 @@ def _calm(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         return model(**inputs)
 
 
+def _is_linear_of_fsdp(head: Any) -> bool:
+    """Return whether FSDP 2 has made the head's class of that of a linear layer."""
+    return isinstance(head, FSDPModule) and nn.Linear in type(head).__bases__
+
+
 def _head_refusal(head: Any) -> str | None:
     """Return why the model's head cannot be applied by itself, or None."""
     if head is None:
         return "the model has no output embeddings"
-    if type(head) is not nn.Linear:
+    if type(head) is not nn.Linear and not _is_linear_of_fsdp(head):
         return f"the head is a {type(head).__module__.split('.')[0]} {type(head).__name__}"
     weight = head.weight
     if not weight.is_floating_point():
@@ -141,10 +149,12 @@ def ramp(shape: tuple[int, ...], device: torch.device) -> Tensor:
 
 def _see(model: nn.Module, lm: nn.Module, head: nn.Linear, inputs: Mapping[str, Any]) -> Seen:
     """Call the model with a head that returns a ramp, and return what the call goes through."""
-    seen, entries = Seen([], [], []), head.weight.shape[0]
+    seen = Seen([], [], [], [])
 
     def of_head(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         seen.hidden.append(hidden.detach())
+        entries = len(head.weight)  # as it is inside of the call
+        seen.entries.append(entries)
         rows = hidden[:1, :PROBE_TOKENS] if hidden.ndim == 3 else hidden
         torch.set_grad_enabled(True)  # from here on, to see whether what follows is trained
         return ramp((*rows.shape[:-1], entries), hidden.device)
@@ -287,12 +297,48 @@ def probe_head(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> Post | s
     if not _is_linear(head):
         return NOT_LINEAR
     seen = _see(model, lm, head, given)
-    return _around(model, lm, head, seen) or _post(lm, seen, head.weight.shape[0])
+    return _around(model, lm, head, seen) or _post(lm, seen)
 
 
-def _post(lm: nn.Module, seen: Seen, entries: int) -> Post | str:
+@torch.no_grad()
+def probe_joined_head(model: nn.Module, inputs: Mapping[str, Any]) -> Post | str:
+    """Probe as `probe_head` does, a model whose head an engine joins inside of its call only.
+
+    All processes must call it together.
+
+    Args:
+        model: as it is called in training.
+        inputs: of its forward, few tokens.
+    """
+    lm = causal_lm(model)
+    head = output_head(lm)
+    refusal = _head_refusal(head)
+    if refusal is not None:
+        return refusal
+    own, said, wanted = head.forward, [], []
+
+    def compared(hidden: Tensor) -> Tensor:
+        wanted.append(F.linear(hidden, head.weight, head.bias))
+        return own(hidden)
+
+    hook = head.register_forward_hook(lambda _, __, out: said.append(out))
+    try:
+        with replaced_forward(head, compared):
+            _calm(model, inputs)
+    finally:
+        hook.remove()
+    if len(wanted) != 1:
+        return f"the forward calls its head {len(wanted)} times"
+    if not torch.equal(said[0].to(wanted[0]), wanted[0]):
+        return NOT_LINEAR
+    seen = _see(model, lm, head, inputs)
+    return _around(model, lm, head, seen) or _post(lm, seen)
+
+
+def _post(lm: nn.Module, seen: Seen) -> Post | str:
     """Return what the logits of a ramp say."""
-    logits, hidden = getattr(seen.returned, "logits", None), seen.hidden[0][:1, :PROBE_TOKENS]
+    entries, logits = seen.entries[0], getattr(seen.returned, "logits", None)
+    hidden = seen.hidden[0][:1, :PROBE_TOKENS]
     said = ramp((*hidden.shape[:-1], entries), hidden.device)
     if not isinstance(logits, Tensor) or logits.shape[:-1] != said.shape[:-1]:
         return "the logits are not those of the head's output"

@@ -33,11 +33,12 @@ class TailRule(NamedTuple):
 class Signal:
     """Holds what a model says about the N scored tokens, in one of three forms.
 
-    `logits` [N, V]; `hidden` [N, H] and `head`; or `sparse`, the log-probabilities of a few entries
-    and the mass of the rest, with a rule for that rest. Exactly one form is set. `states` are
-    those of the layers that are compared. `own_loss` [] is the model's own loss of its labels, for
-    the whole optimizer step, where it takes the place of the cross-entropy. `experts` are those
-    that a mixture of experts prefers for the tokens, where its config asks for them.
+    `logits` [N, V]; `hidden` [N, H] and `head`, which is the student's where it is None; or
+    `sparse`, the log-probabilities of a few entries and the mass of the rest, with a rule for that
+    rest. Exactly one form is set. `states` are those of the layers that are compared. `own_loss` []
+    is the model's own loss of its labels, for the whole optimizer step, where it takes the place of
+    the cross-entropy. `experts` are those that a mixture of experts prefers for the tokens, where
+    its config asks for them.
 
     `paired` [N] bool: the scored tokens that the signal is about, its rows in their order; None is
     all of them. Teachers with another tokenizer have not a token for each of the student's.
@@ -84,6 +85,12 @@ class Signal:
         assert self.head is not None
         h = self.head.gathered()
         return reference.head(self.hidden, h.weight, h.bias, h.logit_scale, h.softcap)
+
+    def beside(self, student: "Signal") -> "Signal":
+        """Return the signal with the student's head, where it has hidden states and no head."""
+        if self.hidden is None or self.head is not None:
+            return self
+        return replace(self, head=student.head)
 
     def rows(self, at: slice) -> "Signal":
         """Return the signal about some of the scored tokens, one row for each of them.

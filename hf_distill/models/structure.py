@@ -28,6 +28,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     return bare
 
 
+def as_called(model: nn.Module) -> nn.Module:
+    """Return the model as it must be called: FSDP 1 joins its root's pieces in the wrapper only."""
+    return model if isinstance(model, FullyShardedDataParallel) else unwrap(model)
+
+
 def causal_lm(model: nn.Module) -> nn.Module:
     """Return the Transformers model itself, without parallel wrapper and PEFT wrapper."""
     model = unwrap(model)

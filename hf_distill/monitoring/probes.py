@@ -1,7 +1,7 @@
 """Small measurements of a teacher during training, taken at logs, for the watchdog."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from hf_distill.data.sides import Side
 from hf_distill.models.probe_rows import rows_of
-from hf_distill.models.structure import unwrap
 from hf_distill.teachers import ModelTeacher, SelfTeacher, Teacher
 from metal_ops import DivergenceSpec, divergence
 
@@ -56,10 +55,11 @@ class DriftProbe:
     Args:
         teacher: one that must say the same about the same tokens for the whole run.
         accelerator: of the trainer.
+        sharded: whether processes must run the model together.
     """
 
-    def __init__(self, teacher: Teacher, accelerator: Accelerator) -> None:
-        self.teacher, self.accelerator = teacher, accelerator
+    def __init__(self, teacher: Teacher, accelerator: Accelerator, sharded: bool) -> None:
+        self.teacher, self.accelerator, self.sharded = teacher, accelerator, sharded
         self._kept: tuple[Side, Tensor] | None = None
         self._reads = 0
 
@@ -73,8 +73,8 @@ class DriftProbe:
         Returns:
             Whether it has one.
         """
-        if self._kept is None and bool(side.predicts.any()):
-            row = _first_row(side)
+        if self._kept is None and _have_tokens(side, self):
+            row = _first_row(side)._replace(as_logits=self.sharded)
             self._kept = row, self._said(student, row)
         return self._kept is not None
 
@@ -103,10 +103,11 @@ class LiveProbe:
     Args:
         teacher: of kind "live".
         accelerator: of the trainer.
+        sharded: whether processes must run the model together.
     """
 
-    def __init__(self, teacher: SelfTeacher, accelerator: Accelerator) -> None:
-        self.teacher, self.accelerator = teacher, accelerator
+    def __init__(self, teacher: SelfTeacher, accelerator: Accelerator, sharded: bool) -> None:
+        self.teacher, self.accelerator, self.sharded = teacher, accelerator, sharded
         self._kept: tuple[Side, Tensor, float] | None = None
 
     def _said(self, student: nn.Module, side: Side) -> Tensor:
@@ -119,11 +120,10 @@ class LiveProbe:
         Returns:
             Whether it has some.
         """
-        if self._kept is not None or not bool(side.predicts.any()):
+        if self._kept is not None or not _have_tokens(side, self):
             return self._kept is not None
-        rows = some_tokens(side)
-        before = self._said(student, rows)
-        unaided = self._said(student, some_tokens(student_side))
+        rows, own = (some_tokens(x)._replace(as_logits=self.sharded) for x in (side, student_side))
+        before, unaided = self._said(student, rows), self._said(student, own)
         self._kept = rows, before, max(_mean_jsd(unaided, before), LEAST_GAP)
         return True
 
@@ -141,10 +141,10 @@ def _mean_jsd(one: Tensor, other: Tensor) -> float:
     return float(divergence(one, other, DivergenceSpec("jsd")).mean()) if len(one) else 0.0
 
 
-def _sample(tensors: Mapping[str, Tensor]) -> Tensor:
+def _sample(tensors: Iterable[Tensor]) -> Tensor:
     """Return about SAMPLES entries of each tensor, evenly spread, as one float32 CPU vector."""
     parts = []
-    for tensor in tensors.values():
+    for tensor in tensors:
         flat = tensor.detach().reshape(-1)
         parts.append(flat[:: max(1, len(flat) // SAMPLES)].float())
     return torch.cat(parts).cpu()
@@ -155,15 +155,24 @@ class AverageProbe:
 
     Args:
         teacher: of kind "ema", prepared.
+        accelerator: of the trainer.
+        sharded: whether each process holds pieces of the parameters.
     """
 
-    def __init__(self, teacher: SelfTeacher) -> None:
-        self.teacher = teacher
+    def __init__(self, teacher: SelfTeacher, accelerator: Accelerator, sharded: bool) -> None:
+        self.teacher, self.accelerator, self.sharded = teacher, accelerator, sharded
         self._start: tuple[Tensor, Tensor] | None = None
 
     def _samples(self, student: nn.Module) -> tuple[Tensor, Tensor]:
-        average, weights = self.teacher.state_dict(), dict(unwrap(student).named_parameters())
-        return _sample({name: weights[name] for name in average}), _sample(average)
+        average, weights = zip(*self.teacher.averaged(student), strict=True)
+        return _sample(weights), _sample(average)
+
+    def _size(self, difference: Tensor) -> float:
+        """Return the norm of a difference, over all processes if each holds pieces."""
+        square = difference.square().sum()
+        if self.sharded:
+            square = cast(Tensor, self.accelerator.reduce(square.to(self.accelerator.device)))
+        return float(square.sqrt())
 
     def keep(self, student: nn.Module, student_side: Side, side: Side) -> bool:
         """Take both as they are at the first call: the start, or where a run resumes."""
@@ -176,23 +185,39 @@ class AverageProbe:
         if self._start is None:
             return {}
         weights, average = self._samples(student)
-        way = float((weights - self._start[0]).norm())
+        way = self._size(weights - self._start[0])
         if way == 0.0:
             return {}
-        moved, distance = (average - self._start[1]).norm(), (average - weights).norm()
-        return {"ema_moved": float(moved) / way, "ema_distance": float(distance) / way}
+        moved, distance = self._size(average - self._start[1]), self._size(average - weights)
+        return {"ema_moved": moved / way, "ema_distance": distance / way}
+
+
+def _have_tokens(side: Side, probe: DriftProbe | LiveProbe) -> bool:
+    """Return whether there are tokens to ask about; on all processes if they run together."""
+    found = bool(side.predicts.any())
+    if not probe.sharded:
+        return found
+    each = torch.tensor([found], device=probe.accelerator.device)
+    return bool(cast(Tensor, probe.accelerator.gather(each)).all())
 
 
 Probe = DriftProbe | AverageProbe | LiveProbe
 
 
-def make_probe(teacher: Teacher, accelerator: Accelerator) -> Probe | None:
-    """Make the probe for a teacher; None for one that may change in ways that are not known."""
-    if isinstance(teacher, SelfTeacher) and teacher.kind == "ema":
-        return AverageProbe(teacher)
-    if isinstance(teacher, SelfTeacher) and teacher.kind == "live":
-        return LiveProbe(teacher, accelerator)
+def make_probe(teacher: Teacher, accelerator: Accelerator, sharded: bool) -> Probe | None:
+    """Make the probe for a teacher; None for one that may change in ways that are not known.
+
+    Args:
+        teacher: of the run.
+        accelerator: of the trainer.
+        sharded: whether parameters of the student lie in pieces on several processes.
+    """
+    own = isinstance(teacher, SelfTeacher)
+    if own and teacher.kind == "ema":
+        return AverageProbe(teacher, accelerator, sharded)
+    if own and teacher.kind == "live":
+        return LiveProbe(teacher, accelerator, sharded)
     frozen = isinstance(teacher, ModelTeacher) or (
         isinstance(teacher, SelfTeacher) and teacher.kind == "base"
     )
-    return DriftProbe(teacher, accelerator) if frozen else None
+    return DriftProbe(teacher, accelerator, sharded and own) if frozen else None

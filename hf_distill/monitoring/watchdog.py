@@ -299,7 +299,6 @@ def make_watchdog(run: Run, vocab: int | None) -> tuple[Watchdog | None, Probe |
         return None, None
     watchdog = (without_text_limits(config) if run.is_classifier else config).make()
     watchdog.vocab = vocab
-    if run.sharded:
-        logger.info("the watchdog does not probe the teacher: parameters are sharded")
+    if run.is_classifier:
         return watchdog, None
-    return watchdog, None if run.is_classifier else make_probe(run.teacher, run.accelerator)
+    return watchdog, make_probe(run.teacher, run.accelerator, run.sharded)

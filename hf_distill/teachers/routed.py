@@ -8,11 +8,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hf_distill.data.sides import TEACHER_ROUTE, Side
+from hf_distill.models.pieces import will_lie_in_pieces
 from hf_distill.models.signals import Signal, join, without_padding
 from hf_distill.run import Run
 from hf_distill.teachers.base import Teacher
 from hf_distill.teachers.model import as_teacher
-from hf_distill.teachers.self_teacher import SHARDED, SelfTeacher
+from hf_distill.teachers.self_teacher import SelfTeacher
 
 SEPARATOR = ":"  # between a teacher's name and its own key in a checkpoint
 
@@ -106,7 +107,7 @@ class RoutedTeacher(Teacher):
                 some rows, which the processes would not ask for at the same time.
         """
         own = [name for name, t in self.teachers.items() if isinstance(t, SelfTeacher)]
-        if own and accelerator.distributed_type in SHARDED:
+        if own and will_lie_in_pieces(accelerator, student):
             raise ValueError(
                 "a sharded student must be read by all processes at once, a routed teacher is "
                 f"asked for some rows only; got {accelerator.distributed_type.value} and the "

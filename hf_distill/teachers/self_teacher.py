@@ -2,14 +2,13 @@
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import PeftType
@@ -19,17 +18,17 @@ from hf_distill.data.sides import Side
 from hf_distill.models.forward import Reader
 from hf_distill.models.layers import LayerWatcher
 from hf_distill.models.modes import evaluating
+from hf_distill.models.pieces import will_lie_in_pieces
 from hf_distill.models.precision import weights_replaced
 from hf_distill.models.signals import Signal
-from hf_distill.models.structure import unwrap
+from hf_distill.models.structure import as_called, unwrap
 from hf_distill.schedules import Schedule
 from hf_distill.teachers.base import Teacher
+from hf_distill.teachers.held_values import HeldValues
 from hf_distill.teachers.initial_adapters import (
     BaseOfAdapters,
     check_not_merged,
     has_adapters,
-    holding,
-    trainable,
 )
 
 logger = logging.getLogger(__name__)
@@ -37,7 +36,6 @@ logger = logging.getLogger(__name__)
 SELF_TEACHERS = ("base", "live", "ema", "lora_scale")
 
 STEP = "step"  # of a schedule, in a checkpoint
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def _describe_memory(model: nn.Module) -> str:
@@ -125,7 +123,7 @@ class SelfTeacher(Teacher):
         self.ema_decay = ema_decay
         self._copy: nn.Module | None = None
         self._base: tuple[nn.Module, BaseOfAdapters] | None = None  # the model, and its base
-        self._average: dict[str, Tensor] = {}
+        self._held: HeldValues | None = None  # the average, or the start of a model in pieces
         self._step = 0
 
     def become(self, other: "SelfTeacher") -> None:
@@ -142,23 +140,23 @@ class SelfTeacher(Teacher):
                 are merged; or the model before training cannot be had, see `BaseOfAdapters`.
         """
         self._reader = Reader("teacher", refusal)
-        self._copy, self._average, self._step = None, {}, 0
+        self._copy, self._held, self._step = None, None, 0
         if self.kind == "lora_scale":
             check_scalable(student)
         check_not_merged(student)
         if self.kind in ("base", "lora_scale") and has_adapters(student):
             self._keep_base(accelerator, student)
+        elif self.kind == "base" and will_lie_in_pieces(accelerator, student):
+            self._held = HeldValues(student, wide=False)
+            logger.info("teacher base: the values of the start, in pieces like the student's")
         elif self.kind == "base":
             self._copy = copy.deepcopy(student).eval().requires_grad_(False)
             logger.info("teacher base: a frozen copy, %s", _describe_memory(self._copy))
         elif self.kind == "ema":
-            # in float32: a step of 1 - ema_decay would be lost in 16 bits
-            self._average = {
-                n: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
-                for n, p in trainable(student).items()
-            }
+            self._held = HeldValues(student, wide=True)
             logger.info(
-                "teacher ema: decay %g, %d averaged tensors", self.ema_decay, len(self._average)
+                "teacher ema: decay %g, %d averaged tensors",
+                *(self.ema_decay, len(self._held.values)),
             )
         else:
             logger.warning(
@@ -171,7 +169,7 @@ class SelfTeacher(Teacher):
         if self._base is None or self._base[0] is not model:
             self._base = model, BaseOfAdapters(model)
         base = self._base[1]
-        if base.initial and accelerator.distributed_type in SHARDED:
+        if base.initial and will_lie_in_pieces(accelerator, student):
             raise ValueError(
                 "a sharded student cannot be given the values that it started with, got "
                 f"{accelerator.distributed_type.value} and {base}: give the model before training "
@@ -195,43 +193,27 @@ class SelfTeacher(Teacher):
         if self._copy is not None:
             return self._reader.signal(self._copy, side)
         model = unwrap(student)
-        swaps = self.kind == "ema" or bool(self._base and self._base[1].initial)
-        with weights_replaced(), evaluating(model), self._instead(model):
-            return self._reader.signal(model, side, frozen_head=swaps)
+        swaps = self._held is not None or bool(self._base and self._base[1].initial)
+        with weights_replaced(), evaluating(model), self._instead(student):
+            return self._reader.signal(as_called(student), side, frozen_head=swaps)
 
-    def _instead(self, model: nn.Module) -> Any:
+    def _instead(self, student: nn.Module) -> Any:
         """Make the student the teacher inside the block."""
-        if self.kind == "ema":
-            return self._swapped(model)
+        if self._held is not None:
+            return self._held.inside(student)
         if self._base is None:
             return nullcontext()
-        base = self._base[1]
+        model, base = unwrap(student), self._base[1]
         if self.kind == "base":
             return base.inside(model)
         return base.scaled(model, self.lora_scale.at(self._step))
-
-    def _swapped(self, model: nn.Module) -> Any:
-        return holding(self._averaged(model), self._average)
-
-    def _averaged(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """Return the student's trainable parameters, which must be those of the average."""
-        parameters = trainable(model)
-        if parameters.keys() != self._average.keys():
-            odd = sorted(parameters.keys() ^ self._average.keys())
-            raise ValueError(
-                "with teacher ema the same parameters must be trained from the first step to the "
-                f"last; {len(odd)} differ, the first is {odd[0]!r}"
-            )
-        return parameters
 
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
         """Move the average towards the student by 1 - ema_decay, or the schedule by a step."""
         self._step += 1
-        if self.kind == "ema":
-            for name, parameter in self._averaged(unwrap(student)).items():
-                average = self._average[name]
-                average.lerp_(parameter.to(average.dtype), 1 - self.ema_decay)
+        if self.kind == "ema" and self._held is not None:
+            self._held.move(student, 1 - self.ema_decay)
 
     @torch.no_grad()
     def distance(self, student: nn.Module) -> float | None:
@@ -239,19 +221,25 @@ class SelfTeacher(Teacher):
 
         It is None for the kinds that have no average.
         """
-        if self.kind != "ema":
+        if self.kind != "ema" or self._held is None:
             return None
-        differences = [
-            (self._average[name] - parameter).abs().max()
-            for name, parameter in self._averaged(unwrap(student)).items()
-        ]
-        return float(torch.stack(differences).max())
+        return self._held.distance(student)
+
+    def averaged(self, student: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each average and what the student has, as this process holds them."""
+        assert self._held is not None
+        return self._held.pairs(student)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the average or the adapters' start, by parameter name, and a schedule's step."""
+        """Return the average or the adapters' start, by parameter name, and a schedule's step.
+
+        All processes must call it together. The tensors of a model in pieces are whole in the main
+        process, and have only a shape in others.
+        """
         kept = {} if self._base is None else self._base[1].initial
         step = {STEP: torch.tensor(self._step)} if self.kind == "lora_scale" else {}
-        return {**self._average, **kept, **step}
+        held = self._held if self.kind == "ema" else None
+        return {**({} if held is None else held.whole()), **kept, **step}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` holds.
@@ -272,8 +260,8 @@ class SelfTeacher(Teacher):
         if self._base is not None:
             model, base = self._base
             base.load(model, state)
-        for name, average in self._average.items():
-            average.copy_(state[name])
+        if self._held is not None and self.kind == "ema":
+            self._held.load(state)
 
 
 @dataclass

@@ -151,8 +151,6 @@ def hidden_states_refusal(run: Run, own_hard_loss: bool) -> str | None:
     """Return why a run must read logits and not hidden states, or None."""
     if run.is_classifier:
         return "a classifier has few logits"
-    if run.sharded:
-        return "sharded parameters"
     if run.args.torch_compile:
         return "torch_compile"
     if own_hard_loss:

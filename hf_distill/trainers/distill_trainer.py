@@ -121,7 +121,7 @@ class DistillTrainer(AccountingTrainer):
             self.processing_class,
             given_collator(self.data_collator),
             self.accelerator,
-            self.is_fsdp_enabled or self.is_deepspeed_enabled,
+            self._is_in_pieces(),
             losses_of_run(self.args, self._own_loss),
             own_loss=self._own_loss is not None,
             num_copies=self._num_copies,
@@ -239,7 +239,7 @@ class DistillTrainer(AccountingTrainer):
         """Return the loss of student against teacher, normalised over the whole optimizer step."""
         if self.teacher is None:
             return self._without_teacher(model, inputs, return_outputs, num_items_in_batch)
-        batch = self._read(model, inputs, num_items_in_batch)
+        batch = self._read(model, inputs, num_items_in_batch, return_outputs)
         teacher = self.task.signal(batch, lambda: self._signal(model, batch))
         tokens = self.task.tokens(batch, model.training)
         terms_of = lambda student: self._terms(student, teacher, tokens)
@@ -270,6 +270,7 @@ class DistillTrainer(AccountingTrainer):
 
     def _terms(self, student: Signal, teacher: Signal, tokens: Tokens) -> Terms:
         """Compute the loss of the tokens and what surrounds it."""
+        teacher = teacher.beside(student)
         terms = losses.step_terms(self.token_loss, student, teacher, tokens)
         if self._layers is None:
             return terms
@@ -287,7 +288,11 @@ class DistillTrainer(AccountingTrainer):
         return add_router_loss(terms, said, teacher, tokens, num_batches)
 
     def _read(
-        self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items: Tensor | int | None,
+        with_outputs: bool,
     ) -> Batch:
         """Return the batch, checked; the first ones are looked at closely."""
         if self.task.label_name != LABELS:
@@ -300,6 +305,8 @@ class DistillTrainer(AccountingTrainer):
         batch = self.task.read(inputs, num_items, 1 if alone else self._num_averaged(num_items))
         batch.num_rows = self._evaluation.num_rows
         batch.wants_outputs = bool(self.compute_loss_func or self.label_smoother)
+        if self._run.sharded and (with_outputs or batch.wants_outputs):
+            batch.read_as_logits()  # a head in pieces is whole in its own call only
         if not self._looked:
             self._start_check.look(model, batch.student)
             done, probe = self.task.look(model, batch), self._probe
@@ -323,11 +330,10 @@ class DistillTrainer(AccountingTrainer):
         with self.accelerator.autocast():  # the student's forward has its own
             signal = cast(Teacher, self.teacher).signal(model, batch.teacher)
         if not isinstance(signal, Signal):
-            name = type(self.teacher).__name__
-            raise TypeError(f"{name}.signal must return a Signal, got a {type(signal).__name__}")
-        if self._has_plain_vocabulary(batch.inputs):
-            return signal
-        return self._vocabulary.signal(signal, batch.inputs)
+            whose, kind = (type(x).__name__ for x in (self.teacher, signal))
+            raise TypeError(f"{whose}.signal must return a Signal, got a {kind}")
+        plain = self._has_plain_vocabulary(batch.inputs)
+        return signal if plain else self._vocabulary.signal(signal, batch.inputs)
 
     def _has_plain_vocabulary(self, inputs: Mapping[str, Any]) -> bool:
         return self._vocabulary.is_plain and TEACHER_OWN_TOKENS not in inputs
@@ -336,6 +342,8 @@ class DistillTrainer(AccountingTrainer):
         """Return the teacher's signal of a batch on its device, before the step's first loss."""
         self._check_batch(inputs)
         batch = self.task.read(inputs, None, 1)
+        if self._run.sharded:
+            batch.read_as_logits()
         with torch.no_grad(), self.compute_loss_context_manager():
             return self._signal(cast(nn.Module, self.model_wrapped), batch)
 

@@ -54,6 +54,11 @@ class Batch:
     unscored: Tensor | bool = False
     shares: Tensor | None = None
 
+    def read_as_logits(self) -> None:
+        """Have both sides read by their logits."""
+        self.student = self.student._replace(as_logits=True)
+        self.teacher = self.teacher._replace(as_logits=True)
+
     @property
     def counted_tokens(self) -> Tensor | None:
         """Return [N] bool: which scored tokens stand in rows that count, or None for all."""

@@ -133,7 +133,7 @@ def average_in_16_bits(folder: Path) -> OPSDTrainer:
     """The step of 1 - ema_decay is lost in the rounding."""
     slow = {"self_teacher": {"ema_decay": 0.9999}, "learning_rate": 1e-3}
     trainer = opsd(folder, sharp(), teacher="ema", **slow)
-    trainer.add_callback(InBfloat16(trainer.teacher._average))
+    trainer.add_callback(InBfloat16(trainer.teacher._held.values))
     return trainer
 
 

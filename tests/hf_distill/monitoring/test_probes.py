@@ -52,7 +52,7 @@ def test_inputs_that_may_not_be_one_a_row_are_kept_whole():
     ],
 )
 def test_only_frozen_teachers_are_held_to_their_start(teacher, expected):
-    assert type(make_probe(teacher, None)) is expected
+    assert type(make_probe(teacher, None, False)) is expected
 
 
 def testsome_tokens_are_spread_evenly():
@@ -73,7 +73,7 @@ def test_a_live_teacher_moves_by_a_share_of_what_it_had_to_teach():
     student = side()
     student.inputs["input_ids"] = student.inputs["input_ids"] % models.VOCAB
     hinted = Side({"input_ids": student.inputs["input_ids"].flip(1)}, student.predicts)
-    probe = LiveProbe(teacher, Accelerator(cpu=True))
+    probe = LiveProbe(teacher, Accelerator(cpu=True), False)
     probe.keep(model, student, hinted)
     assert probe.read(model) == {"teacher_moved": 0.0}
 

@@ -264,11 +264,20 @@ def test_names(teachers: dict, message: str) -> None:
 
 
 def test_a_sharded_student_is_read_by_all_at_once() -> None:
-    accelerator: Any = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    kind = DistributedType
+
+    def engine(distributed_type: DistributedType, zero_stage: int | None = None) -> Any:
+        plugin = None if zero_stage is None else SimpleNamespace(zero_stage=zero_stage)
+        return SimpleNamespace(distributed_type=distributed_type, deepspeed_plugin=plugin)
+
     teacher = RoutedTeacher({"a": Counted(), "own": SelfTeacher("live")}, "domain")
-    with pytest.raises(ValueError, match="got FSDP and the self-teacher 'own'"):
+    for accelerator in (engine(kind.FSDP), engine(kind.DEEPSPEED, 3)):
+        name = accelerator.distributed_type.value
+        with pytest.raises(ValueError, match=f"got {name} and the self-teacher 'own'"):
+            teacher.prepare(accelerator, models.llama(), None)
+        RoutedTeacher({"a": Counted()}, "domain").prepare(accelerator, models.llama(), None)
+    for accelerator in (engine(kind.DEEPSPEED, 2), engine(kind.MULTI_GPU)):  # whole parameters
         teacher.prepare(accelerator, models.llama(), None)
-    RoutedTeacher({"a": Counted()}, "domain").prepare(accelerator, models.llama(), None)
 
 
 def test_the_route_reaches_the_teachers_side_only() -> None:

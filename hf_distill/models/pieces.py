@@ -1,0 +1,115 @@
+"""A model's parameters as one process holds them: whole, or its pieces of them.
+
+FSDP 2 holds pieces as `DTensor`s, ZeRO-3 beside empty parameters (`ds_tensor`), FSDP 1 as parts of
+one flat tensor for each wrapped module. What is written into a piece is what the engine joins at
+the next forward, once nothing is joined from before it.
+"""
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import functional
+
+from hf_distill.models.structure import is_sharded
+
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+def plain_name(name: str) -> str:
+    """Return a parameter's name without what wrappers put into it."""
+    for part in WRAPPERS:
+        name = name.replace(part, "")
+    return name
+
+
+def will_lie_in_pieces(accelerator: Accelerator, model: nn.Module) -> bool:
+    """Return whether processes hold pieces of the parameters, now or once training has begun."""
+    kind, plugin = accelerator.distributed_type, accelerator.deepspeed_plugin
+    if kind == DistributedType.DEEPSPEED:
+        return plugin is not None and plugin.zero_stage == 3
+    return kind == DistributedType.FSDP or is_sharded(model)
+
+
+def release(model: nn.Module) -> None:
+    """Give up what is joined of a model in pieces: its parameters are the pieces from here on."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+        elif isinstance(module, FullyShardedDataParallel):
+            handle = module._handle
+            if handle is not None:
+                handle.reshard(True)
+
+
+def piece(parameter: Tensor) -> Tensor:
+    """Return what this process holds of a parameter: memory that an engine reads."""
+    if isinstance(parameter, DTensor):
+        return parameter.detach().to_local()
+    held = getattr(parameter, "ds_tensor", None)
+    return parameter.data if held is None else held.data
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """Return the shape of all pieces together; of a part of a flat tensor what it says now."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def lies_flat(model: nn.Module, parameter: Tensor) -> bool:
+    """Return whether a parameter's pieces follow each other in one flat tensor."""
+    if hasattr(parameter, "ds_tensor"):
+        return True
+    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+
+
+def _sizes(held: Tensor) -> list[int]:
+    """Return how many elements each process holds. All must call it."""
+    sizes: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(sizes, held.numel())
+    return sizes
+
+
+def cut(whole: Tensor, parameter: Tensor, flat: bool) -> Tensor:
+    """Return of a whole tensor what this process holds of a parameter. All must call it.
+
+    Args:
+        whole: in any dtype, which is kept.
+        parameter: that is cut already.
+        flat: see `lies_flat`.
+    """
+    held = piece(parameter)
+    if isinstance(parameter, DTensor):
+        mesh, placed = parameter.device_mesh, whole.to(held.device)
+        return distribute_tensor(placed, mesh, parameter.placements).to_local().clone()
+    if not flat:
+        return whole.to(held.device, copy=True)
+    sizes = _sizes(held)
+    start, missing = sum(sizes[: dist.get_rank()]), max(0, sum(sizes) - whole.numel())
+    padded = functional.pad(whole.flatten(), (0, missing))  # pieces of ZeRO have one length
+    return padded[start : start + held.numel()].view(held.shape).to(held.device, copy=True)
+
+
+def join(held: Tensor, parameter: Tensor, shape: torch.Size, flat: bool) -> Tensor:
+    """Return the whole tensor of which processes hold pieces, on each. All must call it.
+
+    Args:
+        held: this process's piece.
+        parameter: is cut in the same way.
+        shape: of the whole.
+        flat: see `lies_flat`.
+    """
+    if isinstance(parameter, DTensor):
+        mesh, at = parameter.device_mesh, parameter.placements
+        known = {"shape": parameter.shape, "stride": parameter.stride()}
+        return DTensor.from_local(held, mesh, at, run_check=False, **known).full_tensor()
+    if not flat:
+        return held.view(shape)
+    sizes = _sizes(held)
+    own = functional.pad(held.flatten(), (0, max(sizes) - held.numel()))
+    padded = [torch.empty_like(own) for _ in sizes]
+    dist.all_gather(padded, own)
+    parts = [part[:size] for part, size in zip(padded, sizes, strict=True)]
+    return torch.cat(parts)[: shape.numel()].view(shape)

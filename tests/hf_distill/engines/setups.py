@@ -1,0 +1,232 @@
+"""Trainings that every engine should do as one process does, and the engines' settings.
+
+Rows of a step, over all processes, are the same; SGD, so that a gradient of another size shows.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_distill import DistillConfig, DistillTrainer, OPSDConfig, OPSDTrainer
+from hf_distill.cache import CachedTeacher, HeadSamples, cache_teacher
+from tests.hf_distill.trainers import models, own_losses
+
+ROWS = 6  # of a micro-batch, over all processes
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 512}
+WRAP = {
+    "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+}
+
+
+def _fsdp(version: int, **changes: Any) -> dict[str, Any]:
+    sync = {"sync_module_states": False} if version == 1 else {}
+    return {"fsdp": True, "fsdp_config": WRAP | sync | {"version": version} | changes}
+
+
+def _zero(stage: int) -> dict[str, Any]:
+    pieces = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
+    return {
+        "deepspeed": {
+            "zero_optimization": {"stage": stage} | pieces,
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+    }
+
+
+ENGINES: Mapping[str, dict[str, Any]] = {
+    "one": {"use_cpu": True},
+    "ddp": {},
+    "fsdp1": _fsdp(1),
+    "fsdp2": _fsdp(2),
+    "fsdp2-ac": _fsdp(2, activation_checkpointing=True),
+    "zero1": _zero(1),
+    "zero2": _zero(2),
+    "zero3": _zero(3),
+}
+
+
+class Place:
+    """Says where a training runs: its folder, engine and number of processes."""
+
+    def __init__(self, folder: Path, engine: str, num_processes: int) -> None:
+        self.folder, self.engine, self.num_processes = folder, engine, num_processes
+
+    def options(self, **changes: Any) -> dict[str, Any]:
+        rows = ROWS // self.num_processes
+        made = models.options(self.folder, per_device_train_batch_size=rows)
+        made.pop("adam_epsilon", None)
+        made.pop("use_cpu", None)
+        given = {
+            "per_device_eval_batch_size": rows,
+            "optim": "sgd",
+            "learning_rate": 0.05,
+            "max_grad_norm": 1e9,
+            "max_steps": 3,
+            "gradient_accumulation_steps": 2,
+        }
+        return made | given | ENGINES[self.engine] | changes
+
+
+def llama(seed: int = 0, **changes: Any) -> Any:
+    return models.llama(seed, **WIDE | changes)
+
+
+def other(**changes: Any) -> Any:
+    return llama(1, **{"hidden_size": 96, "intermediate_size": 128} | changes)
+
+
+def distill(place: Place, student: Any = None, **changes: Any) -> DistillTrainer:
+    data = changes.pop("data", None) or models.rows(48, longest=24)
+    extra = {k: changes.pop(k) for k in ("loss", "eval_dataset") if k in changes}
+    teacher, collator = changes.pop("by", None) or other(), models.Pad()
+    args = DistillConfig(**place.options(**changes))
+    student = student or llama()
+    return DistillTrainer(student, args, collator, data, teacher=teacher, **extra)
+
+
+def opsd(place: Place, student: nn.Module, **changes: Any) -> OPSDTrainer:
+    settings = {"max_completion_length": 8, "rollout": {"temperature": 0.0}} | changes
+    if not settings.setdefault("on_policy", False):
+        settings.pop("rollout")
+    args = OPSDConfig(**place.options(**settings))
+    rows, tokenizer = models.problems(48), models.tokenizer()
+    return OPSDTrainer(student, args, train_dataset=rows, processing_class=tokenizer)
+
+
+def cached(place: Place) -> DistillTrainer:
+    rows, folder = models.rows(48, longest=24), place.folder / "cache"
+    given = {"codec": HeadSamples(top_k=8, num_samples=4), "data_collator": models.Pad()}
+    cache_teacher(llama(1), rows, folder, shard_rows=8, **given)
+    return distill(place, data=rows, by=CachedTeacher(folder))
+
+
+def one_without_tokens(place: Place) -> DistillTrainer:
+    """The last process has nothing to score in the first micro-batch, little in the second."""
+    rows = models.rows(48, longest=24)
+    for row in rows[3:6]:
+        row["labels"] = [-100] * len(row["labels"])
+    for row in rows[9:12]:
+        row["labels"] = [-100] * (len(row["labels"]) - 1) + row["labels"][-1:]
+    return distill(place, data=rows)
+
+
+EMA = {"teacher": "ema", "self_teacher": {"ema_decay": 0.5}}
+SETUPS: Mapping[str, Callable[[Place], Any]] = {
+    "separate": distill,
+    "tied": lambda p: distill(p, llama(tie_word_embeddings=True)),
+    "tied both": lambda p: distill(
+        p, llama(tie_word_embeddings=True), by=llama(1, tie_word_embeddings=True)
+    ),
+    "jsd": lambda p: distill(p, divergence="jsd", alpha=1.0),
+    "reverse kl, clip": lambda p: distill(p, divergence="reverse_kl", clip={"bound": 0.05}),
+    "lora": lambda p: distill(p, models.lora(llama())),
+    "own loss": lambda p: distill(p, loss=own_losses.Measuring()),
+    "gradient clipping": lambda p: distill(p, max_grad_norm=0.1),
+    "gradient checkpointing": lambda p: distill(p, gradient_checkpointing=True),
+    "a process without tokens": one_without_tokens,
+    "hidden layers": lambda p: distill(p, by=llama(1), hidden_layers="uniform"),
+    "projections": lambda p: distill(p, hidden_layers="uniform"),
+    "taid": lambda p: distill(
+        p, taid={"t_start": 0.5, "t_end": 0.95, "step_size": 0.8, "momentum": 0.9}
+    ),
+    "entropy weights": lambda p: distill(p, token_weights={"entropy": 4.0}),
+    "policy gradient": lambda p: distill(p, divergence="policy_gradient"),
+    "label smoothing": lambda p: distill(p, label_smoothing_factor=0.1),
+    "cache": cached,
+    "evaluation": lambda p: distill(
+        p,
+        eval_dataset=models.rows(24, seed=5, longest=24),
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_on_start=True,
+    ),
+    "base, lora": lambda p: opsd(p, models.lora(llama())),
+    "base, full": lambda p: opsd(p, llama()),
+    "live": lambda p: opsd(p, llama(), teacher="live"),
+    "live, lora": lambda p: opsd(p, models.lora(llama()), teacher="live"),
+    "lora scale": lambda p: opsd(p, models.lora(llama()), teacher="lora_scale"),
+    "ema, full": lambda p: opsd(p, llama(), **EMA),
+    "ema, lora": lambda p: opsd(p, models.lora(llama()), **EMA),
+    "on-policy, base": lambda p: opsd(p, models.lora(llama()), on_policy=True),
+    "on-policy, live": lambda p: opsd(p, llama(), on_policy=True, teacher="live"),
+    "on-policy, ema": lambda p: opsd(p, llama(), on_policy=True, **EMA),
+}
+
+
+def _clean(name: str) -> str:
+    for part in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+        name = name.replace(part, "")
+    return name
+
+
+def whole_weights(trainer: Any) -> dict[str, Tensor]:
+    """All weights, on every process."""
+    from torch.distributed.fsdp import FullyShardedDataParallel as Fsdp1  # noqa: PLC0415
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415
+
+    model = trainer.model_wrapped
+    inside = trainer.accelerator.unwrap_model(trainer.model)
+
+    def copied(module: nn.Module) -> dict[str, Tensor]:
+        found = {_clean(name): p.detach() for name, p in module.named_parameters()}
+        return {
+            name: p.full_tensor().clone() if isinstance(p, DTensor) else p.clone()
+            for name, p in found.items()
+        }
+
+    if isinstance(model, Fsdp1):
+        with Fsdp1.summon_full_params(model, writeback=False):
+            return copied(model)
+    if any(hasattr(p, "ds_tensor") for p in inside.parameters()):
+        import deepspeed  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
+
+        with deepspeed.zero.GatheredParameters(list(inside.parameters())):
+            return copied(inside)
+    return copied(inside)
+
+
+def train(name: str, place: Place) -> dict[str, Any]:
+    """Run a set-up; its weights before and after, and the logs."""
+    trainer = SETUPS[name](place)
+    kind = str(trainer.accelerator.distributed_type.value)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    logs = [dict(log) for log in trainer.state.log_history]
+    return {"weights": whole_weights(trainer), "before": before, "logs": logs, "kind": kind}
+
+
+def largest(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """The largest absolute difference of weights."""
+    assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())[:3]
+    return max(float((a[n].double() - b[n].double()).abs().max()) for n in a)
+
+
+# of each process's own rows, or of samples of its own pieces
+OWN_ROWS = ("teacher_drift", "teacher_moved", "ema_moved", "ema_distance")
+
+
+def same_logs(one: Any, many: Any) -> list[str]:
+    """What differs in the logs of a run, by name and step."""
+    timed = ("runtime", "per_second", "flos", "memory")
+    odd = []
+    for a, b in zip(one, many, strict=True):
+        for key in a:
+            # of a process's own rows
+            if any(x in key for x in timed) or (key in b and key.startswith(OWN_ROWS)):
+                continue
+            if key not in b:
+                odd.append(f"{key} is missing")
+            elif isinstance(a[key], float) and abs(a[key] - b[key]) > 2e-5 * max(1, abs(a[key])):
+                odd.append(f"{key} {a[key]:g} is {b[key]:g} at step {a.get('step')}")
+    return sorted(set(odd))
+
+
+torch.set_printoptions(precision=3)

@@ -1,0 +1,172 @@
+"""Trains each set-up on each engine: python -m tests.hf_distill.engines.table [--engines ...].
+
+A cell is "exact" (the weights of one process of as many rows, to rounding, and its logs), or
+"refused" (a ValueError or NotImplementedError that says what it is about), else wrong: a crash, or
+other numbers. Wrong cells end the command with status 1.
+"""
+
+import argparse
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.hf_distill.engines.setups import ENGINES, SETUPS, Place, largest, same_logs, train
+
+ROUNDING = 2e-7  # of weights of about 1 after three steps; SGD moves them by 1e-3 and more
+ROOT = Path(__file__).parents[3]
+
+
+class Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def _run(name: str, place: Place) -> dict[str, Any]:
+    lines, logger = Lines(), logging.getLogger("hf_distill")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(lines)
+    try:
+        found = train(name, place)
+    except Exception as error:
+        found = {"error": [type(error).__name__, str(error)], "trace": traceback.format_exc()}
+    finally:
+        logger.removeHandler(lines)
+    return found | {"lines": lines.lines}
+
+
+def process(engine: str, out: Path, names: list[str]) -> None:
+    """Be one process of an engine: train, and save what the first has found."""
+    torch.set_num_threads(1)
+    world, rank = (int(os.environ.get(x, d)) for x, d in (("WORLD_SIZE", "1"), ("RANK", "0")))
+    if engine != "one":
+        from tests.hf_distill.engines import cpu  # noqa: PLC0415
+
+        cpu.take_processes_for_devices()
+        if engine.startswith("zero"):
+            cpu.without_compiled_ops()
+    for name in names:
+        folder = out / engine / name.replace(" ", "-").replace(",", "")
+        folder.mkdir(parents=True, exist_ok=True)
+        found = _run(name, Place(folder, engine, world))
+        errors: list[Any] = [found.get("error")]
+        if torch.distributed.is_initialized():
+            errors *= world
+            torch.distributed.all_gather_object(errors, found.get("error"))
+        if rank == 0:
+            torch.save(found | {"errors": errors}, folder / "found.pt")
+            print(engine, name, found.get("error", "done"), flush=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def launch(engine: str, out: Path, names: list[str], processes: int, timeout: float) -> None:
+    """Run an engine's processes; a set-up that hangs or kills them is left without a result."""
+    todo = list(names)
+    while todo:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        count = 1 if engine == "one" else processes
+        own = ["-m", "tests.hf_distill.engines.table", "--process", engine, "--out", str(out)]
+        command = [sys.executable, *own, "--setups", *todo]
+        fixed = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        fixed |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "LOCAL_WORLD_SIZE": str(count)}
+        started = []
+        for rank in range(count):
+            log = (out / f"{engine}-{rank}.log").open("a")
+            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
+            env = os.environ | fixed | ranks
+            started.append(
+                subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+            )
+        try:
+            for one in started:
+                one.wait(timeout)
+        except subprocess.TimeoutExpired:
+            pass
+        for one in started:
+            one.kill()
+            one.wait()
+        left = [x for x in todo if _result(out, engine, x) is None]
+        todo = left[1:]  # the first of them has ended its processes
+
+
+def _result(out: Path, engine: str, name: str) -> dict[str, Any] | None:
+    path = out / engine / name.replace(" ", "-").replace(",", "") / "found.pt"
+    return torch.load(path, weights_only=False) if path.exists() else None
+
+
+REFUSALS = ("ValueError", "NotImplementedError")
+
+
+def cell(one: dict[str, Any] | None, many: dict[str, Any] | None) -> tuple[str, str]:
+    """Say what a set-up came to, and why."""
+    if many is None:
+        return "DIED", "no result: the processes hung or ended"
+    errors = many["errors"]
+    if any(errors):
+        first = next(x for x in errors if x)
+        kinds = {x[0] if x else "none" for x in errors}
+        text = f"{first[0]}: {first[1][:150]}"
+        return ("refused" if kinds <= set(REFUSALS) else "CRASH"), text
+    if one is None or "weights" not in one:
+        return "WRONG", "one process has failed"
+    difference = largest(one["weights"], many["weights"])
+    path = [x for x in many["lines"] if "read by its" in x and x.startswith("student")]
+    how = "".join(x.split("read by its ")[1].split(",")[0][:14] for x in path[-1:])
+    odd = same_logs(one["logs"], many["logs"])
+    if difference > ROUNDING:
+        return "WRONG", f"weights {difference:.1e} apart [{how}]"
+    if odd:
+        return "LOGS", f"{difference:.0e} [{how}] {'; '.join(odd)[:150]}"
+    return "exact", f"{difference:.0e} [{how}]"
+
+
+def main() -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    engines = [x for x in ENGINES if x != "one"]
+    parser.add_argument("--engines", nargs="+", choices=engines, default=engines)
+    parser.add_argument("--setups", nargs="+", choices=SETUPS, default=list(SETUPS))
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds of one engine")
+    parser.add_argument("--out", type=Path, help="where results are kept; a temporary folder")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the table is written")
+    parser.add_argument("--process", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.process:
+        process(options.process, options.out, options.setups)
+        return 0
+    out = Path(tempfile.mkdtemp()) if options.out is None else options.out
+    out.mkdir(parents=True, exist_ok=True)
+    missing = [x for x in options.setups if _result(out, "one", x) is None]
+    launch("one", out, missing, 1, options.timeout)
+    table: dict[str, dict[str, tuple[str, str]]] = {}
+    for engine in options.engines:
+        launch(engine, out, options.setups, options.processes, options.timeout)
+        found = {x: cell(_result(out, "one", x), _result(out, engine, x)) for x in options.setups}
+        table[engine] = found
+        for name, (what, why) in found.items():
+            print(f"{engine:9s} {name:26s} {what:8s} {why}", flush=True)
+    if options.json is not None:
+        options.json.write_text(json.dumps(table, indent=1))
+    cells = [what for found in table.values() for what, _ in found.values()]
+    print(", ".join(f"{x} {cells.count(x)}" for x in sorted(set(cells))))
+    return int(any(x not in ("exact", "refused") for x in cells))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
