@@ -259,6 +259,8 @@ def _cut_head(model: nn.Module, lm: nn.Module, head: Any, inputs: Mapping[str, A
     if len(seen) != 1 or seen[0][0].ndim != 3:
         return f"the forward calls its head {len(seen)} times"
     hidden, raw = seen[0]
+    if not in_pieces(hidden):
+        return "the head lies in pieces that only its own hooks join (tensor parallelism)"
     linear, raw = (_whole(x) for x in (F.linear(hidden, head.weight, head.bias), raw))
     eps = torch.finfo(raw.dtype).eps
     if not bool((linear - raw).abs().max() <= 8 * eps * raw.abs().max()):

@@ -5,6 +5,8 @@ one flat tensor for each wrapped module. What is written into a piece is what th
 the next forward, once nothing is joined from before it.
 """
 
+from typing import cast
+
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -14,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 
-from hf_distill.models.structure import is_sharded
+from hf_distill.models.structure import in_pieces, is_sharded
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
@@ -26,12 +28,17 @@ def plain_name(name: str) -> str:
     return name
 
 
+def lies_in_pieces(model: nn.Module) -> bool:
+    """Return whether processes hold pieces of the parameters now, tensor parallelism included."""
+    return is_sharded(model) or any(in_pieces(parameter) for parameter in model.parameters())
+
+
 def will_lie_in_pieces(accelerator: Accelerator, model: nn.Module) -> bool:
     """Return whether processes hold pieces of the parameters, now or once training has begun."""
     kind, plugin = accelerator.distributed_type, accelerator.deepspeed_plugin
     if kind == DistributedType.DEEPSPEED:
         return plugin is not None and plugin.zero_stage == 3
-    return kind == DistributedType.FSDP or is_sharded(model)
+    return kind == DistributedType.FSDP or lies_in_pieces(model)
 
 
 def release(model: nn.Module) -> None:
@@ -48,7 +55,7 @@ def release(model: nn.Module) -> None:
 def piece(parameter: Tensor) -> Tensor:
     """Return what this process holds of a parameter: memory that an engine reads."""
     if isinstance(parameter, DTensor):
-        return parameter.detach().to_local()
+        return cast(DTensor, parameter.detach()).to_local()
     held = getattr(parameter, "ds_tensor", None)
     return parameter.data if held is None else held.data
 

@@ -7,14 +7,14 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from hf_distill.models.structure import causal_lm
+from hf_distill.models.structure import causal_lm, in_pieces
 
 ROW = 8  # tokens of a trial, where the model's table of positions is long enough
 PADDING = 7  # odd, so that blocks of keys that follow the columns are others beside padding
@@ -53,6 +53,8 @@ class _Spy(TorchFunctionMode):
         return result
 
     def _note(self, table: Tensor, numbers: Tensor) -> None:
+        if in_pieces(numbers):  # as tensor parallelism hands them to its embeddings
+            numbers = cast(Any, numbers).full_tensor()
         whole = numbers.dtype in (torch.int32, torch.int64)
         if whole and numbers.ndim and numbers.numel() == numbers.shape[-1]:
             self.lookups.append(Lookup(len(table), numbers.flatten().tolist()))

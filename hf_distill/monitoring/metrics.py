@@ -112,9 +112,13 @@ class UnscoredMeter:
     """Counts batches without a token (or row) to score since the last reading, over all processes.
 
     Where there are some, `unscored_batches` is their number; the first time a warning says so too.
+
+    Args:
+        num_copies: processes that count the same rows (tensor parallelism).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_copies: int = 1) -> None:
+        self._num_copies = num_copies
         self._seen = 0
         self._unscored: Tensor | int = 0
         self._warned = False
@@ -130,7 +134,8 @@ class UnscoredMeter:
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the metric, and start anew. Every process must call it."""
-        unscored, seen = _total([int(self._unscored), self._seen], accelerator)
+        totals = _total([int(self._unscored), self._seen], accelerator)
+        unscored, seen = (total // self._num_copies for total in totals)
         self.start()
         if unscored and not self._warned and accelerator.is_main_process:
             logger.warning(
@@ -154,10 +159,11 @@ class TokenMeter:
 
     Args:
         classes: [V] int64, indices into `CLASSES`, or None.
+        num_copies: processes that count the same rows (tensor parallelism).
     """
 
-    def __init__(self, classes: Tensor | None = None) -> None:
-        self._classes = classes
+    def __init__(self, classes: Tensor | None = None, num_copies: int = 1) -> None:
+        self._classes, self._num_copies = classes, num_copies
         self._sums: dict[str, Tensor] = {}  # by name [2]: the sum, and how many
         self._of_classes: Tensor | None = None  # [2 * CLASSES]: sums of soft, numbers of tokens
 
@@ -225,7 +231,11 @@ class TokenMeter:
         total: Any = accelerator.reduce(torch.cat(parts), reduction="sum")
         sums = total.tolist()
         pairs = zip(names, sums[::2], sums[1::2], strict=False)
-        found = {k: count if k == TOKENS else value / count for k, value, count in pairs if count}
+        found = {
+            name: count / self._num_copies if name == TOKENS else value / count
+            for name, value, count in pairs
+            if count
+        }
         return found | _by_class(sums[2 * len(names) :], found)
 
     def _names(self, accelerator: Accelerator) -> list[str]:

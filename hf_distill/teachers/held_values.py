@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_distill.models import pieces
-from hf_distill.models.structure import is_sharded, unwrap
+from hf_distill.models.structure import unwrap
 from hf_distill.teachers.initial_adapters import holding, trainable
 
 
@@ -40,7 +40,7 @@ class HeldValues:
             dtype = torch.promote_types(p.dtype, torch.float32) if wide else p.dtype
             self.values[name] = pieces.piece(p).to(dtype, copy=True)
             self._shapes[name] = pieces.whole_shape(p)
-        self._is_cut = is_sharded(student)
+        self._is_cut = pieces.lies_in_pieces(student)
         self._student = weakref.ref(student)
 
     def parameters(self, student: nn.Module) -> dict[str, nn.Parameter]:
@@ -55,7 +55,7 @@ class HeldValues:
             ValueError: others are trained than at the start.
         """
         self._student = weakref.ref(student)
-        in_pieces = is_sharded(student)
+        in_pieces = pieces.lies_in_pieces(student)
         if in_pieces:
             pieces.release(student)
         found = _trained(student)

@@ -39,9 +39,10 @@ class AccountingTrainer(StepCollatingTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._evaluation = Evaluation()
-        self._unscored = {training: UnscoredMeter() for training in (True, False)}
         super().__init__(*args, **kwargs)
         self._num_copies = self.get_tp_size()  # processes that share the same rows
+        copies = self._num_copies
+        self._unscored = {training: UnscoredMeter(copies) for training in (True, False)}
         self._num_parts = self.get_cp_size() * self.get_sp_size()  # that a row is split over
 
     def _count_without_teacher(self) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any, cast
 
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 from hf_distill.data.hint_collator import HintCollator, find_hint_collator
@@ -63,7 +64,9 @@ def check_setup(run: Run) -> None:
         ValueError: its loss could not be right; the message names the rule and the value.
     """
     _check_processes(run)
+    _check_engine(run)
     for teacher in run.teachers:
+        _check_same_rows(run, teacher)
         _check_dense(run, teacher)
         _check_temperature(run, teacher)
         teacher.check(run)
@@ -159,13 +162,39 @@ def hidden_states_refusal(run: Run, own_hard_loss: bool) -> str | None:
 
 
 def _check_whole_rows(run: Run) -> None:
-    """Check that each process has whole rows, if weights depend on a whole row."""
-    config = cast(TokenWeightsConfig, run.args.token_weights)
-    whole = config.entropy > 0 or config.around_reasoning() is not None
-    if whole and run.num_parts > 1:
+    """Check that each process has whole rows: a token's label is the next one of its row."""
+    if run.num_parts > 1:
         raise ValueError(
-            "token_weights.entropy and token_weights.reasoning need whole rows on each process, "
-            f"got rows that are split over {run.num_parts} (context or sequence parallelism)"
+            "each process must have whole rows, got rows that are split over "
+            f"{run.num_parts} processes (context or sequence parallelism): take FSDP, DeepSpeed or "
+            "tensor parallelism, or shorter rows"
+        )
+
+
+def _check_engine(run: Run) -> None:
+    """Check that the engine that was asked for is the one that there is."""
+    args, kind = run.args, run.accelerator.distributed_type
+    asked = {"fsdp": bool(args.fsdp), "deepspeed": args.deepspeed is not None}
+    asked["fsdp"] |= os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    asked["deepspeed"] |= os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    plain = kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    for name, is_asked in asked.items():
+        if is_asked and plain and args.use_cpu:
+            raise ValueError(
+                f"{name} needs devices, and with use_cpu accelerate starts plain data parallel "
+                f"processes instead, got {name}={getattr(args, name)!r}, use_cpu=True and "
+                f"distributed_type {kind.value}: leave out one of the two"
+            )
+
+
+def _check_same_rows(run: Run, teacher: Teacher) -> None:
+    """Check that processes that compute a teacher together ask it about the same rows."""
+    size = getattr(getattr(teacher, "model", None), "_tp_size", None) or 1
+    if size not in (1, run.num_copies):
+        raise ValueError(
+            f"a teacher under tensor parallelism over {size} processes must be asked about the "
+            f"same rows by all of them, and the student's rows are shared by {run.num_copies}: "
+            "load the student with the same tp_size, or the teacher without"
         )
 
 

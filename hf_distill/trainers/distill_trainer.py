@@ -190,7 +190,7 @@ class DistillTrainer(AccountingTrainer):
         classes = None
         if run.tokenizer is not None and size is not None and not run.is_classifier:
             classes = token_classes(run.tokenizer, size)
-        self._meters = {training: TokenMeter(classes) for training in (True, False)}
+        self._meters = {training: TokenMeter(classes, run.num_copies) for training in (True, False)}
         eos_token_id = getattr(self.processing_class, "eos_token_id", None)
         self._alignment = AlignmentMeter(end_token_ids(run.language_model, eos_token_id))
         self._looked = False

@@ -181,8 +181,8 @@ class OPSDTrainer(DistillTrainer):
         reason, own = None, self.teacher
         if not isinstance(own, SelfTeacher):
             reason = "the teacher is another model"
-        elif self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            reason = "the model is not placed before training"
+        elif self._run.sharded or self.is_deepspeed_enabled:
+            reason = "the model is not placed before training, or lies in pieces"
         elif isinstance(self.train_dataset, IterableDataset) or not (
             has_length(self.train_dataset) and hasattr(self.train_dataset, "__getitem__")
         ):

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.distributed import DistributedConfig
 
 from hf_distill import DistillConfig, DistillTrainer, OPSDConfig, OPSDTrainer
 from hf_distill.cache import CachedTeacher, HeadSamples, cache_teacher
@@ -50,6 +52,8 @@ ENGINES: Mapping[str, dict[str, Any]] = {
     "zero1": _zero(1),
     "zero2": _zero(2),
     "zero3": _zero(3),
+    "native-fsdp2": {},  # Transformers' own, made at loading
+    "tp": {},
 }
 
 
@@ -59,8 +63,24 @@ class Place:
     def __init__(self, folder: Path, engine: str, num_processes: int) -> None:
         self.folder, self.engine, self.num_processes = folder, engine, num_processes
 
+    def loaded(self, model: Any, name: str) -> Any:
+        """Return the model, loaded in pieces if the engine is Transformers' own."""
+        kinds = {"tp": "tp_size", "native-fsdp2": "fsdp_size"}
+        if self.engine not in kinds:
+            return model
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo")
+        if torch.distributed.get_rank() == 0:
+            model.save_pretrained(self.folder / name)
+        torch.distributed.barrier()
+        given = DistributedConfig(**{kinds[self.engine]: self.num_processes})
+        loaded = type(model).from_pretrained(
+            self.folder / name, dtype=torch.float32, distributed_config=given
+        )
+        return loaded.train()
+
     def options(self, **changes: Any) -> dict[str, Any]:
-        rows = ROWS // self.num_processes
+        rows = ROWS // (1 if self.engine == "tp" else self.num_processes)
         made = models.options(self.folder, per_device_train_batch_size=rows)
         made.pop("adam_epsilon", None)
         made.pop("use_cpu", None)
@@ -87,12 +107,33 @@ def distill(place: Place, student: Any = None, **changes: Any) -> DistillTrainer
     data = changes.pop("data", None) or models.rows(48, longest=24)
     extra = {k: changes.pop(k) for k in ("loss", "eval_dataset") if k in changes}
     teacher, collator = changes.pop("by", None) or other(), models.Pad()
+    if changes.pop("teacher_in_pieces", False):
+        teacher = place.loaded(teacher, "teacher")
+    student = adapted(place.loaded(student or llama(), "student"), changes)
     args = DistillConfig(**place.options(**changes))
-    student = student or llama()
     return DistillTrainer(student, args, collator, data, teacher=teacher, **extra)
 
 
-def opsd(place: Place, student: nn.Module, **changes: Any) -> OPSDTrainer:
+def adapted(student: Any, changes: dict[str, Any]) -> Any:
+    """Return the student with adapters if the changes say so, of the same values in each engine."""
+    if not changes.pop("lora", False):
+        return student
+    values = dict(models.lora(llama()).named_parameters())
+    made = models.lora(student)
+    for name, parameter in made.named_parameters():
+        if "lora_" in name:
+            with torch.no_grad():
+                whole = values[name].detach()
+                if isinstance(parameter, DTensor):
+                    where = parameter.device_mesh, parameter.placements
+                    parameter.copy_(distribute_tensor(whole, *where))
+                else:
+                    parameter.copy_(whole)
+    return made
+
+
+def opsd(place: Place, **changes: Any) -> OPSDTrainer:
+    student = adapted(place.loaded(llama(), "student"), changes)
     settings = {"max_completion_length": 8, "rollout": {"temperature": 0.0}} | changes
     if not settings.setdefault("on_policy", False):
         settings.pop("rollout")
@@ -127,7 +168,14 @@ SETUPS: Mapping[str, Callable[[Place], Any]] = {
     ),
     "jsd": lambda p: distill(p, divergence="jsd", alpha=1.0),
     "reverse kl, clip": lambda p: distill(p, divergence="reverse_kl", clip={"bound": 0.05}),
-    "lora": lambda p: distill(p, models.lora(llama())),
+    "lora": lambda p: distill(p, lora=True),
+    "teacher in pieces": lambda p: distill(p, teacher_in_pieces=True),
+    "both in pieces, tied": lambda p: distill(
+        p,
+        llama(tie_word_embeddings=True),
+        by=llama(1, tie_word_embeddings=True),
+        teacher_in_pieces=True,
+    ),
     "own loss": lambda p: distill(p, loss=own_losses.Measuring()),
     "gradient clipping": lambda p: distill(p, max_grad_norm=0.1),
     "gradient checkpointing": lambda p: distill(p, gradient_checkpointing=True),
@@ -148,16 +196,16 @@ SETUPS: Mapping[str, Callable[[Place], Any]] = {
         eval_steps=1,
         eval_on_start=True,
     ),
-    "base, lora": lambda p: opsd(p, models.lora(llama())),
-    "base, full": lambda p: opsd(p, llama()),
-    "live": lambda p: opsd(p, llama(), teacher="live"),
-    "live, lora": lambda p: opsd(p, models.lora(llama()), teacher="live"),
-    "lora scale": lambda p: opsd(p, models.lora(llama()), teacher="lora_scale"),
-    "ema, full": lambda p: opsd(p, llama(), **EMA),
-    "ema, lora": lambda p: opsd(p, models.lora(llama()), **EMA),
-    "on-policy, base": lambda p: opsd(p, models.lora(llama()), on_policy=True),
-    "on-policy, live": lambda p: opsd(p, llama(), on_policy=True, teacher="live"),
-    "on-policy, ema": lambda p: opsd(p, llama(), on_policy=True, **EMA),
+    "base, lora": lambda p: opsd(p, lora=True),
+    "base, full": lambda p: opsd(p),
+    "live": lambda p: opsd(p, teacher="live"),
+    "live, lora": lambda p: opsd(p, lora=True, teacher="live"),
+    "lora scale": lambda p: opsd(p, lora=True, teacher="lora_scale"),
+    "ema, full": lambda p: opsd(p, **EMA),
+    "ema, lora": lambda p: opsd(p, lora=True, **EMA),
+    "on-policy, base": lambda p: opsd(p, lora=True, on_policy=True),
+    "on-policy, live": lambda p: opsd(p, on_policy=True, teacher="live"),
+    "on-policy, ema": lambda p: opsd(p, on_policy=True, **EMA),
 }
 
 
@@ -194,13 +242,12 @@ def whole_weights(trainer: Any) -> dict[str, Tensor]:
 
 
 def train(name: str, place: Place) -> dict[str, Any]:
-    """Run a set-up; its weights before and after, and the logs."""
+    """Run a set-up; its weights afterwards, and the logs."""
     trainer = SETUPS[name](place)
     kind = str(trainer.accelerator.distributed_type.value)
-    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     trainer.train()
     logs = [dict(log) for log in trainer.state.log_history]
-    return {"weights": whole_weights(trainer), "before": before, "logs": logs, "kind": kind}
+    return {"weights": whole_weights(trainer), "logs": logs, "kind": kind}
 
 
 def largest(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:

@@ -25,6 +25,11 @@ ROUNDING = 2e-7  # of weights of about 1 after three steps; SGD moves them by 1e
 ROOT = Path(__file__).parents[3]
 
 
+def result_file(out: Path, engine: str, name: str) -> Path:
+    """Where the result of a set-up on an engine is."""
+    return out / engine / name.replace(" ", "-").replace(",", "") / "found.pt"
+
+
 class Lines(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
@@ -58,15 +63,15 @@ def process(engine: str, out: Path, names: list[str]) -> None:
         if engine.startswith("zero"):
             cpu.without_compiled_ops()
     for name in names:
-        folder = out / engine / name.replace(" ", "-").replace(",", "")
-        folder.mkdir(parents=True, exist_ok=True)
-        found = _run(name, Place(folder, engine, world))
+        file = result_file(out, engine, name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        found = _run(name, Place(file.parent, engine, world))
         errors: list[Any] = [found.get("error")]
         if torch.distributed.is_initialized():
             errors *= world
             torch.distributed.all_gather_object(errors, found.get("error"))
         if rank == 0:
-            torch.save(found | {"errors": errors}, folder / "found.pt")
+            torch.save(found | {"errors": errors}, file)
             print(engine, name, found.get("error", "done"), flush=True)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -105,7 +110,7 @@ def launch(engine: str, out: Path, names: list[str], processes: int, timeout: fl
 
 
 def _result(out: Path, engine: str, name: str) -> dict[str, Any] | None:
-    path = out / engine / name.replace(" ", "-").replace(",", "") / "found.pt"
+    path = result_file(out, engine, name)
     return torch.load(path, weights_only=False) if path.exists() else None
 
 

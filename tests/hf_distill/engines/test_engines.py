@@ -1,0 +1,150 @@
+"""Two processes of an engine do what one process of as many rows does; refused set-ups say why.
+
+`python -m tests.hf_distill.engines.table` has all engines and set-ups.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_distill import DistillConfig, DistillTrainer, ModelTeacher
+from hf_distill.trainers.checks import check_setup
+from metal_ops.backends.blocks import linear
+from tests.hf_distill.engines import cpu
+from tests.hf_distill.engines.setups import WIDE, Place, largest, llama, same_logs, train
+from tests.hf_distill.engines.table import ROUNDING, result_file
+from tests.hf_distill.trainers import models
+from tests.processes import run_two
+
+pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
+
+VOCAB = WIDE["vocab_size"]
+CHUNK = 4  # tokens whose logits may exist at a time
+SHORT: dict[str, tuple[str, ...]] = {
+    "fsdp2": ("separate", "tied both", "base, lora", "live", "ema, full"),
+    "tp": ("both in pieces, tied", "evaluation"),
+}
+
+
+class NoLogits(TorchDispatchMode):
+    """Fails where logits of more tokens are made than a chunk has."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.shape[-1:] == (VOCAB,):
+            of_head = made.shape[-2:-1] == (WIDE["hidden_size"],)  # its weight, transposed
+            if made.numel() // VOCAB > CHUNK and not of_head:
+                raise AssertionError(f"{func} made logits {list(made.shape)}")
+        return made
+
+
+class WithoutLogits(DistillTrainer):
+    """Trains under `NoLogits` once the first batch was looked at, whose probes read a few."""
+
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self._looked:
+            return super().compute_loss(model, *args, **kwargs)
+        with NoLogits():
+            return super().compute_loss(model, *args, **kwargs)
+
+
+def without_logits(place: Place, **changes: Any) -> str:
+    """Train a few steps; what was made that must not be, or nothing."""
+    args = DistillConfig(**place.options(**changes))
+    rows, teacher = models.rows(48, longest=24), llama(1)
+    trainer = WithoutLogits(llama(), args, models.Pad(), rows, teacher=teacher)
+    try:
+        trainer.train()
+    except AssertionError as error:
+        return str(error)
+    return ""
+
+
+def of_a_process(engine: str, folder: Path) -> None:
+    cpu.take_processes_for_devices()
+    for name in SHORT[engine]:
+        file = result_file(folder, engine, name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        found = train(name, Place(file.parent, engine, 2))
+        if torch.distributed.get_rank() == 0:
+            torch.save(found, file)
+    if engine == "fsdp2":
+        linear.tokens_per_chunk = lambda *_: CHUNK
+        place = Place(folder, engine, 2)
+        said = [without_logits(place), without_logits(place, label_smoothing_factor=0.1)]
+        torch.save(said, folder / f"logits-{torch.distributed.get_rank()}.pt")
+
+
+@pytest.fixture(scope="module", params=SHORT)
+def engine(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    run_two(folder, of_a_process, request.param, folder)
+    return request.param, folder
+
+
+@pytest.mark.distributed
+def test_two_processes_are_one(engine: tuple[str, Path], tmp_path: Path) -> None:
+    name, folder = engine
+    start = llama().state_dict()
+    for setup in SHORT[name]:
+        many = torch.load(result_file(folder, name, setup), weights_only=False)
+        one = train(setup, Place(tmp_path, "one", 1))
+        assert largest(one["weights"], many["weights"]) < ROUNDING, setup
+        assert same_logs(one["logs"], many["logs"]) == [], setup
+        if one["weights"].keys() == start.keys():  # and training moves far more than rounding
+            assert largest(start, one["weights"]) > 1e4 * ROUNDING, setup
+
+
+@pytest.mark.distributed
+def test_a_model_in_pieces_is_read_without_its_logits(engine: tuple[str, Path]) -> None:
+    name, folder = engine
+    if name != "fsdp2":
+        return
+    for rank in range(2):
+        fused, by_logits = torch.load(folder / f"logits-{rank}.pt")
+        assert fused == ""
+        assert "made logits" in by_logits  # so the check can fail
+
+
+def run_of(**changes: Any) -> Any:
+    """Enough of a run for the checks that come first."""
+    args = {"n_gpu": 1, "use_cpu": False, "fsdp": None, "deepspeed": None}
+    own = {"num_copies": 1, "num_parts": 1, "teachers": [], "is_classifier": True}
+    given = {name: changes.pop(name) for name in tuple(changes) if name in args}
+    kind = changes.pop("kind", DistributedType.MULTI_CPU)
+    accelerator = SimpleNamespace(distributed_type=kind, num_processes=2)
+    made = args | given
+    return SimpleNamespace(args=SimpleNamespace(**made), accelerator=accelerator, **own | changes)
+
+
+@pytest.mark.parametrize("asked", [{"fsdp": True}, {"deepspeed": {"zero_optimization": {}}}])
+def test_an_engine_that_is_not_started_is_refused(asked: dict[str, Any]) -> None:
+    (name,) = asked
+    with pytest.raises(ValueError, match=f"{name} needs devices, and with use_cpu .* MULTI_CPU"):
+        check_setup(run_of(**asked, use_cpu=True))
+    kind = {"fsdp": DistributedType.FSDP, "deepspeed": DistributedType.DEEPSPEED}[name]
+    check_setup(run_of(**asked, kind=kind))
+    check_setup(run_of(use_cpu=True))
+
+
+def test_an_engine_of_the_launcher_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="fsdp needs devices"):
+        check_setup(run_of(use_cpu=True))
+
+
+def test_rows_that_are_split_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"must have whole rows, .* split over 2 processes"):
+        check_setup(run_of(num_parts=2))
+
+
+def test_a_teacher_whose_processes_have_other_rows_is_refused() -> None:
+    teacher = ModelTeacher(llama())
+    teacher.model._tp_size = 2
+    with pytest.raises(ValueError, match="over 2 processes must be asked about the same rows"):
+        check_setup(run_of(teachers=[teacher]))
