@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from transformers import AddedToken
 
 from hf_distill import CrossTokenizerCollator, Hint, HintCollator
 from hf_distill.data.episodes import Episode
@@ -172,6 +173,21 @@ def test_an_end_of_turn_that_is_a_plain_word_is_told_by_the_model() -> None:
     assert collator.ends.turn is None  # the one that was not told is as it was
 
 
+ENDED = "{% for m in messages %}{{ m.content }}<|stop|>{% endfor %}"
+
+
+def test_a_special_token_that_was_only_added_ends_a_turn() -> None:
+    tokenizer = characters(ENDED)
+    tokenizer.add_tokens(AddedToken("<|stop|>", special=True))
+    assert find_turn_ends(tokenizer, {}).turn == tokenizer.convert_tokens_to_ids("<|stop|>")
+
+
+def test_a_template_may_be_given_with_its_arguments() -> None:
+    tokenizer = characters(special=["<|stop|>"])
+    found = find_turn_ends(tokenizer, {"chat_template": ENDED})
+    assert found.turn == tokenizer.convert_tokens_to_ids("<|stop|>")
+
+
 def test_the_next_turns_first_token_may_end_a_reply() -> None:
     special = ["<|user|>", "<|assistant|>", "<|system|>"]
     tokenizer = characters(templates.NEXT_TURN, special)
@@ -206,9 +222,11 @@ def test_collators_inside_others_are_told() -> None:
             self.collator = collator
 
     inner = HintCollator(characters())
-    told = tell_end_tokens(Around(Around(inner)), [7])
+    outer = Around(Around(inner))
+    told = tell_end_tokens(outer, [7])
     assert told.collator.collator.ends.ids == (2, 7)
     assert inner.ends.ids == (2,)
+    assert outer.collator.collator is inner  # the one that was not told is as it was
     plain = Around(len)
     assert tell_end_tokens(plain, [7]) is plain
     crossing = CrossTokenizerCollator(characters(), characters())

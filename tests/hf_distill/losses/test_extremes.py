@@ -216,6 +216,18 @@ def test_who_makes_a_divergence_infinite_is_named() -> None:
     )
 
 
+def test_what_fills_rows_of_a_sparse_teacher_is_no_probability_of_0() -> None:
+    known = logits(seed=1).log_softmax(-1)[:, :3]
+    ids = torch.arange(3).expand(N, 3).clone()
+    tail = known[:, :2].exp().sum(-1).neg().log1p()
+    ids[:, 2], known[:, 2] = -1, -math.inf  # as where a row has fewer entries
+    student = logits()
+    student[1, 0] = -math.inf
+    teacher = Signal(sparse=SparseTeacher(ids, known, tail))
+    text = said(DivergenceLoss(DivergenceSpec("forward_kl")), student, teacher)
+    assert "infinite at 1 of 5 tokens (the student gives a token probability 0, or" in text
+
+
 def test_a_support_without_mass_is_named() -> None:
     spec = DivergenceSpec("forward_kl", support="student_topk", top_k=1, missing="renormalise")
     student, teacher = logits(), logits(seed=1)
@@ -226,7 +238,7 @@ def test_a_support_without_mass_is_named() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["hidden", "attention", "anchor"])
+@pytest.mark.parametrize("name", ["hidden", "attention", "anchor", "aux"])
 def test_another_part_of_the_loss_is_named(name: str) -> None:
     odd = torch.tensor([0.0, math.inf, math.nan])
     fine = {"soft": torch.zeros(3), "hard": torch.zeros(3), "student_entropy": torch.zeros(3)}

@@ -12,6 +12,7 @@ from hf_distill.data.sides import Side
 from hf_distill.models.forward import Reader
 from hf_distill.models.head_probe import Post, probe_head
 from hf_distill.models.structure import vocab_size
+from tests.hf_distill.models.test_head_probe import KNOWN, llama_then
 from tests.hf_distill.trainers import models
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
@@ -118,6 +119,30 @@ def test_the_signal_is_the_models_logits(family: str) -> None:
         want = model(input_ids=IDS, attention_mask=MASK).logits[PREDICTS]
     # two sums of the head's 32 products, whose sizes add up to 4, in any orders: 2 * 31 * 2^-24 * 4
     torch.testing.assert_close(signal.dense(), want, rtol=0, atol=1.5e-5)
+
+
+def test_a_reader_may_be_given_another_model() -> None:
+    reader, one, other = Reader("student"), models.llama(seed=1), models.llama(seed=2)
+    for model in (one, other, one):
+        with torch.no_grad():
+            want = model(input_ids=IDS, attention_mask=MASK).logits[PREDICTS]
+        found = reader.signal(model, SIDE).dense()
+        torch.testing.assert_close(found, want, rtol=0, atol=1.5e-5)  # likewise
+
+
+@pytest.mark.parametrize("refusal", [None, "by its logits"])
+@pytest.mark.parametrize("vocab", [40, models.VOCAB])
+def test_the_vocabulary_ends_where_a_reader_or_its_model_ends_it(
+    refusal: str | None, vocab: int
+) -> None:
+    after, (_, _, entries) = KNOWN["cut"]
+    assert entries is not None
+    assert 40 < entries < models.VOCAB
+    model = llama_then(after)
+    signal = Reader("student", refusal, vocab=vocab).signal(model, SIDE)
+    with torch.no_grad():
+        want = model(input_ids=IDS, attention_mask=MASK).logits[PREDICTS][:, :vocab]
+    torch.testing.assert_close(signal.dense(), want, rtol=0, atol=1.5e-5)  # likewise
 
 
 @pytest.mark.parametrize("case", ["LoRA on the head", "another class", "no head"])

@@ -205,6 +205,24 @@ def test_adapters_that_add_to_the_loss_are_told_from_others() -> None:
         assert probe_head(model, inputs) == (1.0, None, None)
 
 
+def test_what_an_adapter_adds_to_the_loss_may_be_0_at_its_start() -> None:
+    """It has a gradient as soon as the adapter is trained."""
+    model = models.lora(models.llama())
+    own = [p for name, p in model.named_parameters() if "lora_B" in name]
+    forward = model.forward
+
+    def with_penalty(*args: Any, **kwargs: Any) -> Any:
+        outputs = forward(*args, **kwargs)
+        if outputs.loss is not None:
+            outputs.loss = outputs.loss + sum(p.square().sum() for p in own)
+        return outputs
+
+    model.forward = with_penalty
+    for parameter in own:
+        nn.init.zeros_(parameter)
+    assert adds_to_loss(model, {"input_ids": IDS})
+
+
 class Twice(nn.Module):
     """A wrapper as X-LoRA's, whose first run makes something for the second."""
 

@@ -264,25 +264,6 @@ def test_a_model_whose_images_see_both_ways(first: str) -> None:
     assert apart(found, [row[real] for row, real in zip(own, keep, strict=True)]) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", numbering.FAMILIES)
-def test_learnt_positions_end(family: str) -> None:
-    limit = numbering.LEARNT.get(family)
-    model, reader = numbering.make(family), Reader("teacher")
-    ids = torch.randint(5, 90, (2, (limit or 64) + 1))
-    mask = torch.ones_like(ids)
-    mask[:, -1:] = 0
-    everywhere = torch.ones_like(ids, dtype=torch.bool)
-    if family in ("gpt2", "opt", "bert", "biogpt"):  # padding alone stands out
-        reader.forward_inputs(model, {"input_ids": ids, "attention_mask": mask})
-    if limit is not None:
-        for inputs in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": everywhere}):
-            message = rf"teacher: a row has {limit + 1} tokens, but the learnt .* for {limit}: sho"
-            with pytest.raises(ValueError, match=message):
-                reader.logits(model, Side(inputs, everywhere))
-    elif family != "gptj":  # its sinusoids are a table too, that the library does not extend
-        reader.logits(model, Side({"input_ids": ids}, everywhere))
-
-
 class NoWaiting(TorchFunctionMode):
     """Whatever would wait for a device is an error."""
 

@@ -1,11 +1,14 @@
 """Which modules a model's layers are, and how the states of tokens lie in their outputs."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hf_distill.models.layers import LayerWatcher
-from hf_distill.models.stacks import decoder_blocks
+from hf_distill.models.stacks import decoder_blocks, states_of
 from tests.hf_distill.models import stacks
 
 IDS = torch.randint(3, 61, (5, 5), generator=torch.Generator().manual_seed(0))
@@ -62,6 +65,34 @@ def test_a_batch_of_another_form_is_an_error() -> None:
         LayerWatcher("student", [1]).on(lm, PREDICTS),
     ):
         lm(input_ids=IDS[:, :4])
+
+
+class OfBlock(NamedTuple):
+    """What a block gives whose states stand behind its attention map."""
+
+    weights: Tensor
+    hidden_states: Tensor
+
+
+def test_states_that_are_named_may_stand_behind_other_tensors() -> None:
+    output = OfBlock(torch.zeros(1, 2, 7, 7), torch.ones(1, 7, 4))
+    assert states_of(output) is output.hidden_states
+
+
+class WithMixers(LlamaDecoderLayer):
+    """A block that has its attention in a list of its own."""
+
+    self_attn = property(lambda self: self.mixers[0])
+
+
+def test_a_map_may_be_in_a_list_inside_of_a_block() -> None:
+    lm = stacks.model("llama")
+    lm.set_attn_implementation("eager")
+    for block in lm.model.layers:
+        block.mixers = nn.ModuleList([block._modules.pop("self_attn")])
+        block.__class__ = WithMixers
+    maps = [layer.map for layer in decoder_blocks(lm)]
+    assert [x and x.module for x in maps] == [block.mixers[0] for block in lm.model.layers]
 
 
 def test_finding_layers_leaves_no_trace() -> None:

@@ -253,6 +253,12 @@ def inactive_pissa() -> nn.Module:
     return student
 
 
+def pissa_switched_off() -> nn.Module:
+    student = adapted(models.llama(), init_lora_weights="pissa")
+    student.base_model.disable_adapter_layers()
+    return student
+
+
 def pissa_beside_a_trained_one() -> nn.Module:
     student: Any = pissa_and_a_new_one(models.llama())
     for name, parameter in student.named_parameters():
@@ -280,6 +286,7 @@ def merged() -> nn.Module:
     [
         (trained_pissa, "was trained before, and its initial values are not known"),
         (inactive_pissa, "must be active, and is not in"),
+        (pissa_switched_off, "must be active, and is not in"),
         (pissa_beside_a_trained_one, "'second', which is active too, must not change"),
         (quantized, "LoftQ has quantized its weights"),
         (

@@ -15,7 +15,8 @@ from hf_distill.cache import CachedTeacher, HeadSamples, cache_teacher
 from hf_distill.data import sides
 from hf_distill.data.token_classes import CLASSES, token_classes
 from hf_distill.data.token_weights import TokenWeights
-from hf_distill.trainers.causal_lm import KEPT
+from hf_distill.models import Signal
+from hf_distill.trainers.causal_lm import KEPT, TokenWeighing
 from tests.hf_distill.trainers import models
 from tests.hf_distill.trainers.test_token_weights import (
     KINDS,
@@ -218,6 +219,18 @@ def test_a_signal_is_kept_until_its_loss_only(tmp_path: Path) -> None:
     assert losses[0].item() == losses[1].item() == losses[2].item()
     assert trainer._get_num_items_in_batch(batches, torch.device("cpu")) == count  # not squared
     assert all(batch[KEPT].signal is not None for batch in batches)  # asked for the new step
+
+
+def test_a_batch_whose_teacher_is_asked_again_is_weighed_again() -> None:
+    weighing = TokenWeighing(TokenWeights(None, None), 1.0, 8)
+    batch: dict[str, Any] = {"labels": torch.ones(1, 6)}
+    flat, sure = Signal(logits=torch.zeros(5, 8)), Signal(logits=99 * torch.eye(5, 8))
+    weighing.ahead([batch], lambda x: x, lambda _: flat)
+    for signal, factor in ((flat, 2.0), (sure, 1.0)):  # the first is kept for one loss
+        weighed, found = weighing.of(batch, lambda: sure)
+        assert found is signal
+        assert weighed.weights is not None
+        assert weighed.weights[0, 1:].tolist() == pytest.approx([factor] * 5)
 
 
 def test_at_their_defaults_they_are_off(tmp_path: Path) -> None:

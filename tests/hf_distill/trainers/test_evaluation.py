@@ -157,6 +157,12 @@ def test_evaluation_measures_the_cross_entropy_at_every_alpha(
     assert not any("hard" in log for log in models.steps(whole))  # nothing is spent in training
 
 
+@pytest.mark.parametrize("prefix", ["eval", "test"])
+def test_a_users_perplexity_stays(tmp_path: Path, prefix: str) -> None:
+    trainer = distill(tmp_path, compute_metrics=lambda _: {"perplexity": 7.0})
+    assert trainer.evaluate(metric_key_prefix=prefix)[f"{prefix}_perplexity"] == 7.0
+
+
 def test_sampled_completions_have_no_perplexity(tmp_path: Path) -> None:
     """It would say how sure the student is of what it has written itself."""
     trainer = opsd(tmp_path, on_policy=True, alpha=1.0)

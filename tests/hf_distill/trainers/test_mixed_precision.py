@@ -10,7 +10,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.testing._internal.two_tensor import TwoTensor
 
 from hf_distill import (
     DistillConfig,
@@ -24,7 +23,7 @@ from hf_distill import (
 )
 from hf_distill.data import Side
 from hf_distill.models import Signal
-from hf_distill.models.precision import Stored, stored
+from hf_distill.models.precision import stored
 from hf_distill.teachers import Teacher
 from tests.hf_distill.teachers.asking import SIDE
 from tests.hf_distill.trainers import classifying, models
@@ -131,21 +130,6 @@ def test_a_teacher_of_another_dtype_computes_as_it_is(
     trainer.evaluate()
     assert seen
     assert not any(seen)
-
-
-def test_how_weights_are_stored() -> None:
-    """Of a quantized model a few weights are in float32, of one of subclasses they seem to be."""
-    model = models.llama()
-    assert stored(model) == Stored(torch.float32, False)
-    for layer in model.model.layers:
-        layer.mlp.bfloat16()
-        layer.self_attn.bfloat16()
-    assert stored(model) == Stored(torch.bfloat16, False)
-    packed = TwoTensor(torch.zeros(3, 3), torch.zeros(3, 3))
-    linear = nn.Linear(3, 3)
-    linear.weight = nn.Parameter(packed)
-    assert stored(linear) == Stored(torch.float32, True)
-    assert str(stored(linear)) == "float32, quantized"
 
 
 @pytest.mark.parametrize("kind", ["live", "ema"])

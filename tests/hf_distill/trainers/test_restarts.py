@@ -1,6 +1,7 @@
 """Every training of a trainer is what a new trainer's would be."""
 
 import logging
+import multiprocessing
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from hf_distill import DistillConfig, DistillTrainer, SelfTeacher
 from hf_distill.monitoring.watchdog import Watchdog
 from hf_distill.teachers import Teacher, UpdateTeacher
 from tests.hf_distill.teachers.asking import FAR, SIDE, scored_logits
-from tests.hf_distill.trainers import models
+from tests.hf_distill.trainers import evaluating, models
 from tests.hf_distill.trainers.restarting import DISTILL, distil, fresh, opsd, run
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
@@ -151,6 +152,16 @@ def test_a_resumed_training_has_the_frozen_copy_of_the_first(tmp_path: Path) -> 
     assert models.steps(whole) == want
 
 
+def test_also_where_it_begins_with_another_student(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    whole = distil(tmp_path, "base", model=models.llama(), **saving)
+    whole.train()
+    made = iter([models.llama(1), models.llama()])  # at first, and for the training
+    resumed = distil(tmp_path, "base", model_init=lambda: next(made), **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert models.steps(resumed) == models.steps(whole)
+
+
 class Counting(Teacher):
     """A user's teacher: it is prepared for each training, with its student."""
 
@@ -191,6 +202,16 @@ def test_a_smaller_batch_after_one_that_did_not_fit_begins_anew(tmp_path: Path) 
     assert calls[0] is calls[1] is not calls[2]
     (first, *_) = models.steps(trainer)
     assert first["soft"] == 0.0
+
+
+def test_workers_end_with_each_training(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    settings |= {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
+    before = {*multiprocessing.active_children()}
+    trainer = evaluating.distill(tmp_path, **settings)
+    for _ in range(2):
+        trainer.train()
+        assert {*multiprocessing.active_children()} == before
 
 
 # the projections of hidden layers in an optimizer of the user's

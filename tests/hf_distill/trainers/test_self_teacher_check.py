@@ -77,6 +77,12 @@ def test_a_teacher_that_is_not_the_student_is_an_error(tmp_path: Path, kind: str
         trainer(tmp_path, models.llama(), Elsewhere(kind)).train()
 
 
+def test_an_entry_that_the_student_masks_is_no_fault(tmp_path: Path) -> None:
+    student, masked = models.llama(), torch.tensor([models.PAD])  # which is no label
+    student.lm_head.register_forward_hook(lambda *x: x[-1].index_fill(-1, masked, -torch.inf))
+    trainer(tmp_path, student, SelfTeacher("base"), alpha=1.0).train()
+
+
 def test_a_trained_adapter_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="hf_distill"):
         trainer(tmp_path, models.lora(models.llama()), SelfTeacher("base")).train()

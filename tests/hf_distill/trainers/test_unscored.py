@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import TrainerCallback
 
 from hf_distill.monitoring.metrics import UNSCORED
+from hf_distill.trainers.evaluation import Evaluation
 from tests.hf_distill.trainers import models
 from tests.hf_distill.trainers.evaluating import (
     NO_TEACHER,
@@ -46,6 +48,26 @@ def test_an_evaluation_without_any_label_has_no_loss(tmp_path: Path) -> None:
     metrics = distill(tmp_path, held_out=held_out(list(range(9)))).evaluate()
     assert math.isnan(metrics["eval_loss"])
     assert not {"eval_soft", "eval_hard", "eval_perplexity"} & metrics.keys()
+
+
+def mean_of_labels(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+    """A loss as many write it: it is NaN where a batch has no label."""
+    logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return torch.nn.functional.cross_entropy(logits.float(), targets)
+
+
+def test_a_users_loss_may_be_nan_where_nothing_is_labelled(tmp_path: Path) -> None:
+    settings = NO_TEACHER | {"compute_loss_func": mean_of_labels}
+    metrics = distill(tmp_path, per_device_eval_batch_size=1, **settings).evaluate()
+    assert math.isfinite(metrics["eval_loss"])
+
+
+@pytest.mark.parametrize("counts", [(3, 0), (0, 3), (0, 0)])
+def test_a_batch_is_scored_if_one_of_its_parts_is(counts: tuple[int, int]) -> None:
+    evaluation = Evaluation()
+    with evaluation.batch(None):
+        evaluation.parts = lambda loss: [(loss, count) for count in counts]
+        assert bool(evaluation.add(torch.tensor(2.0)).isnan()) == (counts == (0, 0))
 
 
 LOSSES: dict[str, dict[str, Any]] = {
@@ -114,7 +136,8 @@ def test_one_micro_batch_without_labels_is_as_if_it_were_not_there(tmp_path: Pat
 
 @pytest.mark.parametrize("has_teacher", [True, False])
 def test_a_classifiers_step_without_labels_at_alpha_0(tmp_path: Path, has_teacher: bool) -> None:
-    trainer = classify(tmp_path, alpha=0.0, has_teacher=has_teacher, optim="sgd")
+    settings = {"optim": "sgd", "logging_nan_inf_filter": False}  # which logs 0 for NaN
+    trainer = classify(tmp_path, alpha=0.0, has_teacher=has_teacher, **settings)
     data: Any = trainer.train_dataset
     for i in range(4):
         data[i]["label"] = -100

@@ -1,7 +1,9 @@
 """What the Triton backend refuses, how it cuts rows up, and what becomes of a kernel's failure."""
 
+import contextlib
 import importlib.util
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +81,31 @@ def test_a_failing_kernel_is_a_kernel_error(method, monkeypatch):
         calls[method]()
     assert caught.value.kernel == f"triton {method}"
     assert isinstance(caught.value.__cause__, OSError)
+
+
+@pytest.mark.parametrize(
+    ("device", "hip", "options"),
+    [
+        ("cuda:0", None, {"maxnreg": triton.REGISTERS}),
+        ("cuda:0", "7.0", {}),  # of AMD
+        ("xpu:0", None, {}),
+        ("cpu", None, {}),
+    ],
+)
+def test_registers_are_limited_where_the_compiler_can(device, hip, options, monkeypatch):
+    given: dict[str, Any] = {}
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *_, **options: given.update(options)
+
+    module = importlib.import_module("metal_ops.backends.triton.rows")
+    monkeypatch.setattr(module, "spread", Kernel())
+    monkeypatch.setattr(torch.version, "hip", hip)
+    for kind in (torch.cuda, torch.xpu):
+        monkeypatch.setattr(kind, "device", lambda _: contextlib.nullcontext())
+    triton._launch("rows", "spread", (1,), (on(device),), warps=4)
+    assert given == {"num_warps": 4, **options}
 
 
 def test_no_rows_launch_nothing(monkeypatch):
