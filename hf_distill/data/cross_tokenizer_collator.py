@@ -80,6 +80,11 @@ class CrossTokenizerCollator:
         told._student = self._student.with_end_tokens(ids)
         return told
 
+    def end_warnings(self) -> list[str]:
+        """Return what to tell of replies without an end, on each side; empty if they have one."""
+        named = (("student", self._student), ("teacher", self._teacher))
+        return [f"for the {name}: {x}" for name, side in named for x in side.end_warnings()]
+
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Make a training batch.
 
