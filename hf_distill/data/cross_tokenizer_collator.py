@@ -73,6 +73,7 @@ class CrossTokenizerCollator:
 
         self._student = side(student_tokenizer, chat_template_kwargs)
         self._teacher = side(teacher_tokenizer, teacher_chat_template_kwargs)
+        self._teacher._told_columns = self._student._told_columns
 
     def with_end_tokens(self, ids: int | Sequence[int]) -> "CrossTokenizerCollator":
         """Return the collator for a student that ends its replies with these tokens too."""
