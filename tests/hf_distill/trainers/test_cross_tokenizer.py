@@ -256,29 +256,6 @@ def test_uld_needs_a_batch_of_both_tokenizers(tmp_path: Path) -> None:
         trainer.train()
 
 
-@pytest.mark.parametrize("size", [models.VOCAB - 20, models.VOCAB + 3])
-@pytest.mark.parametrize("routed", [False, True])
-def test_uld_with_an_object_of_another_size_needs_such_a_batch(
-    tmp_path: Path, size: int, routed: bool
-) -> None:
-    """The tokenizer of a model object is not known, but it cannot be the student's."""
-    settings = {"collator": HintCollator(WORDS, ()), "remove_unused_columns": False}
-    data = [row | {"of": "one"} for row in models.problems()]
-
-    def run(teacher: Any, **changes: Any) -> Any:
-        teacher = RoutedTeacher({"one": teacher}, "of") if routed else teacher
-        return distil(tmp_path, None, teacher, **settings | {"data": data} | changes)
-
-    words = f"need batches of a CrossTokenizerCollator, got 61 entries for the student and {size}"
-    for tokenizer in (WORDS, None):
-        with pytest.raises(ValueError, match=words):
-            run(models.llama(1, vocab_size=size), tokenizer=tokenizer).train()
-    run(models.llama(1)).train()  # as many: nothing tells them apart
-    if size > models.VOCAB:  # padding of one tokenizer, which is known here
-        run(ModelTeacher(models.llama(1, vocab_size=size), tokenizer=WORDS)).train()
-        run(models.llama(1, vocab_size=size), divergence="forward_kl").train()
-
-
 def test_a_batch_of_both_tokenizers_needs_uld(tmp_path: Path) -> None:
     collator = CrossTokenizerCollator(WORDS, LETTERS)
     settings = {"divergence": "jsd", "remove_unused_columns": False}
