@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from hf_distill.data.batches import TokenRow
 from hf_distill.data.hints import Messages, PlacedHint, Prompt, append_text
@@ -139,7 +139,8 @@ class ChatIds:
 def render_dialogue(messages: Messages, scored: Sequence[int], chat: ChatIds) -> TokenRow:
     """Render a dialogue up to its last scored message, with the places of scored messages' tokens.
 
-    A message ends at its end token: what a template writes behind it is the next context's.
+    A message ends at its end token: what a template writes behind it is the next context's. The
+    last one gets an end token where the template writes none.
 
     Args:
         messages: the dialogue.
@@ -151,8 +152,9 @@ def render_dialogue(messages: Messages, scored: Sequence[int], chat: ChatIds) ->
     """
     spans = [chat.reply(messages, i) for i in scored]
     ids = [token for part in spans[-1] for token in part]
-    if chat.ends.opens_next and not _ends(ids, chat.ends):
-        ids.append(cast(int, chat.ends.turn))
+    closing = chat.ends.closing
+    if closing is not None and not _ends(ids, chat.ends):
+        ids.append(closing)
     at: list[int] = []
     for i, (context, message) in zip(scored, spans, strict=True):
         part = [*context, *message]
@@ -162,7 +164,7 @@ def render_dialogue(messages: Messages, scored: Sequence[int], chat: ChatIds) ->
                 f"message {i} otherwise once others follow it: score one message a row"
             )
         stop = len(part)
-        if chat.ends.opens_next and not _ends(part, chat.ends):
+        if closing is not None and not _ends(part, chat.ends):
             stop += _ends(ids[: stop + 1], chat.ends)
         at += range(len(context), stop)
     return TokenRow(ids, at)

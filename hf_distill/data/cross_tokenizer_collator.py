@@ -73,12 +73,18 @@ class CrossTokenizerCollator:
 
         self._student = side(student_tokenizer, chat_template_kwargs)
         self._teacher = side(teacher_tokenizer, teacher_chat_template_kwargs)
+        self._teacher._told_columns = self._student._told_columns
 
     def with_end_tokens(self, ids: int | Sequence[int]) -> "CrossTokenizerCollator":
         """Return the collator for a student that ends its replies with these tokens too."""
         told = copy.copy(self)
         told._student = self._student.with_end_tokens(ids)
         return told
+
+    def end_warnings(self) -> list[str]:
+        """Return what to tell of replies without an end, on each side; empty if they have one."""
+        named = (("student", self._student), ("teacher", self._teacher))
+        return [f"for the {name}: {x}" for name, side in named for x in side.end_warnings()]
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Make a training batch.

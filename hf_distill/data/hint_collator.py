@@ -1,7 +1,9 @@
 """HintCollator: one model's two views of a problem, with and without a hint."""
 
 import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -34,7 +36,10 @@ from hf_distill.data.hints import (
 from hf_distill.data.prompt_ids import PromptIds
 from hf_distill.data.rendering import DROPPED, TRUNCATED, RenderedSides
 
+logger = logging.getLogger(__name__)
+
 SHOWN_TOKENS = 8
+PROMPT = "prompt"  # the usual column, whose prompts may begin a reply
 TRUNCATIONS = ("error", "hint")
 DEFAULT_HINT = "hint"
 
@@ -87,7 +92,7 @@ class HintCollator(PromptIds):
         tokenizer: PreTrainedTokenizerBase,
         hint: Hints | None = None,
         *,
-        prompt_column: str = "prompt",
+        prompt_column: str = PROMPT,
         completion_column: str = "completion",
         scored: str = "all",
         max_prompt_length: int | None = None,
@@ -107,6 +112,7 @@ class HintCollator(PromptIds):
         self.needs_hints, hint = hint is not None, DEFAULT_HINT if hint is None else hint
         several = [hint] if isinstance(hint, Hint | str) or callable(hint) else hint
         self.hints = tuple(x if isinstance(x, Hint) else Hint(x) for x in several)
+        self._was_given_hints = bool(self.hints)
         self.scored = scored
         self.truncation = truncation
         self.prompt_column = prompt_column
@@ -118,6 +124,7 @@ class HintCollator(PromptIds):
         self.hint_plan = plan if plan.depends_on_step else None
         self.max_hint_length, self._draw, self._leaves_out = plan.length_at(0), None, False
         self.max_completion_length = max_completion_length
+        self._told_columns: set[str] = set()  # of which copies know too
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Make a training batch from rows with completions: see `batches.build_batch`."""
@@ -165,7 +172,8 @@ class HintCollator(PromptIds):
         Returns:
             rows: the list; prompt_ids, prompt_mask: [B, T] int64, padded on the left.
         """
-        prompts = [rendering.in_row(i, self._prompt, row) for i, row in enumerate(rows)]
+        make = partial(self._prompt, sampled=True)
+        prompts = [rendering.in_row(i, make, row) for i, row in enumerate(rows)]
         ids, mask = batches.pad_left(prompts, self.pad_token_id)
         return {"prompt_ids": ids, "prompt_mask": mask, "rows": list(rows)}
 
@@ -228,7 +236,7 @@ class HintCollator(PromptIds):
         return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
 
     def _with_tail(self, row: Row) -> RenderedSides:
-        prompt, ids = self._column(row, "prompt_column"), self._prompt(row)
+        ids, prompt = self._prompt(row, sampled=True), self._column(row, "prompt_column")
         end = self._end_of(prompt, ids)
         tail = [*ids[-SHOWN_TOKENS:], *([] if end is None else [end])]
         return self._episode(Episode(row, prompt, completions=[tail], texts=[self.text(tail)]))
@@ -242,13 +250,21 @@ class HintCollator(PromptIds):
             batch[DROPPED] = torch.tensor([x.dropped for x in made])
         return batch
 
-    def _column(self, row: Row, name: str) -> Any:
+    def _column(self, row: Row, name: str, sampled: bool = False) -> Any:
         """Return the row's prompt or completion; the name is that of its argument."""
         column = getattr(self, name)
         if row.get(column) is None:
-            raise ValueError(row_columns.missing_column(row, column, name))
+            hinted = self._was_given_hints and (self.needs_hints or sampled)
+            raise ValueError(row_columns.missing_column(row, column, name, sampled, hinted))
         row_columns.check_content(row[column], column)
+        if name == "prompt_column" and column != PROMPT and begins_reply(row[column]):
+            self._tell_of_begun(column)
         return row[column]
+
+    def _tell_of_begun(self, column: str) -> None:
+        if column not in self._told_columns:
+            self._told_columns.add(column)
+            logger.warning(row_columns.warning_of_begun(column))
 
     def _rendered(self, row: Row) -> list[tuple[Hint, str]]:
         if not self.needs_hints and not row_columns.may_mean(row, DEFAULT_HINT):
@@ -259,9 +275,9 @@ class HintCollator(PromptIds):
     def _placed(self, row: Row, messages: Messages, num_prompt: int) -> list[PlacedHint]:
         return [place_hint(h, row, text, messages, num_prompt) for h, text in self._rendered(row)]
 
-    def _prompt(self, row: Row) -> list[int]:
+    def _prompt(self, row: Row, sampled: bool = False) -> list[int]:
         """Return the student's context."""
-        prompt = self._column(row, "prompt_column")
+        prompt = self._column(row, "prompt_column", sampled)
         ids = self.context_ids(prompt)
         rendering.check_length(prompt, "prompt", len(ids), self.max_prompt_length)
         return ids

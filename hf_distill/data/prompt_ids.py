@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_distill.data import texts
 from hf_distill.data.chat import ChatIds, begins_reply
 from hf_distill.data.hints import Messages, Prompt
-from hf_distill.data.turn_ends import TurnEnds, find_turn_ends
+from hf_distill.data.turn_ends import TurnEnds, checked_ids, find_turn_ends, warnings_of
 
 
 class PromptIds:
@@ -52,11 +52,19 @@ class PromptIds:
     def with_end_tokens(self, ids: int | Sequence[int]) -> Self:
         """Return the collator for a model that ends its replies with these tokens too.
 
-        Trainers call it with the ids of the model's generation config, one or several.
+        Trainers call it with the ids of the model's generation config, one or several, which come
+        to those of an earlier call.
+
+        Raises:
+            ValueError: these are no token ids.
         """
         told = copy.copy(self)
-        told._told, told._ends = (ids,) if isinstance(ids, int) else tuple(ids), None
+        told._told, told._ends = (*self._told, *checked_ids(ids)), None
         return told
+
+    def end_warnings(self) -> list[str]:
+        """Return what to tell of replies without an end; empty if they have one."""
+        return warnings_of(self.ends, self.tokenizer)
 
     def _end_of(self, prompt: Prompt, context: Sequence[int]) -> int | None:
         """Return what ends a text completion: in a chat, also a rendered one, the turn's end."""

@@ -38,24 +38,52 @@ KINDS: tuple[tuple[frozenset[str], str], ...] = (
     ),
 )
 
+# The same for prompts whose completions are sampled
+FRONT = "make the messages in front of a reply the column 'prompt', such as messages[:-1]"
+SAMPLED: tuple[tuple[frozenset[str], str], ...] = (
+    (frozenset(("chosen", "rejected")), "make what both of them begin with the column 'prompt'"),
+    (frozenset(("messages",)), FRONT),
+    (
+        frozenset(("conversations",)),
+        "rename 'from' and 'value' of the messages to 'role' and 'content' if they have them, and "
+        + FRONT,
+    ),
+    (frozenset(("text",)), "make the beginning of the text the column 'prompt'"),
+)
+NO_COMPLETION = "; completions are sampled, so none is needed"
+HINT = (
+    "; a teacher that is the student itself reads a hint too, such as a column 'hint' (of the "
+    "answer, say) with HintCollator(tokenizer)"
+)
 
 KNOWN = sorted(frozenset.union(*(needed for needed, _ in KINDS)))
 
 
-def advice(columns: Iterable[str]) -> str:
-    """Say what to do with rows of these columns, or nearly these; empty if none is known."""
+def advice(columns: Iterable[str], sampled: bool = False, hinted: bool = False) -> str:
+    """Say what to do with rows of these columns, or nearly these; empty if none is known.
+
+    Args:
+        columns: of the rows.
+        sampled: whether completions are sampled, and not the data's.
+        hinted: whether hints are read.
+    """
     meant = {name for column in columns for name in get_close_matches(column, KNOWN, 1, 0.8)}
-    found = next((text for needed, text in KINDS if needed <= meant), "")
-    return found and f": {found}"
+    kinds = SAMPLED if sampled else KINDS
+    found = next((text for needed, text in kinds if needed <= meant), "")
+    return found and f": {found}{NO_COMPLETION * sampled}{HINT * hinted}"
 
 
-def missing_column(row: Mapping[str, Any], column: str, argument: str) -> str:
+def missing_column(
+    row: Mapping[str, Any], column: str, argument: str, sampled: bool = False, hinted: bool = False
+) -> str:
     """Return the error of a row without a column.
 
     Args:
         row: of the data.
         column: the one that is needed.
         argument: of the collator, that says which column it is.
+        sampled: as in `advice`.
+        hinted: as in `advice`.
     """
     if not row:
         return (
@@ -67,7 +95,16 @@ def missing_column(row: Mapping[str, Any], column: str, argument: str) -> str:
     if close:
         return f"{text}: if it is {close[0]!r}, set {argument}={close[0]!r}"
     fits = {name for name in row if row[name] is not None} - {"prompt", "completion"}
-    return text + advice(fits)
+    return text + advice(fits, sampled, hinted)
+
+
+def warning_of_begun(column: str) -> str:
+    """Return what to tell where a column's prompts end in an assistant's message."""
+    return (
+        f"prompts of the column {column!r} end in an assistant's message, which is continued: if "
+        "they are whole dialogues, give what is in front of the last reply, such as messages[:-1], "
+        "as the prompt"
+    )
 
 
 def missing_hint(row: Mapping[str, Any], column: str) -> str:

@@ -40,7 +40,11 @@ def asks_routers(lm: nn.Module) -> bool:
 
 @contextmanager
 def silent_routers(lm: nn.Module) -> Iterator[None]:
-    """Inside the block the config does not ask, so that a model's loss is that of its labels."""
+    """Inside the block the config does not ask.
+
+    A model's loss is then that of its labels, and sampling runs: the auxiliary loss of a new token
+    behind a mask of the whole row would be an error.
+    """
     asking = [config for config in _configs(lm) if getattr(config, SETTING, False)]
     for config in asking:
         setattr(config, SETTING, False)

@@ -15,6 +15,7 @@ from transformers import ContinuousBatchingConfig
 from hf_distill.models.modes import evaluating, kept_rng
 from hf_distill.models.position_trials import synthetic_row
 from hf_distill.models.positions import positions_of
+from hf_distill.models.routers import silent_routers
 from hf_distill.models.structure import causal_lm, is_sharded, unwrap
 from hf_distill.rollouts.generate import generation_config, manual_seed
 from hf_distill.rollouts.sampling import Sampling, cut_at_end_token, end_token_ids
@@ -145,7 +146,12 @@ class ContinuousEngine:
         attention = lm.config._attn_implementation
         batching = self._config(prompts, "flash" in (attention or ""), seed)
         try:
-            with kept_rng(lm.device), evaluating(unwrap(model)), _without_autocast(lm):
+            with (
+                kept_rng(lm.device),
+                evaluating(unwrap(model)),
+                silent_routers(lm),
+                _without_autocast(lm),
+            ):
                 manual_seed(seed)
                 outputs = _run(lm, prompts, config, batching)
         finally:

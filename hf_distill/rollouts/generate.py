@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from hf_distill.data.batches import pad
 from hf_distill.models.modes import evaluating, kept_rng
+from hf_distill.models.routers import silent_routers
 from hf_distill.models.structure import causal_lm, is_sharded, unwrap
 from hf_distill.rollouts.left_padding import ANY, NONE, LeftPadding, left_padding
 from hf_distill.rollouts.sampling import Sampling, cut_at_end_token, end_token_ids
@@ -154,7 +155,13 @@ def generate(
         pad_token_id, eos_token_id, max_completion_length, temperature, generation_kwargs or {}
     )
     config = generation_config(sampling, end_ids)
-    with kept_rng(device), evaluating(lm), _no_generation_defaults(lm), _whole_root(model):
+    with (
+        kept_rng(device),
+        evaluating(lm),
+        _no_generation_defaults(lm),
+        silent_routers(causal_lm(lm)),
+        _whole_root(model),
+    ):
         padding = left_padding(lm, prompts, pad_token_id, device)
         share = padding.sharing(max(map(len, prompts), default=0), max_completion_length)
         batches = _batches(prompts, batch_size, share)

@@ -18,6 +18,7 @@ from hf_distill.losses.hidden_states import HiddenAlignment
 from hf_distill.losses.taid import TaidCallback
 from hf_distill.models.tensors import assert_same_tensors
 from hf_distill.teachers import Teacher
+from hf_distill.teachers.base_fingerprint import BaseFingerprint, base_fingerprints
 
 logger = logging.getLogger(__name__)
 
@@ -224,9 +225,10 @@ class StatefulTrainer(ResumableTrainer):
         with nullcontext() if self._layers is None else self._layers.detached():
             super()._load_best_model()
 
-    def _parts(self) -> list[HiddenAlignment | TaidCallback]:
+    def _parts(self) -> list[HiddenAlignment | TaidCallback | BaseFingerprint]:
         """Return what has a file of its own in a checkpoint."""
-        return [part for part in (self._layers, self._taid) if part is not None]
+        bases = base_fingerprints(self.teacher, cast(nn.Module, self.model))
+        return [*bases, *(part for part in (self._layers, self._taid) if part is not None)]
 
     def _save_extra(self, folder: str) -> None:
         """Write what resuming needs besides the Trainer's own files."""

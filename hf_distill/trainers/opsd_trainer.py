@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_utils import has_length
 
-from hf_distill.data.hint_collator import HintCollator
+from hf_distill.data.hint_collator import HintCollator, find_hint_collator
+from hf_distill.data.turn_ends import tell_end_tokens
 from hf_distill.losses import ClipConfig, Loss, LossFunction, behaviour_log_probs
 from hf_distill.monitoring.completion_table import WriteTable
 from hf_distill.monitoring.preflight import check_empty_hint, warn_of_lost_context
@@ -138,7 +139,8 @@ class OPSDTrainer(DistillTrainer):
 
     def _tell_end_tokens(self, ids: list[int]) -> None:
         super()._tell_end_tokens(ids)
-        self.hint_collator = self.hint_collator.with_end_tokens(ids)
+        told = find_hint_collator(self.data_collator)  # there is none that makes prompts only
+        self.hint_collator = told or tell_end_tokens(self.hint_collator, ids)
 
     def _set_up(self, run: Run, keeps_teacher: bool = False) -> None:
         if self._teacher_of_args is not None:

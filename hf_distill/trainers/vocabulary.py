@@ -50,6 +50,7 @@ class Vocabulary:
         self._tokenizer = run.tokenizer
         self._crosses = isinstance(run.losses[0], CrossTokenizerLoss)
         self._different: str | None = None
+        self._unequal: str | None = None  # where tokenizers are not known
         self._needs_one: str | None = None
         self._is_one = False  # known to be the same
         self.size: int | None = None
@@ -98,7 +99,8 @@ class Vocabulary:
         mine, known = self._tokenizer, self._known(teachers)
         if collator is None:
             words = [x for x in known if mine and tokenizers.first_difference(mine, x) is not None]
-            return f"{_both(cast(Any, mine), words[0])}" if words else None
+            self._unequal = self._sizes(teachers, student)
+            return _both(cast(Any, mine), words[0]) if words else None
         one, other = collator.student_tokenizer, collator.teacher_tokenizer
         if mine is not None:
             rule = "the processing class and the collator must have one tokenizer for the student"
@@ -119,6 +121,21 @@ class Vocabulary:
             self._is_one = True
             return None
         return _both(one, other)
+
+    def _sizes(self, teachers: Sequence[Teacher], student: int | None) -> str | None:
+        """Return how vocabularies differ whose tokenizers are not both known, or None."""
+        for teacher in teachers:
+            size = teacher.vocab_size
+            known = self._tokenizer is not None and teacher.tokenizer() is not None
+            # teachers that read no batch compare the run's tokenizer themselves
+            if known or student is None or size in (None, student) or not teacher.reads_batches:
+                continue
+            return (
+                f"{student} entries for the student and {size} for the teacher; if it is one "
+                "tokenizer, and the entries behind its ids are padding, give it as "
+                "processing_class and with ModelTeacher(model, tokenizer=...)"
+            )
+        return None
 
     def _shared(self, student: int | None, teachers: Sequence[Teacher]) -> int | None:
         """Return how many entries are used, or None for all."""
@@ -170,10 +187,10 @@ class Vocabulary:
                 f"{self._needs_one} needs student and teacher to have one tokenizer, got a batch "
                 f"with {sides.TEACHER_OWN_TOKENS}"
             )
-        if self._different is not None and not own:
+        different = self._different or self._unequal
+        if different is not None and not own:
             raise ValueError(
-                "different tokenizers need batches of a CrossTokenizerCollator, got "
-                f"{self._different}"
+                f"different tokenizers need batches of a CrossTokenizerCollator, got {different}"
             )
         if self.size is None:
             return

@@ -203,11 +203,64 @@ def test_the_next_turns_first_token_may_end_a_reply() -> None:
     assert collator.next_context(one) == template["input_ids"]
 
 
-def test_a_template_without_any_end_token_leaves_replies_as_they_are() -> None:
-    tokenizer = characters(templates.NEXT_TURN)
-    assert find_turn_ends(tokenizer, {}).turn is None
-    assert scored(HintCollator(tokenizer), row(ASK, [reply("2")])) == ["2"]
-    assert scored(HintCollator(tokenizer), row(ASK)) == ["2</s>"]
+# a text, a line break, and nothing: (template, what it writes behind a reply)
+IN_TEXT = {
+    "word": ("{% for m in messages %}[{{ m.role }}] {{ m.content }} [/E]{% endfor %}"
+             "{% if add_generation_prompt %}[assistant] {% endif %}", " [/E]"),
+    "line": ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+             "{% if add_generation_prompt %}assistant: {% endif %}", "\n"),
+    "nothing": (templates.NEXT_TURN, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IN_TEXT)
+def test_a_row_whose_template_ends_replies_with_text_ends_with_the_end_token(name: str) -> None:
+    template, end = IN_TEXT[name]
+    tokenizer = characters(template)
+    collator = HintCollator(tokenizer, Hint(separator=" "))
+    assert (collator.ends.turn, collator.ends.text) == (None, end)
+    assert scored(collator, row(ASK, [reply("2")])) == [f"2{end}</s>"]
+    assert scored(collator, row(ASK)) == ["2</s>"]
+    begun = row([*ASK, reply("it is")], [reply(" 2")])
+    assert scored(collator, begun) == [" 2</s>"]
+    assert scored(collator, row(ASK, DIALOGUE)) == [f"it is 2{end}", f"that is 4{end}</s>"]
+    ids = collator([row(ASK, DIALOGUE)])["input_ids"][0].tolist()
+    whole = tokenizer.apply_chat_template([*ASK, *DIALOGUE], return_dict=True)["input_ids"]
+    assert ids == [*whole, tokenizer.eos_token_id]
+    (said,) = collator.end_warnings()
+    assert f"ends replies with the text {end!r} and no end token" in said
+    assert "sampling ends at ['</s>'] only" in said
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_that_writes_end_tokens_is_no_warning(name: str) -> None:
+    tokenizer, _ = family(name)
+    assert HintCollator(tokenizer).end_warnings() == []
+    assert HintCollator(characters()).end_warnings() == []
+
+
+def test_no_end_token_at_all_is_told() -> None:
+    tokenizer = characters(IN_TEXT["word"][0])
+    tokenizer.eos_token = None
+    collator = HintCollator(tokenizer)
+    (said,) = collator.end_warnings()
+    for way in ("tokenizer.eos_token", "generation_config.eos_token_id", ".with_end_tokens("):
+        assert way in said
+    assert scored(collator, row(ASK, [reply("2")])) == ["2 [/E]"]
+    told = collator.with_end_tokens(2).with_end_tokens([])
+    assert told.ends.ids == (2,)  # what a user has told stays where a trainer tells more
+    assert scored(told, row(ASK, [reply("2")])) == ["2 [/E]</s>"]
+    crossing = CrossTokenizerCollator(characters(), tokenizer)
+    (said,) = crossing.end_warnings()
+    assert said.startswith("for the teacher: no end token is known")
+
+
+@pytest.mark.parametrize("ids", [None, "</s>", [None], [2.5]])
+def test_end_tokens_are_ids(ids: Any) -> None:
+    one = characters()
+    for collator in (HintCollator(one), CrossTokenizerCollator(one, one)):
+        with pytest.raises(ValueError, match="end tokens must be the id of a token, or a sequence"):
+            collator.with_end_tokens(ids)
 
 
 def test_a_template_of_other_dialogues_says_nothing_of_ends() -> None:

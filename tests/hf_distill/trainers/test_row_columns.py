@@ -8,6 +8,7 @@ from datasets import Dataset
 
 from hf_distill import (
     CachedTeacher,
+    CrossTokenizerCollator,
     DistillConfig,
     DistillTrainer,
     Hint,
@@ -126,3 +127,58 @@ def test_also_in_an_opsd_trainer(tmp_path: Path, on_policy: bool) -> None:
         )  # fmt: skip
         trainer.train()
         trainer.evaluate()
+
+
+def opsd(folder: Path, collator: Any, data: Any, **changes: Any) -> OPSDTrainer:
+    settings = {"max_steps": 1, "max_completion_length": 4} | changes
+    tokenizer, config = models.tokenizer(), OPSDConfig(**models.options(folder, **settings))
+    return OPSDTrainer(models.llama(), config, collator, data, data, processing_class=tokenizer)
+
+
+SAMPLED = {
+    "messages": r"make the messages in front of a reply the column 'prompt', such as mess.*\[:-1\]",
+    "conversations": "rename 'from' and 'value' .* make the messages in front",
+    "text": "make the beginning of the text the column 'prompt'",
+    "preferred chats": "make what both of them begin with the column 'prompt'",
+}
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_where_completions_are_sampled_none_is_asked_for(tmp_path: Path, name: str) -> None:
+    data = [KINDS[name][0]] * 4
+    hint = "; a teacher that is the student itself reads a hint too"
+    for call in (OPSDTrainer.train, OPSDTrainer.evaluate):
+        with pytest.raises(ValueError, match=SAMPLED[name]) as said:
+            call(opsd(tmp_path, None, data))
+        assert "completions are sampled, so none is needed" + hint in str(said.value)
+        assert "messages[-1:]" not in str(said.value)
+        assert "HintCollator(tokenizer, [])" not in str(said.value)
+    with pytest.raises(ValueError, match=f"row 0 of the batch: .*{KINDS[name][2]}") as said:
+        opsd(tmp_path, None, data, on_policy=False).train()
+    assert hint in str(said.value)
+    with pytest.raises(ValueError, match=SAMPLED[name]) as said:
+        HintCollator(models.tokenizer(), []).prompts(data)
+    assert hint not in str(said.value)
+
+
+@pytest.mark.parametrize("kind", ["on-policy", "off-policy", "crossing"])
+def test_whole_dialogues_as_prompts_are_told_once(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(column: str, prompt: list[dict[str, str]]) -> list[str]:
+        caplog.clear()
+        data, tokenizer = [{column: prompt, "completion": "3", "hint": "5"}] * 4, models.tokenizer()
+        if kind == "crossing":
+            crossing = CrossTokenizerCollator(tokenizer, tokenizer, prompt_column=column)
+            trainer: Any = distill(tmp_path, crossing, data, divergence="uld")
+        else:
+            collator = HintCollator(tokenizer, prompt_column=column)
+            trainer = opsd(tmp_path, collator, data, on_policy=kind == "on-policy")
+        trainer.train()
+        trainer.evaluate()
+        return [x for x in caplog.messages if "end in an assistant's message" in x]
+
+    (said,) = run("messages", [ASK, REPLY])
+    assert said.startswith("prompts of the column 'messages' end in an assistant's message, which")
+    assert run("messages", [ASK]) == []
+    assert run("prompt", [ASK, REPLY]) == []  # a reply that is begun

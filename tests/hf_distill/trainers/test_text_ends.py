@@ -154,3 +154,34 @@ def test_a_cache_is_written_with_the_ends_of_the_training(tmp_path: Path) -> Non
         teacher=CachedTeacher(tmp_path / "cache"),
     )
     assert all(reply[-1] == end for reply in replies(seen(trainer)[0]))
+
+
+@pytest.mark.parametrize("kind", ["distill", "no teacher", "opsd", "on-policy"])
+@pytest.mark.parametrize("way", [None, "tokenizer", "model", "collator"])
+def test_no_end_token_anywhere_is_told_once(
+    tmp_path: Path, kind: str, way: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = characters(TEMPLATES["chatml"][0].replace("<|im_end|>", "."))
+    if way != "tokenizer":
+        tokenizer.eos_token = None
+    model: Any = models.llama(vocab_size=len(tokenizer), eos_token_id=None)
+    if way == "model":
+        model.generation_config.eos_token_id = 2
+    collator = HintCollator(tokenizer)
+    if way == "collator":
+        collator = collator.with_end_tokens(2)
+    options = models.options(tmp_path, max_steps=1, remove_unused_columns=False)
+    made: Any = {"processing_class": tokenizer}
+    if kind in ("opsd", "on-policy"):
+        config = OPSDConfig(**options, on_policy=kind == "on-policy", max_completion_length=4)
+        trainer: Any = OPSDTrainer(model, config, collator, rows(), **made)
+        ends = trainer.hint_collator.ends.ids
+    else:
+        teacher = None if kind == "no teacher" else student(len(tokenizer), [2], 1)
+        config = DistillConfig(**options, alpha=0.0 if teacher is None else 0.5)
+        trainer = DistillTrainer(model, config, collator, rows(), teacher=teacher, **made)
+        ends = trainer.data_collator.ends.ids
+    assert ends == (() if way is None else (2,))
+    told = [x for x in caplog.messages if "no end token" in x]
+    assert len(told) == 1
+    assert told[0].startswith("no end token is known" if way is None else "the chat template ends")

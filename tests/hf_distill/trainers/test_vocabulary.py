@@ -49,6 +49,7 @@ def teacher(seed: int = 1, size: int = TEACHER, family: str = "llama") -> Any:
 def distil(folder: Path, student: Any, taught_by: Any, **changes: Any) -> DistillTrainer:
     collator = changes.pop("collator", None) or HintCollator(WORDS, ())
     data = changes.pop("data", models.problems())
+    tokenizer = changes.pop("tokenizer", WORDS)
     more = {k: changes.pop(k) for k in ("compute_metrics", "compute_loss_func") if k in changes}
     settings = {"remove_unused_columns": False} | changes
     return DistillTrainer(
@@ -57,7 +58,7 @@ def distil(folder: Path, student: Any, taught_by: Any, **changes: Any) -> Distil
         collator,
         data,
         data[:4],
-        processing_class=WORDS,
+        processing_class=tokenizer,
         teacher=taught_by,
         **more,
     )
@@ -342,3 +343,26 @@ def test_gradients_reach_the_rows_that_are_kept() -> None:
         assert leaf.grad[6:].abs().max() == 0
     dense = without_padding(Signal(logits=signal.dense()), 6)
     assert torch.equal(dense.logits, signal.dense()[:, :6])
+
+
+@pytest.mark.parametrize("size", [models.VOCAB - 20, models.VOCAB + 3])
+@pytest.mark.parametrize("routed", [False, True])
+def test_uld_with_an_object_of_another_size_needs_a_batch_of_both_tokenizers(
+    tmp_path: Path, size: int, routed: bool
+) -> None:
+    """The tokenizer of a model object is not known, but it cannot be the student's."""
+    data = [row | {"of": "one"} for row in models.problems()]
+
+    def run(taught_by: Any, **changes: Any) -> Any:
+        taught_by = RoutedTeacher({"one": taught_by}, "of") if routed else taught_by
+        settings = {"divergence": "uld", "data": data} | changes
+        return distil(tmp_path, models.llama(), taught_by, **settings)
+
+    words = f"need batches of a CrossTokenizerCollator, got 61 entries for the student and {size}"
+    for tokenizer in (WORDS, None):
+        with pytest.raises(ValueError, match=words):
+            run(models.llama(1, vocab_size=size), tokenizer=tokenizer).train()
+    run(models.llama(1)).train()  # as many: nothing tells them apart
+    if size > models.VOCAB:  # padding of one tokenizer, which is known here
+        run(ModelTeacher(models.llama(1, vocab_size=size), tokenizer=WORDS)).train()
+        run(models.llama(1, vocab_size=size), divergence="forward_kl").train()
