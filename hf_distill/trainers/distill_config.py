@@ -1,6 +1,7 @@
 """The settings of a DistillTrainer: TrainingArguments and what defines the loss."""
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -24,12 +25,15 @@ from hf_distill.losses.divergence import ClipConfig
 from hf_distill.losses.hidden_states import HiddenConfig
 from hf_distill.losses.taid import TaidConfig
 from hf_distill.models.layers import parse_layers
+from hf_distill.monitoring.metrics import LOSSES
 from hf_distill.monitoring.watchdog import WatchdogConfig
 from hf_distill.schedules import Schedule, Value
 from hf_distill.trainers import config_schedules
 from hf_distill.trainers.config_groups import as_group, as_optional_group
 from metal_ops import DivergenceSpec
 from metal_ops.spec import KINDS
+
+logger = logging.getLogger(__name__)
 
 DIVERGENCES = (*KINDS, *SAMPLED_KINDS, UNIVERSAL)
 
@@ -166,8 +170,22 @@ class DistillConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Check the values where they are given."""
+        self._prefer_less()
         super().__post_init__()
         self.check_values()
+
+    def _prefer_less(self) -> None:
+        """Choose the least of a metric that is a loss: by its name, which the parent class goes by.
+
+        It takes the most of every metric whose name does not end in "loss".
+        """
+        name = (self.metric_for_best_model or "").removeprefix("eval_")
+        if self.greater_is_better is None and name in LOSSES:
+            self.greater_is_better = False
+            logger.info(
+                "greater_is_better is False: metric_for_best_model %r is a loss",
+                self.metric_for_best_model,
+            )
 
     def check_values(self) -> None:
         """Check the values, and make groups of what was given for them.
