@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from operator import attrgetter
 from typing import Any, cast
 
 from transformers import TrainingArguments
@@ -50,6 +51,23 @@ def check_divergence(name: str) -> None:
     near = parts or get_close_matches(name, DIVERGENCES)
     meant = f"; do you mean {' or '.join(map(repr, near))}?" if near else ""
     raise ValueError(f"divergence must be one of {DIVERGENCES}, got {name!r}{meant}")
+
+
+# settings of the losses that the config makes
+OF_BUILT_IN = (
+    "divergence",
+    "temperature",
+    "temperature_scaling",
+    "beta",
+    "support",
+    "top_k",
+    "missing",
+    "clip",
+    "taid",
+)
+
+LOSS_SETTINGS = attrgetter("alpha", *OF_BUILT_IN)
+"""Of a config, what the loss of a step is made of."""
 
 
 @dataclass
