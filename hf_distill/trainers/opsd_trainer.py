@@ -80,6 +80,11 @@ class OPSDTrainer(DistillTrainer):
         args = OPSDConfig(output_dir="tmp_trainer") if args is None else args
         if not isinstance(args, OPSDConfig):
             raise TypeError(f"args must be an OPSDConfig, got {type(args).__name__}")
+        if data_collator is None and processing_class is None:
+            raise ValueError(
+                "prompts need a tokenizer: pass processing_class=tokenizer, or a HintCollator as "
+                "data_collator, got None for both"
+            )
         if data_collator is None:
             data_collator = HintCollator(processing_class)
         if not isinstance(data_collator, HintCollator):

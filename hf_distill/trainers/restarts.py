@@ -12,6 +12,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
+from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HPSearchBackend, default_compute_objective
 
@@ -19,7 +20,7 @@ from hf_distill.losses.hidden_states import HiddenAlignment
 from hf_distill.models.structure import unwrap
 from hf_distill.monitoring.self_teacher_check import SelfTeacherCheck
 from hf_distill.run import Run
-from hf_distill.teachers import Teacher, UpdateTeacher
+from hf_distill.teachers import Teacher, UpdateTeacher, has_adapters
 from hf_distill.trainers.checkpoints import StatefulTrainer
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,23 @@ def continued(layers: HiddenAlignment, before: HiddenAlignment | None) -> Hidden
     if {k: v.shape for k, v in old.items()} == {k: v.shape for k, v in new.items()}:
         layers.projections = before.projections
     return layers
+
+
+def check_is_trained(model: nn.Module) -> None:
+    """Check that some parameter of the student is trained.
+
+    Raises:
+        ValueError: all are frozen.
+    """
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    peft = ""
+    if has_adapters(model):
+        peft = ", of adapters with PeftModel.from_pretrained(..., is_trainable=True)"
+    raise ValueError(
+        "nothing of the student is trained: a parameter must have requires_grad, got "
+        f"{sum(1 for _ in model.parameters())} without; set it{peft}"
+    )
 
 
 class RestartingTrainer(StatefulTrainer):
@@ -99,6 +117,8 @@ class RestartingTrainer(StatefulTrainer):
     def _hp_search_setup(self, trial: Any) -> None:
         # train() calls it when the model is the one to train and the arguments are its arguments
         self._take_values(trial)
+        if self.is_in_train:
+            check_is_trained(cast(Any, self.model))
         if self.teacher is not None and self.is_in_train:
             self._begin()
 
