@@ -17,6 +17,26 @@ PLACES = ("user", "system", "before", "after")
 OWN_MESSAGE = ("before", "after")
 
 
+def columns_of_template(text: str) -> list[str]:
+    """Return the columns that a template names in braces; of {a.b[0]:>3} it is a.
+
+    Raises:
+        ValueError: a brace is open, or what is in braces is the name of no column.
+    """
+    try:
+        fields = [name for _, name, _, _ in Formatter().parse(text) if name is not None]
+        columns = [re.split(r"[.\[]", name)[0] for name in fields]
+        for name in columns:
+            if not name.strip() or name.isdigit() or set(name) & set("\"'{}\n"):
+                raise ValueError(f"{name!r} is no column")
+    except ValueError as error:
+        raise ValueError(
+            f"the hint {text!r} must be a template with columns in braces: {error}; write {{{{ and "
+            "}} for braces that are text"
+        ) from error
+    return columns
+
+
 @dataclass(frozen=True)
 class Hint:
     """Says what the teacher is told, and where.
@@ -39,7 +59,8 @@ class Hint:
             Otherwise such a row raises an error.
 
     Raises:
-        ValueError: `where` is unknown, or `turn` is given for "system".
+        ValueError: `where` is unknown, or `turn` is given for "system", or the text is no template
+            of columns.
     """
 
     text: str | Callable[[Row], str | None] = "hint"
@@ -55,6 +76,8 @@ class Hint:
             raise ValueError(f"where must be one of {PLACES}, got {self.where!r}")
         if self.where == "system" and self.turn is not None:
             raise ValueError(f"a hint in the system message has no turn, got {self.turn!r}")
+        if isinstance(self.text, str) and "{" in self.text:
+            columns_of_template(self.text)
 
     def render(self, row: Row) -> str | None:
         """Return the hint's text for one row; None if there is none for it.
@@ -79,11 +102,10 @@ class Hint:
         is_template = "{" in self.text
         names = [self.text]
         if is_template:  # of {a.b[0]:>3} the column is a
-            fields = [name for _, name, _, _ in Formatter().parse(self.text) if name is not None]
-            names = [re.split(r"[.\[]", name)[0] for name in fields]
+            names = columns_of_template(self.text)
         for name in names:
             if name not in row:
-                raise ValueError(row_columns.missing_hint(row, name))
+                raise ValueError(row_columns.missing_hint(row, name, is_template))
             if row[name] is None and self.optional:
                 return None
             if row[name] is None:

@@ -13,17 +13,33 @@ from hf_distill.data.hints import Messages, Prompt
 from hf_distill.data.turn_ends import TurnEnds, checked_ids, find_turn_ends, warnings_of
 
 
+def _check_tokenizer(tokenizer: Any) -> None:
+    if hasattr(tokenizer, "eos_token_id") and callable(tokenizer):
+        return
+    if isinstance(tokenizer, str):
+        raise TypeError(
+            f"tokenizer must be a tokenizer, got its name {tokenizer!r}: load it with "
+            f"AutoTokenizer.from_pretrained({tokenizer!r})"
+        )
+    inner = "; give its attribute `tokenizer`" if hasattr(tokenizer, "tokenizer") else ""
+    raise TypeError(f"tokenizer must be a tokenizer, got {type(tokenizer).__name__}{inner}")
+
+
 class PromptIds:
     """Makes token ids of prompts that are to be completed, and of what completes them.
 
     Args:
         tokenizer: with a chat template if prompts are messages.
         chat_template_kwargs: arguments of the template.
+
+    Raises:
+        TypeError: the tokenizer is none.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any]
     ) -> None:
+        _check_tokenizer(tokenizer)
         self.tokenizer = tokenizer
         self.chat_template_kwargs = dict(chat_template_kwargs)
         self._told: tuple[int, ...] = ()

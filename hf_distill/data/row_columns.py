@@ -34,7 +34,8 @@ KINDS: tuple[tuple[frozenset[str], str], ...] = (
     (
         frozenset(("prompt",)),
         "an OPSDTrainer samples completions of prompts from the student; a DistillTrainer needs "
-        "the column 'completion' too, for a HintCollator(tokenizer, [])",
+        "the column 'completion' too, for a HintCollator(tokenizer, []), or another that "
+        "completion_column names",
     ),
 )
 
@@ -56,6 +57,11 @@ HINT = (
     "answer, say) with HintCollator(tokenizer)"
 )
 
+OTHER_NAMES = {  # of columns in other data sets, by the argument that takes them
+    "prompt_column": ("question", "instruction", "query", "problem", "input"),
+    "completion_column": ("response", "answer", "output", "target", "solution"),
+}
+
 KNOWN = sorted(frozenset.union(*(needed for needed, _ in KINDS)))
 
 
@@ -76,7 +82,7 @@ def advice(columns: Iterable[str], sampled: bool = False, hinted: bool = False) 
 def missing_column(
     row: Mapping[str, Any], column: str, argument: str, sampled: bool = False, hinted: bool = False
 ) -> str:
-    """Return the error of a row without a column.
+    """Return the error of a row without a column, or with None in it.
 
     Args:
         row: of the data.
@@ -91,7 +97,10 @@ def missing_column(
             "columns)"
         )
     text = f"there is no {column!r}; the row has {sorted(row)}"
-    close = [name for name in get_close_matches(column, row) if row[name] is not None]
+    if column in row:
+        text = f"{column!r} is None, it must be a string or a list of messages"
+    near = [*get_close_matches(column, row), *OTHER_NAMES[argument]]
+    close = [name for name in near if row.get(name) is not None]
     if close:
         return f"{text}: if it is {close[0]!r}, set {argument}={close[0]!r}"
     fits = {name for name in row if row[name] is not None} - {"prompt", "completion"}
@@ -107,10 +116,11 @@ def warning_of_begun(column: str) -> str:
     )
 
 
-def missing_hint(row: Mapping[str, Any], column: str) -> str:
+def missing_hint(row: Mapping[str, Any], column: str, of_template: bool = False) -> str:
     """Return the error of a row without a column that a hint needs."""
     close = get_close_matches(column, row)
     told = f": if it is {close[0]!r}, name that" if close else ""
+    told += " (braces that are text are written {{ and }})" if of_template else ""
     return (
         f"the hint needs column {column!r}, the row has {sorted(row)}{told}; HintCollator("
         "tokenizer, []) has no hints, for a teacher that is another model"

@@ -68,12 +68,22 @@ def student_side(batch: Mapping[str, Any]) -> Side:
     """Return the student's part: no labels, values of them, index maps or rows of others.
 
     Raises:
-        ValueError: labels are missing or not [B, T].
+        ValueError: labels are missing, not [B, T], or not of the shape of input_ids.
     """
     labels = batch.get("labels")
     if labels is None or labels.ndim != 2:
         got = "none" if labels is None else f"shape {tuple(labels.shape)}"
-        raise ValueError(f"a batch needs labels of shape [rows, positions], got {got}")
+        raise ValueError(
+            f"a batch needs labels of shape [rows, positions], got {got}: take a data collator "
+            "that adds them, such as DataCollatorForLanguageModeling(tokenizer, mlm=False) or "
+            "HintCollator(tokenizer, [])"
+        )
+    ids = batch.get("input_ids")
+    if ids is not None and ids.shape != labels.shape:
+        raise ValueError(
+            "labels must have the shape of input_ids, whose next tokens they are (the trainer "
+            f"shifts them), got {list(labels.shape)} and {list(ids.shape)}"
+        )
     others = ("labels", *INDEX_MAPS, *TOKEN_VALUES)
     inputs = {
         key: value

@@ -14,6 +14,11 @@ from hf_distill.data.token_classes import CLASSES
 logger = logging.getLogger(__name__)
 
 MEANS = ("soft", "hard", "student_entropy", "teacher_entropy", "top1_agreement", "clipped")
+LOSSES = frozenset(
+    ("soft", "hard", "perplexity", "hidden", "attention", "aux", *(f"soft_{x}" for x in CLASSES))
+)
+"""The metrics of an evaluation, besides its loss, of which less is better."""
+
 TOKENS = "tokens"  # the metric that is their number
 HINT_NGRAM = 4  # tokens; shorter runs are shared by chance
 

@@ -34,6 +34,8 @@ ACTIONS = ("warn", "stop", "raise", "off")
 
 EXACTLY_UNIFORM = 1e-5  # of ln V / temperature²: far above rounding, far below any random head
 
+FEW_STEPS = 3  # no more logs than the default window has
+
 CLEARLY_WORSE = 3.0  # times as far beyond the limit as at the last warning
 
 
@@ -114,14 +116,22 @@ class Watchdog(TrainerCallback, ExportableState):
             self._warn_of_few_logs(args, state)
 
     def _warn_of_few_logs(self, args: Any, state: Any) -> None:
-        steps = self.window * state.logging_steps
-        few = args.logging_strategy == "steps" and state.max_steps <= steps
-        if few and state.is_world_process_zero:
-            logger.warning(
-                "the watchdog reads logs: with logging_steps %d its window of %d logs takes %d of "
-                "%d steps, so it sees little; lower logging_steps",
-                state.logging_steps, self.window, steps, state.max_steps,
-            )  # fmt: skip
+        every, window, num_steps = state.logging_steps, self.window, state.max_steps
+        few = args.logging_strategy == "steps" and num_steps <= window * every
+        if not (few and state.is_world_process_zero):
+            return
+        if num_steps > window:
+            told = f"set logging_steps to at most {(num_steps - 1) // window}"
+        else:
+            more = " and logging_steps=1" if every > 1 else ""
+            told = f'take more than {window} steps, or a smaller watchdog={{"window": ...}}{more}'
+        # a run so short is an example or a trial, of which there is nothing to watch
+        logger.log(
+            logging.INFO if num_steps <= FEW_STEPS else logging.WARNING,
+            "the watchdog reads logs: with logging_steps %d its window of %d logs takes %d steps, "
+            "of a run of %d steps, so it sees little; %s",
+            every, window, window * every, num_steps, told,
+        )  # fmt: skip
 
     def on_log(
         self,

@@ -38,6 +38,7 @@ from hf_distill.models.structure import (
 )
 from hf_distill.run import Run
 from hf_distill.teachers.base import Teacher
+from hf_distill.teachers.self_teacher import SELF_TEACHERS
 from hf_distill.teachers.sharing import check_sharing, freeze
 
 logger = logging.getLogger(__name__)
@@ -253,12 +254,24 @@ class ModelTeacher(Teacher):
             return self._reader.signal(self.model, side)
 
 
+def _named(name: str) -> ModelTeacher:
+    try:
+        return ModelTeacher(name)
+    except OSError as error:
+        own = "" if name not in SELF_TEACHERS else f"; the student itself is SelfTeacher({name!r})"
+        raise OSError(
+            f"teacher must be a folder of a model or the name of one on the Hub, got {name!r}; "
+            f"look at its spelling, and whether the Hub can be reached{own}: {error}"
+        ) from error
+
+
 def as_teacher(teacher: Teacher | nn.Module | str | os.PathLike[str]) -> Teacher:
     """Make a teacher of a model, or a name or folder that `from_pretrained` takes; keep a teacher.
 
     Raises:
         ValueError: the folder holds a teacher cache.
         TypeError: it is something else.
+        OSError: there is no model of this name.
     """
     if isinstance(teacher, str | os.PathLike):
         teacher = os.fspath(teacher)
@@ -266,11 +279,18 @@ def as_teacher(teacher: Teacher | nn.Module | str | os.PathLike[str]) -> Teacher
             raise ValueError(
                 f"{teacher} is a teacher cache, not a model: give CachedTeacher({teacher!r})"
             )
-    if isinstance(teacher, nn.Module | str):
+    if isinstance(teacher, str):
+        return _named(teacher)
+    if isinstance(teacher, nn.Module):
         return ModelTeacher(teacher)
+    if isinstance(teacher, list | tuple | dict):
+        raise TypeError(
+            "teacher must be one teacher: several are a RoutedTeacher({name: teacher, ...}, column "
+            f"of the names), got a {type(teacher).__name__} of {len(teacher)}"
+        )
     if not isinstance(teacher, Teacher):
         raise TypeError(
             "teacher must be a model, a name for from_pretrained, or an instance of a subclass of "
-            f"hf_distill.teachers.Teacher, got {teacher!r}"
+            f"hf_distill.teachers.Teacher, got a {type(teacher).__name__}"
         )
     return teacher

@@ -188,10 +188,6 @@ class AccountingTrainer(StepCollatingTrainer):
                 found[f"{metric_key_prefix}_{name}"] = value
         return output
 
-    def _scores_data(self) -> bool:
-        """Return whether an evaluation scores the data's labels, so that their loss tells much."""
-        return True
-
     def _start_evaluation(self) -> None:
         """Forget what an evaluation has left that did not end, and say what is evaluated."""
         self._evaluation.start()

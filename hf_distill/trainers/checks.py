@@ -1,11 +1,9 @@
-"""What must hold before a run begins, and settings that a run does not read."""
+"""What must hold before a run begins."""
 
 import copy
-import dataclasses
 import logging
 import os
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any, cast
 
 from accelerate.utils import DistributedType
@@ -15,21 +13,39 @@ from hf_distill.data.hint_collator import HintCollator, find_hint_collator
 from hf_distill.data.hint_schedule import hint_schedule_of
 from hf_distill.data.token_weights import TokenWeightsConfig
 from hf_distill.losses import (
-    ClipConfig,
     Loss,
     LossFunction,
     TaidLoss,
     as_loss,
 )
 from hf_distill.models.structure import check_decoder
-from hf_distill.rollouts.config import RolloutConfig
 from hf_distill.run import Run
-from hf_distill.teachers import SelfTeacher, SelfTeacherConfig, Teacher
+from hf_distill.teachers import SelfTeacher, Teacher
 from hf_distill.trainers import config_schedules
 from hf_distill.trainers.distill_config import DistillConfig
 from hf_distill.trainers.opsd_config import OPSDConfig
 
 logger = logging.getLogger(__name__)
+
+
+def check_config(args: Any, trainer: str, has_rollouts: bool) -> None:
+    """Check that a config is one that a trainer reads.
+
+    Args:
+        args: the config.
+        trainer: the name of its class.
+        has_rollouts: whether the trainer reads what an `OPSDConfig` adds.
+
+    Raises:
+        TypeError: it is another.
+    """
+    if not isinstance(args, DistillConfig):
+        raise TypeError(f"args must be a DistillConfig, got {type(args).__name__}")
+    if isinstance(args, OPSDConfig) and not has_rollouts:
+        raise TypeError(
+            f"a {trainer} reads a DistillConfig, got {type(args).__name__}: its teacher, rollouts "
+            "and anchor are read by an OPSDTrainer"
+        )
 
 
 def own_loss(loss: Loss | LossFunction, args: DistillConfig) -> Loss:
@@ -231,79 +247,3 @@ def _check_processes(run: Run) -> None:
             "set up; `accelerate launch --multi_gpu --num_processes N` with --use_cpu in "
             "the training arguments starts N processes on the CPU"
         )
-
-
-HIDDEN_WEIGHT = next(
-    x.default for x in dataclasses.fields(DistillConfig) if x.name == "hidden_weight"
-)
-
-READERS = {"ema_decay": "ema", "lora_scale": "lora_scale"}  # of SelfTeacherConfig's fields
-
-
-def _changed(settings: Any) -> set[str]:
-    """Return the names of the fields that differ from their defaults."""
-    plain = type(settings)()
-    names = (x.name for x in dataclasses.fields(settings))
-    return {name for name in names if getattr(settings, name) != getattr(plain, name)}
-
-
-def unused_opsd_settings(args: OPSDConfig, has_environment: bool, own_teacher: bool) -> list[str]:
-    """Return what is changed and not read, each with the setting that would read it.
-
-    Args:
-        args: of the run.
-        has_environment: whether completions are judged.
-        own_teacher: whether the teacher is the one that `args.teacher` names.
-    """
-    rollout = cast(RolloutConfig, args.rollout)
-    changed, found = _changed(rollout), []
-    if not args.on_policy:
-        found += [f"rollout.{name} needs on_policy" for name in sorted(changed)]
-    else:
-        if "max_turns" in changed and not has_environment:
-            found.append("rollout.max_turns needs an environment")
-        if "importance_clip" in changed and rollout.steps_per_rollout == 1:
-            found.append("rollout.importance_clip needs steps_per_rollout > 1")
-    for name in sorted(_changed(cast(SelfTeacherConfig, args.self_teacher))):
-        if not own_teacher or args.teacher != READERS[name]:
-            found.append(f"self_teacher.{name} needs teacher {READERS[name]!r}")
-    return found
-
-
-# settings of the losses that the config makes
-OF_BUILT_IN = (
-    "divergence",
-    "temperature",
-    "temperature_scaling",
-    "beta",
-    "support",
-    "top_k",
-    "missing",
-    "clip",
-    "taid",
-)
-
-LOSS_SETTINGS = attrgetter("alpha", *OF_BUILT_IN)
-"""Of a config, what the loss of a step is made of."""
-
-
-def unused_settings(args: DistillConfig, own_loss: bool = False) -> list[str]:
-    """Return what `unused_opsd_settings` would, of settings that both trainers have.
-
-    Args:
-        args: of the run.
-        own_loss: whether the loss is the user's and not the one that the config names.
-    """
-    found = []
-    if own_loss:
-        plain = {x.name: x.default for x in dataclasses.fields(args)} | {"clip": ClipConfig()}
-        changed = [name for name in OF_BUILT_IN if getattr(args, name) != plain[name]]
-        found += [f"{name} is read by the built-in losses, not by your own" for name in changed]
-    weights = cast(TokenWeightsConfig, args.token_weights)
-    if "markers" in _changed(weights) and weights.around_reasoning() is None:
-        found.append("token_weights.markers needs a token_weights.reasoning other than 1")
-    if args.hidden_layers is None:
-        found += [f"hidden.{name} needs hidden_layers" for name in sorted(_changed(args.hidden))]
-        if args.hidden_weight != HIDDEN_WEIGHT:
-            found.append("hidden_weight needs hidden_layers")
-    return found

@@ -7,6 +7,17 @@ from typing import Any, TypeVar
 
 Group = TypeVar("Group")
 
+EXAMPLES = {
+    "clip": '{"bound": 0.5}',
+    "hidden": '{"loss": "cosine"}',
+    "rollout": '{"temperature": 1.0}',
+    "self_teacher": '{"ema_decay": 0.99}',
+    "taid": '{"t_start": 0.4}',
+    "token_weights": '{"number": 2.0}',
+    "watchdog": '{"action": "off"}',
+}
+"""Mappings by the config's field, for errors."""
+
 
 def as_group(name: str, kind: type[Group], value: Any) -> Group:
     """Make the group from what a script, a YAML file or a command line gives.
@@ -25,11 +36,15 @@ def as_group(name: str, kind: type[Group], value: Any) -> Group:
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{name} must be a JSON object, got {value!r}: {error}") from error
+            raise ValueError(
+                f"{name} must be a JSON object such as {EXAMPLES[name]}, got {value!r}: {error}"
+            ) from error
     if isinstance(value, kind):
         return value
     if value is not None and not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a {kind.__name__} or a mapping, got {value!r}")
+        raise TypeError(
+            f"{name} must be a {kind.__name__} or a mapping such as {EXAMPLES[name]}, got {value!r}"
+        )
     given = dict(value or {})
     known = [x.name for x in dataclasses.fields(kind)]  # pyright: ignore[reportArgumentType]
     unknown = sorted(given.keys() - set(known))

@@ -1,9 +1,11 @@
 """The settings of a DistillTrainer: TrainingArguments and what defines the loss."""
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from operator import attrgetter
 from typing import Any, cast
 
 from transformers import TrainingArguments
@@ -24,12 +26,15 @@ from hf_distill.losses.divergence import ClipConfig
 from hf_distill.losses.hidden_states import HiddenConfig
 from hf_distill.losses.taid import TaidConfig
 from hf_distill.models.layers import parse_layers
+from hf_distill.monitoring.metrics import LOSSES
 from hf_distill.monitoring.watchdog import WatchdogConfig
 from hf_distill.schedules import Schedule, Value
 from hf_distill.trainers import config_schedules
 from hf_distill.trainers.config_groups import as_group, as_optional_group
 from metal_ops import DivergenceSpec
 from metal_ops.spec import KINDS
+
+logger = logging.getLogger(__name__)
 
 DIVERGENCES = (*KINDS, *SAMPLED_KINDS, UNIVERSAL)
 
@@ -46,6 +51,23 @@ def check_divergence(name: str) -> None:
     near = parts or get_close_matches(name, DIVERGENCES)
     meant = f"; do you mean {' or '.join(map(repr, near))}?" if near else ""
     raise ValueError(f"divergence must be one of {DIVERGENCES}, got {name!r}{meant}")
+
+
+# settings of the losses that the config makes
+OF_BUILT_IN = (
+    "divergence",
+    "temperature",
+    "temperature_scaling",
+    "beta",
+    "support",
+    "top_k",
+    "missing",
+    "clip",
+    "taid",
+)
+
+LOSS_SETTINGS = attrgetter("alpha", *OF_BUILT_IN)
+"""Of a config, what the loss of a step is made of."""
 
 
 @dataclass
@@ -166,8 +188,22 @@ class DistillConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Check the values where they are given."""
+        self._prefer_less()
         super().__post_init__()
         self.check_values()
+
+    def _prefer_less(self) -> None:
+        """Choose the least of a metric that is a loss: by its name, which the parent class goes by.
+
+        It takes the most of every metric whose name does not end in "loss".
+        """
+        name = (self.metric_for_best_model or "").removeprefix("eval_")
+        if self.greater_is_better is None and name in LOSSES:
+            self.greater_is_better = False
+            logger.info(
+                "greater_is_better is False: metric_for_best_model %r is a loss",
+                self.metric_for_best_model,
+            )
 
     def check_values(self) -> None:
         """Check the values, and make groups of what was given for them.

@@ -1,6 +1,5 @@
 """DistillTrainer: a Trainer whose loss compares the student with a teacher."""
 
-import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
@@ -30,22 +29,24 @@ from hf_distill.trainers import config_schedules
 from hf_distill.trainers.accounting import AccountingTrainer
 from hf_distill.trainers.causal_lm import CausalLM
 from hf_distill.trainers.checks import (
-    LOSS_SETTINGS,
+    check_config,
     check_setup,
     check_without_teacher,
     hidden_states_refusal,
     losses_of_run,
     own_loss,
-    unused_settings,
 )
 from hf_distill.trainers.classification import check_classifier, make_classification
-from hf_distill.trainers.distill_config import DistillConfig
+from hf_distill.trainers.distill_config import LOSS_SETTINGS, DistillConfig
 from hf_distill.trainers.restarts import continued
 from hf_distill.trainers.step_collation import given_collator
 from hf_distill.trainers.tasks import LABELS, Batch, Task
+from hf_distill.trainers.unread_settings import (
+    unread_settings,
+    unread_without_teacher,
+    warn_of_unread,
+)
 from hf_distill.trainers.vocabulary import Vocabulary
-
-logger = logging.getLogger(__name__)
 
 
 class DistillTrainer(AccountingTrainer):
@@ -74,13 +75,15 @@ class DistillTrainer(AccountingTrainer):
     Raises:
         ValueError: the teacher is missing, or its vocabulary is not the student's, or the set-up is
             one that the loss cannot be right in; the message says which.
-        TypeError: args is not a `DistillConfig`, or loss is neither a function nor a `Loss`.
+        TypeError: args is not a `DistillConfig`, or is one of another trainer, or loss is neither a
+            function nor a `Loss`.
     """
 
     args: DistillConfig
     task: Task
     current_gradient_accumulation_steps: int = 1  # the Trainer's: micro-batches of this step
     _moves: bool = False  # whether a schedule does
+    _has_rollouts: bool = False  # whether it reads an OPSDConfig
 
     def __init__(
         self,
@@ -96,8 +99,7 @@ class DistillTrainer(AccountingTrainer):
         **kwargs: Any,
     ) -> None:
         args = DistillConfig(output_dir="tmp_trainer") if args is None else args
-        if not isinstance(args, DistillConfig):
-            raise TypeError(f"args must be a DistillConfig, got {type(args).__name__}")
+        check_config(args, type(self).__name__, self._has_rollouts)
         config_schedules.check_teacher_is_given(args, teacher is not None)
         self._own_loss = None if loss is None else own_loss(loss, args)
         self._present: tuple[Any, Loss] | None = None  # what it is made of, and the loss
@@ -108,6 +110,7 @@ class DistillTrainer(AccountingTrainer):
         self.teacher = None if teacher is None else as_teacher(teacher)
         if self.teacher is None:
             check_without_teacher(args, self.data_collator, loss)
+            warn_of_unread(unread_without_teacher(args))
             self._count_without_teacher()
         else:
             self._set_up(self._make_run(self.teacher))
@@ -133,8 +136,7 @@ class DistillTrainer(AccountingTrainer):
         if run.is_classifier:
             check_classifier(run)
         hard_loss = self._make_hard_loss(run)
-        for text in unused_settings(self.args, run.own_loss):
-            logger.warning("a setting is not used: %s", text)
+        warn_of_unread(unread_settings(run))
         check_setup(run)
         self._vocabulary = Vocabulary(run)
         refusal = hidden_states_refusal(run, hard_loss.replaces)

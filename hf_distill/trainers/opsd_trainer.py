@@ -24,10 +24,11 @@ from hf_distill.rollouts.rollout import EVAL_STEP, Rollouts, RolloutWindow, make
 from hf_distill.run import Run
 from hf_distill.teachers import SelfTeacher, Teacher, as_teacher
 from hf_distill.trainers.causal_lm import BEHAVIOUR
-from hf_distill.trainers.checks import check_hints, unused_opsd_settings
+from hf_distill.trainers.checks import check_hints
 from hf_distill.trainers.distill_trainer import DistillTrainer
 from hf_distill.trainers.opsd_config import OPSDConfig
 from hf_distill.trainers.step_collation import shows_hints
+from hf_distill.trainers.unread_settings import unread_opsd_settings, warn_of_unread
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class OPSDTrainer(DistillTrainer):
     """
 
     args: OPSDConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    _has_rollouts = True
 
     def __init__(
         self,
@@ -79,6 +81,11 @@ class OPSDTrainer(DistillTrainer):
         args = OPSDConfig(output_dir="tmp_trainer") if args is None else args
         if not isinstance(args, OPSDConfig):
             raise TypeError(f"args must be an OPSDConfig, got {type(args).__name__}")
+        if data_collator is None and processing_class is None:
+            raise ValueError(
+                "prompts need a tokenizer: pass processing_class=tokenizer, or a HintCollator as "
+                "data_collator, got None for both"
+            )
         if data_collator is None:
             data_collator = HintCollator(processing_class)
         if not isinstance(data_collator, HintCollator):
@@ -88,8 +95,7 @@ class OPSDTrainer(DistillTrainer):
         self._check_rollout(args, environment)
         self.hint_collator, self.environment = data_collator, environment
         self.rollouts: Rollouts | None = None
-        for text in unused_opsd_settings(args, environment is not None, teacher is None):
-            logger.warning("a setting is not used: %s", text)
+        warn_of_unread(unread_opsd_settings(args, environment is not None, teacher is None))
         self._teacher_of_args = None if teacher is not None else args.make_teacher()
         teacher = self._teacher_of_args or as_teacher(cast(Any, teacher))
         if args.on_policy and not all(x.knows_new_rows for x in teacher.each()):

@@ -9,8 +9,10 @@ on with its weights, as the `Trainer`'s optimizer does.
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
+from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HPSearchBackend, default_compute_objective
 
@@ -18,10 +20,19 @@ from hf_distill.losses.hidden_states import HiddenAlignment
 from hf_distill.models.structure import unwrap
 from hf_distill.monitoring.self_teacher_check import SelfTeacherCheck
 from hf_distill.run import Run
-from hf_distill.teachers import Teacher, UpdateTeacher
+from hf_distill.teachers import Teacher, UpdateTeacher, has_adapters
 from hf_distill.trainers.checkpoints import StatefulTrainer
 
 logger = logging.getLogger(__name__)
+
+OF_OWN_LOSS = ("alpha", "token_weights", "hidden_layers", "hidden_weight", "hidden")
+
+SCALES = (
+    *("temperature", "divergence", "beta", "temperature_scaling"),
+    *("support", "top_k", "missing", "clip"),
+    *OF_OWN_LOSS,
+)
+"""The settings of which an evaluation's loss is another number for the same student."""
 
 Callback = TypeVar("Callback", bound=TrainerCallback)
 
@@ -38,6 +49,23 @@ def continued(layers: HiddenAlignment, before: HiddenAlignment | None) -> Hidden
     return layers
 
 
+def check_is_trained(model: nn.Module) -> None:
+    """Check that some parameter of the student is trained.
+
+    Raises:
+        ValueError: all are frozen.
+    """
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    peft = ""
+    if has_adapters(model):
+        peft = ", of adapters with PeftModel.from_pretrained(..., is_trainable=True)"
+    raise ValueError(
+        "nothing of the student is trained: a parameter must have requires_grad, got "
+        f"{sum(1 for _ in model.parameters())} without; set it{peft}"
+    )
+
+
 class RestartingTrainer(StatefulTrainer):
     """Sets itself up again for a training if the last set-up is not for it."""
 
@@ -48,6 +76,7 @@ class RestartingTrainer(StatefulTrainer):
     _loops = 0  # of the training that runs
     _metrics_of_trainer: frozenset[str] = frozenset()
     _callbacks_of_set_up: tuple[TrainerCallback, ...] = ()
+    _compares_losses = False  # whether a search goes by `eval_loss`, and nothing was said of it
 
     def _set_up_again(self, keeps_teacher: bool) -> None:
         """Make what belongs to a training anew; `keeps_teacher`: but for the teacher's state."""
@@ -88,6 +117,8 @@ class RestartingTrainer(StatefulTrainer):
     def _hp_search_setup(self, trial: Any) -> None:
         # train() calls it when the model is the one to train and the arguments are its arguments
         self._take_values(trial)
+        if self.is_in_train:
+            check_is_trained(cast(Any, self.model))
         if self.teacher is not None and self.is_in_train:
             self._begin()
 
@@ -182,9 +213,32 @@ class RestartingTrainer(StatefulTrainer):
                 super()._hp_search_setup(trial if is_optuna else values)
             finally:
                 self.hp_space, self._trial = space, trial
+        self._warn_of_scales(own)
         for name, value in own.items():
             setattr(self.args, name, value)
         cast(Any, self.args).check_values()
+
+    def _warn_of_scales(self, values: Mapping[str, Any]) -> None:
+        """Say once in a search that its trials' losses are numbers of different scales."""
+        if self.teacher is None or not (self._compares_losses and self.is_world_process_zero()):
+            return
+        read = OF_OWN_LOSS if self._run.own_loss else SCALES
+        found = [name for name in read if name in values]
+        if not found:
+            return
+        self._compares_losses = False
+        advice = 'give compute_objective=lambda metrics: metrics["eval_hard"], or one of your own'
+        if not self._scores_data():  # completions that the student samples have no labels
+            advice = "give a compute_objective of your own, such as an accuracy"
+        logger.warning(
+            "the search changes %s, of which eval_loss is another number for the same student, so "
+            "the losses of its trials cannot be compared: %s",
+            " and ".join(found), advice,
+        )  # fmt: skip
+
+    def _scores_data(self) -> bool:
+        """Return whether an evaluation scores the data's labels, so that their loss tells much."""
+        return True
 
     def hyperparameter_search(
         self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any
@@ -192,8 +246,10 @@ class RestartingTrainer(StatefulTrainer):
         """Search as `Trainer` does.
 
         The default objective is that of `Trainer`: the sum of what `compute_metrics` gives, else
-        the loss. What this class adds to an evaluation's metrics is not a part of it.
+        the loss. What this class adds to an evaluation's metrics is not a part of it. A warning
+        says so where the trials' losses are of different scales.
         """
+        self._compares_losses = compute_objective is None and self.compute_metrics is None
         compute_objective = compute_objective or self._objective
         return super().hyperparameter_search(hp_space, compute_objective, *args, **kwargs)
 

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
+from transformers.trainer_utils import has_length
 
 from hf_distill.data import row_columns
 from hf_distill.data.hint_schedule import collator_at_step, hint_schedule_of
@@ -58,6 +59,10 @@ def defer_collator(collator: Any, args: TrainingArguments) -> Any:
         )
     loader.dispatch_batches = False  # None would be True for an iterable dataset
     return DeferredCollator(collator)
+
+
+def _is_empty(dataset: Any) -> bool:
+    return has_length(dataset) and not len(dataset)
 
 
 def given_collator(collator: Any) -> Any:
@@ -213,6 +218,10 @@ class StepCollatingTrainer(RestartingTrainer):
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """Do as `Trainer` does, for rows that something reads."""
+        if description == "Training" and _is_empty(dataset):
+            raise ValueError(
+                f"train_dataset must have rows, got a {type(dataset).__name__} of none"
+            )
         self._check_columns(dataset, description)
         return super()._get_dataloader(dataset, description, *args, **kwargs)
 

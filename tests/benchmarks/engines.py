@@ -152,9 +152,8 @@ def main() -> None:
                         f"  {name:14s} {found['MB']:7.0f} MB {found['s']:6.2f} s "
                         f"loss {found['loss']:.6f}  {', '.join(parts)} in {calls} calls"
                     )
-                print(
-                    f"  memory {fused['MB'] / logits['MB']:.2f}, time {fused['s'] / logits['s']:.2f}"
-                )
+                memory, seconds = (fused[name] / logits[name] for name in ("MB", "s"))
+                print(f"  memory {memory:.2f}, time {seconds:.2f}")
 
 
 if __name__ == "__main__":

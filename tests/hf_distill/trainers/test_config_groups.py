@@ -58,8 +58,8 @@ def test_a_config_is_written_as_json_and_made_again():
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
-        ("{", ValueError, "rollout must be a JSON object, got '{'"),
-        ("3", TypeError, "rollout must be a RolloutConfig or a mapping, got 3"),
+        ("{", ValueError, "rollout must be a JSON object such as .*, got '{'"),
+        ("3", TypeError, "rollout must be a RolloutConfig or a mapping such as .*, got 3"),
         ({"temprature": 1.0}, ValueError, "rollout has no field 'temprature'; it has temperature,"),
     ],
 )

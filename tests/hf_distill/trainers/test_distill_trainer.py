@@ -139,7 +139,8 @@ class Spoil(TrainerCallback):
                 model.lm_head.weight.mul_(3)
 
 
-def test_the_best_model_by_its_soft_loss_is_loaded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["eval_soft", "hard"])
+def test_the_best_model_by_a_loss_of_ours_is_loaded(tmp_path: Path, name: str) -> None:
     trainer = make(
         tmp_path,
         eval_strategy="steps",
@@ -149,11 +150,11 @@ def test_the_best_model_by_its_soft_loss_is_loaded(tmp_path: Path) -> None:
         max_steps=4,
         callbacks=[Spoil()],
         load_best_model_at_end=True,
-        metric_for_best_model="eval_soft",
-        greater_is_better=False,
+        metric_for_best_model=name,
     )
     trainer.train()
-    found = [logs["eval_soft"] for logs in trainer.state.log_history if "eval_soft" in logs]
+    name = f"eval_{name.removeprefix('eval_')}"
+    found = [logs[name] for logs in trainer.state.log_history if name in logs]
     best = found.index(min(found)) + 1
     assert best < 3
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")

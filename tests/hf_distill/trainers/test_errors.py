@@ -56,9 +56,9 @@ def opsd(folder: Path, **changes: Any) -> OPSDTrainer:
     [
         (
             {"completion": None},
-            r"row 1 of the batch: there is no 'completion'; the row has \['completion', 'h",
+            "row 1 of the batch: 'completion' is None, it must be a string or a list",
         ),
-        ({"prompt": None}, "row 1 of the batch: there is no 'prompt'"),
+        ({"prompt": None}, "row 1 of the batch: 'prompt' is None, it must be"),
         ({"completion": ""}, "row 1 of the batch: the completion must not be empty, got ''"),
         (
             {"completion": " \n"},

@@ -112,3 +112,55 @@ def test_the_objective_is_what_the_user_measures(tmp_path: Path, search: Any) ->
     trainer = distil(tmp_path, "ema", model_init=fresh)
     trainer.compute_metrics = lambda _: {"mine": 3.0, "other": 4.0}
     assert search(trainer, [{}]) == [7.0]
+
+
+def eval_hard(metrics: dict[str, float]) -> float:
+    return metrics["eval_hard"]
+
+
+def shown(caplog: pytest.LogCaptureFixture) -> list[str]:
+    texts = [r.getMessage() for r in caplog.records if r.name == "hf_distill.trainers.restarts"]
+    return [text for text in texts if "the losses of its trials cannot be compared" in text]
+
+
+@pytest.mark.parametrize(
+    ("trials", "named"),
+    [
+        ([{"alpha": 1.0}, {"alpha": 0.5}], "the search changes alpha, of which eval_loss is"),
+        ([{}, {"beta": 0.3, "temperature": 1.5}], "changes temperature and beta, of"),
+        ([{"token_weights": {"entropy": 1.0}}], "changes token_weights, of"),
+        ([{"learning_rate": 0.1, "taid": None}], None),
+    ],
+)
+def test_losses_of_different_scales_are_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, search: Any, trials: Any, named: str | None
+) -> None:
+    settings = {"divergence": "jsd"}
+    trainer = distil(tmp_path, "ema", model_init=fresh, **settings)
+    search(trainer, trials)
+    assert len(shown(caplog)) == (named is not None)
+    if named is not None:
+        assert named in shown(caplog)[0]
+        assert 'compute_objective=lambda metrics: metrics["eval_hard"]' in shown(caplog)[0]
+
+
+def test_another_objective_compares_well(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, search: Any
+) -> None:
+    """Nothing is said, and nothing of a training that is no trial."""
+    trainer = distil(tmp_path, "ema", model_init=fresh)
+    found = search(trainer, [{"alpha": 1.0}, {"alpha": 0.5}], compute_objective=eval_hard)
+    assert found[-1] == trainer.evaluate()["eval_hard"]
+    trainer.train()
+    trainer.compute_metrics = lambda _: {"mine": 3.0}
+    search(trainer, [{"alpha": 1.0}])
+    assert not shown(caplog)
+
+
+def test_sampled_completions_have_no_such_objective(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, search: Any
+) -> None:
+    trainer = opsd(tmp_path, "ema", model_init=fresh, on_policy=True, max_completion_length=4)
+    search(trainer, [{"temperature": 1.5}])
+    (text,) = shown(caplog)
+    assert text.endswith("give a compute_objective of your own, such as an accuracy")
