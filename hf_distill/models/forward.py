@@ -10,11 +10,12 @@ Shapes: B rows, T positions, N scored tokens, H hidden, V vocabulary.
 
 import inspect
 import logging
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -48,6 +49,12 @@ from metal_ops import Head
 
 logger = logging.getLogger(__name__)
 
+# What a trained head in pieces costs by hidden states beyond what it costs by logits, in float32
+# copies of it, and what a scored token's logits cost, in float32 rows (python -m
+# tests.benchmarks.engines, two widths, FSDP 2 and ZeRO-3)
+HEAD_COPIES = {"FSDP": 2.0, "ZeRO": 4.0}
+LOGITS_COPIES = 3.0
+
 
 class Reader:
     """Runs a causal LM and reads its scored positions.
@@ -65,7 +72,7 @@ class Reader:
         self.added: Tensor | None = None  # by adapters, to the loss of the last call
         self._refusal = refusal
         self._post: Post | None = None
-        self._is_known = self._has_said = False
+        self._is_known = self._has_said = self._has_said_few = False
         self.is_in_pieces = False  # whether its parameters are, on several processes
         self._front = 0  # outputs before that of the first token
         self._adds = False
@@ -160,6 +167,29 @@ class Reader:
             if self._positions.are_never_given:
                 self._positions = None
         return result
+
+    def takes_less_by_logits(self, model: nn.Module, side: Side) -> bool:
+        """Return whether logits take less memory in training than the gradient of a whole head.
+
+        That is so where a head in pieces is trained and few tokens are scored. Processes need not
+        agree: the engine joins the pieces in the same places either way.
+        """
+        self.look(model, side)
+        if not (self.is_in_pieces and self._post and torch.is_grad_enabled()):
+            return False
+        head: Any = cast(Any, self._meet(model)).get_output_embeddings()
+        if not head.weight.requires_grad:
+            return False
+        copies = HEAD_COPIES["ZeRO" if hasattr(head.weight, "ds_id") else "FSDP"]
+        few, limit = int(side.predicts.sum()), head.in_features * copies / LOGITS_COPIES
+        if few < limit and not self._has_said_few:
+            self._has_said_few = True
+            logger.info(
+                "%s: batches of fewer than %d scored tokens a process, such as %d, are read by "
+                "their logits: these take less memory than the gradient of the whole head",
+                *(self.name, math.ceil(limit), few),
+            )
+        return few < limit
 
     def _meet(self, model: nn.Module) -> nn.Module:
         """Note what is the same at every call of a model; returns it without its wrappers."""

@@ -188,10 +188,10 @@ class DistillTrainer(AccountingTrainer):
 
     def _make_monitors(self, run: Run) -> None:
         """Make meters, and callbacks that follow the training."""
-        size = vocab_size(run.language_model)
-        classes = None
-        if run.tokenizer is not None and size is not None and not run.is_classifier:
-            classes = token_classes(run.tokenizer, size)
+        size = None if run.is_classifier else vocab_size(run.language_model)
+        known, classes = run.tokenizer, None
+        if known is not None and size is not None:
+            classes = token_classes(known, size)
         self._meters = {training: TokenMeter(classes, run.num_copies) for training in (True, False)}
         eos_token_id = getattr(self.processing_class, "eos_token_id", None)
         self._alignment = AlignmentMeter(end_token_ids(run.language_model, eos_token_id))
@@ -289,13 +289,7 @@ class DistillTrainer(AccountingTrainer):
         num_batches = self.current_gradient_accumulation_steps if training else None
         return add_router_loss(terms, said, teacher, tokens, num_batches)
 
-    def _read(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        num_items: Tensor | int | None,
-        with_outputs: bool,
-    ) -> Batch:
+    def _read(self, model: nn.Module, inputs: Any, num_items: Any, with_outputs: bool) -> Batch:
         """Return the batch, checked; the first ones are looked at closely."""
         if self.task.label_name != LABELS:
             inputs = self._with_labels(inputs)
@@ -306,9 +300,11 @@ class DistillTrainer(AccountingTrainer):
         alone = num_items is None or self.accelerator.num_processes == 1
         batch = self.task.read(inputs, num_items, 1 if alone else self._num_averaged(num_items))
         batch.num_rows = self._evaluation.num_rows
-        batch.wants_outputs = bool(self.compute_loss_func or self.label_smoother)
-        if self._run.sharded and (with_outputs or batch.wants_outputs):
-            batch.read_as_logits()  # a head in pieces is whole in its own call only
+        batch.wants_outputs = with_outputs or bool(self.compute_loss_func or self.label_smoother)
+        if self._run.sharded and (
+            batch.wants_outputs or self._reader.takes_less_by_logits(model, batch.student)
+        ):  # a head in pieces is whole in its own call only
+            batch.read_as_logits()
         if not self._looked:
             self._start_check.look(model, batch.student)
             done, probe = self.task.look(model, batch), self._probe
@@ -361,9 +357,7 @@ class DistillTrainer(AccountingTrainer):
         logged = batch.logged or {}
         if logged and batch.num_rows is not None:
             logged = {name: value[batch.counted_tokens] for name, value in logged.items()}
-        others = {**terms.others, **logged}
-        if others:
-            meter.add(others)
+        meter.add({**terms.others, **logged})
 
     def _set_signature_columns_if_needed(self) -> None:
         """Do as `Trainer` does; add the columns that this class and its collators read."""

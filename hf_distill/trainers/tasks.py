@@ -35,7 +35,7 @@ class Batch:
         logged: by name, values of the scored tokens that are logged beside the loss's metrics.
         num_rows: how many of the first rows count, or None for all: in an evaluation by several
             processes the others fill the last batch.
-        wants_outputs: whether a loss of the user's is computed from the student's outputs.
+        wants_outputs: whether the caller, or a loss of the user's, reads the student's outputs.
         count: set by `Task.tokens`: what the sums over this batch alone are divided by.
         unscored: set by `Task.tokens`: whether there is nothing to score.
         shares: [N] each token's share of the optimizer step, which sums to num_averaged over it.

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_distill import HintCollator, OPSDConfig, OPSDTrainer, SelfTeacher
+from hf_distill import HintCollator, OPSDConfig, OPSDTrainer
 from hf_distill.data.alignment import AlignmentError
 from hf_distill.data.batches import TokenRow, build_rows
 from hf_distill.data.rendering import RenderedSides
 from hf_distill.data.sides import INDEX_MAPS
 from hf_distill.monitoring.preflight import EmptyHintError
 from hf_distill.teachers import initial_adapters
+from hf_distill.teachers.held_values import HeldValues
 from tests.hf_distill.trainers import models
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
@@ -198,9 +199,9 @@ def student() -> nn.Module:
 
 def trainer(folder: Path, collator: HintCollator, **changes: Any) -> OPSDTrainer:
     model, teacher = changes.pop("model", None), changes.pop("other", None)
-    settings: dict[str, Any] = {"max_completion_length": 6, "max_steps": 2}
+    settings: dict[str, Any] = {"max_steps": 2}
     if changes.get("on_policy", True):
-        settings["rollout"] = {"temperature": 1.0}
+        settings |= {"max_completion_length": 6, "rollout": {"temperature": 1.0}}
     settings |= {"watchdog": {"action": "off"}}  # it has tests of its own
     return OPSDTrainer(
         student() if model is None else model,
@@ -302,7 +303,7 @@ def test_an_adapter_that_is_not_off(
         tmp_path, HintCollator(models.tokenizer()), model=models.lora(models.llama()), teacher=kind
     )
     monkeypatch.setattr(initial_adapters, "adapters_off", contextlib.nullcontext)
-    monkeypatch.setattr(SelfTeacher, "_swapped", contextlib.nullcontext)
+    monkeypatch.setattr(HeldValues, "inside", contextlib.nullcontext)
     with pytest.raises(EmptyHintError, match="adapter: the teacher must not change"):
         run.train()
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from hf_distill import Hint, HintCollator, OPSDConfig, OPSDTrainer, SelfTeacher
+from hf_distill import Hint, HintCollator, OPSDConfig, OPSDTrainer
 from hf_distill.data.batches import TokenRow
 from hf_distill.monitoring.preflight import EmptyHintError, find_lost_context
 from hf_distill.teachers import initial_adapters
+from hf_distill.teachers.held_values import HeldValues
 from tests.hf_distill.trainers import models
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
@@ -210,7 +211,7 @@ def test_an_adapter_that_is_not_off_is_an_error(tmp_path, monkeypatch, teacher):
     fill_adapter(model, 0.0)
     opsd = trainer(tmp_path, model, teacher=teacher)
     monkeypatch.setattr(initial_adapters, "adapters_off", contextlib.nullcontext)
-    monkeypatch.setattr(SelfTeacher, "_swapped", contextlib.nullcontext)
+    monkeypatch.setattr(HeldValues, "inside", contextlib.nullcontext)
     with pytest.raises(EmptyHintError, match="adapter: the teacher must not change with the stud"):
         opsd.train()
 
