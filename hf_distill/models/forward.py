@@ -348,8 +348,9 @@ class Reader:
                 that student and teacher share it, or none where parameters lie in pieces: then it
                 is the student's, given where that is whole. True takes its value now.
         """
+        self.look(model, side)
         keep = _frozen if frozen_head else _same
-        if self.is_in_pieces or is_sharded(model):
+        if self.is_in_pieces:
             keep = _copied if frozen_head else _headless
         said = self.run(model, side, keep)
         return replace(said, experts=self.routers.experts)

@@ -248,9 +248,13 @@ class ModelTeacher(Teacher):
         """Give signals these layers' states from now on, see `hf_distill.models.layers`."""
         self._reader.watch = LayerWatcher("teacher", layers, attention)
 
+    def _in_eval_mode(self) -> AbstractContextManager[Any]:
+        """Put what it shares with the student in eval mode; the rest of it is."""
+        return evaluating_each(self._common) if self._common else nullcontext()
+
     def signal(self, student: nn.Module, side: Side) -> Signal:
         """Return the frozen model's view of its side of the batch."""
-        with evaluating_each(self._common), self._autocast():
+        with self._in_eval_mode(), self._autocast():
             return self._reader.signal(self.model, side)
 
 

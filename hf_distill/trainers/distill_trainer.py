@@ -40,7 +40,7 @@ from hf_distill.trainers.classification import check_classifier, make_classifica
 from hf_distill.trainers.distill_config import LOSS_SETTINGS, DistillConfig
 from hf_distill.trainers.restarts import continued
 from hf_distill.trainers.step_collation import given_collator
-from hf_distill.trainers.tasks import LABELS, Batch, Task
+from hf_distill.trainers.tasks import LABELS, Batch, Task, make_hard_loss
 from hf_distill.trainers.unread_settings import (
     unread_settings,
     unread_without_teacher,
@@ -83,6 +83,7 @@ class DistillTrainer(AccountingTrainer):
     task: Task
     current_gradient_accumulation_steps: int = 1  # the Trainer's: micro-batches of this step
     _moves: bool = False  # whether a schedule does
+    _has_shown_hints: bool = True  # nothing is looked for
     _has_rollouts: bool = False  # whether it reads an OPSDConfig
 
     def __init__(
@@ -135,7 +136,8 @@ class DistillTrainer(AccountingTrainer):
         """Make what a step needs: the task, the teacher, what is measured."""
         if run.is_classifier:
             check_classifier(run)
-        hard_loss = self._make_hard_loss(run)
+        users = lambda: (self.compute_loss_func, self.label_smoother)
+        hard_loss = make_hard_loss(run, users, self._accepts_count)
         warn_of_unread(unread_settings(run))
         check_setup(run)
         self._vocabulary = Vocabulary(run)
@@ -154,16 +156,6 @@ class DistillTrainer(AccountingTrainer):
         self._layers = self._make_layers(run)
         self._make_monitors(run)
         self._note_set_up(run)
-
-    def _make_hard_loss(self, run: Run) -> HardLoss:
-        return HardLoss(
-            run.language_model,
-            wanted=self.args.measures_hard and not run.is_classifier,
-            sharded=run.sharded,
-            users=lambda: (self.compute_loss_func, self.label_smoother),
-            shifts_labels=not run.is_classifier,
-            accepts_count=self._accepts_count,
-        )
 
     def _make_task(self, run: Run, hard_loss: HardLoss) -> Task:
         if run.is_classifier:
@@ -272,7 +264,8 @@ class DistillTrainer(AccountingTrainer):
 
     def _terms(self, student: Signal, teacher: Signal, tokens: Tokens) -> Terms:
         """Compute the loss of the tokens and what surrounds it."""
-        teacher = teacher.beside(student)
+        if self._run.sharded:
+            teacher = teacher.beside(student)
         terms = losses.step_terms(self.token_loss, student, teacher, tokens)
         if self._layers is None:
             return terms
@@ -322,6 +315,11 @@ class DistillTrainer(AccountingTrainer):
             self._alignment.add(inputs)
         if self._layers is not None:
             self._layers.check(inputs)
+        if not self._has_shown_hints:
+            self._look_for_hints(inputs)
+
+    def _look_for_hints(self, inputs: dict[str, Any]) -> None:
+        """Let a subclass look at batches until one has shown hints."""
 
     def _signal(self, model: nn.Module, batch: Batch) -> Signal:
         """Return the teacher's signal, about the entries of the vocabulary that are used."""

@@ -212,9 +212,8 @@ class OPSDTrainer(DistillTrainer):
         logger.info("without a hint student and teacher are %.1e nats apart", found)
         self._start_check.skip()
 
-    def _check_batch(self, inputs: dict[str, Any]) -> None:
-        super()._check_batch(inputs)
-        if not self._has_shown_hints and shows_hints(inputs, NUM_CHECKED):
+    def _look_for_hints(self, inputs: dict[str, Any]) -> None:
+        if shows_hints(inputs, NUM_CHECKED):
             self._has_shown_hints = True
             if inputs.get("teacher_input_ids") is None:
                 logger.info("rows have no hints: the teacher reads what the student reads")

@@ -14,7 +14,9 @@ from transformers.utils.generic import find_labels
 
 from hf_distill.data.sides import IGNORE_INDEX, Side
 from hf_distill.losses import Terms, Tokens
+from hf_distill.losses.hard_loss import HardLoss
 from hf_distill.models.signals import Signal
+from hf_distill.run import Run
 from hf_distill.trainers.evaluation import Part
 
 LABELS = "labels"
@@ -101,6 +103,24 @@ def find_label_name(lm: nn.Module, given: Sequence[str] | None) -> str:
             f"label_names {names}"
         )
     return names[0]
+
+
+def make_hard_loss(run: Run, users: Callable[[], tuple[Any, Any]], accepts_count: bool) -> HardLoss:
+    """Make what knows the hard loss of a run.
+
+    Args:
+        run: of the trainer.
+        users: see `HardLoss`.
+        accepts_count: see `HardLoss`.
+    """
+    return HardLoss(
+        run.language_model,
+        wanted=run.args.measures_hard and not run.is_classifier,
+        sharded=run.sharded,
+        users=users,
+        shifts_labels=not run.is_classifier,
+        accepts_count=accepts_count,
+    )
 
 
 Ask = Callable[[], Signal]

@@ -18,6 +18,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from hf_distill import DistillConfig, DistillTrainer, OPSDConfig, OPSDTrainer
 from hf_distill.losses import hard_loss
+from hf_distill.trainers.tasks import make_hard_loss
 from tests.hf_distill.trainers import models
 from tests.hf_distill.trainers.reading import ReadsLogits
 
@@ -298,7 +299,7 @@ def test_a_micro_batch_without_labels(tmp_path: Path) -> None:
 
 def test_two_tokens_are_enough_to_look(tmp_path: Path) -> None:
     trainer = distil(tmp_path, OWN["penalty"](), max_steps=1)
-    look = trainer._make_hard_loss(trainer._run)
+    look = make_hard_loss(trainer._run, lambda: (None, None), accepts_count=True)
     short = torch.tensor([[5]])
     look.look(trainer.model, {"input_ids": short})
     assert not look.replaces  # nothing can be said of one token; the next batch is asked
