@@ -8,7 +8,7 @@ SEED ?= 0
 JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow test-metal test-models test-versions bench kernel docs lint format clean
+.PHONY: demo test test-slow test-metal test-models test-versions test-engines-train bench kernel docs lint format clean
 .DEFAULT_GOAL := test
 
 # torch first and alone: its version decides which build the resolver takes for the rest
@@ -42,6 +42,11 @@ test-models: $(VENV)/.installed-test
 	$(BIN)/python -m tests.sweeps.architectures --jobs $(JOBS) --write docs/pages/tried.md
 	$(BIN)/python -m tests.sweeps.architectures --windows --jobs $(JOBS) --write docs/pages/tried.md
 	$(BIN)/python -m tests.sweeps.adapters --jobs $(JOBS) --write docs/pages/tried.md
+
+# every set-up on every engine of accelerate; DeepSpeed without compiled operations
+test-engines-train: $(VENV)/.installed-test
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation deepspeed==0.19.8 torch==$(TORCH_VERSION)
+	$(BIN)/python -m tests.hf_distill.engines.table
 
 # the oldest and the newest transformers and torch, each laid over .venv
 test-versions: $(VENV)/.installed-test

@@ -47,7 +47,7 @@ def _zero(stage: int) -> dict[str, Any]:
 ENGINES: Mapping[str, dict[str, Any]] = {
     "one": {"use_cpu": True},
     "ddp": {},
-    "fsdp1": _fsdp(1),
+    "fsdp1": _fsdp(1, state_dict_type="SHARDED_STATE_DICT"),  # a whole one needs a device
     "fsdp2": _fsdp(2),
     "fsdp2-ac": _fsdp(2, activation_checkpointing=True),
     "zero1": _zero(1),
@@ -251,15 +251,31 @@ def few_tokens(place: Place) -> DistillTrainer:
 SETUPS["few tokens"] = few_tokens
 COPIES = dict(forward.HEAD_COPIES)
 
+SAVED = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+SAVED |= {"learning_rate": 1e-3, "train_sampling_strategy": "random"}
+RESUMED: Mapping[str, Callable[[Place], Any]] = {
+    "resumed": lambda p: distill(p, **SAVED),
+    "resumed, ema": lambda p: opsd(p, **SAVED, **EMA),
+    "resumed, ema, lora": lambda p: opsd(p, lora=True, **SAVED, **EMA),
+    "resumed, base": lambda p: opsd(p, **SAVED),
+}
+SETUPS |= RESUMED
+
 
 def train(name: str, place: Place) -> dict[str, Any]:
     """Run a set-up; its weights afterwards, and the logs."""
     forward.HEAD_COPIES |= dict.fromkeys(COPIES, 0.0)  # batches here are small
     trainer = SETUPS[name](place)
-    kind = str(trainer.accelerator.distributed_type.value)
+    if name in RESUMED:
+        trainer.train()
+        straight = whole_weights(trainer)
+        trainer = SETUPS[name](place)
+        trainer.train(resume_from_checkpoint=str(place.folder / "checkpoint-2"))
+        logs = [dict(log) for log in trainer.state.log_history]
+        return {"weights": whole_weights(trainer), "logs": logs, "straight": straight}
     trainer.train()
     logs = [dict(log) for log in trainer.state.log_history]
-    return {"weights": whole_weights(trainer), "logs": logs, "kind": kind}
+    return {"weights": whole_weights(trainer), "logs": logs}
 
 
 def largest(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:

@@ -129,6 +129,9 @@ def cell(one: dict[str, Any] | None, many: dict[str, Any] | None) -> tuple[str, 
         return ("refused" if kinds <= set(REFUSALS) else "CRASH"), text
     if one is None or "weights" not in one:
         return "WRONG", "one process has failed"
+    if "straight" in many:  # of the same processes, without a stop
+        difference = largest(many["straight"], many["weights"])
+        return ("WRONG" if difference else "exact"), f"resumed {difference:.0e} from straight"
     difference = largest(one["weights"], many["weights"])
     path = [x for x in many["lines"] if "read by its" in x and x.startswith("student")]
     how = "".join(x.split("read by its ")[1].split(",")[0][:14] for x in path[-1:])
