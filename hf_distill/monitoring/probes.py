@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hf_distill.data.sides import Side
+from hf_distill.models.pieces import lies_in_pieces
 from hf_distill.models.probe_rows import rows_of
 from hf_distill.teachers import ModelTeacher, SelfTeacher, Teacher
 from metal_ops import DivergenceSpec, divergence
@@ -220,4 +221,5 @@ def make_probe(teacher: Teacher, accelerator: Accelerator, sharded: bool) -> Pro
     frozen = isinstance(teacher, ModelTeacher) or (
         isinstance(teacher, SelfTeacher) and teacher.kind == "base"
     )
-    return DriftProbe(teacher, accelerator, sharded and own) if frozen else None
+    together = own or (isinstance(teacher, ModelTeacher) and lies_in_pieces(teacher.model))
+    return DriftProbe(teacher, accelerator, sharded and together) if frozen else None

@@ -38,6 +38,7 @@ from hf_distill.models.structure import (
 )
 from hf_distill.run import Run
 from hf_distill.teachers.base import Teacher
+from hf_distill.teachers.model_in_pieces import cut_by_engine
 from hf_distill.teachers.self_teacher import SELF_TEACHERS
 from hf_distill.teachers.sharing import check_sharing, freeze
 
@@ -172,6 +173,7 @@ class ModelTeacher(Teacher):
     ) -> None:
         self._tokenizer, self._beside = tokenizer, None
         self._common: list[nn.Module] = []  # modules that are the student's too
+        self.is_asked_together = True  # by all processes, so that it may lie in pieces
         if isinstance(model, str):
             self._beside = (model, from_pretrained_kwargs)
             model = _loaded(model, dtype, quantization, from_pretrained_kwargs)
@@ -224,6 +226,8 @@ class ModelTeacher(Teacher):
         self._common = freeze(self.model, student)
         self._reader = Reader("teacher", refusal)
         self._choose_precision(accelerator, causal_lm(student))
+        if self.is_asked_together:
+            self._engine = cut_by_engine(accelerator, self.model, bool(self._common))
 
     def _choose_precision(self, accelerator: Accelerator, student: nn.Module) -> None:
         """Decide whether it computes under the run's autocast, if there is one."""

@@ -12,7 +12,7 @@ from hf_distill.models.pieces import will_lie_in_pieces
 from hf_distill.models.signals import Signal, join, without_padding
 from hf_distill.run import Run
 from hf_distill.teachers.base import Teacher
-from hf_distill.teachers.model import as_teacher
+from hf_distill.teachers.model import ModelTeacher, as_teacher
 from hf_distill.teachers.self_teacher import SelfTeacher
 
 SEPARATOR = ":"  # between a teacher's name and its own key in a checkpoint
@@ -114,6 +114,8 @@ class RoutedTeacher(Teacher):
                 f"self-teacher {own[0]!r}"
             )
         for teacher in self.teachers.values():
+            if isinstance(teacher, ModelTeacher):
+                teacher.is_asked_together = False
             teacher.prepare(accelerator, student, refusal)
 
     def signal(self, student: nn.Module, side: Side) -> Signal:

@@ -3,6 +3,7 @@
 Rows of a step, over all processes, are the same; SGD, so that a gradient of another size shows.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,16 @@ def cached(place: Place) -> DistillTrainer:
     return distill(place, data=rows, by=CachedTeacher(folder))
 
 
+def by_name(place: Place) -> DistillTrainer:
+    """A teacher that the trainer loads, when the engine's arguments are there."""
+    folder = place.folder.parent / f"teacher-{place.num_processes}"
+    if int(os.environ.get("RANK", "0")) == 0:
+        other().save_pretrained(folder)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return distill(place, by=str(folder))
+
+
 def one_without_tokens(place: Place) -> DistillTrainer:
     """The last process has nothing to score in the first micro-batch, little in the second."""
     rows = models.rows(48, longest=24)
@@ -177,6 +188,7 @@ SETUPS: dict[str, Callable[[Place], Any]] = {
         by=llama(1, tie_word_embeddings=True),
         teacher_in_pieces=True,
     ),
+    "teacher by name": by_name,
     "own loss": lambda p: distill(p, loss=own_losses.Measuring()),
     "gradient clipping": lambda p: distill(p, max_grad_norm=0.1),
     "gradient checkpointing": lambda p: distill(p, gradient_checkpointing=True),
