@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +32,7 @@ from hf_distill.cache.datasets import default_collator
 from hf_distill.cache.encoder import Encoder, RowEncoder, sums_of
 from hf_distill.cache.errors import CacheError
 from hf_distill.cache.fingerprints import Collator, Data
+from hf_distill.cache.launches import only_one_writes
 from hf_distill.cache.manifest import MANIFEST, Manifest, config_hash
 from hf_distill.cache.shard import write_shard
 from hf_distill.data.turn_ends import tell_end_tokens
@@ -226,6 +227,23 @@ def write_all(
     Raises:
         CacheConfigMismatch, CacheError, ValueError: see `cache_teacher`.
     """
+    with ExitStack() as stack:
+        if state.is_main_process:
+            with _writing(cache):
+                stack.enter_context(only_one_writes(cache))
+        return _write_all(cache, encoder, teacher, tokenizer, state, overwrite, verify)
+
+
+def _write_all(
+    cache: Path,
+    encoder: RowEncoder,
+    teacher: Callable[[], dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    state: PartialState,
+    overwrite: bool,
+    verify: str,
+) -> Manifest:
+    """Do what `write_all` does, as the only launch."""
     plan: list[Any] = [None, None]
     if state.is_main_process:
         rows = encoder.shard_rows or (None if overwrite else progress.shard_rows(cache))
@@ -272,7 +290,8 @@ def cache_teacher(
 ) -> Manifest:
     """Write what a teacher says of every scored token of a data set.
 
-    Run it in one process or, under `accelerate launch`, in several; each has the whole teacher.
+    Run it in one process or, under `accelerate launch`, in several; each has the whole teacher. A
+    launch waits until another that writes into the folder has ended, and goes on from there.
     What an interrupted run has finished is kept: the same call goes on, also with another number of
     processes or another batch size.
 
