@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import logging
 
 from hf_distill.models.structure import check_decoder
@@ -66,8 +68,12 @@ def test_an_adapter_is_right_or_refused(name: str) -> None:
     none_wrong(adapter_trials.trial(name))
 
 
+OF = Version("5.24")  # of Transformers, whose types the tables name
+
+
 def test_tables_of_single_types_name_types_that_there_are() -> None:
-    assert set(CHANGES) | set(WINDOWS) <= set(types())
+    unknown = (set(CHANGES) | set(WINDOWS)) - set(types())
+    assert not unknown or Version(transformers.__version__) < OF
 
 
 @pytest.mark.filterwarnings("ignore")
