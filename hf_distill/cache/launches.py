@@ -10,7 +10,9 @@ from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 
-LOCK = "writing.lock"  # stays in the folder; what holds it is the process, so a killed one does not
+LOCK = (
+    ".writing.lock"  # stays in the folder; what holds it is the process, so a killed one does not
+)
 SAID_AGAIN = 60.0  # seconds between log lines
 ASKED_AGAIN = 0.5
 

@@ -21,6 +21,7 @@ from hf_distill.cache import (
     cache_teacher,
 )
 from hf_distill.cache.files import canonical
+from hf_distill.cache.launches import LOCK
 from hf_distill.cache.shard import Shard
 from hf_distill.data.sides import Side, predicts_from_labels
 from metal_ops import DivergenceSpec, SparseTeacher
@@ -77,7 +78,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, lis
 
 
 def some_file(cache: Path, rng: random.Random) -> Path:
-    return rng.choice(sorted(x for x in cache.rglob("*") if x.is_file()))
+    files = (x for x in cache.rglob("*") if x.is_file())
+    return rng.choice(sorted(x for x in files if x.name != LOCK))  # which is empty
 
 
 def flipped_bits(cache: Path, rng: random.Random) -> None:
