@@ -81,6 +81,7 @@ def check_setup(run: Run) -> None:
     """
     _check_processes(run)
     _check_engine(run)
+    _check_recomputed(run)
     for teacher in run.teachers:
         _check_same_rows(run, teacher)
         _check_dense(run, teacher)
@@ -201,6 +202,17 @@ def _check_engine(run: Run) -> None:
                 f"processes instead, got {name}={getattr(args, name)!r}, use_cpu=True and "
                 f"distributed_type {kind.value}: leave out one of the two"
             )
+
+
+def _check_recomputed(run: Run) -> None:
+    """Check that layers that are compared are not recomputed by FSDP's own checkpointing."""
+    plugin = getattr(getattr(run.accelerator, "state", None), "fsdp_plugin", None)
+    if getattr(plugin, "activation_checkpointing", False) and run.args.hidden_layers is not None:
+        raise ValueError(
+            "hidden_layers must not be compared under FSDP's own activation checkpointing, which "
+            "recomputes them without being watched, got fsdp_config activation_checkpointing=True "
+            f"and hidden_layers={run.args.hidden_layers!r}: leave out one of the two"
+        )
 
 
 def _check_same_rows(run: Run, teacher: Teacher) -> None:

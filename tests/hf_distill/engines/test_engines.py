@@ -143,6 +143,21 @@ def test_rows_that_are_split_are_refused() -> None:
         check_setup(run_of(num_parts=2))
 
 
+def test_layers_that_fsdp_recomputes_are_refused() -> None:
+    run = run_of(kind=DistributedType.FSDP)
+    run.args.hidden_layers = "uniform"
+    check_setup(run)
+    run.accelerator.state = SimpleNamespace(
+        fsdp_plugin=SimpleNamespace(activation_checkpointing=True)
+    )
+    with pytest.raises(
+        ValueError, match="got fsdp_config activation_checkpointing=True and hidden"
+    ):
+        check_setup(run)
+    run.args.hidden_layers = None
+    check_setup(run)
+
+
 def test_a_teacher_whose_processes_have_other_rows_is_refused() -> None:
     teacher = ModelTeacher(llama())
     teacher.model._tp_size = 2
