@@ -147,7 +147,7 @@ def kill_at_random(context: Any, folder: Path, kills: int, chance: random.Random
         process.wait_for(BEGUN)
         for _ in range(chance.randrange(5)):
             process.wait_for(RENAMED)
-        time.sleep(chance.uniform(0, 0.05))
+        time.sleep(chance.uniform(0, 0.01))
         kept = kill_and_check(process, folder, kept)
     return len(kept)
 
