@@ -23,7 +23,8 @@ class Run:
         processing_class: the tokenizer, if it is one.
         collator: the data collator that the trainer was given.
         accelerator: the trainer's.
-        sharded: whether parameters lie in pieces on several processes (FSDP, DeepSpeed).
+        sharded: whether parameters lie in pieces on several processes, now or once training has
+            begun (FSDP, DeepSpeed ZeRO-3, tensor parallelism).
         losses: the loss at the ends of all schedules and between them: what holds for these holds
             at every step.
         own_loss: whether the loss is the user's, and not one that the config names.

@@ -10,9 +10,7 @@ from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 
-LOCK = (
-    ".writing.lock"  # stays in the folder; what holds it is the process, so a killed one does not
-)
+LOCK = ".writing.lock"  # stays in the folder; a process that is killed holds it no longer
 SAID_AGAIN = 60.0  # seconds between log lines
 ASKED_AGAIN = 0.5
 

@@ -102,6 +102,16 @@ def _writing(cache: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _alone(cache: Path, state: PartialState) -> Iterator[None]:
+    """Let no other launch write inside the block; the main process sees to it."""
+    with ExitStack() as stack:
+        if state.is_main_process:
+            with _writing(cache):
+                stack.enter_context(only_one_writes(cache))
+        yield
+
+
 def _versions() -> dict[str, str]:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"torch": str(torch.__version__), "transformers": transformers.__version__, "time": now}
@@ -227,45 +237,29 @@ def write_all(
     Raises:
         CacheConfigMismatch, CacheError, ValueError: see `cache_teacher`.
     """
-    with ExitStack() as stack:
+    with _alone(cache, state):
+        plan: list[Any] = [None, None]
+        if state.is_main_process:
+            rows = encoder.shard_rows or (None if overwrite else progress.shard_rows(cache))
+            if not rows:
+                size = _nominal_bytes(encoder.codec, encoder.vocab, encoder.real_vocab)
+                rows = _shard_rows(encoder.data, encoder.collator, size)
+            config = _configuration(replace(encoder, shard_rows=rows), teacher(), tokenizer)
+            with _writing(cache):
+                plan = [config, progress.begin(cache, config, overwrite, verify)]
+        # one process looks: another would see shards that a third has just written
+        config, missing = broadcast_object_list(plan)
+        encoder = replace(encoder, shard_rows=config["shard_rows"])
+        _log_choice(cache, encoder, missing)
+        encoder.probe()
+        mine = missing[state.process_index :: state.num_processes]
+        _write(cache, encoder, mine, config_hash(config), state)
+        state.wait_for_everyone()
         if state.is_main_process:
             with _writing(cache):
-                stack.enter_context(only_one_writes(cache))
-        return _write_all(cache, encoder, teacher, tokenizer, state, overwrite, verify)
-
-
-def _write_all(
-    cache: Path,
-    encoder: RowEncoder,
-    teacher: Callable[[], dict[str, Any]],
-    tokenizer: PreTrainedTokenizerBase | None,
-    state: PartialState,
-    overwrite: bool,
-    verify: str,
-) -> Manifest:
-    """Do what `write_all` does, as the only launch."""
-    plan: list[Any] = [None, None]
-    if state.is_main_process:
-        rows = encoder.shard_rows or (None if overwrite else progress.shard_rows(cache))
-        if not rows:
-            size = _nominal_bytes(encoder.codec, encoder.vocab, encoder.real_vocab)
-            rows = _shard_rows(encoder.data, encoder.collator, size)
-        config = _configuration(replace(encoder, shard_rows=rows), teacher(), tokenizer)
-        with _writing(cache):
-            plan = [config, progress.begin(cache, config, overwrite, verify)]
-    # one process looks: another would see shards that a third has just written
-    config, missing = broadcast_object_list(plan)
-    encoder = replace(encoder, shard_rows=config["shard_rows"])
-    _log_choice(cache, encoder, missing)
-    encoder.probe()
-    mine = missing[state.process_index :: state.num_processes]
-    _write(cache, encoder, mine, config_hash(config), state)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        with _writing(cache):
-            progress.finish(cache, config, _versions())
-    state.wait_for_everyone()
-    return Manifest.read((cache / MANIFEST).read_bytes(), str(cache / MANIFEST))
+                progress.finish(cache, config, _versions())
+        state.wait_for_everyone()
+        return Manifest.read((cache / MANIFEST).read_bytes(), str(cache / MANIFEST))
 
 
 def process_state() -> PartialState:

@@ -65,9 +65,9 @@ def whole_shape(parameter: Tensor) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def lies_flat(model: nn.Module, parameter: Tensor) -> bool:
-    """Return whether a parameter's pieces follow each other in one flat tensor."""
-    if hasattr(parameter, "ds_tensor"):
+def lies_flat(model: nn.Module) -> bool:
+    """Return whether the pieces of each parameter follow each other in one flat tensor."""
+    if any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):
         return True
     return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
 

@@ -66,9 +66,8 @@ class HeldValues:
                 f"last; {len(odd)} differ, the first is {odd[0]!r}"
             )
         if in_pieces and not self._is_cut:
-            self._is_cut = True
+            self._is_cut, flat = True, pieces.lies_flat(student)
             for name, p in found.items():
-                flat = pieces.lies_flat(student, p)
                 self.values[name] = pieces.cut(self.values[name], p, flat)
         return found
 
@@ -118,9 +117,8 @@ class HeldValues:
         if not self._is_cut:
             return dict(self.values)
         student, main = self._present(), dist.get_rank() == 0
-        found, joined = self.parameters(student), {}
+        found, flat, joined = self.parameters(student), pieces.lies_flat(student), {}
         for name, value in self.values.items():
-            flat = pieces.lies_flat(student, found[name])
             one = pieces.join(value, found[name], self._shapes[name], flat)
             # only the process that writes them needs more than their shapes
             joined[name] = one.cpu() if main else one.to("meta")
@@ -133,9 +131,8 @@ class HeldValues:
                 value.copy_(whole[name])
             return
         student = self._present()
-        found = self.parameters(student)
+        found, flat = self.parameters(student), pieces.lies_flat(student)
         for name, value in self.values.items():
-            flat = pieces.lies_flat(student, found[name])
             value.copy_(pieces.cut(whole[name].to(value.dtype), found[name], flat))
 
     def _present(self) -> nn.Module:

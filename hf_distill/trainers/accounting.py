@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from hf_distill.losses import Loss
-from hf_distill.models.pieces import will_lie_in_pieces
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import causal_lm
 from hf_distill.monitoring.metrics import UnscoredMeter
@@ -95,10 +94,6 @@ class AccountingTrainer(StepCollatingTrainer):
         """Do as `Trainer` does, with the labels under their usual name."""
         named = epoch_iterator if self.teacher is None else map(self._with_labels, epoch_iterator)
         return super().get_batch_samples(named, num_batches, device)
-
-    def _is_in_pieces(self) -> bool:
-        """Return whether parameters lie in pieces on several processes, now or in training."""
-        return will_lie_in_pieces(self.accelerator, cast(nn.Module, self.model))
 
     def _num_ranks(self) -> int:
         """Return how many processes have rows of their own; their gradients are averaged."""

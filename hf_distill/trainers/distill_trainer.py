@@ -18,6 +18,7 @@ from hf_distill.losses.hidden_states import HiddenAlignment
 from hf_distill.losses.router_loss import add_router_loss
 from hf_distill.losses.taid import TaidCallback
 from hf_distill.models.forward import Reader
+from hf_distill.models.pieces import will_lie_in_pieces
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import vocab_size
 from hf_distill.monitoring.metrics import TokenMeter
@@ -118,14 +119,15 @@ class DistillTrainer(AccountingTrainer):
 
     def _make_run(self, teacher: Teacher) -> Run:
         """Return what helpers are told of this trainer."""
+        student = cast(nn.Module, self.model)
         return Run(
             self.args,
-            cast(nn.Module, self.model),
+            student,
             teacher,
             self.processing_class,
             given_collator(self.data_collator),
             self.accelerator,
-            self._is_in_pieces(),
+            will_lie_in_pieces(self.accelerator, student),
             losses_of_run(self.args, self._own_loss),
             own_loss=self._own_loss is not None,
             num_copies=self._num_copies,

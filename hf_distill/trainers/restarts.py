@@ -22,16 +22,14 @@ from hf_distill.monitoring.self_teacher_check import SelfTeacherCheck
 from hf_distill.run import Run
 from hf_distill.teachers import Teacher, UpdateTeacher, has_adapters
 from hf_distill.trainers.checkpoints import StatefulTrainer
+from hf_distill.trainers.distill_config import OF_BUILT_IN
 
 logger = logging.getLogger(__name__)
 
 OF_OWN_LOSS = ("alpha", "token_weights", "hidden_layers", "hidden_weight", "hidden")
 
-SCALES = (
-    *("temperature", "divergence", "beta", "temperature_scaling"),
-    *("support", "top_k", "missing", "clip"),
-    *OF_OWN_LOSS,
-)
+# an evaluation has the loss that TAID leads to, whatever its t
+SCALES = (*(name for name in OF_BUILT_IN if name != "taid"), *OF_OWN_LOSS)
 """The settings of which an evaluation's loss is another number for the same student."""
 
 Callback = TypeVar("Callback", bound=TrainerCallback)

@@ -10,12 +10,10 @@ layers; the teacher is as wide as the student.
 import argparse
 import json
 import os
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from hf_distill import DistillConfig, DistillTrainer
 from tests.benchmarks.timing import resident_peak_mb
 from tests.hf_distill.engines import cpu
+from tests.hf_distill.engines.launching import started
 from tests.hf_distill.engines.setups import ENGINES, Place
 from tests.hf_distill.trainers import models
 
@@ -100,25 +99,14 @@ def measure(engine: str, hidden: int, tokens: int, vocab: int, by_logits: bool) 
 
 def run(words: list[str], processes: int) -> dict[str, Any]:
     """Measure in processes of their own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fixed = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    fixed |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(processes)}
-    command = [sys.executable, "-m", "tests.benchmarks.engines", "--process", *words]
-    started = [
-        subprocess.Popen(
-            command,
-            env=os.environ | fixed | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
-    texts = [process.communicate()[0] for process in started]
-    lines = [line for line in texts[0].splitlines() if line.startswith("FOUND")]
-    assert lines, texts[0][-3000:]
+    with ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(processes)]
+        for process in started(["tests.benchmarks.engines", "--process", *words], files):
+            process.wait()
+        files[0].seek(0)
+        text = files[0].read()
+    lines = [line for line in text.splitlines() if line.startswith("FOUND")]
+    assert lines, text[-3000:]
     return json.loads(lines[-1].removeprefix("FOUND"))
 
 

@@ -10,20 +10,19 @@ import argparse
 import json
 import logging
 import os
-import socket
 import subprocess
-import sys
 import tempfile
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests.hf_distill.engines.launching import started
 from tests.hf_distill.engines.setups import ENGINES, SETUPS, Place, largest, same_logs, train
 
 ROUNDING = 2e-7  # of weights of about 1 after three steps; SGD moves them by 1e-3 and more
-ROOT = Path(__file__).parents[3]
 
 
 def result_file(out: Path, engine: str, name: str) -> Path:
@@ -82,28 +81,18 @@ def launch(engine: str, out: Path, names: list[str], processes: int, timeout: fl
     """Run an engine's processes; a set-up that hangs or kills them is left without a result."""
     todo = list(names)
     while todo:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         count = 1 if engine == "one" else processes
-        own = ["-m", "tests.hf_distill.engines.table", "--process", engine, "--out", str(out)]
-        command = [sys.executable, *own, "--setups", *todo]
-        fixed = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        fixed |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "LOCAL_WORLD_SIZE": str(count)}
-        started = []
-        for rank in range(count):
-            log = (out / f"{engine}-{rank}.log").open("a")
-            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
-            env = os.environ | fixed | ranks
-            started.append(
-                subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
-            )
+        own = ["tests.hf_distill.engines.table", "--process", engine, "--out", str(out)]
+        with ExitStack() as stack:
+            logs = [out / f"{engine}-{rank}.log" for rank in range(count)]
+            files = [stack.enter_context(log.open("a")) for log in logs]
+            running = started([*own, "--setups", *todo], files)
         try:
-            for one in started:
+            for one in running:
                 one.wait(timeout)
         except subprocess.TimeoutExpired:
             pass
-        for one in started:
+        for one in running:
             one.kill()
             one.wait()
         left = [x for x in todo if _result(out, engine, x) is None]

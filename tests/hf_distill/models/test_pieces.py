@@ -28,4 +28,7 @@ def test_a_parameter_of_zero_3_has_its_piece_beside_it() -> None:
     parameter.ds_tensor, parameter.ds_shape = torch.arange(3.0), torch.Size((5, 1))  # pyright: ignore
     assert pieces.piece(parameter).data_ptr() == parameter.ds_tensor.data_ptr()  # pyright: ignore
     assert pieces.whole_shape(parameter) == (5, 1)
-    assert pieces.lies_flat(nn.Linear(2, 2), parameter)
+    model = nn.Linear(2, 2)
+    assert not pieces.lies_flat(model)
+    model.weight = parameter
+    assert pieces.lies_flat(model)
