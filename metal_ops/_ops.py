@@ -16,6 +16,14 @@ from metal_ops.backends.blocks.linear import HardLabels, Needs, Projection
 from metal_ops.backends.blocks.rows import NUM_STATS, accumulator
 from metal_ops.spec import DivergenceSpec
 
+
+def _resolve_process_group(name: str) -> Any:
+    import torch.distributed  # noqa: PLC0415 - not in every build
+
+    groups: Any = torch.distributed.distributed_c10d
+    return groups._resolve_process_group(name)
+
+
 # --- logits, one loss a token
 
 
@@ -251,6 +259,8 @@ class LinearArguments(NamedTuple):
     need_bias: bool
     want_stats: bool
     backend: str
+    group: str  # of processes, each with some rows of the heads; none if empty
+    sum_hidden: bool  # over that group
 
     def student(self) -> Projection:
         """Return the student's hidden states and head."""
@@ -291,10 +301,13 @@ class LinearResult(NamedTuple):
 
 
 def _compute_linear(given: LinearArguments) -> LinearResult:
+    op, more = "linear", ()
+    if given.group:
+        op, more = "split_linear", (_resolve_process_group(given.group), given.sum_hidden)
     # autocast has been applied to the inputs; inside, products have the dtype the backend chose
     with torch.autocast(given.student_hidden.device.type, enabled=False):
         loss, per_token, stats, *grads = run(
-            "linear",
+            op,
             given.backend,
             given.student_hidden,
             given.teacher_hidden,
@@ -305,6 +318,7 @@ def _compute_linear(given: LinearArguments) -> LinearResult:
             DivergenceSpec.from_text(given.spec),
             given.needs(),
             given.want_stats,
+            *more,
         )
     hidden, weight, bias = (loss.new_empty(0) if g is None else g for g in grads)
     return LinearResult(loss, per_token, stats, hidden, weight, bias)

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -21,38 +22,41 @@ def context() -> ForkServerContext:
     return made
 
 
-def join(meeting: Path, rank: int) -> None:
-    """Be one of two processes, which meet in a file."""
-    names = ("RANK", "LOCAL_RANK")
-    os.environ |= dict.fromkeys(names, str(rank)) | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+def join(meeting: Path, rank: int, count: int = 2) -> None:
+    """Be one of some processes, which meet in a file."""
+    names, sizes = ("RANK", "LOCAL_RANK"), ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    os.environ |= dict.fromkeys(names, str(rank)) | dict.fromkeys(sizes, str(count))
     given = {"init_method": f"file://{meeting}", "timeout": timedelta(seconds=120)}
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, **given)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=count, **given)
 
 
-def _rank(rank: int, folder: Path, target: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, count: int, folder: Path, target: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
     torch.set_num_threads(1)
-    join(folder / "meeting", rank)
+    join(folder / "meeting", rank, count)
     target(*arguments)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def run_two(folder: Path, target: Callable[..., Any], *arguments: Any) -> str:
-    """Call a function as ranks 0 and 1 of a process group.
+def run(count: int, folder: Path, target: Callable[..., Any], *arguments: Any) -> str:
+    """Call a function as ranks 0 to `count` - 1 of a process group.
 
     Args:
+        count: of processes.
         folder: is made; for the processes' output and their meeting.
         target: a function at the top of a module.
         *arguments: of the function.
 
     Returns:
-        What both printed, one after the other.
+        What all printed, one after the other.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    given = [(rank, folder, target, arguments) for rank in range(2)]
+    given = [(rank, count, folder, target, arguments) for rank in range(count)]
     started = [context().Process(target=_rank, args=x) for x in given]
     for process in started:
         process.start()
@@ -61,9 +65,12 @@ def run_two(folder: Path, target: Callable[..., Any], *arguments: Any) -> str:
     codes = [process.exitcode for process in started]
     for process in started:
         process.kill()
-    logs = [(folder / f"{rank}.log").read_text(errors="replace") for rank in range(2)]
-    assert codes == [0, 0], "\n".join(log[-6000:] for log in logs)
+    logs = [(folder / f"{rank}.log").read_text(errors="replace") for rank in range(count)]
+    assert codes == [0] * count, "\n".join(log[-6000:] for log in logs)
     return "".join(logs)
+
+
+run_two = partial(run, 2)
 
 
 def main_of(module: str, *argv: object) -> None:

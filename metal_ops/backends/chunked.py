@@ -4,10 +4,14 @@ Shapes: N tokens, V vocabulary, H hidden, K kept entries. Arithmetic is float32 
 dtype (float64 for float64 input). Gradients are formed while a block is in cache.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from metal_ops.backends.blocks import split
 from metal_ops.backends.blocks.block import block_divergence
+from metal_ops.backends.blocks.columns import COLUMNS
 from metal_ops.backends.blocks.hidden import compare_hidden_states
 from metal_ops.backends.blocks.linear import linear
 from metal_ops.backends.blocks.rows import NUM_STATS, Buffers, LoadedRows, accumulator, load_rows
@@ -21,8 +25,11 @@ __all__ = [
     "hidden_states",
     "linear",
     "sparse",
+    "split_linear",
     "unsupported",
 ]
+
+split_linear = partial(split.linear, COLUMNS)
 
 
 def unsupported(student: Tensor, teacher: Tensor) -> str | None:

@@ -19,23 +19,44 @@ from metal_ops.backends.blocks.linear import (
     Needs,
     Projection,
 )
-from metal_ops.backends.blocks.rows import NUM_STATS, clip_tokens
+from metal_ops.backends.blocks.rows import (
+    AGREEMENT,
+    CLIPPED,
+    H_SUM,
+    LOSS,
+    NUM_STATS,
+    NUM_VALUES,
+    P_ENTROPY,
+    P_LOG_SUM,
+    Q_ENTROPY,
+    Q_LOG_SUM,
+    HardTerm,
+    clip_tokens,
+)
 from metal_ops.backends.blocks.support import KeptEntries, category_loss, choose_entries
 from metal_ops.spec import DivergenceSpec
 
-# What `Kernels.forward` returns for each row, in this order.
-LOSS, H_SUM, Q_LOG_SUM, P_LOG_SUM, Q_ENTROPY, P_ENTROPY, AGREEMENT, CLIPPED = range(8)
-NUM_VALUES = 8
+__all__ = [
+    "AGREEMENT",
+    "CLIPPED",
+    "H_SUM",
+    "LOSS",
+    "NUM_VALUES",
+    "P_ENTROPY",
+    "P_LOG_SUM",
+    "Q_ENTROPY",
+    "Q_LOG_SUM",
+    "HardTerm",
+    "Kernels",
+    "backward",
+    "forward",
+    "hidden_states",
+    "linear",
+    "sparse",
+    "unsupported",
+]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class HardTerm(NamedTuple):
-    """Holds cross-entropy's part of a gradient: share * (softmax(logits) - 1 at the label)."""
-
-    labels: Tensor  # [N] int64
-    log_sum: Tensor  # [N] float32, of the logits at temperature 1
-    share: Tensor  # [N] float32, 0 for rows without
 
 
 class Kernels(Protocol):

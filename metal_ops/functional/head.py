@@ -1,9 +1,14 @@
 """Describes the output head of a model, which makes logits of its hidden states."""
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
 
 @dataclass(frozen=True)
@@ -39,18 +44,25 @@ class Head:
         return same and (self.logit_scale, self.softcap) == (other.logit_scale, other.softcap)
 
 
+def is_dtensor(x: Tensor) -> "TypeIs[DTensor]":
+    """Return whether a tensor lies on several processes."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415 - slow, and seldom used
+
+    return isinstance(x, DTensor)
+
+
 def gather_shards(x: Tensor) -> Tensor:
     """Gather a DTensor, whose gradient is then averaged over the mesh; leave any other tensor.
 
     Under data parallelism (FSDP) every rank has tokens of its own and the average is the
     convention; where all ranks hold the same tokens (tensor parallelism) their gradients agree.
     """
-    if not torch.distributed.is_available():
+    if not is_dtensor(x):
         return x
-    from torch.distributed.tensor import DTensor, Partial  # noqa: PLC0415 - slow, and seldom used
+    from torch.distributed.tensor import Partial  # noqa: PLC0415 - slow, and seldom used
 
-    if not isinstance(x, DTensor):
-        return x
     mesh = x.device_mesh
     full = x.full_tensor(grad_placements=[Partial()] * mesh.ndim)
     if full.requires_grad:

@@ -1,6 +1,9 @@
 """Computes divergences from hidden states and heads, without logits of all tokens in memory."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +16,11 @@ from metal_ops.functional._arguments import (
     needs_grad,
     scale_for_float16,
 )
-from metal_ops.functional.head import Head
+from metal_ops.functional.head import Head, is_dtensor
 from metal_ops.spec import DivergenceSpec
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class LinearTerms(NamedTuple):
@@ -78,6 +84,118 @@ def _check_tokens(tokens: int, weights: Tensor, labels: Tensor | None, alpha: fl
         raise ValueError(f"alpha {alpha} < 1 needs labels [tokens]; got None")
 
 
+class _Tokens(NamedTuple):
+    """Holds what there is of each token."""
+
+    student_hidden: Tensor
+    teacher_hidden: Tensor
+    weights: Tensor
+    labels: Tensor | None
+
+
+class _Settings(NamedTuple):
+    """Holds what is the same for all tokens."""
+
+    spec: DivergenceSpec
+    alpha: float
+    stats: bool
+    backend: str
+
+
+_Heads = tuple[Head, Head]
+
+
+def _both(heads: _Heads, shared: bool, change: Callable[[Head], Head]) -> _Heads:
+    """Change both heads, or the one that they are."""
+    student = change(heads[0])
+    return student, student if shared else change(heads[1])
+
+
+def _gathered_rows(head: Head, group: Any, own_tokens: bool) -> Head:
+    from metal_ops.functional.groups import gather_rows  # noqa: PLC0415 - not in every build
+
+    rows = [
+        None if x is None else gather_rows(x, group, own_tokens) for x in (head.weight, head.bias)
+    ]
+    return replace(head, weight=rows[0], bias=rows[1])
+
+
+def _linear(
+    tokens: _Tokens, heads: _Heads, settings: _Settings, group: Any = None, sum_hidden: bool = True
+) -> LinearTerms:
+    """Call the op, on heads that are plain tensors: whole, or a process's rows."""
+    student_head, teacher_head = heads
+    spec, alpha, stats, backend = settings
+    shared = teacher_head.same_as(student_head)
+    hidden, weight, bias = _autocast(tokens.student_hidden, student_head.weight, student_head.bias)
+    assert hidden is not None
+    assert weight is not None
+    with torch.no_grad():
+        teacher = _autocast(
+            tokens.teacher_hidden,
+            None if shared else teacher_head.weight,
+            None if shared else teacher_head.bias,
+        )
+    teacher = [None if x is None else x.detach() for x in teacher]
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    weights = tokens.weights.detach().to(wide)
+    weights, size = scale_for_float16(weights, weight.dtype, spec, alpha)
+    found = _ops.LinearResult(
+        *_ops.linear_divergence(
+            student_hidden=forbid_second_derivative(hidden),
+            student_weight=forbid_second_derivative(weight),
+            student_bias=None if bias is None else forbid_second_derivative(bias),
+            teacher_hidden=teacher[0],
+            teacher_weight=teacher[1],
+            teacher_bias=teacher[2],
+            weights=weights,
+            labels=tokens.labels,
+            student_scale=student_head.logit_scale,
+            student_softcap=student_head.softcap,
+            teacher_scale=teacher_head.logit_scale,
+            teacher_softcap=teacher_head.softcap,
+            alpha=alpha,
+            spec=spec.resolved_text,
+            need_hidden=needs_grad(hidden),
+            need_weight=needs_grad(weight),
+            need_bias=bias is not None and needs_grad(bias),
+            want_stats=stats,
+            backend=backend,
+            group="" if group is None else group.group_name,
+            sum_hidden=sum_hidden,
+        )
+    )
+    soft, hard = found.per_token[0], found.per_token[1]
+    return LinearTerms(found.loss * size, soft, hard, named_stats(found.stats, stats))
+
+
+class _Valued(torch.autograd.Function):
+    """Has another value; the gradient goes to what it was given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad, None
+
+
+def _of_own_tokens(tokens: _Tokens, heads: _Heads, settings: _Settings, group: Any) -> LinearTerms:
+    """Compute the terms of a process's own tokens; their gradients are those of all tokens."""
+    from metal_ops.functional.groups import AllTokens  # noqa: PLC0415 - not in every build
+
+    every = AllTokens.of(*tokens, group)
+    found = _linear(_Tokens(*every[:4]), heads, settings, group, sum_hidden=False)
+    soft, hard, alpha = found.soft[every.own], found.hard[every.own], settings.alpha
+    value, weights = torch.zeros_like(found.loss), tokens.weights.detach().to(found.loss.dtype)
+    for share, each in ((alpha, soft), (1 - alpha, hard)):
+        if share:  # a side without a share may be infinite
+            value = value + share * (weights * each).sum()
+    stats = found.stats and DivergenceStats(*(x[every.own] for x in found.stats))
+    return LinearTerms(_Valued.apply(found.loss, value), soft, hard, stats)
+
+
 def linear_divergence(
     student_hidden: Tensor,
     student_head: Head,
@@ -90,6 +208,8 @@ def linear_divergence(
     alpha: float = 1.0,
     stats: bool = False,
     backend: str = "auto",
+    group: "ProcessGroup | None" = None,
+    own_tokens: bool = False,
 ) -> LinearTerms:
     """Sum weighted divergences from hidden states, without [tokens, vocab] logits in memory.
 
@@ -109,13 +229,20 @@ def linear_divergence(
         alpha: share of the divergence, in [0, 1].
         stats: whether to compute the statistics, which takes more passes over the logits.
         backend: as in `divergence`.
+        group: of processes that share the vocabulary: each gives some rows of both heads, as many
+            of the one as of the other, which follow each other in the order of the ranks. All call
+            this, and the backward, together. Nothing of the size of a head or of logits is
+            exchanged, and each gets the gradients of its own rows. None if heads are whole.
+        own_tokens: whether processes of the group have tokens of their own. Hidden states are then
+            exchanged, the loss is that of a process's own tokens, and the gradients of its rows are
+            those of the sum of all losses. Else all processes give the same tokens.
 
     Returns:
         `LinearTerms`; the loss is [] float32 (float64 for a float64 head), in nats.
 
     Raises:
-        ValueError: shapes disagree, the vocabularies differ, alpha is outside [0, 1], or labels are
-            missing.
+        ValueError: shapes disagree, the vocabularies differ, alpha is outside [0, 1], labels are
+            missing, or a head is a DTensor although a group is given.
         NotImplementedError: no allowed backend supports the tensors.
 
     Numerics:
@@ -123,47 +250,21 @@ def linear_divergence(
         is on; in float32 for a 16-bit head on a CPU that would emulate the product), and reduced
         in float32; the gradients of hidden states, head and bias are formed while they exist, so
         the backward is one multiplication. The head's gradient accumulates in float32. No gradient
-        is computed for a tensor that does not require one.
+        is computed for a tensor that does not require one. With a group, a divergence over some
+        entries only (`support` other than "full") gathers both heads.
     """
     _check_shapes(student_hidden, student_head, teacher_hidden, teacher_head)
     _check_tokens(len(student_hidden), weights, labels, alpha)
+    tokens = _Tokens(student_hidden, teacher_hidden, weights, labels)
     shared = teacher_head.same_as(student_head)
-    student_head = student_head.gathered()
-    teacher_head = student_head if shared else teacher_head.gathered()
-    hidden, weight, bias = _autocast(student_hidden, student_head.weight, student_head.bias)
-    assert hidden is not None
-    assert weight is not None
-    with torch.no_grad():
-        teacher = _autocast(
-            teacher_hidden,
-            None if shared else teacher_head.weight,
-            None if shared else teacher_head.bias,
-        )
-    teacher = [None if x is None else x.detach() for x in teacher]
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    weights, size = scale_for_float16(weights.detach().to(wide), weight.dtype, spec, alpha)
-    found = _ops.LinearResult(
-        *_ops.linear_divergence(
-            student_hidden=forbid_second_derivative(hidden),
-            student_weight=forbid_second_derivative(weight),
-            student_bias=None if bias is None else forbid_second_derivative(bias),
-            teacher_hidden=teacher[0],
-            teacher_weight=teacher[1],
-            teacher_bias=teacher[2],
-            weights=weights,
-            labels=labels,
-            student_scale=student_head.logit_scale,
-            student_softcap=student_head.softcap,
-            teacher_scale=teacher_head.logit_scale,
-            teacher_softcap=teacher_head.softcap,
-            alpha=alpha,
-            spec=spec.resolved_text,
-            need_hidden=needs_grad(hidden),
-            need_weight=needs_grad(weight),
-            need_bias=bias is not None and needs_grad(bias),
-            want_stats=stats,
-            backend=backend,
-        )
-    )
-    soft, hard = found.per_token[0], found.per_token[1]
-    return LinearTerms(found.loss * size, soft, hard, named_stats(found.stats, stats))
+    heads, settings = (student_head, teacher_head), _Settings(spec, alpha, stats, backend)
+    if group is None:
+        return _linear(tokens, _both(heads, shared, Head.gathered), settings)
+    if any(is_dtensor(head.weight) for head in heads):
+        raise ValueError("with a group, heads must be a process's own rows, got a DTensor")
+    if spec.support != "full":
+        gather = partial(_gathered_rows, group=group, own_tokens=own_tokens)
+        return _linear(tokens, _both(heads, shared, gather), settings)
+    if not own_tokens:
+        return _linear(tokens, heads, settings, group)
+    return _of_own_tokens(tokens, heads, settings, group)

@@ -172,18 +172,22 @@ def _linear(
     needs: Needs,
     want_stats: bool,
     make_block_loss: MakeBlockLoss,
+    at_a_time: int | None,
 ) -> LossAndGradients:
     """Do the work of `linear` where every token counts."""
     weight, dtype, shared = student.weight, accumulator(student.weight), isinstance(teacher, Tensor)
     num_tokens, vocab = len(weights), len(weight)
     values = weight.new_zeros(2 + NUM_STATS * want_stats, num_tokens, dtype=dtype)
     gradients = _Gradients(
-        torch.empty_like(student.hidden) if needs.hidden else None,
+        # what is a part of a sum over processes is not rounded before
+        torch.empty_like(student.hidden, dtype=None if at_a_time is None else dtype)
+        if needs.hidden
+        else None,
         torch.zeros_like(weight, dtype=dtype) if needs.weight else None,
         weight.new_zeros(vocab, dtype=dtype) if needs.bias else None,
     )
     heads = (student, student if isinstance(teacher, Tensor) else teacher)
-    tokens = max(1, min(tokens_per_chunk(student.hidden, weight), num_tokens))
+    tokens = max(1, min(at_a_time or tokens_per_chunk(student.hidden, weight), num_tokens))
     memory = [weight.new_empty(tokens * (1 + shared), vocab, dtype=product_dtype(weight))]
     if not shared:
         other = heads[1].weight
@@ -223,6 +227,7 @@ def linear(
     needs: Needs,
     want_stats: bool,
     make_block_loss: MakeBlockLoss = torch_block_loss,
+    at_a_time: int | None = None,
 ) -> LossAndGradients:
     """Sum weights (alpha soft + (1 - alpha) hard) from hidden states, and form its gradients.
 
@@ -236,13 +241,15 @@ def linear(
         needs: whether gradients of hidden states, weight and bias are wanted.
         want_stats: whether the statistics are.
         make_block_loss: how a backend makes values and gradients of a chunk's logits.
+        at_a_time: tokens of a chunk, where several processes, each with some rows of the heads,
+            take them together; the gradient of hidden states is then in float32 at least.
 
     Returns:
         The loss, values of every token and the gradients.
     """
-    index = weights.nonzero().squeeze(-1)
+    index, how = weights.nonzero().squeeze(-1), (make_block_loss, at_a_time)
     if len(index) == len(weights):
-        return _linear(student, teacher, weights, hard, spec, needs, want_stats, make_block_loss)
+        return _linear(student, teacher, weights, hard, spec, needs, want_stats, *how)
     if isinstance(teacher, Tensor):
         teacher = teacher[index]
     else:
@@ -256,12 +263,12 @@ def linear(
         spec,
         needs,
         want_stats,
-        make_block_loss,
+        *how,
     )
     per_token, stats, grad = found.per_token, found.stats, found.grad_hidden
     per_token = per_token.new_zeros(2, len(weights)).index_copy_(1, index, per_token)
     if want_stats:
         stats = stats.new_zeros(NUM_STATS, len(weights)).index_copy_(1, index, stats)
     if grad is not None:
-        grad = torch.zeros_like(student.hidden).index_copy_(0, index, grad)
+        grad = grad.new_zeros(student.hidden.shape).index_copy_(0, index, grad)
     return found._replace(per_token=per_token, stats=stats, grad_hidden=grad)

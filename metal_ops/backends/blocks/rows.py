@@ -11,9 +11,20 @@ from metal_ops.spec import DivergenceSpec
 
 NUM_BUFFERS = 5
 NUM_STATS = 4  # student entropy, teacher entropy, top-1 agreement, clipped
+# What kernels return for each row, in this order.
+LOSS, H_SUM, Q_LOG_SUM, P_LOG_SUM, Q_ENTROPY, P_ENTROPY, AGREEMENT, CLIPPED = range(8)
+NUM_VALUES = 8
 # Between these a sum of exponentials needed no shift by the largest: nothing has overflowed, and
 # what underflowed is 15 orders of magnitude below the largest, or more.
 MODERATE = (math.exp(-40.0), math.exp(40.0))
+
+
+class HardTerm(NamedTuple):
+    """Holds cross-entropy's part of a gradient: share * (softmax(logits) - 1 at the label)."""
+
+    labels: Tensor  # [N] int64
+    log_sum: Tensor  # [N] float32, of the logits at temperature 1
+    share: Tensor  # [N] float32, 0 for rows without
 
 
 class Buffers(NamedTuple):

@@ -96,7 +96,7 @@ def head_slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Ten
         yield slice(0, len(weight)), weight
         return
     step = max(1, HEAD_SLICE_BYTES // (dtype.itemsize * max(1, weight.shape[1])))
-    for start in range(0, len(weight), step):
+    for start in range(0, max(1, len(weight)), step):  # of no rows, none
         at = slice(start, min(start + step, len(weight)))
         yield at, weight[at].to(dtype)
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from metal_ops.backends import kernels
+from metal_ops.backends.blocks import split
+from metal_ops.backends.blocks.columns import COLUMNS
 from metal_ops.backends.kernels import NUM_VALUES, HardTerm
 from metal_ops.backends.metal.launch import Source, host, launch_kernel, simulated
 from metal_ops.spec import DivergenceSpec
@@ -109,6 +111,7 @@ backward = partial(kernels.backward, KERNELS)
 sparse = partial(kernels.sparse, KERNELS)
 hidden_states = partial(kernels.hidden_states, KERNELS)
 linear = partial(kernels.linear, KERNELS)
+split_linear = partial(split.linear, COLUMNS)  # PyTorch has no process groups on MPS
 
 
 def unsupported(student: Tensor, teacher: Tensor) -> str | None:

@@ -17,11 +17,20 @@ import torch
 from torch import Tensor
 
 from metal_ops.backends import kernels
+from metal_ops.backends.blocks import split
 from metal_ops.backends.errors import KernelError
 from metal_ops.backends.kernels import HardTerm
 from metal_ops.spec import DivergenceSpec
 
-__all__ = ["backward", "forward", "hidden_states", "linear", "sparse", "unsupported"]
+__all__ = [
+    "backward",
+    "forward",
+    "hidden_states",
+    "linear",
+    "sparse",
+    "split_linear",
+    "unsupported",
+]
 
 DEVICES = ("cuda", "xpu")
 MIN_BLOCK, MAX_BLOCK = 8, 2048  # columns of a row at a time, see `_block`
@@ -136,31 +145,79 @@ def _launch(
 
 
 class _Triton:
-    """Implements `kernels.Kernels`, whose docstrings hold."""
+    """Implements `kernels.Kernels` and `split.SplitKernels`, whose docstrings hold."""
 
     def forward(
         self, student: Tensor, teacher: Tensor, weights: Tensor, spec: DivergenceSpec
     ) -> Tensor:
-        (rows, vocab), weights = student.shape, weights.contiguous()
+        return self._forward(student, teacher, weights.contiguous(), None, spec)
+
+    def sums(
+        self, student: Tensor, teacher: Tensor, normalisers: Tensor, spec: DivergenceSpec
+    ) -> Tensor:
+        ones = torch.ones_like(normalisers[0])
+        return self._forward(student, teacher, ones, normalisers.contiguous(), spec)
+
+    def normalisers(self, student: Tensor, teacher: Tensor, spec: DivergenceSpec) -> Tensor:
+        ones = student.new_ones(len(student), dtype=torch.float32)
+        parts = self._normalise(student, teacher, ones, spec)
+        inv_t = 1 / spec.temperature
+        joined = [split.join_normalisers(top, total, inv_t) for top, total in parts]
+        return torch.stack([x for pair in joined for x in pair])
+
+    def log_sum(self, logits: Tensor) -> Tensor:
+        nothing = logits.new_empty(len(logits), 0, dtype=torch.int32)
+        return self.log_sums(logits, nothing, 1.0)[0]
+
+    def _normalise(
+        self, student: Tensor, teacher: Tensor, weights: Tensor, spec: DivergenceSpec
+    ) -> Tensor:
+        """Return (largest, sum) of each split of the student's and the teacher's rows.
+
+        They are [2, 2, splits, N].
+        """
+        rows, vocab = student.shape
+        block, warps = _block(vocab)
+        splits, columns = _splits(rows, vocab, block, student.device)
+        partials = weights.new_empty(4, rows, splits)
+        sizes = (vocab, student.stride(0), teacher.stride(0), columns, _scalars(spec)[0])
+        inputs, meta = (student, teacher, weights, partials), {"SPLITS": splits, "BLOCK": block}
+        _launch(LOGITS, "normalise", (rows, splits), (*inputs, *sizes), warps, **meta)
+        return partials.view(2, 2, rows, splits).transpose(2, 3)
+
+    def _forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        weights: Tensor,
+        normalisers: Tensor | None,
+        spec: DivergenceSpec,
+    ) -> Tensor:
+        rows, vocab = student.shape
         block, warps = _block(vocab)
         splits, columns = _splits(rows, vocab, block, student.device)
         inv_t, *numbers = _scalars(spec)
         values = weights.new_empty(kernels.NUM_VALUES, rows, splits)
-        partials, grid = values, (rows, splits)
-        sizes = (vocab, student.stride(0), teacher.stride(0), columns, inv_t)
-        if splits > 1:
-            partials = weights.new_empty(4, rows, splits)
-            inputs = (student, teacher, weights, partials, *sizes)
-            _launch(LOGITS, "normalise", grid, inputs, warps, SPLITS=splits, BLOCK=block)
+        partials, given = values, normalisers is not None
+        if normalisers is not None:
+            partials = normalisers
+        elif splits > 1:
+            partials = self._normalise(student, teacher, weights, spec)
+            partials = partials.transpose(2, 3)  # as it lies in memory
         _launch(
             LOGITS,
             "forward",
-            grid,
-            (student, teacher, weights, partials, values, *sizes, *numbers),
+            (rows, splits),
+            (
+                *(student, teacher, weights, partials, values),
+                *(vocab, student.stride(0), teacher.stride(0), columns, inv_t),
+                *numbers,
+            ),
             warps,
             KIND=spec.kind,
             CLIP=_cuts(spec),
             SPLITS=splits,
+            GIVEN=given,
             BLOCK=block,
             FOLD=_fold(student.dtype),
         )
@@ -255,4 +312,5 @@ forward = partial(kernels.forward, KERNELS)
 backward = partial(kernels.backward, KERNELS)
 sparse = partial(kernels.sparse, KERNELS)
 linear = partial(kernels.linear, KERNELS)
+split_linear = partial(split.linear, KERNELS)
 hidden_states = partial(kernels.hidden_states, KERNELS)

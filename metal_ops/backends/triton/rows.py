@@ -179,10 +179,14 @@ def forward(
     KIND: tl.constexpr,
     CLIP: tl.constexpr,
     SPLITS: tl.constexpr,
+    GIVEN: tl.constexpr,
     BLOCK: tl.constexpr,
     FOLD: tl.constexpr,
 ):
-    """Write values [NUM_VALUES, N, SPLITS]; sums over the splits are the row's (flags: above 0)."""
+    """Write values [NUM_VALUES, N, SPLITS]; sums over the splits are the row's (flags: above 0).
+
+    With GIVEN, partials [4, N] are the normalisers of rows of which these are some columns.
+    """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot, plane = values + row * SPLITS + split, tl.num_programs(0).to(tl.int64) * SPLITS
     if tl.load(weights + row) != 0:
@@ -190,7 +194,11 @@ def forward(
         teacher += row * teacher_stride
         first = split * columns
         last = tl.minimum(first + columns, vocab)
-        if SPLITS == 1:
+        if GIVEN:
+            part, count = partials + row, tl.num_programs(0).to(tl.int64)
+            x_top, x_sum = tl.load(part), tl.load(part + count)
+            y_top, y_sum = tl.load(part + 2 * count), tl.load(part + 3 * count)
+        elif SPLITS == 1:
             x_top, x_sum, y_top, y_sum = _normalise(student, teacher, first, last, inv_t, BLOCK)
         else:
             part = partials + row * SPLITS + tl.arange(0, SPLITS)

@@ -53,8 +53,8 @@ TESTS: tuple[Callable[..., None], ...] = (
 )
 
 
-def _parameters(test: Callable[..., None]) -> Iterator[dict[str, Any]]:
-    """The arguments of a test's marks, but for float64, which kernels do not take."""
+def _parameters(test: Callable[..., None], wide: bool) -> Iterator[dict[str, Any]]:
+    """The arguments of a test's marks; not those of float64, which kernels do not take."""
     lists = []
     for mark in getattr(test, "pytestmark", []):
         names = [n.strip() for n in mark.args[0].split(",")]
@@ -62,16 +62,21 @@ def _parameters(test: Callable[..., None]) -> Iterator[dict[str, Any]]:
         lists.append([dict(zip(names, row, strict=True)) for row in rows])
     for parts in product(*lists):
         arguments = {k: v for part in parts for k, v in part.items()}
-        if torch.float64 not in arguments.values():
+        if wide or torch.float64 not in arguments.values():
             yield arguments
 
 
-def again(*, every: int = 1, tests: tuple[Callable[..., None], ...] = TESTS) -> list[Any]:
-    """Parameters (test, arguments): each `every`-th of a test's, and its first."""
+def again(
+    *, every: int = 1, tests: tuple[Callable[..., None], ...] = TESTS, wide: bool = False
+) -> list[Any]:
+    """Parameters (test, arguments): each `every`-th of a test's, and its first.
+
+    With `wide`, those of float64 too.
+    """
     return [
         pytest.param(test, arguments, id=f"{test.__name__}-{i}")
         for test in tests
-        for i, arguments in enumerate(_parameters(test))
+        for i, arguments in enumerate(_parameters(test, wide))
         if i % every == 0
     ]
 

@@ -45,8 +45,9 @@ def kernels(
     block, fold = backend._block(151_936)[0], backend._fold(dtype)
     for kind, clip in product(kinds, clips):
         rows = {"KIND": kind, "CLIP": clip, "BLOCK": block}
-        for splits in (1, 32):
-            yield Kernel(row_kernels.forward, rows | {"SPLITS": splits, "FOLD": fold})
+        for splits, given in ((1, False), (32, False), (1, True), (32, True)):
+            meta = {"SPLITS": splits, "GIVEN": given, "FOLD": fold}
+            yield Kernel(row_kernels.forward, rows | meta)
         for hard in (False, True):
             yield Kernel(row_kernels.backward, rows | {"HARD": hard})
     yield Kernel(row_kernels.normalise, {"SPLITS": 32, "BLOCK": block})

@@ -24,6 +24,24 @@ forward = _moved(triton.forward)
 backward = _moved(triton.backward)
 sparse = _moved(triton.sparse)
 linear = _moved(triton.linear)
+split_linear = _moved(triton.split_linear)
 hidden_states = _moved(triton.hidden_states)
+
+
+class _Columns:
+    """Triton's `split.SplitKernels`, there and back."""
+
+    normalisers = staticmethod(_moved(triton.KERNELS.normalisers))
+    log_sum = staticmethod(_moved(triton.KERNELS.log_sum))
+    sums = staticmethod(_moved(triton.KERNELS.sums))
+
+    def backward(self, *args: Any) -> None:
+        *given, out = args
+        there = _to(DEVICE, out)
+        triton.KERNELS.backward(*_to(DEVICE, tuple(given)), there)
+        out.copy_(there)
+
+
+COLUMNS: Any = _Columns()
 
 MODULE = sys.modules[__name__]

@@ -5,6 +5,8 @@ import torch
 
 from metal_ops.backends import triton
 from metal_ops.selftest.inputs import FAMILIES
+from tests.metal_ops.ops import parts
+from tests.metal_ops.ops import test_columns as columns
 from tests.metal_ops.ops import test_grid as grid
 from tests.metal_ops.ops import test_hidden as hidden
 from tests.metal_ops.ops import test_values as values
@@ -57,3 +59,18 @@ def test_many_blocks(i, monkeypatch):
 def test_many_blocks_of_supports(test, arguments, monkeypatch):
     narrow(monkeypatch, 64, block=512)
     run(on_device.MODULE, test, arguments, monkeypatch)
+
+
+PARTS = parts.backend(on_device.COLUMNS)
+
+
+@pytest.mark.parametrize(("test", "arguments"), again(every=89, tests=columns.TESTS))
+def test_parts_of_the_columns(test, arguments, monkeypatch):
+    narrow(monkeypatch, units=64, block=512)
+    run(PARTS, test, arguments, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("test", "arguments"), again(tests=columns.TESTS))
+def test_parts_of_the_columns_all(test, arguments, monkeypatch):
+    run(PARTS, test, arguments, monkeypatch)

@@ -1,0 +1,183 @@
+"""Heads whose rows lie on two or three processes give the loss and gradients of whole heads.
+
+The tests of `linear_divergence` run once more, on each of the processes, with a function in its
+place that hands each process its rows, and puts what comes of them together.
+"""
+
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from metal_ops import DivergenceSpec, Head, LinearTerms, linear_divergence
+from metal_ops.backends.blocks import split
+from metal_ops.functional import DivergenceStats
+from tests.metal_ops.ops import test_grid as grid
+from tests.metal_ops.ops import test_linear as linear
+from tests.metal_ops.ops.again import again
+from tests.processes import run
+
+pytestmark = pytest.mark.distributed
+
+TESTS: tuple[Callable[..., None], ...] = (
+    linear.test_equals_the_composition,
+    linear.test_float64_to_twelve_digits,
+    linear.test_uneven_chunks_match_the_composition,
+    linear.test_the_teacher_receives_no_gradient,
+    linear.test_no_tokens,
+    linear.test_a_token_of_no_weight_is_silent,
+    linear.test_an_infinite_divergence_without_a_share_is_silent,
+    linear.test_clip_passes_through,
+    linear.test_one_weight_under_two_scales_or_softcaps_is_two_heads,
+)
+MODES = ("same tokens", "own tokens")
+
+
+def part(size: int) -> slice:
+    """This process's rows, as torch.chunk gives them: the last processes may have none."""
+    step = -(-size // dist.get_world_size())
+    first = min(dist.get_rank() * step, size)
+    return slice(first, min(first + step, size))
+
+
+class Cut(torch.autograd.Function):
+    """Cuts a tensor, the same on all processes, into a part for each; gradients are whole."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        return x[part(len(x))].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore
+        return joined(grad, ctx.shape)
+
+
+class Total(torch.autograd.Function):
+    """Adds all processes' losses; each has the gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        total = loss.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore
+        return grad
+
+
+def joined(x: Tensor, shape: Any) -> Tensor:
+    whole = x.new_zeros(shape)
+    whole[part(shape[0])] = x
+    dist.all_reduce(whole)
+    return whole
+
+
+def rows(head: Head) -> Head:
+    weight, bias = (None if x is None else Cut.apply(x) for x in (head.weight, head.bias))
+    return Head(weight, bias, head.logit_scale, head.softcap)  # pyright: ignore
+
+
+def in_parts(
+    student: Tensor,
+    student_head: Head,
+    teacher: Tensor,
+    teacher_head: Head,
+    spec: DivergenceSpec,
+    *,
+    weights: Tensor,
+    labels: Tensor | None = None,
+    own_tokens: bool,
+    **options: Any,
+) -> LinearTerms:
+    """Call `linear_divergence` on this process's rows; what it returns is whole."""
+    options["group"] = dist.group.WORLD
+    head = rows(student_head)
+    other = head if teacher_head.same_as(student_head) else rows(teacher_head)
+    if not own_tokens:
+        given = {"weights": weights, "labels": labels} | options
+        return linear_divergence(student, head, teacher, other, spec, **given)
+    tokens = len(weights)
+    own = part(tokens)
+    given = {"weights": weights[own], "labels": None if labels is None else labels[own]} | options
+    mine = Cut.apply(student), head, teacher[own], other, spec
+    found = linear_divergence(*mine, **given, own_tokens=True)  # pyright: ignore
+    soft, hard = (joined(x, [tokens]) for x in (found.soft, found.hard))
+    stats = found.stats and DivergenceStats(*(joined(x, [tokens]) for x in found.stats))
+    return LinearTerms(Total.apply(found.loss), soft, hard, stats)  # pyright: ignore
+
+
+def cases(every: int) -> list[tuple[Callable[..., None], dict[str, Any]]]:
+    marked = again(tests=TESTS, wide=True, every=every)
+    marked += again(tests=(grid.test_linear,), every=7 * every)
+    return [x.values for x in marked]  # pyright: ignore
+
+
+def of_a_process(mode: str, every: int, folder: Path) -> None:
+    """Run all tests; write what failed, and how many columns were here."""
+    failed, own = [], mode == "own tokens"
+    linear.linear_divergence = lambda *a, **k: in_parts(*a, own_tokens=own, **k)
+    widths = []
+    joins = split._whole_rows
+    split._whole_rows = lambda *a: widths.append(a[1][0].shape[-1]) or joins(*a)
+    given_cases = cases(every)
+    for test, arguments in given_cases:
+        torch.manual_seed(0)
+        patch = pytest.MonkeyPatch()
+        given = dict(arguments)
+        if "monkeypatch" in test.__code__.co_varnames[: test.__code__.co_argcount]:
+            given["monkeypatch"] = patch
+        try:
+            test(**given)
+        except Exception:
+            failed.append(f"{test.__name__} {arguments}: {traceback.format_exc()[-1500:]}")
+        patch.undo()
+    torch.save((failed, len(given_cases), widths), folder / f"{dist.get_rank()}.pt")
+
+
+@pytest.mark.parametrize(
+    ("count", "mode", "every"),
+    [
+        (2, "same tokens", 2),
+        (3, "own tokens", 5),
+        *(
+            pytest.param(count, mode, 1, marks=pytest.mark.slow)
+            for count in (2, 3)
+            for mode in MODES
+        ),
+    ],
+)
+def test_the_tests_of_whole_heads(count: int, mode: str, every: int, tmp_path: Path) -> None:
+    run(count, tmp_path, of_a_process, mode, every, tmp_path)
+    for rank in range(count):
+        failed, number, widths = torch.load(tmp_path / f"{rank}.pt")
+        assert not failed, f"{len(failed)} of {number}, the first is {failed[0]}"
+        assert len(widths) > number  # chunks, and some tests have more
+        assert len(set(widths)) > 1
+        if count == 3 and rank == 2:
+            assert min(widths) == 0  # a process without a row of the head
+
+
+def errors(folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    weight = distribute_tensor(torch.randn(8, 4), mesh, [Shard(0)])
+    x, said = torch.randn(3, 4), ""
+    try:
+        given = {"weights": torch.ones(3), "group": dist.group.WORLD}
+        linear_divergence(x, Head(weight), x, Head(weight), DivergenceSpec("jsd"), **given)
+    except ValueError as error:
+        said = str(error)
+    torch.save(said, folder / f"{dist.get_rank()}.pt")
+
+
+def test_a_dtensor_is_not_a_process_s_own_rows(tmp_path: Path) -> None:
+    run(2, tmp_path, errors, tmp_path)
+    assert "heads must be a process's own rows, got a DTensor" in torch.load(tmp_path / "0.pt")
