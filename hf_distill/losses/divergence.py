@@ -9,6 +9,7 @@ from torch import Tensor
 from hf_distill.losses import chunks
 from hf_distill.losses.base import Loss, Terms, Tokens, mixed
 from hf_distill.losses.sparse_teacher import sparse_terms
+from hf_distill.losses.split_heads import split_heads
 from hf_distill.models.signals import Signal
 from metal_ops import DivergenceSpec, linear_divergence, weighted_divergence
 from metal_ops.functional import DivergenceStats
@@ -114,8 +115,6 @@ class DivergenceLoss(Loss):
 
     def _fused(self, student: Signal, teacher: Signal, tokens: Tokens) -> Terms:
         """Compute the terms from hidden states of both sides."""
-        assert student.head is not None
-        assert teacher.head is not None
         assert student.hidden is not None
         assert teacher.hidden is not None
         weights = tokens.soft_weights
@@ -125,24 +124,40 @@ class DivergenceLoss(Loss):
             apart = not torch.equal(weights, tokens.weights)
         together = self.wants_hard and not apart
         fused, alpha = self._fused_weights(weights, together)
+        heads = split_heads(student, teacher, self.spec)
         terms = linear_divergence(
             student.hidden,
-            student.head,
+            heads.student,
             teacher.hidden,
-            teacher.head,
+            heads.teacher,
             self.spec,
             weights=fused,
             labels=tokens.targets if together else None,
             alpha=alpha,
             stats=True,
+            **heads.options,
         )
         metrics = self._metrics(terms.soft, terms.stats)
         if together:
             metrics["hard"] = terms.hard
         if not apart:
             return Terms(terms.loss, metrics)
-        hard_sum, metrics["hard"] = chunks.cross_entropy(student, tokens.targets, tokens.weights)
+        hard_sum, metrics["hard"] = self._hard(student, tokens)
         return Terms(mixed(self.alpha, terms.loss, hard_sum), metrics)
+
+    def _hard(self, student: Signal, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Compute the cross-entropy alone: the sum [] with a gradient, and of each token [N]."""
+        heads = split_heads(student, student, DivergenceSpec("forward_kl"))
+        if not heads.options:
+            return chunks.cross_entropy(student, tokens.targets, tokens.weights)
+        assert student.hidden is not None
+        # of heads in pieces the same operation computes it, with itself for a teacher
+        side, given = (student.hidden, heads.student), {"labels": tokens.targets, "alpha": 0.0}
+        kl = DivergenceSpec("forward_kl")
+        terms = linear_divergence(
+            *side, *side, kl, weights=tokens.weights, **given, **heads.options
+        )
+        return terms.loss, terms.hard
 
     def _fused_weights(self, weights: Tensor, with_hard: bool) -> tuple[Tensor, float]:
         """Return weights and alpha with which the op, which knows no factor, gives the same sum."""

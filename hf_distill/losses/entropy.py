@@ -67,7 +67,7 @@ def entropy_share(signal: Signal, vocab: int | None = None) -> Tensor:
     if signal.logits is not None:
         vocab = signal.logits.shape[-1]
     elif signal.head is not None:
-        vocab = len(signal.head.weight)
+        vocab = signal.head.vocab
     if vocab is None:
         raise ValueError("the entropy of a sparse teacher needs the size of the vocabulary")
     return (teacher_entropy(signal) / math.log(max(vocab, 2))).clamp(0.0, 1.0)

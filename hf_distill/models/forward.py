@@ -46,6 +46,7 @@ from hf_distill.models.structure import (
     unwrap,
 )
 from metal_ops import Head
+from metal_ops.functional import is_dtensor
 
 logger = logging.getLogger(__name__)
 
@@ -365,7 +366,12 @@ def _headless(signal: Signal) -> Signal:
     return replace(signal, head=None)
 
 
-def _frozen(signal: Signal, keep: Callable[[Tensor], Tensor] = Tensor.detach) -> Signal:
+def _value(x: Tensor) -> Tensor:
+    """Return the value that a parameter has now; of one in pieces the memory is written to."""
+    return x.detach().clone() if is_dtensor(x) else x.detach()
+
+
+def _frozen(signal: Signal, keep: Callable[[Tensor], Tensor] = _value) -> Signal:
     """Return the signal with the values that its head has now."""
     head = signal.head
     if head is None:

@@ -250,21 +250,25 @@ def fit_post(x: Tensor, y: Tensor, config: Any) -> tuple[float, float | None] | 
 
 def _cut_head(model: nn.Module, lm: nn.Module, head: Any, inputs: Mapping[str, Any]) -> Post | str:
     """Probe as `probe_head` does, by the head's real output: hooks that join its pieces need it."""
-    seen: list[tuple[Tensor, Tensor]] = []
-    hook = head.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+    calls: list[tuple[Tensor, Tensor]] = []
+    hook = head.register_forward_hook(lambda _, args, out: calls.append((args[0], out)))
     try:
         logits = _calm(model, inputs).logits
     finally:
         hook.remove()
-    if len(seen) != 1 or seen[0][0].ndim != 3:
-        return f"the forward calls its head {len(seen)} times"
-    hidden, raw = seen[0]
-    if not in_pieces(hidden):
-        return "the head lies in pieces that only its own hooks join (tensor parallelism)"
-    linear, raw = (_whole(x) for x in (F.linear(hidden, head.weight, head.bias), raw))
+    if len(calls) != 1 or calls[0][0].ndim != 3:
+        return f"the forward calls its head {len(calls)} times"
+    hidden, raw = calls[0]
+    weight, bias = head.weight, head.bias
+    if not in_pieces(hidden):  # tensor parallelism: all processes have it whole
+        weight, bias = _whole(weight), None if bias is None else _whole(bias)
+    linear, raw = (_whole(x) for x in (F.linear(hidden, weight, bias), raw))
     eps = torch.finfo(raw.dtype).eps
     if not bool((linear - raw).abs().max() <= 8 * eps * raw.abs().max()):
         return NOT_LINEAR
+    if not in_pieces(hidden):
+        seen = _see(model, lm, head, inputs)
+        return _around(model, lm, head, seen) or _post(lm, seen)
     if logits.shape != raw.shape:
         return NOT_KNOWN
     large = raw.abs() >= SMALLEST

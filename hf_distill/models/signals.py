@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from hf_distill.models.layers import States
 from hf_distill.models.routers import Experts
 from metal_ops import Head, PowerSums, SparseTeacher, TailSamples, reference
+from metal_ops.functional import is_dtensor
 
 NO_ENTRY = -1  # padding of a sparse signal's ids
 
@@ -37,8 +38,9 @@ class Signal:
     `sparse`, the log-probabilities of a few entries and the mass of the rest, with a rule for that
     rest. Exactly one form is set. `states` are those of the layers that are compared. `own_loss` []
     is the model's own loss of its labels, for the whole optimizer step, where it takes the place of
-    the cross-entropy. `experts` are those that a mixture of experts prefers for the tokens, where
-    its config asks for them.
+    the cross-entropy. `own_tokens`: whether processes that hold pieces of the head have tokens of
+    their own; else they have the same. `experts` are those that a mixture of experts prefers for
+    the tokens, where its config asks for them.
 
     `paired` [N] bool: the scored tokens that the signal is about, its rows in their order; None is
     all of them. Teachers with another tokenizer have not a token for each of the student's.
@@ -52,6 +54,7 @@ class Signal:
     states: States = field(default_factory=States)
     paired: Tensor | None = None
     own_loss: Tensor | None = None
+    own_tokens: bool = False
     experts: Experts | None = None
 
     def __len__(self) -> int:
@@ -66,7 +69,7 @@ class Signal:
         """Return V, or None for a sparse signal, which does not say it."""
         if self.logits is not None:
             return self.logits.shape[-1]
-        return None if self.head is None else len(self.head.weight)
+        return None if self.head is None else self.head.vocab
 
     def dense(self) -> Tensor:
         """Return [N, V] logits, projected now if they were not.
@@ -171,7 +174,12 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
     """Return whether two tensors are the same memory, as detached views of one parameter are."""
     if one is None or other is None:
         return one is other
-    views = [(x.data_ptr(), x.shape, x.stride(), x.dtype, x.device) for x in (one, other)]
+    if is_dtensor(one) != is_dtensor(other):
+        return False
+    views = []
+    for x in (one, other):
+        here = x.to_local() if is_dtensor(x) else x
+        views.append((here.data_ptr(), x.shape, x.stride(), x.dtype, x.device))
     return views[0] == views[1]
 
 
@@ -184,7 +192,8 @@ def _one_head(signals: Sequence[Signal]) -> Head | None:
     shared = all(
         _same(first.weight, head.weight)
         and _same(first.bias, head.bias)
-        and (first.logit_scale, first.softcap) == (head.logit_scale, head.softcap)
+        and (first.logit_scale, first.softcap, first.vocab)
+        == (head.logit_scale, head.softcap, head.vocab)
         for head in heads
     )
     return first if shared else None

@@ -1,7 +1,7 @@
 """Offers the public ops, which check their arguments and call the backend that fits."""
 
 from metal_ops.functional._arguments import DivergenceStats, forbid_second_derivative
-from metal_ops.functional.head import Head, gather_shards
+from metal_ops.functional.head import Head, OwnRows, gather_shards, is_dtensor
 from metal_ops.functional.hidden import hidden_divergence
 from metal_ops.functional.linear import LinearTerms, linear_divergence
 from metal_ops.functional.logits import (
@@ -17,6 +17,7 @@ __all__ = [
     "DivergenceStats",
     "Head",
     "LinearTerms",
+    "OwnRows",
     "PowerSums",
     "SparseTeacher",
     "TailSamples",
@@ -26,6 +27,7 @@ __all__ = [
     "forbid_second_derivative",
     "gather_shards",
     "hidden_divergence",
+    "is_dtensor",
     "linear_divergence",
     "sparse_divergence",
     "weighted_divergence",

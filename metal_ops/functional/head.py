@@ -1,7 +1,7 @@
 """Describes the output head of a model, which makes logits of its hidden states."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,28 +20,82 @@ class Head:
         bias: [vocab] or None.
         logit_scale: multiplies the logits (Cohere, Granite).
         softcap: if set, logits become softcap * tanh(logits / softcap), after the scale (Gemma).
+        entries: of the vocabulary that count, the first; None is all. It stands for a cut of
+            weights that lie on several processes (DTensor).
     """
 
     weight: Tensor
     bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+    entries: int | None = None
+
+    @property
+    def vocab(self) -> int:
+        """The number of entries that count."""
+        size = self.weight.shape[0]
+        return size if self.entries is None else min(size, self.entries)
 
     def first(self, size: int) -> "Head":
         """Return the head of the first `size` entries of the vocabulary; its tensors are views."""
-        whole = self.gathered()
-        bias = None if whole.bias is None else whole.bias[:size]
-        return replace(whole, weight=whole.weight[:size], bias=bias)
+        if is_dtensor(self.weight):
+            return replace(self, entries=min(size, self.vocab))
+        bias = None if self.bias is None else self.bias[:size]
+        return replace(self, weight=self.weight[:size], bias=bias)
 
     def gathered(self) -> "Head":
         """Return the head with whole tensors in place of DTensors, see `gather_shards`."""
         bias = None if self.bias is None else gather_shards(self.bias)
-        return Head(gather_shards(self.weight), bias, self.logit_scale, self.softcap)
+        whole = Head(gather_shards(self.weight), bias, self.logit_scale, self.softcap)
+        return whole if self.entries is None else whole.first(self.entries)
+
+    def own_rows(self, like: "Head | None" = None) -> "OwnRows | None":
+        """Return this process's rows, if the head is cut by rows over one axis of a mesh.
+
+        Args:
+            like: a head that is cut so; this one may then be whole.
+        """
+        cut = self.weight if is_dtensor(self.weight) else like and like.weight
+        if cut is None or not is_dtensor(cut):
+            return None
+        from torch.distributed.tensor import Shard  # noqa: PLC0415 - slow, and seldom used
+
+        if cut.device_mesh.ndim != 1 or tuple(cut.placements) != (Shard(0),):
+            return None
+        rows = _rows_of(cut, self.vocab)
+        weight, bias = (None if x is None else _own(x, rows) for x in (self.weight, self.bias))
+        assert weight is not None
+        head = Head(weight, bias, self.logit_scale, self.softcap)
+        return OwnRows(head, rows, cut.device_mesh.get_group())
 
     def same_as(self, other: "Head") -> bool:
         """Say whether both are one head: the very same tensors, one scale, one softcap."""
         same = self.weight is other.weight and self.bias is other.bias
-        return same and (self.logit_scale, self.softcap) == (other.logit_scale, other.softcap)
+        settings = [(x.logit_scale, x.softcap, x.vocab) for x in (self, other)]
+        return same and settings[0] == settings[1]
+
+
+class OwnRows(NamedTuple):
+    """Holds one process's rows of a head, which ones they are, and the processes."""
+
+    head: Head
+    rows: slice
+    group: Any
+
+
+def _rows_of(cut: "DTensor", vocab: int) -> slice:
+    """Return which of the first `vocab` rows this process has; as torch.chunk, maybe none."""
+    mesh = cut.device_mesh
+    step = -(-cut.shape[0] // mesh.size())
+    first = min(mesh.get_local_rank() * step, vocab)
+    return slice(first, min(first + step, vocab))
+
+
+def _own(x: Tensor, rows: slice) -> Tensor:
+    if not is_dtensor(x):
+        return x[rows]
+    local = x.to_local(grad_placements=x.placements)
+    return local if len(local) == rows.stop - rows.start else local[: rows.stop - rows.start]
 
 
 def is_dtensor(x: Tensor) -> "TypeIs[DTensor]":

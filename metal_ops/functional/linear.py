@@ -64,10 +64,10 @@ def _check_shapes(
             "student_hidden and teacher_hidden must have the same number of tokens, got "
             f"{student_hidden.shape[0]} and {teacher_hidden.shape[0]}"
         )
-    if weight.shape[0] != teacher_weight.shape[0]:
+    if student_head.vocab != teacher_head.vocab:
         raise ValueError(
             "student and teacher must have one vocabulary, got heads of "
-            f"{weight.shape[0]} and {teacher_weight.shape[0]} entries"
+            f"{student_head.vocab} and {teacher_head.vocab} entries"
         )
 
 

@@ -107,7 +107,9 @@ def other(**changes: Any) -> Any:
 
 def distill(place: Place, student: Any = None, **changes: Any) -> DistillTrainer:
     data = changes.pop("data", None) or models.rows(48, longest=24)
-    extra = {k: changes.pop(k) for k in ("loss", "eval_dataset") if k in changes}
+    extra = {
+        k: changes.pop(k) for k in ("loss", "eval_dataset", "processing_class") if k in changes
+    }
     teacher, collator = changes.pop("by", None) or other(), models.Pad()
     if changes.pop("teacher_in_pieces", False):
         teacher = place.loaded(teacher, "teacher")
@@ -161,6 +163,14 @@ def by_name(place: Place) -> DistillTrainer:
     return distill(place, by=str(folder))
 
 
+def padded(place: Place, **changes: Any) -> DistillTrainer:
+    """The teacher's head has entries that stand for no token."""
+    tokenizer = models.tokenizer()
+    tokenizer.add_tokens([f"<{i}>" for i in range(WIDE["vocab_size"] - 2 - len(tokenizer))])
+    given = {"by": other(vocab_size=520), "processing_class": tokenizer}
+    return distill(place, **given, **changes)
+
+
 def one_without_tokens(place: Place) -> DistillTrainer:
     """The last process has nothing to score in the first micro-batch, little in the second."""
     rows = models.rows(48, longest=24)
@@ -188,6 +198,8 @@ SETUPS: dict[str, Callable[[Place], Any]] = {
         by=llama(1, tie_word_embeddings=True),
         teacher_in_pieces=True,
     ),
+    "padded vocabulary": padded,
+    "padded, in pieces": lambda p: padded(p, teacher_in_pieces=True),
     "teacher by name": by_name,
     "own loss": lambda p: distill(p, loss=own_losses.Measuring()),
     "gradient clipping": lambda p: distill(p, max_grad_norm=0.1),

@@ -3,6 +3,7 @@
 `python -m tests.hf_distill.engines.table` has all engines and set-ups.
 """
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,14 +12,15 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hf_distill import DistillConfig, DistillTrainer, ModelTeacher
 from hf_distill.trainers.checks import check_setup
-from metal_ops.backends.blocks import linear
+from metal_ops.backends.blocks import linear, split
 from tests.hf_distill.engines import cpu
 from tests.hf_distill.engines.setups import WIDE, Place, largest, llama, same_logs, train
 from tests.hf_distill.engines.table import ROUNDING, result_file
-from tests.hf_distill.trainers import models
+from tests.hf_distill.trainers import models, own_losses
 from tests.processes import run_two
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
@@ -27,37 +29,63 @@ VOCAB = WIDE["vocab_size"]
 CHUNK = 4  # tokens whose logits may exist at a time
 SHORT: dict[str, tuple[str, ...]] = {
     "fsdp2": ("separate", "tied both", "base, lora", "live", "ema, full"),
-    "tp": ("both in pieces, tied", "evaluation"),
+    "tp": (
+        "both in pieces, tied",
+        "evaluation",
+        "base, full",
+        "entropy weights",
+        "padded vocabulary",
+    ),
 }
 
 
 class NoLogits(TorchDispatchMode):
-    """Fails where logits of more tokens are made than a chunk has."""
+    """Fails where logits of more tokens are made than a chunk has, or much is exchanged.
+
+    Args:
+        width: entries of the vocabulary that a process has.
+        most: elements that one exchange may have.
+    """
+
+    def __init__(self, width: int, most: float) -> None:
+        super().__init__()
+        self.width, self.most = width, most
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        if isinstance(made, torch.Tensor) and made.shape[-1:] == (VOCAB,):
+        if isinstance(made, torch.Tensor) and made.shape[-1:] == (self.width,):
             of_head = made.shape[-2:-1] == (WIDE["hidden_size"],)  # its weight, transposed
-            if made.numel() // VOCAB > CHUNK and not of_head:
+            if made.numel() // self.width > CHUNK and not of_head:
                 raise AssertionError(f"{func} made logits {list(made.shape)}")
+        if "c10d" in str(func):
+            sizes = [x.numel() for x in tree_leaves((args, made)) if isinstance(x, torch.Tensor)]
+            if max(sizes, default=0) >= self.most:
+                raise AssertionError(f"{func} exchanged {max(sizes)} elements")
         return made
 
 
 class WithoutLogits(DistillTrainer):
     """Trains under `NoLogits` once the first batch was looked at, whose probes read a few."""
 
+    watch: Any
+
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         if not self._looked:
             return super().compute_loss(model, *args, **kwargs)
-        with NoLogits():
+        with self.watch:
             return super().compute_loss(model, *args, **kwargs)
 
 
 def without_logits(place: Place, **changes: Any) -> str:
     """Train a few steps; what was made that must not be, or nothing."""
+    loss = changes.pop("loss", None)
     args = DistillConfig(**place.options(**changes))
-    rows, teacher = models.rows(48, longest=24), llama(1)
-    trainer = WithoutLogits(llama(), args, models.Pad(), rows, teacher=teacher)
+    rows, teacher = models.rows(48, longest=24), place.loaded(llama(1), "the-teacher")
+    student = place.loaded(llama(), "the-student")
+    trainer = WithoutLogits(student, args, models.Pad(), rows, teacher=teacher, loss=loss)
+    head = VOCAB * WIDE["hidden_size"]
+    in_rows = place.engine == "tp"  # of the head, which the engine does not join
+    trainer.watch = NoLogits(VOCAB // 2 if in_rows else VOCAB, head // 2 if in_rows else math.inf)
     try:
         trainer.train()
     except AssertionError as error:
@@ -73,10 +101,12 @@ def of_a_process(engine: str, folder: Path) -> None:
         found = train(name, Place(file.parent, engine, 2))
         if torch.distributed.get_rank() == 0:
             torch.save(found, file)
-    if engine == "fsdp2":
-        linear.tokens_per_chunk = lambda *_: CHUNK
+    for module in (linear, split):
+        module.tokens_per_chunk = lambda *_: CHUNK
+    if engine in SHORT:
         place = Place(folder, engine, 2)
         said = [without_logits(place), without_logits(place, label_smoothing_factor=0.1)]
+        said.append(without_logits(place, loss=own_losses.Measuring()))
         torch.save(said, folder / f"logits-{torch.distributed.get_rank()}.pt")
 
 
@@ -103,12 +133,11 @@ def test_two_processes_are_one(engine: tuple[str, Path], tmp_path: Path) -> None
 @pytest.mark.distributed
 def test_a_model_in_pieces_is_read_without_its_logits(engine: tuple[str, Path]) -> None:
     name, folder = engine
-    if name != "fsdp2":
-        return
     for rank in range(2):
-        fused, by_logits = torch.load(folder / f"logits-{rank}.pt")
+        fused, by_logits, own_loss = torch.load(folder / f"logits-{rank}.pt")
         assert fused == ""
         assert "made logits" in by_logits  # so the check can fail
+        assert ("exchanged" in own_loss) == (name == "tp")  # whose head is joined for it
 
 
 def run_of(**changes: Any) -> Any:

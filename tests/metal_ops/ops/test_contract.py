@@ -72,6 +72,8 @@ def test_opcheck_linear_divergence(dtype, want_stats, head, needs):
         *needs,
         want_stats,
         "auto",
+        "",  # no group
+        True,
     )
     torch.library.opcheck(torch.ops.metal_ops.linear_divergence, args)
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from metal_ops import DivergenceSpec, Head, LinearTerms, linear_divergence
 from metal_ops.backends.blocks import split
@@ -181,3 +181,36 @@ def errors(folder: Path) -> None:
 def test_a_dtensor_is_not_a_process_s_own_rows(tmp_path: Path) -> None:
     run(2, tmp_path, errors, tmp_path)
     assert "heads must be a process's own rows, got a DTensor" in torch.load(tmp_path / "0.pt")
+
+
+def own_rows(folder: Path) -> None:
+    mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
+    weight, bias = torch.randn(7, 4), torch.randn(7)
+    dist.broadcast(weight, 0)
+    dist.broadcast(bias, 0)
+    cut = Head(*(distribute_tensor(x, mesh, [Shard(0)]) for x in (weight, bias)), 0.5, 3.0)
+    whole = Head(weight, bias, 0.5, 3.0)
+    assert whole.own_rows() is None
+    replicated = distribute_tensor(weight, mesh, [Replicate()])
+    assert Head(replicated).own_rows() is None
+    for size, rows in (
+        (7, [slice(0, 4), slice(4, 7)]),
+        (5, [slice(0, 4), slice(4, 5)]),
+        (3, [slice(0, 3), slice(3, 3)]),
+    ):
+        for head in (cut.first(size), whole.first(size)):
+            found = head.own_rows(cut)
+            assert found is not None
+            assert found.rows == rows[rank]
+            assert found.group.size() == 2
+            assert torch.equal(found.head.weight, weight[found.rows])
+            assert torch.equal(found.head.bias, bias[found.rows])  # pyright: ignore
+            assert found.head.vocab == len(found.head.weight)
+            assert (found.head.logit_scale, found.head.softcap) == (0.5, 3.0)
+        assert cut.first(size).vocab == size
+        assert torch.equal(cut.first(size).gathered().weight, weight[:size])
+        assert not cut.first(size).same_as(cut) or size == 7
+
+
+def test_a_process_s_rows_of_a_head(tmp_path: Path) -> None:
+    run(2, tmp_path, own_rows, tmp_path)

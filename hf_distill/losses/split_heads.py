@@ -1,0 +1,63 @@
+"""Output heads whose rows lie on several processes, as tensor parallelism leaves them."""
+
+import functools
+import logging
+from typing import Any, NamedTuple
+
+from hf_distill.models.signals import Signal
+from metal_ops import DivergenceSpec, Head
+
+logger = logging.getLogger(__name__)
+
+
+class Heads(NamedTuple):
+    """Holds both heads as `linear_divergence` takes them, and its options for them."""
+
+    student: Head
+    teacher: Head
+    options: dict[str, Any]
+
+
+@functools.cache
+def _say(text: str) -> None:
+    logger.info("output heads on several processes: %s", text)
+
+
+def _averaged(head: Head, processes: int) -> Head:
+    """Return the head with gradients as data parallelism wants them: averaged over processes."""
+    for x in (head.weight, head.bias):
+        if x is not None and x.requires_grad:
+            x.register_hook(lambda grad: grad / processes)
+    return head
+
+
+def _why_whole(spec: DivergenceSpec, same_rows: bool) -> str | None:
+    """Return why heads are joined, or None."""
+    if spec.support != "full":
+        return f"joined, for the divergence over the entries of {spec.support!r}"
+    return None if same_rows else "joined, since student and teacher are cut at other entries"
+
+
+def split_heads(student: Signal, teacher: Signal, spec: DivergenceSpec) -> Heads:
+    """Return the heads of two signals with hidden states: this process's rows, or as they are.
+
+    Args:
+        student: with a head.
+        teacher: with a head. It is cut as the student's is, where it is whole.
+        spec: of the divergence that is to be computed.
+    """
+    assert student.head is not None
+    assert teacher.head is not None
+    own = student.head.own_rows()
+    if own is None:
+        return Heads(student.head, teacher.head, {})
+    shared = teacher.head.same_as(student.head)
+    other = own if shared else teacher.head.own_rows(student.head)
+    why = _why_whole(spec, other is not None and other.rows == own.rows)
+    if why is not None or other is None:
+        _say(why or "joined")
+        return Heads(student.head, teacher.head, {})
+    _say("in pieces; sums over the vocabulary are exchanged")
+    options = {"group": own.group, "own_tokens": student.own_tokens}
+    head = _averaged(own.head, own.group.size()) if student.own_tokens else own.head
+    return Heads(head, head if shared else other.head, options)
