@@ -2,7 +2,10 @@
 
 import functools
 import logging
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor
 
 from hf_distill.models.signals import Signal
 from metal_ops import DivergenceSpec, Head
@@ -23,12 +26,18 @@ def _say(text: str) -> None:
     logger.info("output heads on several processes: %s", text)
 
 
-def _averaged(head: Head, processes: int) -> Head:
-    """Return the head with gradients as data parallelism wants them: averaged over processes."""
-    for x in (head.weight, head.bias):
+def _averaged(head: Head, hidden: Tensor, processes: int) -> Head:
+    """Return the head as data parallelism wants it.
+
+    It is in the dtype of the hidden states, and its gradients are averaged over the processes.
+    """
+    rows = [None if x is None else x.to(hidden.dtype) for x in (head.weight, head.bias)]
+    for x in rows:
         if x is not None and x.requires_grad:
             x.register_hook(lambda grad: grad / processes)
-    return head
+    weight, bias = rows
+    assert weight is not None
+    return replace(head, weight=weight, bias=bias)
 
 
 def _why_whole(spec: DivergenceSpec, same_rows: bool) -> str | None:
@@ -59,5 +68,8 @@ def split_heads(student: Signal, teacher: Signal, spec: DivergenceSpec) -> Heads
         return Heads(student.head, teacher.head, {})
     _say("in pieces; sums over the vocabulary are exchanged")
     options = {"group": own.group, "own_tokens": student.own_tokens}
-    head = _averaged(own.head, own.group.size()) if student.own_tokens else own.head
-    return Heads(head, head if shared else other.head, options)
+    if not student.own_tokens:
+        return Heads(own.head, own.head if shared else other.head, options)
+    sides = [(own.head, student.hidden)] + [(other.head, teacher.hidden)] * (not shared)
+    heads = [_averaged(head, cast(Tensor, x), own.group.size()) for head, x in sides]
+    return Heads(heads[0], heads[-1], options)

@@ -33,6 +33,7 @@ from hf_distill.models.head_probe import (
     probe_joined_head,
 )
 from hf_distill.models.head_replacement import call_in_head
+from hf_distill.models.heads_apart import is_apart
 from hf_distill.models.kept_logits import KEEP, takes_mask
 from hf_distill.models.layers import LayerWatcher, States
 from hf_distill.models.positions import Positions, positions_of
@@ -179,6 +180,8 @@ class Reader:
         if not (self.is_in_pieces and self._post and torch.is_grad_enabled()):
             return False
         head: Any = cast(Any, self._meet(model)).get_output_embeddings()
+        if is_apart(head):  # processes must agree
+            return False
         if not head.weight.requires_grad:
             return False
         copies = HEAD_COPIES["ZeRO" if hasattr(head.weight, "ds_id") else "FSDP"]
@@ -317,8 +320,12 @@ class Reader:
             if not at_head:
                 logits = self.logits(model, side, kwargs)
                 return read(Signal(logits=logits, states=states()))
-            told = lambda *x: read(Signal(None, *x, states=states()))
+            apart = self._is_apart(model)
+            told = lambda *x: read(Signal(None, *x, states=states(), own_tokens=apart))
             return self.at_head(model, side, told, kwargs)
+
+    def _is_apart(self, model: nn.Module) -> bool:
+        return is_apart(cast(Any, self._meet(model)).get_output_embeddings())
 
     @contextmanager
     def watching(self, model: nn.Module, side: Side) -> Iterator[Callable[[], States]]:
@@ -351,7 +358,7 @@ class Reader:
         """
         self.look(model, side)
         keep = _frozen if frozen_head else _same
-        if self.is_in_pieces:
+        if self.is_in_pieces and not self._is_apart(model):
             keep = _copied if frozen_head else _headless
         said = self.run(model, side, keep)
         return replace(said, experts=self.routers.experts)

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hf_distill.models.heads_apart import around_head, is_apart
 from hf_distill.models.modes import replaced_forwards
 
 Read = Callable[[Tensor, Any], Any]
@@ -48,15 +49,18 @@ class _SameValue(torch.autograd.Function):
 class _Led:
     """Leads a loss through the outputs of head and model, and puts its exact value back."""
 
-    def __init__(self, through_head: bool) -> None:
-        self._through_head = through_head
+    def __init__(self, through_model: bool, through_head: bool) -> None:
+        self._through_model, self._through_head = through_model, through_head
         self._loss: Tensor | None = None
         self._output: Tensor | None = None
 
     def out_of_head(self, result: Any, hidden: Tensor) -> Tensor:
         """Return what the head returns: a tensor that the model's code can go on with."""
-        self._loss = _loss_in(result) if self._through_head else None
+        self._loss = _loss_in(result) if self._through_model else None
         if self._loss is None:
+            return hidden[..., :1].detach() * 0
+        if not self._through_head:
+            self._output = self._loss
             return hidden[..., :1].detach() * 0
         return self._loss.reshape(1, 1, 1).expand(*hidden.shape[:-1], 1)
 
@@ -97,6 +101,10 @@ def _replaced(
         outputs = forward(*args, **kwargs)
         return inside(outputs, led.out_of_model(results.pop()))
 
+    if is_apart(head):
+        with around_head(lm, head, tap), replaced_forwards({lm: run}):
+            yield
+        return
     hook = head.register_forward_hook(led.note)
     try:
         with replaced_forwards({head: tap, lm: run}):
@@ -181,7 +189,8 @@ def call_in_head(
         in_pieces: whether parameters lie in pieces on several processes.
     """
     carried = _Alone(in_pieces) if is_bare else _Carried(adds)
-    led = _Led(in_pieces)
+    head = cast(Any, lm).get_output_embeddings()
+    led = _Led(in_pieces, in_pieces and not is_apart(head))
     with _replaced(lm, read, carried.put, led):
         result, added = carried.take(model(**kwargs))
     return led.arrived(result), added

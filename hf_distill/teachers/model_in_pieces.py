@@ -2,12 +2,14 @@
 
 import copy
 import logging
+from contextlib import nullcontext
 from typing import Any, cast
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
+from hf_distill.models.heads_apart import heads_apart, shards_heads
 from hf_distill.models.pieces import lies_in_pieces
 from hf_distill.models.structure import causal_lm
 
@@ -34,8 +36,10 @@ def _cut_by_fsdp2(accelerator: Accelerator, model: nn.Module) -> None:
     plugin: Any = accelerator.state.fsdp_plugin
     names, policy = plugin.transformer_cls_names_to_wrap, plugin.auto_wrap_policy
     plugin.transformer_cls_names_to_wrap = None
+    apart = heads_apart(model) if shards_heads(accelerator) else nullcontext()
     try:
-        fsdp2_prepare_model(accelerator, model)
+        with apart:
+            fsdp2_prepare_model(accelerator, model)
     finally:
         plugin.transformer_cls_names_to_wrap, plugin.auto_wrap_policy = names, policy
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, cast
 
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from hf_distill.losses import (
     TaidLoss,
     as_loss,
 )
+from hf_distill.models.heads_apart import shard_heads
 from hf_distill.models.structure import check_decoder
 from hf_distill.run import Run
 from hf_distill.teachers import SelfTeacher, Teacher
@@ -91,6 +93,21 @@ def check_setup(run: Run) -> None:
         check_decoder(run.language_model, "student")
         check_hints(find_hint_collator(run.collator), run.teacher)
     _check_whole_rows(run)
+
+
+def shard_loss(accelerator: Accelerator, has_teacher: bool) -> None:
+    """Let output heads stay in pieces, of the models that are prepared from here on.
+
+    Raises:
+        ValueError: the engine is not FSDP 2, or there is no teacher.
+    """
+    kind = accelerator.distributed_type
+    if kind != DistributedType.FSDP or not accelerator.is_fsdp2:
+        version = " of version 1" if kind == DistributedType.FSDP else ""
+        raise ValueError(f"shard_loss needs FSDP 2, got {kind.value}{version}")
+    if not has_teacher:
+        raise ValueError("shard_loss needs a teacher, whose soft loss it shards; got None")
+    shard_heads(accelerator)
 
 
 def check_hints(collator: HintCollator | None, teacher: Teacher) -> None:

@@ -177,6 +177,14 @@ class DistillConfig(TrainingArguments):
             "and window, and a limit for each fault."
         },
     )
+    shard_loss: bool = field(
+        default=False,
+        metadata={
+            "help": "Under FSDP 2, leaves output heads in pieces: each process computes its part "
+            "of the vocabulary for the tokens of all, and hidden states are exchanged in place of "
+            "the head. It takes less memory where heads are large, and needs FSDP 2."
+        },
+    )
     taid: TaidConfig | str | dict[str, Any] | None = field(
         default=None,
         metadata={

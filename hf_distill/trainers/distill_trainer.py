@@ -36,6 +36,7 @@ from hf_distill.trainers.checks import (
     hidden_states_refusal,
     losses_of_run,
     own_loss,
+    shard_loss,
 )
 from hf_distill.trainers.classification import check_classifier, make_classification
 from hf_distill.trainers.distill_config import LOSS_SETTINGS, DistillConfig
@@ -109,6 +110,8 @@ class DistillTrainer(AccountingTrainer):
             model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
         )
         self._accepts_count = self.model_accepts_loss_kwargs  # the Trainer has looked
+        if args.shard_loss:
+            shard_loss(self.accelerator, teacher is not None)
         self.teacher = None if teacher is None else as_teacher(teacher)
         if self.teacher is None:
             check_without_teacher(args, self.data_collator, loss)

@@ -75,6 +75,23 @@ def gather_rows(x: Tensor, group: dist.ProcessGroup, own_tokens: bool) -> Tensor
     return _GatherRows.apply(x, sizes_of(x, group), group, own_tokens)
 
 
+class AllIds(NamedTuple):
+    """Holds ids of all processes, one process after the other; padding is -1."""
+
+    ids: Tensor  # [P * most]
+    most: int  # of one process
+
+    @staticmethod
+    def of(ids: Tensor, group: dist.ProcessGroup) -> "AllIds":
+        """Gather what each process has, [n] int64. All processes of the group must call it."""
+        most = max(1, *sizes_of(ids, group))
+        return AllIds(gather_padded(ids + 1, most, group) - 1, most)
+
+    def gather(self, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Return what all processes have of their ids, [P * most, ...]."""
+        return gather_padded(x, self.most, group)
+
+
 class AllTokens(NamedTuple):
     """Holds the tokens of all processes, one process after the other; padding has no weight."""
 

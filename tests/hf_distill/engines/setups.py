@@ -50,6 +50,7 @@ ENGINES: Mapping[str, dict[str, Any]] = {
     "ddp": {},
     "fsdp1": _fsdp(1, state_dict_type="SHARDED_STATE_DICT"),  # a whole one needs a device
     "fsdp2": _fsdp(2),
+    "fsdp2-shard": _fsdp(2) | {"shard_loss": True},
     "fsdp2-ac": _fsdp(2, activation_checkpointing=True),
     "zero1": _zero(1),
     "zero2": _zero(2),
