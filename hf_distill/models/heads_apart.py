@@ -59,7 +59,7 @@ def _group(model: nn.Module) -> list[nn.Module]:
     if not _is_plain(embeddings):
         raise ValueError(
             "shard_loss needs plain input embeddings where the output head has their weight, got "
-            f"a {type(embeddings).__name__}"
+            f"{embeddings}"
         )
     return [embeddings, head]
 

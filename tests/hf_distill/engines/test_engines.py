@@ -3,7 +3,6 @@
 `python -m tests.hf_distill.engines.table` has all engines and set-ups.
 """
 
-import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_distill import DistillConfig, DistillTrainer, ModelTeacher
-from hf_distill.trainers.checks import check_setup
+from hf_distill.models.heads_apart import heads_apart
+from hf_distill.trainers.checks import check_setup, shard_loss
 from metal_ops.backends.blocks import linear, split
 from tests.hf_distill.engines import cpu
 from tests.hf_distill.engines.setups import WIDE, Place, largest, llama, same_logs, train
@@ -29,6 +31,7 @@ VOCAB = WIDE["vocab_size"]
 CHUNK = 4  # tokens whose logits may exist at a time
 SHORT: dict[str, tuple[str, ...]] = {
     "fsdp2": ("separate", "tied both", "base, lora", "live", "ema, full"),
+    "fsdp2-shard": ("tied", "live", "a process without tokens", "padded vocabulary"),
     "tp": (
         "both in pieces, tied",
         "evaluation",
@@ -40,16 +43,15 @@ SHORT: dict[str, tuple[str, ...]] = {
 
 
 class NoLogits(TorchDispatchMode):
-    """Fails where logits of more tokens are made than a chunk has, or much is exchanged.
+    """Fails where logits of more tokens are made than a chunk has, or a head is made whole.
 
     Args:
-        width: entries of the vocabulary that a process has.
-        most: elements that one exchange may have.
+        in_rows: whether each process has some rows of the heads, which are not joined.
     """
 
-    def __init__(self, width: int, most: float) -> None:
+    def __init__(self, in_rows: bool) -> None:
         super().__init__()
-        self.width, self.most = width, most
+        self.in_rows, self.width = in_rows, VOCAB // 2 if in_rows else VOCAB
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -57,10 +59,11 @@ class NoLogits(TorchDispatchMode):
             of_head = made.shape[-2:-1] == (WIDE["hidden_size"],)  # its weight, transposed
             if made.numel() // self.width > CHUNK and not of_head:
                 raise AssertionError(f"{func} made logits {list(made.shape)}")
-        if "c10d" in str(func):
-            sizes = [x.numel() for x in tree_leaves((args, made)) if isinstance(x, torch.Tensor)]
-            if max(sizes, default=0) >= self.most:
-                raise AssertionError(f"{func} exchanged {max(sizes)} elements")
+        if self.in_rows:
+            found = [x for x in tree_leaves((args, made)) if isinstance(x, torch.Tensor)]
+            plain = [x for x in found if not isinstance(x, DTensor) and x.shape[:1] == (VOCAB,)]
+            if any(x.numel() > VOCAB for x in plain):
+                raise AssertionError(f"{func} has a whole head")
         return made
 
 
@@ -80,12 +83,13 @@ def without_logits(place: Place, **changes: Any) -> str:
     """Train a few steps; what was made that must not be, or nothing."""
     loss = changes.pop("loss", None)
     args = DistillConfig(**place.options(**changes))
-    rows, teacher = models.rows(48, longest=24), place.loaded(llama(1), "the-teacher")
-    student = place.loaded(llama(), "the-student")
+    rows = models.rows(48, longest=24)
+    # untied embeddings are a module of the engine's like others
+    tied = {"tie_word_embeddings": place.engine == "fsdp2-shard"}
+    teacher = place.loaded(llama(1, **tied), "the-teacher")
+    student = place.loaded(llama(**tied), "the-student")
     trainer = WithoutLogits(student, args, models.Pad(), rows, teacher=teacher, loss=loss)
-    head = VOCAB * WIDE["hidden_size"]
-    in_rows = place.engine == "tp"  # of the head, which the engine does not join
-    trainer.watch = NoLogits(VOCAB // 2 if in_rows else VOCAB, head // 2 if in_rows else math.inf)
+    trainer.watch = NoLogits(place.engine in ("tp", "fsdp2-shard"))
     try:
         trainer.train()
     except AssertionError as error:
@@ -103,11 +107,10 @@ def of_a_process(engine: str, folder: Path) -> None:
             torch.save(found, file)
     for module in (linear, split):
         module.tokens_per_chunk = lambda *_: CHUNK
-    if engine in SHORT:
-        place = Place(folder, engine, 2)
-        said = [without_logits(place), without_logits(place, label_smoothing_factor=0.1)]
-        said.append(without_logits(place, loss=own_losses.Measuring()))
-        torch.save(said, folder / f"logits-{torch.distributed.get_rank()}.pt")
+    place = Place(folder, engine, 2)
+    said = [without_logits(place), without_logits(place, label_smoothing_factor=0.1)]
+    said.append(without_logits(place, loss=own_losses.Measuring()))
+    torch.save(said, folder / f"logits-{torch.distributed.get_rank()}.pt")
 
 
 @pytest.fixture(scope="module", params=SHORT)
@@ -136,8 +139,10 @@ def test_a_model_in_pieces_is_read_without_its_logits(engine: tuple[str, Path]) 
     for rank in range(2):
         fused, by_logits, own_loss = torch.load(folder / f"logits-{rank}.pt")
         assert fused == ""
-        assert "made logits" in by_logits  # so the check can fail
-        assert ("exchanged" in own_loss) == (name == "tp")  # whose head is joined for it
+        # so the check can fail; of the tied one the head is seen first
+        assert ("whole head" if name == "fsdp2-shard" else "made logits") in by_logits
+        # whose heads are joined for it
+        assert ("whole head" in own_loss) == (name in ("tp", "fsdp2-shard"))
 
 
 def run_of(**changes: Any) -> Any:
@@ -192,3 +197,55 @@ def test_a_teacher_whose_processes_have_other_rows_is_refused() -> None:
     teacher.model._tp_size = 2
     with pytest.raises(ValueError, match="over 2 processes must be asked about the same rows"):
         check_setup(run_of(teachers=[teacher]))
+
+
+class Fsdp:
+    """What accelerate says of an engine."""
+
+    def __init__(self, kind: DistributedType, is_fsdp2: bool) -> None:
+        self.distributed_type, self.is_fsdp2 = kind, is_fsdp2
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "got"),
+    [
+        (Fsdp(DistributedType.MULTI_GPU, False), "MULTI_GPU"),
+        (Fsdp(DistributedType.FSDP, False), "FSDP of version 1"),
+        (Fsdp(DistributedType.DEEPSPEED, False), "DEEPSPEED"),
+    ],
+)
+def test_heads_stay_in_pieces_under_fsdp_2_only(accelerator: Any, got: str) -> None:
+    with pytest.raises(ValueError, match=f"shard_loss needs FSDP 2, got {got}$"):
+        shard_loss(accelerator, True)
+    with pytest.raises(ValueError, match=r"shard_loss needs FSDP 2, got NO$"):
+        DistillTrainer(
+            llama(), DistillConfig("none", shard_loss=True, use_cpu=True), teacher=llama(1)
+        )
+
+
+def test_heads_in_pieces_need_a_teacher() -> None:
+    accelerator: Any = Fsdp(DistributedType.FSDP, True)
+    with pytest.raises(ValueError, match="shard_loss needs a teacher"):
+        shard_loss(accelerator, False)
+
+
+def test_what_cannot_stay_in_pieces_is_refused() -> None:
+    tied = llama(tie_word_embeddings=True)
+    tied.model.embed_tokens.max_norm = 1.0
+    with (
+        pytest.raises(ValueError, match=r"needs plain input embeddings .* got Embedding.*max_norm"),
+        heads_apart(tied),
+    ):
+        pass
+    wrapped = llama()
+    wrapped.lm_head = nn.Sequential(wrapped.lm_head)
+    with (
+        pytest.raises(ValueError, match="needs a linear output head, got a Sequential"),
+        heads_apart(wrapped),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match="the wrap policy of FSDP has cut the Linear otherwise"),
+        heads_apart(llama()),
+    ):
+        pass
