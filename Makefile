@@ -47,6 +47,7 @@ test-models: $(VENV)/.installed-test
 test-engines-train: $(VENV)/.installed-test
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation deepspeed==0.19.8 torch==$(TORCH_VERSION)
 	$(BIN)/python -m tests.hf_distill.engines.table
+	$(BIN)/python -m pytest -m 'slow or not slow' tests/hf_distill/engines/test_exchanged.py
 
 # the oldest and the newest transformers and torch, each laid over .venv
 test-versions: $(VENV)/.installed-test

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HPSearchBackend, default_compute_objective
 
 from hf_distill.losses.hidden_states import HiddenAlignment
+from hf_distill.models.prefetch_trace import RecordTraining
 from hf_distill.models.structure import unwrap
 from hf_distill.monitoring.self_teacher_check import SelfTeacherCheck
 from hf_distill.run import Run
@@ -164,6 +165,7 @@ class RestartingTrainer(StatefulTrainer):
         self._start_check = SelfTeacherCheck(run.teachers, run.in_16_bit)
         if run.sharded:
             self._start_check.skip()
+            self._put_callback(RecordTraining(run.accelerator))
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._loops += 1

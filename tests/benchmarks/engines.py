@@ -1,103 +1,110 @@
-"""Peak memory and exchanged bytes of a step on an engine, by hidden states and by logits.
+"""Memory, time and exchanged bytes of a step on an engine, by hidden states and by logits.
 
-python -m tests.benchmarks.engines [--engines fsdp2 zero3] [--hidden 128 576] [--tokens 1020]
+python -m tests.benchmarks.engines [--engines fsdp2 zero3] [--hidden 128 576] [--tokens 1024]
+python -m tests.benchmarks.engines --model FOLDER [--repeats 5]
 
-Each case is a run of its own processes on the CPU, the last of three steps is shown: what the step
-added to the process's peak, its seconds, and the bytes of its collectives. Random models of two
-layers; the teacher is as wide as the student.
+Each case is one run of two processes on the CPU whose steps take the two ways in turns, after one
+of each that is not counted. Shown are medians of what a step adds to the process's peak and of its
+seconds, by the clock and of the processor, with the smallest and the largest; and the bytes of
+collectives. Random models of two layers, or student and teacher from a folder; the teacher is as
+wide as the student, and in pieces as it is. ZeRO's buckets are "auto", or DeepSpeed's own (half a
+billion elements) with --large-buckets.
 """
 
 import argparse
 import json
 import os
+import statistics
 import tempfile
 import time
-from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
 
 from hf_distill import DistillConfig, DistillTrainer
+from hf_distill.models import forward
 from tests.benchmarks.timing import resident_peak_mb
 from tests.hf_distill.engines import cpu
+from tests.hf_distill.engines.exchanged import Exchanged
 from tests.hf_distill.engines.launching import started
 from tests.hf_distill.engines.setups import ENGINES, Place
 from tests.hf_distill.trainers import models
 
-ROW = 256  # tokens
-STEPS = 3
-
-
-class Exchanged(TorchDispatchMode):
-    """Counts bytes and calls of collectives, by name; of each the largest tensor is counted."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: Counter[str] = Counter()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        space, _, name = str(func).partition(".")
-        if space in ("c10d", "_c10d_functional") and "wait" not in name and "barrier" not in name:
-            found = tree_leaves((args, kwargs))
-            tensors = [x for x in found if isinstance(x, torch.Tensor)]
-            self.sizes[name.split(".")[0]] += max((x.nbytes for x in tensors), default=0)
-            self.calls[name.split(".")[0]] += 1
-        return func(*args, **(kwargs or {}))
+ROW = 257  # tokens, of which all but the first are scored
+WAYS = {"hidden states": 0.0, "logits": 1e9}  # copies of a head that are said to be needed
+BUCKETS = ("reduce_bucket_size", "stage3_prefetch_bucket_size")
 
 
 class Measured(DistillTrainer):
-    """Measures its training steps."""
+    """Measures its training steps, which read the student in one way and the other in turns."""
 
-    found: dict[str, Any]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.found: list[dict[str, Any]] = []
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        way = list(WAYS)[len(self.found) % 2]
+        forward.HEAD_COPIES |= dict.fromkeys(forward.HEAD_COPIES, WAYS[way])
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before, start = resident_peak_mb(), time.perf_counter()
+        before, start, cpu_start = resident_peak_mb(), time.perf_counter(), time.process_time()
         with Exchanged() as exchanged:
             loss = super().training_step(*args, **kwargs)
-        self.found = {
-            "MB": resident_peak_mb() - before,
-            "s": time.perf_counter() - start,
-            "MB exchanged": {k: v / 2**20 for k, v in exchanged.sizes.items()},
-            "calls": dict(exchanged.calls),
-        }
+        found = {"MB": resident_peak_mb() - before, "s": time.perf_counter() - start}
+        found["CPU s"] = time.process_time() - cpu_start
+        sizes = {k: v / 2**20 for k, v in exchanged.sizes.items()}
+        self.found.append({"way": way, "exchanged": sizes, "calls": exchanged.of("")[1]} | found)
         return loss
 
 
-def measure(engine: str, hidden: int, tokens: int, vocab: int, by_logits: bool) -> None:
-    """Be one process: train, and print what the last step took."""
+def rows_of(vocab: int, count: int) -> list[dict[str, list[int]]]:
+    """Return rows of random ids."""
+    generator, rows = torch.Generator().manual_seed(0), []
+    for _ in range(count):
+        ids = torch.randint(3, vocab, (ROW,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "attention_mask": [1] * ROW, "labels": ids})
+    return rows
+
+
+def load(given: argparse.Namespace) -> tuple[Any, Any]:
+    """Return student and teacher."""
+    if given.model is not None:
+        load = AutoModelForCausalLM.from_pretrained
+        return load(given.model, dtype=torch.float32), load(given.model, dtype=torch.float32)
+    hidden = given.hidden[0]
+    sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "vocab_size": given.vocab}
+    sizes["max_position_embeddings"] = ROW
+    return models.llama(0, **sizes), models.llama(1, **sizes)
+
+
+def measure(given: argparse.Namespace) -> None:
+    """Be one process: train, and print what the steps took."""
+    engine, tokens = given.engines[0], given.tokens[0]
     torch.set_num_threads(1)
     cpu.take_processes_for_devices()
     if engine.startswith("zero"):
         cpu.without_compiled_ops()
+        if not given.large_buckets:
+            settings = ENGINES[engine]["deepspeed"]["zero_optimization"]
+            settings |= dict.fromkeys(BUCKETS, "auto")
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "vocab_size": vocab}
-    sizes["max_position_embeddings"] = ROW
-    rows = tokens // (ROW - 1)
-    generator, data = torch.Generator().manual_seed(0), []
-    for _ in range(rows * world * STEPS):
-        ids = torch.randint(3, vocab, (ROW,), generator=generator).tolist()
-        data.append({"input_ids": ids, "attention_mask": [1] * ROW, "labels": ids})
+    student, teacher = load(given)
+    rows, steps = tokens // (ROW - 1), 2 * (1 + given.repeats)
+    data = rows_of(student.config.vocab_size, rows * world * steps)
     place = Place(Path(tempfile.mkdtemp()), engine, world)
     settings = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1}
-    args = DistillConfig(**place.options(**settings, watchdog={"action": "off"}))
-    students = models.llama(0, **sizes), models.llama(1, **sizes)
-    trainer = Measured(students[0], args, models.Pad(), data, teacher=students[1])
-    if by_logits:
-        trainer._reader._refusal = "asked for"
+    settings |= {"max_steps": steps, "watchdog": {"action": "off"}}
+    args = DistillConfig(**place.options(**settings))
+    trainer = Measured(student, args, models.Pad(), data, teacher=teacher)
     trainer.train()
     if rank == 0:
-        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-        print("FOUND" + json.dumps(trainer.found | {"loss": losses[-1]}), flush=True)
+        print("FOUND" + json.dumps(trainer.found[2:]), flush=True)
     torch.distributed.destroy_process_group()
 
 
-def run(words: list[str], processes: int) -> dict[str, Any]:
+def run(words: list[str], processes: int) -> list[dict[str, Any]]:
     """Measure in processes of their own."""
     with ExitStack() as stack:
         files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(processes)]
@@ -110,38 +117,48 @@ def run(words: list[str], processes: int) -> dict[str, Any]:
     return json.loads(lines[-1].removeprefix("FOUND"))
 
 
+def show(title: str, steps: list[dict[str, Any]]) -> None:
+    """Print what both ways took, and the first as a share of the second."""
+    print(title)
+    medians: dict[str, list[float]] = {"MB": [], "s": [], "CPU s": []}
+    for way in WAYS:
+        own = [x for x in steps if x["way"] == way]
+        line = f"  {way:14s}"
+        for name, found in medians.items():
+            values = [x[name] for x in own]
+            found.append(statistics.median(values))
+            line += f" {found[-1]:.4g} {name} ({min(values):.4g} to {max(values):.4g}),"
+        parts = [f"{k} {v:.1f} MiB" for k, v in own[-1]["exchanged"].items()]
+        print(line, ", ".join(parts), f"in {own[-1]['calls']} calls")
+    shares = [f"{name} {a / b:.2f}" for name, (a, b) in medians.items()]
+    print("  hidden states / logits:", ", ".join(shares), flush=True)
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["fsdp2", "zero3"])
     parser.add_argument("--hidden", nargs="+", type=int, default=[128, 576])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1020])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1024])
     parser.add_argument("--vocab", type=int, default=49152)
+    parser.add_argument("--model", help="folder of a model; sizes are its own then")
+    parser.add_argument("--large-buckets", action="store_true", help="of DeepSpeed, in ZeRO")
+    parser.add_argument("--repeats", type=int, default=5, help="counted steps of each way")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--process", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--by-logits", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.process:
-        sizes = given.hidden[0], given.tokens[0], given.vocab
-        measure(given.engines[0], *sizes, by_logits=given.by_logits)
+        measure(given)
         return
+    shared = ["--vocab", str(given.vocab), "--repeats", str(given.repeats)]
+    shared += ["--large-buckets"] if given.large_buckets else []
+    shared += [] if given.model is None else ["--model", given.model]
     for engine in given.engines:
-        for hidden in given.hidden:
+        for hidden in given.hidden if given.model is None else [0]:
             for tokens in given.tokens:
                 words = ["--engines", engine, "--hidden", str(hidden), "--tokens", str(tokens)]
-                words += ["--vocab", str(given.vocab)]
-                fused = run(words, given.processes)
-                logits = run([*words, "--by-logits"], given.processes)
-                print(f"{engine} H {hidden} tokens {tokens} V {given.vocab}")
-                for name, found in (("hidden states", fused), ("logits", logits)):
-                    parts = [f"{k} {v:.1f} MiB" for k, v in found["MB exchanged"].items()]
-                    calls = sum(found["calls"].values())
-                    print(
-                        f"  {name:14s} {found['MB']:7.0f} MB {found['s']:6.2f} s "
-                        f"loss {found['loss']:.6f}  {', '.join(parts)} in {calls} calls"
-                    )
-                memory, seconds = (fused[name] / logits[name] for name in ("MB", "s"))
-                print(f"  memory {memory:.2f}, time {seconds:.2f}")
+                what = given.model or f"H {hidden} V {given.vocab}"
+                show(f"{engine} {what}, {tokens} tokens", run([*words, *shared], given.processes))
 
 
 if __name__ == "__main__":
