@@ -43,11 +43,14 @@ test-models: $(VENV)/.installed-test
 	$(BIN)/python -m tests.sweeps.architectures --windows --jobs $(JOBS) --write docs/pages/tried.md
 	$(BIN)/python -m tests.sweeps.adapters --jobs $(JOBS) --write docs/pages/tried.md
 
-# every set-up on every engine of accelerate; DeepSpeed without compiled operations
+# every set-up on every engine of accelerate with two processes, some with three, and checkpoints
+# that other numbers of processes go on from; DeepSpeed without compiled operations
 test-engines-train: $(VENV)/.installed-test
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation deepspeed==0.19.8 torch==$(TORCH_VERSION)
 	$(BIN)/python -m tests.hf_distill.engines.table
 	$(BIN)/python -m pytest -m 'slow or not slow' tests/hf_distill/engines/test_exchanged.py
+	$(BIN)/python -m tests.hf_distill.engines.table --processes 3 --few
+	$(BIN)/python -m tests.hf_distill.engines.renumbered
 
 # the oldest and the newest transformers and torch, each laid over .venv
 test-versions: $(VENV)/.installed-test

@@ -19,6 +19,7 @@ from hf_distill.data import batches
 from hf_distill.data.hint_schedule import hint_schedule_of
 from hf_distill.data.sides import Side
 from hf_distill.losses import chunks
+from hf_distill.models import pieces
 from hf_distill.models.forward import Reader
 from hf_distill.models.modes import evaluating
 from hf_distill.models.probe_rows import PROBE_TOKENS
@@ -71,6 +72,17 @@ class RowEncoder:
         first = number * self.shard_rows
         return range(first, min(first + self.shard_rows, len(self.data)))
 
+    def wait(self) -> None:
+        """Do what the other processes need of this one, which has no shard while they have one."""
+        self._take_part(self._calls_of_others(0))
+
+    def _calls_of_others(self, calls: int) -> int:
+        """Return how often others still ask the teacher after this process's calls for a shard."""
+        return 0
+
+    def _take_part(self, calls: int) -> None:
+        """Ask the teacher with others, and keep nothing."""
+
     def shard(self, number: int) -> list[Row]:
         """Return what is stored of a shard's rows."""
         numbers = self.rows(number)
@@ -86,13 +98,18 @@ class RowEncoder:
         stored: list[Mapping[str, np.ndarray]] = [empty] * len(made)
         scored = [i for i, row in enumerate(made) if len(row.positions)]
         scored.sort(key=lambda i: (-int(made[i].positions[-1]), i))  # little padding, largest first
-        for start in range(0, len(scored), self.batch_size):
-            chosen = scored[start : start + self.batch_size]
+        batches = [
+            scored[start : start + self.batch_size]
+            for start in range(0, len(scored), self.batch_size)
+        ]
+        others = self._calls_of_others(len(batches))
+        for chosen in batches:
             keys = [(self.seed, numbers[i]) for i in chosen]
             for i, arrays in zip(
                 chosen, self._encode([made[i] for i in chosen], keys), strict=True
             ):
                 stored[i] = {name: arrays[name] for name in empty}
+        self._take_part(others)
         parts = zip(numbers, made, stored, strict=True)
         return [Row(i, row.hash, row.positions, arrays) for i, row, arrays in parts]
 
@@ -105,17 +122,34 @@ class Encoder(RowEncoder):
         model: the teacher, on `device`.
         device: of the batches.
         reader: runs the model.
+        in_pieces: whether processes, with rows of their own, must call the model together.
     """
 
     model: nn.Module
     device: torch.device
     reader: Reader
+    in_pieces: bool = False
+
+    def _probed(self) -> dict[str, Tensor]:
+        """Return inputs that are the same in every process."""
+        ids = torch.arange(min(PROBE_TOKENS, self.real_vocab), device=self.device)
+        return {"input_ids": ids[None]}
 
     def probe(self) -> None:
         """Find out how the model is read, from the same ids in every process."""
-        ids = torch.arange(min(PROBE_TOKENS, self.real_vocab), device=self.device)
         with evaluating(self.model):
-            self.reader.reads_hidden(self.model, {"input_ids": ids[None]})
+            self.reader.reads_hidden(self.model, self._probed())
+
+    def _calls_of_others(self, calls: int) -> int:
+        return pieces.most(calls) - calls if self.in_pieces else 0
+
+    @torch.no_grad()
+    def _take_part(self, calls: int) -> None:
+        inputs = self._probed()
+        side = Side(inputs, torch.ones_like(inputs["input_ids"], dtype=torch.bool))
+        for _ in range(calls):
+            with evaluating(self.model):
+                self.reader.signal(self.model, side)
 
     def _side(self, rows: Sequence[SideRow]) -> Side:
         """Return a batch up to the tokens that predict the last scored ones."""

@@ -6,7 +6,7 @@ Shapes: B rows, T positions, n scored tokens of a row.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from hf_distill.cache.files import canonical
 from hf_distill.data import sides
 from hf_distill.data.sides import Side
-from hf_distill.models.structure import causal_lm
+from hf_distill.models.pieces import plain_name
+from hf_distill.models.structure import causal_lm, in_pieces
 from hf_distill.models.tokenizers import num_ids
 
 Collator = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]]
@@ -195,10 +196,12 @@ def weights_fingerprint(model: nn.Module) -> str:
     """Return a sha256 over each parameter's name, dtype, shape and up to 256 of its values.
 
     It tells models of one shape apart, and does not read all of a large one. Values of a parameter
-    that is not in memory (a meta tensor of an offloaded model) are left out.
+    that is not in memory (a meta tensor of an offloaded model) are left out. All processes that
+    hold pieces of a model must call it together.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
+        name = plain_name(name)
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
         if not parameter.is_meta:
             digest.update(_sampled(parameter.detach()).tobytes())
@@ -207,7 +210,8 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 def _sampled(parameter: Tensor) -> np.ndarray:
     """Return some values, evenly spread, as float64."""
-    flat = parameter.reshape(-1)
+    whole = cast(Any, parameter).full_tensor() if in_pieces(parameter) else parameter
+    flat = whole.reshape(-1)
     step = max(1, len(flat) // SAMPLED_VALUES)
     return flat[::step][:SAMPLED_VALUES].cpu().double().numpy()
 

@@ -34,10 +34,12 @@ from hf_distill.cache.errors import CacheError
 from hf_distill.cache.fingerprints import Collator, Data
 from hf_distill.cache.launches import only_one_writes
 from hf_distill.cache.manifest import MANIFEST, Manifest, config_hash
+from hf_distill.cache.processes import Part, num_copies, part_of
 from hf_distill.cache.shard import write_shard
 from hf_distill.data.turn_ends import tell_end_tokens
 from hf_distill.models.forward import Reader
-from hf_distill.models.structure import causal_lm, generation_end_ids, vocab_size
+from hf_distill.models.pieces import release
+from hf_distill.models.structure import causal_lm, generation_end_ids, is_sharded, vocab_size
 from hf_distill.models.tokenizers import num_ids
 from hf_distill.teachers import ModelTeacher, Teacher, place_model
 
@@ -176,17 +178,17 @@ def _log_choice(cache: Path, encoder: RowEncoder, missing: Sequence[int]) -> Non
     )
 
 
-def _write(
-    cache: Path, encoder: RowEncoder, numbers: Sequence[int], digest: str, state: PartialState
-) -> None:
+def _write(cache: Path, encoder: RowEncoder, part: Part, digest: str, state: PartialState) -> None:
     """Write some shards, and show how it goes."""
-    total = sum(len(encoder.rows(number)) for number in numbers)
+    total = sum(len(encoder.rows(number)) for number in part.numbers)
     began, tokens_done, bytes_done = time.monotonic(), 0, 0
     notes = {"rank": state.process_index, "world": state.num_processes}
     notes |= {"host": socket.gethostname(), "device": str(state.device)}
     with tqdm(total=total, unit="row", desc="cache", disable=not state.is_main_process) as bar:
-        for number in numbers:
+        for number in part.numbers:
             rows = encoder.shard(number)
+            if not part.writes:
+                continue
             by = notes | _versions() | {"batch_size": encoder.batch_size}
             with _writing(cache):
                 entry = write_shard(cache, number, rows, digest, sums=sums_of(rows), written_by=by)
@@ -195,6 +197,8 @@ def _write(
             size = bytes_done / max(tokens_done, 1)
             bar.set_postfix_str(f"{speed:,.0f} tokens/s, {size:.0f} bytes/token")
             bar.update(len(rows))
+        for _ in range(part.idle_rounds):
+            encoder.wait()
 
 
 def _configuration(
@@ -222,21 +226,24 @@ def write_all(
     *,
     overwrite: bool,
     verify: str,
+    copies: int = 1,
 ) -> Manifest:
     """Write the shards that are missing, each process some of them, and then the manifest.
 
     Args:
         cache: the folder.
         encoder: makes the rows; its `shard_rows` of 0 chooses shards of about 64 MiB.
-        teacher: says what the teacher is, for the manifest.
+        teacher: says what the teacher is, for the manifest. Every process calls it.
         tokenizer: of the teacher, or None.
         state: of this process.
         overwrite: see `cache_teacher`.
         verify: see `cache_teacher`.
+        copies: how many processes make the same rows, see `processes.num_copies`.
 
     Raises:
         CacheConfigMismatch, CacheError, ValueError: see `cache_teacher`.
     """
+    identity = teacher()
     with _alone(cache, state):
         plan: list[Any] = [None, None]
         if state.is_main_process:
@@ -244,7 +251,7 @@ def write_all(
             if not rows:
                 size = _nominal_bytes(encoder.codec, encoder.vocab, encoder.real_vocab)
                 rows = _shard_rows(encoder.data, encoder.collator, size)
-            config = _configuration(replace(encoder, shard_rows=rows), teacher(), tokenizer)
+            config = _configuration(replace(encoder, shard_rows=rows), identity, tokenizer)
             with _writing(cache):
                 plan = [config, progress.begin(cache, config, overwrite, verify)]
         # one process looks: another would see shards that a third has just written
@@ -252,8 +259,8 @@ def write_all(
         encoder = replace(encoder, shard_rows=config["shard_rows"])
         _log_choice(cache, encoder, missing)
         encoder.probe()
-        mine = missing[state.process_index :: state.num_processes]
-        _write(cache, encoder, mine, config_hash(config), state)
+        part = part_of(missing, state, copies)
+        _write(cache, encoder, part, config_hash(config), state)
         state.wait_for_everyone()
         if state.is_main_process:
             with _writing(cache):
@@ -284,9 +291,13 @@ def cache_teacher(
 ) -> Manifest:
     """Write what a teacher says of every scored token of a data set.
 
-    Run it in one process or, under `accelerate launch`, in several; each has the whole teacher. A
-    launch waits until another that writes into the folder has ended, and goes on from there.
-    What an interrupted run has finished is kept: the same call goes on, also with another number of
+    Run it in one process or, under `accelerate launch`, in several. Each has the whole teacher, or
+    its pieces of one that was loaded with `distributed_config=DistributedConfig(fsdp_size=...)` or
+    `tp_size`: then all processes of the launch must call this together. Under tensor parallelism
+    all make the same rows, whose values are those of a whole teacher to rounding.
+
+    A launch waits until another that writes into the folder has ended, and goes on from there. What
+    an interrupted run has finished is kept: the same call goes on, also with another number of
     processes or another batch size.
 
     Args:
@@ -324,6 +335,9 @@ def cache_teacher(
     state = process_state()
     tokenizer = _tokenizer(model, processing_class, data_collator, teacher_revision)
     teacher = _teacher(model, teacher_revision)
+    copies, in_pieces = num_copies(teacher, state.num_processes), is_sharded(teacher)
+    if in_pieces:
+        release(teacher)
     device = cast(torch.device, state.device)
     place_model(teacher, device)
     vocab, real_vocab = _vocabulary(teacher, tokenizer)
@@ -342,9 +356,11 @@ def cache_teacher(
         model=teacher,
         device=device,
         reader=Reader("teacher"),
+        in_pieces=in_pieces,
     )
 
     def about() -> dict[str, Any]:
         return fingerprints.teacher_identity(teacher, teacher_revision)
 
-    return write_all(cache, encoder, about, tokenizer, state, overwrite=overwrite, verify=verify)
+    given: dict[str, Any] = {"overwrite": overwrite, "verify": verify, "copies": copies}
+    return write_all(cache, encoder, about, tokenizer, state, **given)

@@ -5,7 +5,9 @@ one flat tensor for each wrapped module. What is written into a piece is what th
 the next forward, once nothing is joined from before it.
 """
 
-from typing import cast
+import math
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -39,6 +41,58 @@ def will_lie_in_pieces(accelerator: Accelerator, model: nn.Module) -> bool:
     if kind == DistributedType.DEEPSPEED:
         return plugin is not None and plugin.zero_stage == 3
     return kind == DistributedType.FSDP or lies_in_pieces(model)
+
+
+def unevenly_held_twice(model: nn.Module) -> str | None:
+    """Return the name of a trained parameter of which FSDP 2 holds two copies, or None.
+
+    A tied head and the embeddings that Transformers puts into two groups are one memory where each
+    process has as many rows. Otherwise FSDP 2 keeps a padded copy for each group, of which only one
+    is trained.
+    """
+    groups: dict[int, set[int]] = {}
+    for owner, name, parameter in _owned(model, model, ""):
+        held = groups.setdefault(id(parameter), set())
+        held.add(id(owner))
+        if len(held) > 1 and parameter.requires_grad and _is_uneven(parameter):
+            return name
+    return None
+
+
+def cut_heads(model: nn.Module) -> str | None:
+    """Return the name of a projection whose attention heads are cut between processes, or None."""
+    for path, module in model.named_modules():
+        size = getattr(module, "head_dim", None)
+        for name in ("q_proj", "k_proj", "v_proj") if isinstance(size, int) else ():
+            projection: Any = getattr(module, name, None)
+            weight = getattr(getattr(projection, "base_layer", projection), "weight", None)
+            if isinstance(weight, DTensor) and _is_cut_off(weight, cast(int, size)):
+                return f"{path}.{name}"
+    return None
+
+
+def _is_cut_off(weight: DTensor, size: int) -> bool:
+    mesh = weight.device_mesh
+    parts = [mesh.size(i) for i, placed in enumerate(weight.placements) if placed.is_shard(0)]
+    return weight.shape[0] % (math.prod(parts) * size) != 0
+
+
+def _owned(
+    module: nn.Module, owner: nn.Module, prefix: str
+) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """Yield parameters with their names, and the module whose call joins them."""
+    owner = module if isinstance(module, FSDPModule) else owner
+    for name, parameter in module.named_parameters(prefix, recurse=False):
+        yield owner, name, parameter
+    for name, child in module.named_children():
+        yield from _owned(child, owner, f"{prefix}.{name}" if prefix else name)
+
+
+def _is_uneven(parameter: Tensor) -> bool:
+    """Return whether processes hold other numbers of rows of a parameter."""
+    if not isinstance(parameter, DTensor):
+        return False
+    return _is_cut_off(parameter, 1)
 
 
 def release(model: nn.Module) -> None:
@@ -77,6 +131,13 @@ def _sizes(held: Tensor) -> list[int]:
     sizes: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(sizes, held.numel())
     return sizes
+
+
+def most(number: int) -> int:
+    """Return the largest of the processes' numbers. All must call it."""
+    numbers: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(numbers, number)
+    return max(numbers)
 
 
 def cut(whole: Tensor, parameter: Tensor, flat: bool) -> Tensor:

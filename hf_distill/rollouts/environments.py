@@ -58,6 +58,7 @@ def play(
     environment: Environment | None,
     max_turns: int,
     end_ids: Sequence[int],
+    goes_on: Callable[[bool], bool] = bool,
 ) -> None:
     """Fill episodes with replies, and with what the environment says, round by round.
 
@@ -68,6 +69,9 @@ def play(
         environment: None for one reply each.
         max_turns: replies of an episode; the environment's messages behind the last are dropped.
         end_ids: tokens that end a reply. A reply that was cut off ends its episode.
+        goes_on: whether there is another round, given whether an episode here waits for one. Where
+            processes must sample together it is whether any of them has one: `sample` then gets no
+            contexts here.
 
     Raises:
         ValueError: the environment does not answer each attempt with a `Feedback`, or continues a
@@ -83,7 +87,8 @@ def play(
             return
         ended = [completion[-1] in end_ids for completion in completions]
         attempts = [e.attempt(end) for (e, _), end in zip(waiting, ended, strict=True)]
-        answered = zip(waiting, ended, _answers(environment, attempts), strict=True)
+        answers = _answers(environment, attempts) if attempts else []
+        answered = zip(waiting, ended, answers, strict=True)
         waiting = []
         for (episode, _), has_ended, feedback in answered:
             episode.columns |= feedback.columns
@@ -93,7 +98,7 @@ def play(
                 raise ValueError("the environment can continue chat messages only, got a text")
             episode.said.append(list(feedback.messages))
             waiting.append((episode, contexts.next_context(episode)))
-        if not waiting:
+        if turn + 1 < max_turns and not goes_on(bool(waiting)):
             return
 
 

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import GenerationConfig
 
 from hf_distill.data.batches import pad
+from hf_distill.models import pieces
 from hf_distill.models.modes import evaluating, kept_rng
 from hf_distill.models.routers import silent_routers
 from hf_distill.models.structure import causal_lm, is_sharded, unwrap
@@ -98,16 +99,6 @@ def _batches(
     return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
 
-def _check_calls(number: int) -> None:
-    numbers: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(numbers, number)
-    if len(set(numbers)) > 1:
-        raise ValueError(
-            "with sharded parameters every process must generate as often as the others; they "
-            f"would make {numbers} calls"
-        )
-
-
 @torch.no_grad()
 def generate(
     model: nn.Module,
@@ -124,7 +115,9 @@ def generate(
     """Generate completions of the prompts, by `generate` with the key-value cache.
 
     Args:
-        model: wrapped or not; it generates in eval mode and is then as before.
+        model: wrapped or not; it generates in eval mode and is then as before. Where its
+            parameters are sharded all processes must call this together, with any number of
+            prompts each: who has fewer calls to make takes part in those of the others.
         prompts: lists of token ids; they are padded on the left, unless the model continues them
             otherwise then, see `rollouts.left_padding`.
         pad_token_id: may equal an end token: a completion ends at its first end token, not where
@@ -145,8 +138,7 @@ def generate(
         One list of ids per prompt, with its end token if it has ended, without padding.
 
     Raises:
-        ValueError: parameters are sharded and the processes would make different numbers of calls;
-            or a prompt is longer than the model's learnt positions.
+        ValueError: a prompt is longer than the model's learnt positions.
     """
     lm: Any = unwrap(model)
     device = next(lm.parameters()).device
@@ -165,18 +157,19 @@ def generate(
         padding = left_padding(lm, prompts, pad_token_id, device)
         share = padding.sharing(max(map(len, prompts), default=0), max_completion_length)
         batches = _batches(prompts, batch_size, share)
+        one = batch_size is None and len(batches) == 1
         options: dict[str, Any] = {}
         if is_sharded(model):
-            _check_calls(len(batches))
             # a process that has ended goes on with the others, who need its parameters
+            batches += [[]] * (pieces.most(len(batches)) - len(batches))
             options["synced_gpus"] = torch.distributed.get_world_size() > 1
         found: dict[int, list[int]] = {}
         for number, rows in enumerate(batches):
-            one = batch_size is None and len(batches) == 1
             manual_seed(seed if one else _seed_of(seed, number))
-            completions = _call(lm, [prompts[i] for i in rows], config, padding, options)
+            given = [prompts[i] for i in rows] or [[pad_token_id]]  # of which nothing is kept
+            completions = _call(lm, given, config, padding, options)
             found |= {
-                i: cut_at_end_token(row, end_ids) for i, row in zip(rows, completions, strict=True)
+                i: cut_at_end_token(row, end_ids) for i, row in zip(rows, completions, strict=False)
             }
     return [found[i] for i in range(len(prompts))]
 

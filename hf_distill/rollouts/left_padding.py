@@ -18,7 +18,7 @@ from transformers import GenerationConfig, GenerationMixin
 
 from hf_distill.models.position_trials import LENIENT, MOST_NOISE, PADDING, ROW, Said, Trial
 from hf_distill.models.positions import positions_of
-from hf_distill.models.structure import causal_lm
+from hf_distill.models.structure import causal_lm, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -119,9 +119,12 @@ class _Generated:
         longer = torch.cat([other[:, :columns], other], dim=1)
         padded = torch.cat([torch.cat([fill, self.ids], dim=1), longer])
         found = self.apart(*self.continued(padded, columns))
+        if found <= self.limit and not is_sharded(self.lm):
+            return ANY
+        # where parameters are sharded all processes try the same, whatever they find
+        beside = self.apart(*self.continued(torch.cat([self.ids, other]), 0))
         if found <= self.limit:
             return ANY
-        beside = self.apart(*self.continued(torch.cat([self.ids, other]), 0))
         share = OF_ONE_LENGTH if beside <= self.limit else NONE
         logger.info(
             "rollouts: prompts that share a call: %s, because a %s does not continue a prompt that "

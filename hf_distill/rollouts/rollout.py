@@ -16,7 +16,7 @@ from hf_distill.data.batches import unpad
 from hf_distill.data.episodes import Episode
 from hf_distill.data.hint_collator import HintCollator
 from hf_distill.data.hints import Row
-from hf_distill.models.structure import causal_lm, unwrap
+from hf_distill.models.structure import causal_lm, is_sharded, unwrap
 from hf_distill.monitoring.completion_table import COLUMNS, CompletionTable
 from hf_distill.monitoring.metrics import CompletionMeter, HintOverlapMeter, ShareMeter
 from hf_distill.rollouts.config import RolloutConfig
@@ -162,10 +162,16 @@ class Rollouts:
             self.environment,
             self.config.max_turns if self.environment else 1,
             end_ids,
+            self._any_process if is_sharded(model) else bool,
         )
         for batch in episodes if training else []:
             share_siblings(batch)
         return episodes
+
+    def _any_process(self, goes_on: bool) -> bool:
+        """Return whether some process goes on; all must ask it."""
+        here = torch.tensor(int(goes_on), device=self.accelerator.device)
+        return bool(cast(Tensor, self.accelerator.reduce(here, reduction="sum")))
 
     def batch(
         self, model: nn.Module, episodes: list[Episode], collator: HintCollator
@@ -264,16 +270,15 @@ def make_engine(
         environment: judges the attempts, or None.
 
     Raises:
-        ValueError: processes would have to sample together, but an environment lets each play
-            another number of rounds.
+        ValueError: processes would have to sample together with vLLM, but an environment lets each
+            play another number of rounds.
         ImportError: the engine's library is not installed.
     """
     config = cast(RolloutConfig, run.args.rollout)
-    together = config.engine == "vllm" or run.sharded
     rounds = 1 if environment is None else config.max_turns
-    if together and rounds > 1 and run.accelerator.num_processes > 1:
+    if config.engine == "vllm" and rounds > 1 and run.accelerator.num_processes > 1:
         raise ValueError(
-            "engine 'vllm' and sharded parameters need the same rounds on all "
+            "engine 'vllm' needs the same rounds on all "
             f"{run.accelerator.num_processes} processes: set rollout.max_turns=1, got {rounds}"
         )
     sampling = rollouts.Sampling(

@@ -213,6 +213,18 @@ class StatefulTrainer(ResumableTrainer):
             add_to_optimizer(optimizer, projections, cast(nn.Module, self.model), self.lr_scheduler)
         return optimizer
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Do as `Trainer` does; a model whose checkpoints FSDP writes in pieces is written whole.
+
+        The `Trainer` writes nothing where the `state_dict_type` of FSDP is not FULL_STATE_DICT.
+        """
+        if self.is_fsdp_enabled and not _internal_call:
+            kind = str(cast(Any, self.accelerator.state).fsdp_plugin.state_dict_type)
+            if "FULL_STATE_DICT" not in kind:
+                logger.info("save_model: the whole model, though checkpoints are by %s", kind)
+                self._save(output_dir, self.accelerator.get_state_dict(self.model))
+        super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         with nullcontext() if self._layers is None else self._layers.detached():
             super()._save(output_dir, state_dict)

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_distill.data.hint_collator import HintCollator, find_hint_collator
 from hf_distill.data.hint_schedule import hint_schedule_of
@@ -20,9 +20,10 @@ from hf_distill.losses import (
     as_loss,
 )
 from hf_distill.models.heads_apart import shard_heads
+from hf_distill.models.pieces import cut_heads, unevenly_held_twice
 from hf_distill.models.structure import check_decoder
 from hf_distill.run import Run
-from hf_distill.teachers import SelfTeacher, Teacher
+from hf_distill.teachers import SelfTeacher, Teacher, has_adapters
 from hf_distill.trainers import config_schedules
 from hf_distill.trainers.distill_config import DistillConfig
 from hf_distill.trainers.opsd_config import OPSDConfig
@@ -84,8 +85,12 @@ def check_setup(run: Run) -> None:
     _check_processes(run)
     _check_engine(run)
     _check_recomputed(run)
+    _check_tied(run)
+    _check_heads("student", run.student)
+    _check_best_model(run)
     for teacher in run.teachers:
         _check_same_rows(run, teacher)
+        _check_heads("teacher", getattr(teacher, "model", None))
         _check_dense(run, teacher)
         _check_temperature(run, teacher)
         teacher.check(run)
@@ -229,6 +234,44 @@ def _check_recomputed(run: Run) -> None:
             "hidden_layers must not be compared under FSDP's own activation checkpointing, which "
             "recomputes them without being watched, got fsdp_config activation_checkpointing=True "
             f"and hidden_layers={run.args.hidden_layers!r}: leave out one of the two"
+        )
+
+
+def _check_tied(run: Run) -> None:
+    """Check that each process has as many rows of embeddings that are a head's weights too."""
+    name = unevenly_held_twice(run.student)
+    if name is not None:
+        raise ValueError(
+            "embeddings that are tied to the head must have as many rows on each process where "
+            "Transformers shards the model at loading (of two padded copies only one would be "
+            f"trained), got {name} of {run.student.get_parameter(name).shape[0]} rows on "
+            f"{run.accelerator.num_processes} processes: take a number of processes that divides "
+            "it, or accelerate's FSDP"
+        )
+
+
+def _check_heads(name: str, model: Any) -> None:
+    """Check that each process of a model under tensor parallelism has whole attention heads."""
+    size = getattr(model, "_tp_size", None) or 1 if isinstance(model, nn.Module) else 1
+    cut = cut_heads(model) if size > 1 else None
+    if cut is not None:
+        raise ValueError(
+            f"the attention heads of the {name} must be divisible by tp_size, got tp_size {size} "
+            f"and {cut}, whose heads are cut: take a tp_size that divides num_attention_heads and "
+            "num_key_value_heads"
+        )
+
+
+def _check_best_model(run: Run) -> None:
+    """Check that the best model can be loaded at the end."""
+    is_fsdp = run.accelerator.distributed_type == DistributedType.FSDP
+    if not is_fsdp or run.accelerator.is_fsdp2:
+        return
+    if getattr(run.args, "load_best_model_at_end", False) and has_adapters(run.student):
+        raise ValueError(
+            "the best model's adapters are not loaded under FSDP 1 (the Trainer leaves other "
+            "weights, and says nothing), got load_best_model_at_end=True and a student with "
+            "adapters: take FSDP 2, or load the best checkpoint after training"
         )
 
 

@@ -30,13 +30,18 @@ class Process(NamedTuple):
 
 
 def _child(
-    folder: Path, rank: int | None, rename: int | None, tells: bool, sender: Connection
+    folder: Path,
+    rank: int | None,
+    rename: int | None,
+    tells: bool,
+    world: int,
+    sender: Connection,
 ) -> None:
     if tells:
         writing.tell_renames(sender.send)
     if rename is not None:
         writing.die_at_rename(rename)
-    writing.write(folder, rank, sender.send)
+    writing.write(folder, rank, sender.send, world)
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +55,20 @@ def start(
     rank: int | None = None,
     rename: int | None = None,
     tells: bool = False,
+    world: int = 2,
 ) -> Process:
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(folder, rank, rename, tells, sender))
+    process = context.Process(target=_child, args=(folder, rank, rename, tells, world, sender))
     process.start()
     sender.close()
     return Process(process, receiver)
 
 
 def finish(context: Any, folder: Path, world: int) -> None:
-    """Go on to the end, in one process or two."""
+    """Go on to the end, in one process or several."""
     folder.with_name(folder.name + ".meeting").unlink(missing_ok=True)
     ranks: Sequence[int | None] = [None] if world == 1 else range(world)
-    processes = [start(context, folder, rank) for rank in ranks]
+    processes = [start(context, folder, rank, world=world) for rank in ranks]
     for process in processes:
         process.wait_for(BEGUN)
         process.wait_for(DONE)
@@ -172,6 +178,22 @@ def test_two_processes_go_on_from_one_and_one_from_two(
     for number in (1, 2, 7):
         (folder / sidecar_name(number)).unlink()
     finish(context, folder, 1)
+    assert_is_whole(folder, straight)
+
+
+@pytest.mark.distributed
+def test_one_of_three_processes_is_killed(tmp_path: Path, context: Any, straight: Path) -> None:
+    """The launcher then ends the others, which would wait; three others go on."""
+    folder = tmp_path / "cache"
+    dies = {1: 4}  # at the third shard of process 1: it renames two files for each
+    running = [start(context, folder, rank, dies.get(rank), world=3) for rank in range(3)]
+    running[1].ended(-9)
+    kept = check_kept(folder, {})
+    for one in (running[0], running[2]):
+        one.process.kill()
+        one.ended(-9)
+    assert 0 < len(check_kept(folder, kept)) < SHARDS
+    finish(context, folder, 3)
     assert_is_whole(folder, straight)
 
 

@@ -52,11 +52,11 @@ def tell_renames(tell: Callable[[str], Any]) -> None:
     os.replace = renamed
 
 
-def write(folder: Path, rank: int | None, tell: Callable[[str], Any]) -> None:
-    """Write the cache, from where it is; in one process or as a rank of two."""
+def write(folder: Path, rank: int | None, tell: Callable[[str], Any], world: int = 2) -> None:
+    """Write the cache, from where it is; in one process or as a rank of several."""
     torch.set_num_threads(1)
     if rank is not None:
-        processes.join(folder.with_name(folder.name + ".meeting"), rank)
+        processes.join(folder.with_name(folder.name + ".meeting"), rank, world)
     model, tokenizer = models.llama(), models.tokenizer()
     tell(BEGUN)
     caches.write(

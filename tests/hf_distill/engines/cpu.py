@@ -9,6 +9,7 @@ import os
 import sys
 from typing import Any
 
+import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch.nn.parallel import DistributedDataParallel
@@ -31,6 +32,7 @@ def take_processes_for_devices() -> None:
         ddp_init(self, module, **kwargs)
 
     DistributedDataParallel.__init__ = without_ids
+    torch.Tensor.pin_memory = lambda self, *_: self  # what is offloaded stays where it is
     training_args.is_torch_bf16_gpu_available = lambda: True
 
 

@@ -11,90 +11,30 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hf_distill import DistillConfig, DistillTrainer, ModelTeacher
 from hf_distill.models.heads_apart import heads_apart
 from hf_distill.trainers.checks import check_setup, shard_loss
-from metal_ops.backends.blocks import linear, split
 from tests.hf_distill.engines import cpu
-from tests.hf_distill.engines.setups import WIDE, Place, largest, llama, same_logs, train
+from tests.hf_distill.engines.no_logits import in_chunks
+from tests.hf_distill.engines.setups import Place, largest, llama, same_logs, train
 from tests.hf_distill.engines.table import ROUNDING, result_file
-from tests.hf_distill.trainers import models, own_losses
+from tests.hf_distill.trainers import models
 from tests.processes import run_two
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
 
-VOCAB = WIDE["vocab_size"]
-CHUNK = 4  # tokens whose logits may exist at a time
 SHORT: dict[str, tuple[str, ...]] = {
-    "fsdp2": ("separate", "tied both", "base, lora", "live", "ema, full"),
+    "fsdp2": (
+        *("separate", "tied both", "base, lora", "live", "ema, full"),
+        *("environment", "saved, sharded"),
+    ),
     "fsdp2-shard": ("tied", "live", "a process without tokens", "padded vocabulary"),
     "tp": (
-        "both in pieces, tied",
-        "evaluation",
-        "base, full",
-        "entropy weights",
+        *("both in pieces, tied", "evaluation", "base, full", "entropy weights"),
         "padded vocabulary",
     ),
 }
-
-
-class NoLogits(TorchDispatchMode):
-    """Fails where logits of more tokens are made than a chunk has, or a head is made whole.
-
-    Args:
-        in_rows: whether each process has some rows of the heads, which are not joined.
-    """
-
-    def __init__(self, in_rows: bool) -> None:
-        super().__init__()
-        self.in_rows, self.width = in_rows, VOCAB // 2 if in_rows else VOCAB
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if isinstance(made, torch.Tensor) and made.shape[-1:] == (self.width,):
-            of_head = made.shape[-2:-1] == (WIDE["hidden_size"],)  # its weight, transposed
-            if made.numel() // self.width > CHUNK and not of_head:
-                raise AssertionError(f"{func} made logits {list(made.shape)}")
-        if self.in_rows:
-            found = [x for x in tree_leaves((args, made)) if isinstance(x, torch.Tensor)]
-            plain = [x for x in found if not isinstance(x, DTensor) and x.shape[:1] == (VOCAB,)]
-            if any(x.numel() > VOCAB for x in plain):
-                raise AssertionError(f"{func} has a whole head")
-        return made
-
-
-class WithoutLogits(DistillTrainer):
-    """Trains under `NoLogits` once the first batch was looked at, whose probes read a few."""
-
-    watch: Any
-
-    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self._looked:
-            return super().compute_loss(model, *args, **kwargs)
-        with self.watch:
-            return super().compute_loss(model, *args, **kwargs)
-
-
-def without_logits(place: Place, **changes: Any) -> str:
-    """Train a few steps; what was made that must not be, or nothing."""
-    loss = changes.pop("loss", None)
-    args = DistillConfig(**place.options(**changes))
-    rows = models.rows(48, longest=24)
-    # untied embeddings are a module of the engine's like others
-    tied = {"tie_word_embeddings": place.engine == "fsdp2-shard"}
-    teacher = place.loaded(llama(1, **tied), "the-teacher")
-    student = place.loaded(llama(**tied), "the-student")
-    trainer = WithoutLogits(student, args, models.Pad(), rows, teacher=teacher, loss=loss)
-    trainer.watch = NoLogits(place.engine in ("tp", "fsdp2-shard"))
-    try:
-        trainer.train()
-    except AssertionError as error:
-        return str(error)
-    return ""
 
 
 def of_a_process(engine: str, folder: Path) -> None:
@@ -105,12 +45,8 @@ def of_a_process(engine: str, folder: Path) -> None:
         found = train(name, Place(file.parent, engine, 2))
         if torch.distributed.get_rank() == 0:
             torch.save(found, file)
-    for module in (linear, split):
-        module.tokens_per_chunk = lambda *_: CHUNK
-    place = Place(folder, engine, 2)
-    said = [without_logits(place), without_logits(place, label_smoothing_factor=0.1)]
-    said.append(without_logits(place, loss=own_losses.Measuring()))
-    torch.save(said, folder / f"logits-{torch.distributed.get_rank()}.pt")
+    rank = torch.distributed.get_rank()
+    torch.save(in_chunks(Place(folder, engine, 2)), folder / f"logits-{rank}.pt")
 
 
 @pytest.fixture(scope="module", params=SHORT)
@@ -127,6 +63,7 @@ def test_two_processes_are_one(engine: tuple[str, Path], tmp_path: Path) -> None
     for setup in SHORT[name]:
         many = torch.load(result_file(folder, name, setup), weights_only=False)
         one = train(setup, Place(tmp_path, "one", 1))
+        assert not many.get("wrong"), setup
         assert largest(one["weights"], many["weights"]) < ROUNDING, setup
         assert same_logs(one["logs"], many["logs"]) == [], setup
         if one["weights"].keys() == start.keys():  # and training moves far more than rounding
@@ -149,9 +86,10 @@ def run_of(**changes: Any) -> Any:
     """Enough of a run for the checks that come first."""
     args = {"n_gpu": 1, "use_cpu": False, "fsdp": None, "deepspeed": None}
     own = {"num_copies": 1, "num_parts": 1, "teachers": [], "is_classifier": True}
+    own["student"] = nn.Identity()
     given = {name: changes.pop(name) for name in tuple(changes) if name in args}
     kind = changes.pop("kind", DistributedType.MULTI_CPU)
-    accelerator = SimpleNamespace(distributed_type=kind, num_processes=2)
+    accelerator = SimpleNamespace(distributed_type=kind, num_processes=2, is_fsdp2=True)
     made = args | given
     return SimpleNamespace(args=SimpleNamespace(**made), accelerator=accelerator, **own | changes)
 
@@ -189,6 +127,19 @@ def test_layers_that_fsdp_recomputes_are_refused() -> None:
     ):
         check_setup(run)
     run.args.hidden_layers = None
+    check_setup(run)
+
+
+def test_adapters_that_would_not_be_loaded_are_refused() -> None:
+    run = run_of(kind=DistributedType.FSDP, student=models.lora(models.llama()))
+    run.accelerator.is_fsdp2 = False
+    check_setup(run)
+    run.args.load_best_model_at_end = True
+    with pytest.raises(ValueError, match=r"not loaded under FSDP 1 .* got load_best_model_at_end"):
+        check_setup(run)
+    run.accelerator.is_fsdp2 = True
+    check_setup(run)
+    run.accelerator.is_fsdp2, run.student = False, models.llama()
     check_setup(run)
 
 

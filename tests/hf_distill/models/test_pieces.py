@@ -3,10 +3,22 @@
 Engines cut and join them in `tests/hf_distill/engines`.
 """
 
+from collections import OrderedDict
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hf_distill.models import pieces
+from hf_distill.trainers import checks
 
 
 def test_names_without_wrappers() -> None:
@@ -32,3 +44,54 @@ def test_a_parameter_of_zero_3_has_its_piece_beside_it() -> None:
     assert not pieces.lies_flat(model)
     model.weight = parameter
     assert pieces.lies_flat(model)
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    """One of three processes; the others are made up."""
+    dist.init_process_group("fake", rank=0, world_size=3, store=FakeStore())
+    yield init_device_mesh("cpu", (3,))
+    dist.destroy_process_group()
+
+
+def tied(rows: int, mesh: Any, apart: bool, trained: bool = True) -> nn.Module:
+    """Embeddings and a head of the same weights, joined apart or by the whole model's call."""
+    parts = {"embeddings": nn.Embedding(rows, 2), "head": nn.Linear(2, rows, False)}
+    model = nn.Sequential(OrderedDict(parts))
+    model.requires_grad_(trained)
+    if apart:
+        fully_shard(model.embeddings, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model.head.weight = model.embeddings.weight
+    return model
+
+
+def test_tied_weights_that_fsdp_2_holds_twice(mesh: Any) -> None:
+    assert pieces.unevenly_held_twice(tied(7, mesh, apart=True)) == "head.weight"
+    assert pieces.unevenly_held_twice(tied(9, mesh, apart=True)) is None  # one memory
+    assert pieces.unevenly_held_twice(tied(7, mesh, apart=False)) is None
+    assert pieces.unevenly_held_twice(tied(7, mesh, apart=True, trained=False)) is None
+    run: Any = SimpleNamespace(student=tied(7, mesh, apart=True))
+    run.accelerator = SimpleNamespace(num_processes=3)
+    with pytest.raises(ValueError, match=r"got head.weight of 7 rows on 3 processes: take a num"):
+        checks._check_tied(run)
+
+
+class Attention(nn.Module):
+    """Heads of 4 numbers, under tensor parallelism."""
+
+    def __init__(self, heads: int, mesh: Any) -> None:
+        super().__init__()
+        self.head_dim, self._tp_size = 4, 3
+        self.k_proj = nn.Linear(2, 4 * heads, bias=False)
+        cut = distribute_tensor(self.k_proj.weight.data, mesh, [Shard(0)])
+        self.k_proj.weight = nn.Parameter(cut)
+
+
+def test_heads_that_processes_would_share(mesh: Any) -> None:
+    assert pieces.cut_heads(nn.ModuleDict({"one": Attention(6, mesh)})) is None
+    assert pieces.cut_heads(nn.ModuleDict({"one": Attention(4, mesh)})) == "one.k_proj"
+    checks._check_heads("teacher", Attention(6, mesh))
+    checks._check_heads("teacher", None)
+    with pytest.raises(ValueError, match=r"heads of the teacher must be .* got tp_size 3 and "):
+        checks._check_heads("teacher", Attention(4, mesh))
