@@ -51,6 +51,7 @@ test-engines-train: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m 'slow or not slow' tests/hf_distill/engines/test_exchanged.py
 	$(BIN)/python -m tests.hf_distill.engines.table --processes 3 --few
 	$(BIN)/python -m tests.hf_distill.engines.renumbered
+	$(BIN)/python -m pytest -m slow tests/hf_distill/engines/test_memory.py tests/recipes/test_accelerate_files.py
 
 # the oldest and the newest transformers and torch, each laid over .venv
 test-versions: $(VENV)/.installed-test

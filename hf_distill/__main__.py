@@ -1,8 +1,9 @@
-"""python -m hf_distill: what is here, and teacher caches on the command line.
+"""python -m hf_distill: what is here, teacher caches and memory plans on the command line.
 
 python -m hf_distill cache write MODEL DATASET PATH
 accelerate launch -m hf_distill cache write MODEL DATASET PATH
 python -m hf_distill cache inspect PATH
+python -m hf_distill plan MODEL [TEACHER] --devices 8
 """
 
 import argparse
@@ -27,6 +28,7 @@ from hf_distill.cache.codecs import CODECS
 from hf_distill.cache.inspect import describe, measure
 from hf_distill.cache.progress import VERIFY as VERIFY_WRITTEN
 from hf_distill.cache.reader import VERIFY as VERIFY_READ
+from hf_distill.monitoring.plan_command import add_plan
 from hf_distill.teachers import ModelTeacher
 
 
@@ -130,6 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--split", default="train")
     inspect.add_argument("--subset", help="of a data set of the hub")
     inspect.add_argument("--hint", help="as at the writing")
+    add_plan(commands)
     return parser
 
 

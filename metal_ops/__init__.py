@@ -19,6 +19,7 @@ from metal_ops.functional import (
     divergence_with_stats,
     hidden_divergence,
     linear_divergence,
+    linear_scratch_bytes,
     sparse_divergence,
     weighted_divergence,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "divergence_with_stats",
     "hidden_divergence",
     "linear_divergence",
+    "linear_scratch_bytes",
     "preset",
     "sparse_divergence",
     "weighted_divergence",

@@ -3,7 +3,7 @@
 from metal_ops.functional._arguments import DivergenceStats, forbid_second_derivative
 from metal_ops.functional.head import Head, OwnRows, gather_shards, is_dtensor
 from metal_ops.functional.hidden import hidden_divergence
-from metal_ops.functional.linear import LinearTerms, linear_divergence
+from metal_ops.functional.linear import LinearTerms, linear_divergence, linear_scratch_bytes
 from metal_ops.functional.logits import (
     WeightedTerms,
     divergence,
@@ -29,6 +29,7 @@ __all__ = [
     "hidden_divergence",
     "is_dtensor",
     "linear_divergence",
+    "linear_scratch_bytes",
     "sparse_divergence",
     "weighted_divergence",
 ]

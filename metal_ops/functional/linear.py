@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from metal_ops import _ops
+from metal_ops.backends.blocks import sizes
+from metal_ops.backends.blocks.rows import NUM_BUFFERS, accumulator
 from metal_ops.functional._arguments import (
     DivergenceStats,
     forbid_second_derivative,
@@ -268,3 +270,28 @@ def linear_divergence(
     if not own_tokens:
         return _linear(tokens, heads, settings, group)
     return _of_own_tokens(tokens, heads, settings, group)
+
+
+def linear_scratch_bytes(num_tokens: int, student_head: Head, teacher_head: Head) -> int:
+    """Return the bytes that `linear_divergence` takes while it runs on blocks in PyTorch.
+
+    They are the logits of a chunk of tokens and the buffers of a block of rows. Inputs and
+    gradients are not in it: that of a trained head is [vocab, hidden] in float32.
+
+    Args:
+        num_tokens: the tokens of a call, at least 0.
+        student_head: of [vocab, hidden]; only its shape, dtype and device are read, and the meta
+            device stands for any accelerator.
+        teacher_head: the same of the teacher; the student's own if both sides share it.
+
+    Raises:
+        ValueError: num_tokens is negative.
+    """
+    if num_tokens < 0:
+        raise ValueError(f"num_tokens must be at least 0, got {num_tokens}")
+    weight = student_head.weight
+    vocab, hidden = weight.shape
+    tokens = min(num_tokens, sizes.tokens_per_chunk(weight[:1, :hidden], weight))
+    logits = sum(sizes.product_dtype(x.weight).itemsize for x in (student_head, teacher_head))
+    rows = min(tokens, sizes.rows_per_block(weight, vocab))
+    return vocab * (tokens * logits + NUM_BUFFERS * rows * accumulator(weight).itemsize)
