@@ -36,6 +36,7 @@ from hf_distill.models.head_replacement import call_in_head
 from hf_distill.models.heads_apart import is_apart
 from hf_distill.models.kept_logits import KEEP, takes_mask
 from hf_distill.models.layers import LayerWatcher, States
+from hf_distill.models.pieces import stays_joined
 from hf_distill.models.positions import Positions, positions_of
 from hf_distill.models.probe_rows import ProbeRow, probe_row
 from hf_distill.models.routers import RouterWatcher, asks_routers
@@ -179,7 +180,7 @@ class Reader:
         self.look(model, side)
         if not (self.is_in_pieces and self._post and torch.is_grad_enabled()):
             return False
-        head: Any = cast(Any, self._meet(model)).get_output_embeddings()
+        head = self._head_of(model)
         if is_apart(head):  # processes must agree
             return False
         if not head.weight.requires_grad:
@@ -324,8 +325,11 @@ class Reader:
             told = lambda *x: read(Signal(None, *x, states=states(), own_tokens=apart))
             return self.at_head(model, side, told, kwargs)
 
+    def _head_of(self, model: nn.Module) -> Any:
+        return cast(Any, self._meet(model)).get_output_embeddings()
+
     def _is_apart(self, model: nn.Module) -> bool:
-        return is_apart(cast(Any, self._meet(model)).get_output_embeddings())
+        return is_apart(self._head_of(model))
 
     @contextmanager
     def watching(self, model: nn.Module, side: Side) -> Iterator[Callable[[], States]]:
@@ -346,7 +350,9 @@ class Reader:
                 yield seen.states
 
     @torch.no_grad()
-    def signal(self, model: nn.Module, side: Side, frozen_head: bool = True) -> Signal:
+    def signal(
+        self, model: nn.Module, side: Side, frozen_head: bool = True, alone: bool = False
+    ) -> Signal:
         """Return the model's signal without gradient.
 
         Args:
@@ -355,11 +361,13 @@ class Reader:
             frozen_head: False keeps the head's own parameter in the signal, so that the op can see
                 that student and teacher share it, or none where parameters lie in pieces: then it
                 is the student's, given where that is whole. True takes its value now.
+            alone: whether nothing else runs the model, or changes it, while the signal is used.
         """
         self.look(model, side)
         keep = _frozen if frozen_head else _same
         if self.is_in_pieces and not self._is_apart(model):
-            keep = _copied if frozen_head else _headless
+            stays = alone and stays_joined(self._head_of(model))
+            keep = _frozen if stays else _copied if frozen_head else _headless
         said = self.run(model, side, keep)
         return replace(said, experts=self.routers.experts)
 

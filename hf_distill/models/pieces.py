@@ -106,6 +106,14 @@ def release(model: nn.Module) -> None:
                 handle.reshard(True)
 
 
+def stays_joined(module: nn.Module) -> bool:
+    """Return whether FSDP 2 leaves what it has joined of a module so after its forward."""
+    if not isinstance(module, FSDPModule):
+        return False
+    groups: Any = cast(Any, module)._get_fsdp_state()._fsdp_param_groups
+    return bool(groups) and not any(group._reshard_after_forward for group in groups)
+
+
 def piece(parameter: Tensor) -> Tensor:
     """Return what this process holds of a parameter: memory that an engine reads."""
     if isinstance(parameter, DTensor):

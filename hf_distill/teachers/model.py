@@ -259,7 +259,7 @@ class ModelTeacher(Teacher):
     def signal(self, student: nn.Module, side: Side) -> Signal:
         """Return the frozen model's view of its side of the batch."""
         with self._in_eval_mode(), self._autocast():
-            return self._reader.signal(self.model, side)
+            return self._reader.signal(self.model, side, alone=not self._common)
 
 
 def _named(name: str) -> ModelTeacher:

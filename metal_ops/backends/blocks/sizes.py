@@ -101,8 +101,14 @@ def head_slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Ten
         yield at, weight[at].to(dtype)
 
 
-def tokens_per_chunk(hidden: Tensor, weight: Tensor) -> int:
-    """Count the tokens of [N, H] whose logits for a head [V, H] are held at a time, on one side."""
+def tokens_per_chunk(hidden: Tensor, weight: Tensor, vocab: int | None = None) -> int:
+    """Count the tokens of [N, H] whose logits for a head [V, H] are held at a time, on one side.
+
+    Args:
+        hidden: on the device.
+        weight: of the head, or some of its rows.
+        vocab: V, if these are some of them.
+    """
     limit = CHUNK_BYTES.get(hidden.device.type, DEVICE_CHUNK_BYTES)
-    tokens = limit // (product_dtype(weight).itemsize * max(1, weight.shape[0]))
+    tokens = limit // (product_dtype(weight).itemsize * max(1, vocab or weight.shape[0]))
     return min(max(tokens, MIN_TOKENS), MAX_TOKENS)

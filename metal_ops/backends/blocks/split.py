@@ -96,13 +96,13 @@ class Place(NamedTuple):
 def _place(student: Projection, group: dist.ProcessGroup) -> Place:
     """Find this process's place. All processes of the group must call it."""
     weight = student.weight
-    own = torch.tensor([len(weight), tokens_per_chunk(student.hidden, weight)])
-    own = own.to(weight.device)
-    every = own.new_empty(dist.get_world_size(group), 2)
-    dist.all_gather_into_tensor(every, own[None], group=group)
-    every = every.cpu()
-    first = int(every[: dist.get_rank(group), 0].sum())
-    return Place(group, first, int(every[:, 1].min()))
+    own = torch.tensor([len(weight)], device=weight.device)
+    every = own.new_empty(dist.get_world_size(group))
+    dist.all_gather_into_tensor(every, own, group=group)
+    rows = every.tolist()
+    # as many as where each process has the whole heads
+    tokens = tokens_per_chunk(student.hidden, weight, sum(rows))
+    return Place(group, sum(rows[: dist.get_rank(group)]), tokens)
 
 
 def join_normalisers(tops: Tensor, sums: Tensor, inv_t: float) -> tuple[Tensor, Tensor]:
