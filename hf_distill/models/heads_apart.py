@@ -18,7 +18,6 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed import fsdp
-from torch.nn import functional as F
 
 from hf_distill.models.structure import causal_lm
 from metal_ops import Head
@@ -126,8 +125,8 @@ class _Lookup(torch.autograd.Function):
         every = AllIds.of(own, at.group)
         local = every.ids - at.rows.start
         mine = (local >= 0) & (local < len(weight))
-        rows = F.pad(weight, (0, 0, 0, 1))  # and one of zeros
-        found = rows[torch.where(mine, local, len(weight))]
+        found = weight.new_zeros(len(local), weight.shape[1])
+        found[mine] = weight[local[mine]]
         kept = found.new_empty(every.most, found.shape[1])
         dist.reduce_scatter_tensor(kept, found, group=at.group)
         ctx.every, ctx.local, ctx.group, ctx.size = every, local, at.group, weight.shape

@@ -210,6 +210,8 @@ class _EnginePlan:
         backward = max(block, of_head, key=sum)
         if self.engine == "zero3":
             return head, backward, self._teacher_head()
+        if self.settings.shard_loss:
+            return 0, block, 0
         # FSDP 2 gives up a buffer of what it has gathered only when it gathers again
         return 2 * head, backward, 2 * self._teacher_head()
 
@@ -228,18 +230,25 @@ class _EnginePlan:
     @property
     def by_logits(self) -> bool:
         """Return whether the trainer reads logits, see `Reader.takes_less_by_logits`."""
-        if self.engine == "tp" and self.parts > 1:
-            return True
         if self.engine not in ("fsdp2", "zero3") or not self.student.trains_head:
+            return False
+        if self._splits_head:
             return False
         copies = HEAD_COPIES["ZeRO" if self.engine == "zero3" else "FSDP"]
         return self.settings.tokens < self.student.hidden * copies / LOGITS_COPIES
 
+    @property
+    def _splits_head(self) -> bool:
+        """Return whether a device computes its rows of the heads only."""
+        shards = self.engine == "fsdp2" and self.settings.shard_loss
+        return self.parts > 1 and (shards or self.engine == "tp")
+
     def _loss(self) -> Row:
         tokens, vocab, hidden = self.settings.tokens, self.student.vocab, self.student.hidden
+        if self._splits_head:
+            vocab = -(-vocab // self.parts)
+            tokens *= self.parts if self.engine == "fsdp2" else 1  # hidden states of all
         gradient = vocab * hidden * WIDE if self.student.trains_head else 0
-        if self.engine == "tp":
-            gradient //= self.parts
         if self.by_logits:
             logits = tokens * vocab * WIDE
             return Row("loss", int(LOGITS_COPIES * logits), logits + gradient, 0)
@@ -251,7 +260,7 @@ class _EnginePlan:
         if self.settings.bf16 and not self.rounds:  # autocast keeps the heads in 16 bits
             loss += vocab * (hidden + width) * 2
         copies = 1.0
-        if self.engine in ("fsdp2", "zero3") and self.parts > 1:
+        if self.engine in ("fsdp2", "zero3") and self.parts > 1 and not self._splits_head:
             copies = HEAD_COPIES["ZeRO" if self.engine == "zero3" else "FSDP"]
         return Row("loss", loss, int(copies * gradient) + tokens * hidden * self._width, 0)
 
@@ -270,7 +279,8 @@ class _EnginePlan:
         if sizes is not None:
             kind = torch.bfloat16 if rounded else sizes.dtype
             teacher = Head(one(kind).expand(sizes.vocab, sizes.hidden))
-        return linear_scratch_bytes(self.settings.tokens, student, teacher)
+        found = linear_scratch_bytes(self.settings.tokens, student, teacher)
+        return -(-found // self.parts) if self._splits_head else found  # as many tokens, fewer rows
 
     def _buffers(self) -> Row:
         """Return DeepSpeed's buffer for gradients on their way."""

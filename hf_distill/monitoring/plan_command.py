@@ -40,6 +40,7 @@ def add_plan(parsers: Any) -> None:
     plan.add_argument("--teacher", choices=SELF_TEACHERS, help="without TEACHER: base, if left out")
     plan.add_argument("--teacher_dtype", choices=DTYPES, help="its config's, if it is left out")
     plan.add_argument("--reduce_bucket_size", type=int, help="DeepSpeed's; 'auto', if left out")
+    plan.add_argument("--shard_loss", action="store_true", help="of FSDP 2: heads stay in pieces")
     plan.add_argument("--device", default="cuda", choices=("cuda", "mps", "cpu"))
     plan.add_argument("--json", action="store_true", help="bytes, for programs")
 

@@ -30,6 +30,7 @@ class PlanSettings:
         teacher: "model" is another one; "base", "live", "ema" or "lora_scale" is the student.
         teacher_dtype: that another one is loaded in; None is its config's.
         reduce_bucket_size: elements of DeepSpeed's buffer of gradients; None is its "auto", H * H.
+        shard_loss: as in the config, under FSDP 2.
         device: "cuda", "mps" or "cpu", which have chunks of different sizes.
 
     Raises:
@@ -49,6 +50,7 @@ class PlanSettings:
     teacher: str = "base"
     teacher_dtype: str | None = None
     reduce_bucket_size: int | None = None
+    shard_loss: bool = False
     device: str = "cuda"
 
     def __post_init__(self) -> None:

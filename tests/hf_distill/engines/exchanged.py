@@ -1,11 +1,35 @@
 """Bytes and calls of the collectives of a training's steps."""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from metal_ops import _ops
+
+
+@contextmanager
+def everywhere(mode: TorchDispatchMode) -> Iterator[None]:
+    """Inside the block the mode sees operators, also those inside of this library's operations.
+
+    A mode that sees an operation of a library does not see what that calls.
+    """
+    run = _ops.run
+
+    def seen(*args: Any) -> Any:
+        with mode:
+            return run(*args)
+
+    _ops.run = seen
+    try:
+        with mode:
+            yield
+    finally:
+        _ops.run = run
 
 
 class Exchanged(TorchDispatchMode):

@@ -9,11 +9,13 @@ from torch.utils._pytree import tree_leaves
 
 from hf_distill import DistillConfig, DistillTrainer
 from metal_ops.backends.blocks import linear, split
+from metal_ops.backends.blocks.rows import NUM_BUFFERS
+from tests.hf_distill.engines.exchanged import everywhere
 from tests.hf_distill.engines.setups import WIDE, Place, llama
 from tests.hf_distill.trainers import models, own_losses
 
 VOCAB = WIDE["vocab_size"]
-CHUNK = 4  # tokens whose logits may exist at a time
+CHUNK = 4  # tokens whose logits may exist at a time, in as many tensors as a block has buffers
 IN_ROWS = ("fsdp2-shard", "tp")  # engines under which each process has some rows of the heads
 
 
@@ -32,7 +34,7 @@ class NoLogits(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         if isinstance(made, torch.Tensor) and made.shape[-1:] == (self.width,):
             of_head = made.shape[-2:-1] == (WIDE["hidden_size"],)  # its weight, transposed
-            if made.numel() // self.width > CHUNK and not of_head:
+            if made.numel() // self.width > CHUNK * NUM_BUFFERS and not of_head:
                 raise AssertionError(f"{func} made logits {list(made.shape)}")
         if self.width != VOCAB:
             found = [x for x in tree_leaves((args, made)) if isinstance(x, torch.Tensor)]
@@ -50,7 +52,7 @@ class WithoutLogits(DistillTrainer):
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         if not self._looked:
             return super().compute_loss(model, *args, **kwargs)
-        with self.watch:
+        with everywhere(self.watch):
             return super().compute_loss(model, *args, **kwargs)
 
 
