@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_distill.losses.split_heads import joined
 from hf_distill.models.signals import Head, Signal
 from metal_ops import reference
 from metal_ops.functional import forbid_second_derivative
@@ -81,7 +82,7 @@ def log_probs(student: Signal, targets: Tensor, temperature: float = 1.0) -> Ten
 
 def projected_chunks(hidden: Tensor, head: Head) -> Iterator[tuple[Tensor, slice]]:
     """Yield logits [n, V] of hidden states [N, H], a chunk of tokens at a time, and its slice."""
-    whole = head.gathered()
+    whole = joined(head)
     weight, bias = whole.weight, whole.bias
     for at in token_chunks(len(hidden), len(weight)):
         yield reference.head(hidden[at], weight, bias, head.logit_scale, head.softcap), at
@@ -191,7 +192,7 @@ def sum_over_chunks(
         else at_least_float32(weights).new_ones(())
     )
     size = torch.where(size > 0, size, 1.0)
-    whole = None if head is None else head.gathered()
+    whole = None if head is None else joined(head)
     weight, bias = (None, None) if whole is None else (whole.weight, whole.bias)
     width = width or (hidden.shape[1] if weight is None else len(weight))
     trained = (None if x is None else forbid_second_derivative(x) for x in (hidden, weight, bias))

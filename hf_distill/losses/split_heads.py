@@ -73,3 +73,10 @@ def split_heads(student: Signal, teacher: Signal, spec: DivergenceSpec) -> Heads
     sides = [(own.head, student.hidden)] + [(other.head, teacher.hidden)] * (not shared)
     heads = [_averaged(head, cast(Tensor, x), own.group.size()) for head, x in sides]
     return Heads(heads[0], heads[-1], options)
+
+
+def joined(head: Head) -> Head:
+    """Return the head whole, for a loss that reads the logits of a token; a log line says so."""
+    if head.own_rows() is not None:
+        _say("joined, for what reads whole logits of a token")
+    return head.gathered()

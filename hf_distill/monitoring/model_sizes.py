@@ -3,6 +3,7 @@
 The model is built on the meta device, so nothing is read but the config, and no memory is taken.
 """
 
+import copy
 import logging
 import math
 import os
@@ -85,9 +86,10 @@ class ModelSizes:
     ) -> None:
         if lora_rank is not None and lora_rank < 1:
             raise ValueError(f"lora_rank must be at least 1, got {lora_rank}")
-        self.config, self.dtype = config, dtype
+        # a copy, because Transformers writes the dtype into it
+        self.config, self.dtype = copy.deepcopy(config), dtype
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model: nn.Module = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
         self.plan = _expanded_plan(model)
         if lora_rank is not None:
             model = adapted(model, lora_rank)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import distill_large
@@ -78,6 +79,35 @@ def test_accelerate_reads_every_file(name: str) -> None:
 
 def test_no_file_is_forgotten() -> None:
     assert {path.stem for path in FILES.glob("*.yaml")} == set(KINDS)
+
+
+@pytest.mark.parametrize(
+    ("option", "launcher", "processes", "size"),
+    [
+        (None, None, 8, 1),
+        (None, "4", 8, 4),  # of accelerate's file
+        (2, "4", 8, 2),
+        (1, "4", 8, 1),
+    ],
+)
+def test_the_size_of_a_tensor_parallel_group(
+    option: int | None,
+    launcher: str | None,
+    processes: int,
+    size: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("PARALLELISM_CONFIG_TP_SIZE", raising=False)
+    if launcher is not None:
+        monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", launcher)
+    state = SimpleNamespace(num_processes=processes)
+    monkeypatch.setattr(distill_large, "PartialState", lambda: state)
+    found = distill_large.placed(option)
+    assert (found == {}) == (size == 1)
+    assert size == 1 or found["distributed_config"].tp_size == size
+    for wrong in (0, 3):
+        with pytest.raises(ValueError, match=f"tp_size must divide the 8 processes, got {wrong}"):
+            distill_large.placed(wrong)
 
 
 SAID = {

@@ -100,9 +100,10 @@ def _place(student: Projection, group: dist.ProcessGroup) -> Place:
     every = own.new_empty(dist.get_world_size(group))
     dist.all_gather_into_tensor(every, own, group=group)
     rows = every.tolist()
-    # as many as where each process has the whole heads
-    tokens = tokens_per_chunk(student.hidden, weight, sum(rows))
-    return Place(group, sum(rows[: dist.get_rank(group)]), tokens)
+    # as many as where each process has the whole heads; machines may differ
+    tokens = torch.full_like(own, tokens_per_chunk(student.hidden, weight, sum(rows)))
+    dist.all_reduce(tokens, dist.ReduceOp.MIN, group=group)
+    return Place(group, sum(rows[: dist.get_rank(group)]), int(tokens))
 
 
 def join_normalisers(tops: Tensor, sums: Tensor, inv_t: float) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """A cache of a teacher that lies in pieces on two processes: the bytes of a whole one's."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers.distributed import DistributedConfig
 
 from hf_distill.cache import CacheReader
@@ -19,6 +22,7 @@ from tests.processes import run_two
 
 KINDS = {"fsdp": "fsdp_size", "tp": "tp_size"}
 SHARD_ROWS = 4  # of 21 rows: the second process has a shard of one row, and asks less often
+CPU = torch.device("cpu")
 SHORT = 17  # rows: it has a shard less
 
 
@@ -101,3 +105,24 @@ def test_other_pieces_are_refused() -> None:
     model.lm_head.weight.ds_id = 0
     with pytest.raises(ValueError, match="must not be cut by DeepSpeed's ZeRO-3"):
         num_copies(model, 2)
+
+
+@pytest.fixture
+def _one_of_two() -> Iterator[None]:
+    """One of two processes; the other is made up."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_of_two")
+def test_wrappers_of_fsdp_are_refused() -> None:
+    model: Any = models.llama()
+    model.model.layers[0] = FullyShardedDataParallel(model.model.layers[0], device_id=CPU)
+    with pytest.raises(ValueError, match="must not be wrapped by FSDP 1"):
+        num_copies(model, 2)
+    cut: Any = fully_shard(models.llama())
+    assert num_copies(cut, 2) == 1
+    cut._tp_size = 2
+    with pytest.raises(ValueError, match="got tp_size 2 of 2 processes and FSDP"):
+        num_copies(cut, 2)

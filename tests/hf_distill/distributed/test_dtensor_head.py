@@ -1,6 +1,7 @@
 """A head cut over two processes gives the loss and the gradients of a whole one."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from metal_ops import DivergenceSpec, Head, linear_divergence
+from metal_ops.functional import head
 from tests.processes import run_two
 
 pytestmark = pytest.mark.distributed
@@ -109,10 +111,20 @@ def test_gradients_of_other_tokens_are_averaged(two_processes):
         same(results[case], own | {"student_weight": mean})
 
 
+def test_a_shared_head_is_gathered_once(two_processes):
+    for results in two_processes:
+        gathered = {case: int(number) for case, number in results["gathered"].items()}
+        assert gathered == dict.fromkeys(CASES, 1) | {"bias": 2, "sharded teacher": 2}
+
+
 def of_a_process(folder: Path) -> None:
-    rank, results = torch.distributed.get_rank(), {}
+    rank, results, gathered = torch.distributed.get_rank(), {}, {}
     for case in CASES:
         arguments = make(case, rank)
         cut(case, arguments)
-        results[case] = compute(case, arguments)
-    torch.save(results, folder / f"{rank}.pt")
+        with mock.patch.object(head, "gather_shards", wraps=head.gather_shards) as gather:
+            results[case] = compute(case, arguments)
+        gathered[case] = torch.tensor(
+            sum(isinstance(x.args[0], DTensor) for x in gather.mock_calls)
+        )
+    torch.save(results | {"gathered": gathered}, folder / f"{rank}.pt")

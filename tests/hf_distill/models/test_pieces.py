@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.utils import DistributedType
+from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -24,6 +27,7 @@ from hf_distill.trainers import checks
 def test_names_without_wrappers() -> None:
     name = "_fsdp_wrapped_module.model.layers.0._checkpoint_wrapped_module.mlp.weight"
     assert pieces.plain_name(name) == "model.layers.0.mlp.weight"
+    assert pieces.plain_name("_orig_mod.layer.weight") == "layer.weight"  # compiled
 
 
 def test_a_whole_parameter_is_its_own_piece() -> None:
@@ -80,18 +84,49 @@ def test_tied_weights_that_fsdp_2_holds_twice(mesh: Any) -> None:
 class Attention(nn.Module):
     """Heads of 4 numbers, under tensor parallelism."""
 
-    def __init__(self, heads: int, mesh: Any) -> None:
+    def __init__(self, heads: int, mesh: Any, name: str = "k_proj", adapted: bool = False) -> None:
         super().__init__()
         self.head_dim, self._tp_size = 4, 3
-        self.k_proj = nn.Linear(2, 4 * heads, bias=False)
-        cut = distribute_tensor(self.k_proj.weight.data, mesh, [Shard(0)])
-        self.k_proj.weight = nn.Parameter(cut)
+        projection = nn.Linear(2, 4 * heads, bias=False)
+        cut = distribute_tensor(projection.weight.data, mesh, [Shard(0)])
+        projection.weight = nn.Parameter(cut)
+        if adapted:
+            projection = LoraLinear(projection, "default", LoraConfig(), r=1)
+        self.register_module(name, projection)
 
 
 def test_heads_that_processes_would_share(mesh: Any) -> None:
     assert pieces.cut_heads(nn.ModuleDict({"one": Attention(6, mesh)})) is None
     assert pieces.cut_heads(nn.ModuleDict({"one": Attention(4, mesh)})) == "one.k_proj"
     checks._check_heads("teacher", Attention(6, mesh))
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert pieces.cut_heads(nn.ModuleDict({"one": Attention(4, mesh, name)})) == f"one.{name}"
+    adapted = nn.ModuleDict({"one": Attention(4, mesh, adapted=True)})
+    assert pieces.cut_heads(adapted) == "one.k_proj"
     checks._check_heads("teacher", None)
     with pytest.raises(ValueError, match=r"heads of the teacher must be .* got tp_size 3 and "):
         checks._check_heads("teacher", Attention(4, mesh))
+
+
+def run_of(student: nn.Module, teacher: nn.Module | None = None) -> Any:
+    """Enough of a run on three processes for the checks that come first."""
+    args = {"n_gpu": 1, "use_cpu": False, "fsdp": None, "deepspeed": None}
+    kind = {"distributed_type": DistributedType.MULTI_CPU, "is_fsdp2": False}
+    return SimpleNamespace(
+        args=SimpleNamespace(**args),
+        accelerator=SimpleNamespace(num_processes=3, **kind),
+        student=student,
+        teachers=[] if teacher is None else [SimpleNamespace(model=teacher)],
+        num_copies=3,
+        num_parts=1,
+        is_classifier=True,
+    )
+
+
+def test_what_lies_in_pieces_is_checked_before_training(mesh: Any) -> None:
+    with pytest.raises(ValueError, match=r"got head\.weight of 7 rows on 3 processes"):
+        checks.check_setup(run_of(tied(7, mesh, apart=True)))
+    with pytest.raises(ValueError, match="attention heads of the student must be divisible"):
+        checks.check_setup(run_of(Attention(4, mesh)))
+    with pytest.raises(ValueError, match="attention heads of the teacher must be divisible"):
+        checks.check_setup(run_of(nn.Linear(2, 2), Attention(4, mesh)))

@@ -231,7 +231,7 @@ def test_json(folders: dict[str, str], capsys: pytest.CaptureFixture[str]) -> No
     found = json.loads(capsys.readouterr().out)
     assert [plan["engine"] for plan in found["plans"]] == ["ddp", "zero2", "fsdp2", "zero3"]
     assert found["refused"] == {
-        "tp": "num_key_value_heads must be a multiple of the devices, got 2 for 4"
+        "tp": "num_key_value_heads must be a multiple of the devices under tp, got 2 for 4"
     }
     assert found["fits"] == "ddp"
     for plan in found["plans"]:

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -230,3 +231,30 @@ def test_projections_of_another_run(tmp_path: Path) -> None:
         run(16, [1, 2]).train(resume_from_checkpoint=checkpoint)
     with pytest.raises(ValueError, match=r"it lacks 0 of 1 tensors, and has 1 that this run does"):
         run(48, "last").train(resume_from_checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("kind", "in_checkpoint", "whole"),
+    [
+        ("SHARDED_STATE_DICT", False, True),
+        ("SHARDED_STATE_DICT", True, False),  # a checkpoint is in pieces, as it was asked for
+        ("FULL_STATE_DICT", False, False),  # the Trainer writes it
+        (None, False, False),
+    ],
+)
+def test_a_model_that_fsdp_writes_in_pieces_is_saved_whole(
+    kind: str | None, in_checkpoint: bool, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Any] = []
+    plain = lambda self, folder, internal: written.append(("plain", folder, internal))
+    monkeypatch.setattr(transformers.Trainer, "save_model", plain)
+    made: Any = checkpoints.StatefulTrainer.__new__(checkpoints.StatefulTrainer)
+    made.is_fsdp_enabled, made.model = kind is not None, "a model"
+    made._save = lambda *given: written.append(given)
+    made.accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=SimpleNamespace(state_dict_type=f"StateDictType.{kind}")),
+        get_state_dict=lambda model: f"the weights of {model}",
+    )
+    made.save_model("out", _internal_call=in_checkpoint)
+    gathered = [("out", "the weights of a model")] * whole
+    assert written == [*gathered, ("plain", "out", in_checkpoint)]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from metal_ops import DivergenceSpec, divergence_with_stats
 from metal_ops.backends import triton
 from metal_ops.selftest.inputs import FAMILIES
 from tests.metal_ops.ops import parts
@@ -10,7 +11,7 @@ from tests.metal_ops.ops import test_columns as columns
 from tests.metal_ops.ops import test_grid as grid
 from tests.metal_ops.ops import test_hidden as hidden
 from tests.metal_ops.ops import test_values as values
-from tests.metal_ops.ops.again import again, run
+from tests.metal_ops.ops.again import again, run, use
 from tests.metal_ops.triton import on_device
 
 SAMPLE = 149
@@ -53,6 +54,19 @@ def test_many_blocks(i, monkeypatch):
         "family": list(FAMILIES)[i % len(FAMILIES)],
     }
     run(on_device.MODULE, values.test_value_and_gradient, arguments, monkeypatch)
+
+
+def test_flags_that_several_programs_of_a_row_see(monkeypatch):
+    """A largest entry that is in two blocks of a row, and entries that are cut in two."""
+    narrow(monkeypatch, 64)
+    use(on_device.MODULE, monkeypatch)
+    student, teacher = torch.zeros(2, 2, 97)
+    student[0, [3, 90]], teacher[0, [3, 90]] = 2.0, 5.0
+    teacher[1, 40] = 4.0
+    spec = DivergenceSpec("forward_kl", clip=0.1)
+    _, stats = divergence_with_stats(student, teacher, spec)
+    assert stats.top1_agreement.tolist() == [1, 1]  # the second student's entries are all alike
+    assert stats.clipped.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(("test", "arguments"), again(every=61, tests=(grid.test_supports,)))
