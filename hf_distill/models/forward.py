@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_distill.data.sides import Side
+from hf_distill.models import kept_heads
 from hf_distill.models.causality import find_front
 from hf_distill.models.head_probe import (
     Post,
@@ -48,7 +49,6 @@ from hf_distill.models.structure import (
     unwrap,
 )
 from metal_ops import Head
-from metal_ops.functional import is_dtensor
 
 logger = logging.getLogger(__name__)
 
@@ -364,37 +364,10 @@ class Reader:
             alone: whether nothing else runs the model, or changes it, while the signal is used.
         """
         self.look(model, side)
-        keep = _frozen if frozen_head else _same
+        keep = kept_heads.frozen if frozen_head else kept_heads.same
         if self.is_in_pieces and not self._is_apart(model):
             stays = alone and stays_joined(self._head_of(model))
-            keep = _frozen if stays else _copied if frozen_head else _headless
+            keep = kept_heads.copied if frozen_head else kept_heads.headless
+            keep = kept_heads.frozen if stays else keep
         said = self.run(model, side, keep)
         return replace(said, experts=self.routers.experts)
-
-
-def _same(signal: Signal) -> Signal:
-    return signal
-
-
-def _headless(signal: Signal) -> Signal:
-    """Return the signal without its head, which is whole inside of the head's call only."""
-    return replace(signal, head=None)
-
-
-def _value(x: Tensor) -> Tensor:
-    """Return the value that a parameter has now; of one in pieces the memory is written to."""
-    return x.detach().clone() if is_dtensor(x) else x.detach()
-
-
-def _frozen(signal: Signal, keep: Callable[[Tensor], Tensor] = _value) -> Signal:
-    """Return the signal with the values that its head has now."""
-    head = signal.head
-    if head is None:
-        return signal
-    bias = None if head.bias is None else keep(head.bias)
-    return replace(signal, head=replace(head, weight=keep(head.weight), bias=bias))
-
-
-def _copied(signal: Signal) -> Signal:
-    """Return the signal with a copy of its head: the engine uses the memory again."""
-    return _frozen(signal, lambda x: x.detach().clone())
