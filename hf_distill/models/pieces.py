@@ -95,8 +95,21 @@ def _is_uneven(parameter: Tensor) -> bool:
     return _is_cut_off(parameter, 1)
 
 
+def zero3_coordinator(engine: Any) -> Any:
+    """Return what joins parameters in an engine of ZeRO-3, or None of anything else."""
+    offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
+    return None if offload is None else offload.get_param_coordinator()
+
+
 def release(model: nn.Module) -> None:
-    """Give up what is joined of a model in pieces: its parameters are the pieces from here on."""
+    """Give up what is joined of a model in pieces: its parameters are the pieces from here on.
+
+    Args:
+        model: as its engine calls it.
+    """
+    coordinator = zero3_coordinator(model)
+    if coordinator is not None:  # it keeps joined what the next forward begins with
+        coordinator.release_and_reset_all(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -16,12 +16,7 @@ from accelerate import Accelerator
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
-
-def _coordinator(engine: Any) -> Any:
-    """Return what holds the record in an engine of ZeRO-3, or None."""
-    offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
-    found = None if offload is None else offload.get_param_coordinator()
-    return found if hasattr(found, "is_record_trace") else None
+from hf_distill.models.pieces import zero3_coordinator
 
 
 class RecordTraining(TrainerCallback):
@@ -41,8 +36,8 @@ class RecordTraining(TrainerCallback):
         self.on_train_end(args, state, control)
         wrapped = getattr(self._accelerator, "deepspeed_engine_wrapped", None)
         engine: Any = getattr(wrapped, "engine", None)
-        coordinator = _coordinator(engine)
-        if coordinator is None:
+        coordinator = zero3_coordinator(engine)
+        if not hasattr(coordinator, "is_record_trace"):
             return
         self._is_trained = False
 
@@ -50,6 +45,10 @@ class RecordTraining(TrainerCallback):
             if coordinator.is_record_trace() and not self._is_trained:
                 coordinator._invalidate_trace()
             self._is_trained = torch.is_grad_enabled()
+            if not self._is_trained:
+                # by the record of a step the forward before may have left parameters whole for a
+                # backward that did not follow, and they may be other ones by now
+                coordinator.release_and_reset_all(engine.module)
 
         # before DeepSpeed's own, which ends the record of the forward before
         self._hook = engine.module.register_forward_pre_hook(before_forward, prepend=True)

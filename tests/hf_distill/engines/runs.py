@@ -59,7 +59,7 @@ def resumed(make: Callable[..., Any], place: Place, **changes: Any) -> dict[str,
 
 
 def best(make: Callable[..., Any], place: Place, **changes: Any) -> dict[str, Any]:
-    """The model that is loaded at the end is that of the first step."""
+    """The model that is loaded at the end is not that of the last step."""
     given = {
         "save_strategy": "steps",
         "save_steps": 1,
@@ -72,7 +72,7 @@ def best(make: Callable[..., Any], place: Place, **changes: Any) -> dict[str, An
     rows = models.rows(24, seed=5, longest=24)
     trainer = trained(make, place, eval_dataset=rows, **given, **changes)
     at = trainer.state.best_global_step
-    return found_of(trainer) | {"wrong": [] if at == 1 else [f"the best step is {at}"]}
+    return found_of(trainer) | {"wrong": [] if at < 3 else [f"the best step is {at}, the last"]}
 
 
 def _gathering(place: Place) -> dict[str, Any]:

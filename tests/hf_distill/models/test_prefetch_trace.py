@@ -22,6 +22,11 @@ class Coordinator:
     def __init__(self) -> None:
         self.record: list[str] | None = []
         self.planned: list[str] | None = None
+        self.joined: set[int] = set()  # parameters that are whole now
+        self.found_joined: list[bool] = []  # at the beginning of each forward
+
+    def release_and_reset_all(self, module: nn.Module) -> None:
+        self.joined -= {id(x) for x in module.parameters()}
 
     def is_record_trace(self) -> bool:
         return self.record is not None
@@ -45,8 +50,14 @@ class Engine:
         self.module, self.coordinator = nn.Linear(2, 2), Coordinator()
         offload = SimpleNamespace(get_param_coordinator=lambda: self.coordinator)
         self.optimizer = SimpleNamespace(parameter_offload=offload)
-        self.module.register_forward_pre_hook(lambda *_: self.coordinator.reset_step())
+        self.module.register_forward_pre_hook(self.begin)
         self.module.register_forward_hook(lambda *_: self.coordinator.note("forward"))
+
+    def begin(self, *_: Any) -> None:
+        """Leaves what it joins so for a backward."""
+        self.coordinator.reset_step()
+        self.coordinator.found_joined.append(bool(self.coordinator.joined))
+        self.coordinator.joined |= {id(x) for x in self.module.parameters()}
 
     def probe(self) -> None:
         with torch.no_grad():
@@ -55,6 +66,7 @@ class Engine:
     def step(self) -> None:
         self.module(torch.ones(1, 2)).sum().backward()
         self.coordinator.note("backward")
+        self.coordinator.joined.clear()
 
 
 def follow(engine: Any) -> RecordTraining:
@@ -76,6 +88,15 @@ def test_the_plan_is_that_of_a_step(probes: int) -> None:
     engine.probe()  # an evaluation behind it ends the record, and is in none
     engine.step()
     assert engine.coordinator.planned == ["forward", "backward"]
+
+
+def test_a_forward_without_gradient_joins_anew() -> None:
+    """What the one before left joined may be other values by now; a step goes on with it."""
+    engine = Engine()
+    follow(engine)
+    for run in (engine.step, engine.probe, engine.probe, engine.step):
+        run()
+    assert engine.coordinator.found_joined == [False, False, False, True]
 
 
 def test_a_forward_before_the_training_is_not_planned_by() -> None:
