@@ -6,7 +6,7 @@ METAL_OPS_STRICT=1 in the environment a kernel that fails raises, where else ano
 over; with METAL_OPS_CHECK=1 every result of a kernel is compared with the chunked backend's.
 """
 
-from metal_ops._dispatch import available_backends
+from metal_ops._dispatch import available_backends, choices
 from metal_ops.functional import (
     DivergenceStats,
     Head,
@@ -36,6 +36,7 @@ __all__ = [
     "TailSamples",
     "WeightedTerms",
     "available_backends",
+    "choices",
     "divergence",
     "divergence_with_stats",
     "hidden_divergence",

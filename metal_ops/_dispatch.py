@@ -1,6 +1,8 @@
 """Call an op on the backend that fits, say why when none does, and get by without a kernel.
 
-Two environment variables are read at every call; they are off if unset, empty or "0".
+Three environment variables are read at every call; they are off if unset, empty or "0".
+METAL_OPS_COMPILE=1: "auto" takes the compiled backend before the chunked one, for what was measured
+to be faster there.
 METAL_OPS_STRICT=1: a kernel that cannot be compiled or launched raises, also under "auto".
 METAL_OPS_CHECK=1: the chunked backend repeats every call of another one, and results that differ
 by more than `backends.compare` allows raise. Slow, and with the memory of both.
@@ -24,7 +26,7 @@ from metal_ops.backends.machine import describe
 from metal_ops.spec import DivergenceSpec
 
 # the first that supports the tensors wins; each is a module of metal_ops.backends
-BACKENDS = ("metal", "triton", "chunked")
+BACKENDS = ("metal", "triton", "compiled", "chunked")
 
 logger = logging.getLogger("metal_ops")
 
@@ -40,6 +42,7 @@ class Case(NamedTuple):
 
 
 _refusals: dict[Case, dict[str, str]] = {}  # backends whose kernels failed, and how
+_choices: dict[str, str] = {}  # the backend that did the work last, by what was asked for
 _warned: set[tuple[str, str]] = set()  # (backend, kernel)
 
 
@@ -67,13 +70,25 @@ def _elsewhere(name: str, device: str) -> str | None:
     return f"needs tensors on {' or '.join(known)}, got {device}"
 
 
+def _switch(name: str) -> bool:
+    return os.environ.get(name, "") not in ("", "0")
+
+
+def _not_unasked(name: str) -> str | None:
+    """Say why "auto" does not take a backend that would have to be named, or None."""
+    if name == "compiled" and not _switch("METAL_OPS_COMPILE"):
+        return 'compiles for seconds at first use; "auto" takes it where METAL_OPS_COMPILE=1'
+    return None
+
+
 def consider(
     name: str, student: Tensor, teacher: Tensor, failed: Mapping[str, str]
 ) -> tuple[str | None, dict[str, str]]:
     """Find the backend that takes the tensors (None for none), and reasons against those before."""
     reasons: dict[str, str] = {}
     for candidate in BACKENDS if name == "auto" else (name,):
-        reason = failed.get(candidate) or _elsewhere(candidate, student.device.type)
+        reason = _not_unasked(candidate) if name == "auto" else None
+        reason = reason or failed.get(candidate) or _elsewhere(candidate, student.device.type)
         reason = reason or load(candidate).unsupported(student, teacher)
         if reason is None:
             return candidate, reasons
@@ -107,10 +122,6 @@ def select(
     return load(chosen)
 
 
-def _switch(name: str) -> bool:
-    return os.environ.get(name, "") not in ("", "0")
-
-
 def _label(backend: ModuleType) -> str:
     return backend.__name__.rpartition(".")[2]
 
@@ -126,6 +137,32 @@ def _warn(backend: str, error: KernelError, device: torch.device) -> None:
         RuntimeWarning,
         stacklevel=3,
     )
+
+
+def _slower(name: str, op: str, spec: DivergenceSpec | None) -> dict[str, str]:
+    """Say why "auto" leaves this work to a later backend, although that one could do it."""
+    if name != "auto" or "compiled" not in BACKENDS or not _switch("METAL_OPS_COMPILE"):
+        return {}
+    reason = load("compiled").slower(op, spec)
+    return {} if reason is None else {"compiled": reason}
+
+
+def _describe_work(case: Case, spec: DivergenceSpec | None) -> str:
+    details = []
+    if spec is not None and spec.support != "full":
+        details.append(spec.support)
+    if spec is not None and spec.clip is not None:
+        details.append(f"clip {spec.clip_level}")
+    return " ".join(str(x) for x in (*case[:2], *details, *case[2:]) if x)
+
+
+def choices() -> dict[str, str]:
+    """Return the backend that did the work last in this process, by work: op, kind, dtypes, device.
+
+    A run in which nothing fails has one choice for each. Two runs with equal choices, on one
+    machine, have computed by the same code.
+    """
+    return dict(_choices)
 
 
 def _call(backend: ModuleType, op: str, args: tuple[Any, ...]) -> Any:
@@ -149,15 +186,17 @@ def run(op: str, name: str, student: Tensor, teacher: Tensor, *args: Any) -> Any
         ValueError, NotImplementedError: as `select`.
         RuntimeError: METAL_OPS_CHECK is set and the results differ.
     """
-    kind = next((x.kind for x in args if isinstance(x, DivergenceSpec)), "")
-    kind = kind or next((x for x in args if isinstance(x, str)), "")
+    spec = next((x for x in args if isinstance(x, DivergenceSpec)), None)
+    kind = next((x for x in args if isinstance(x, str)), "") if spec is None else spec.kind
     case = Case(op, kind, student.device.type, student.dtype, teacher.dtype)
     lenient = name == "auto" and not _switch("METAL_OPS_STRICT")
-    failed = dict(_refusals.get(case, {})) if lenient else {}
+    failed, slower = dict(_refusals.get(case, {})) if lenient else {}, _slower(name, op, spec)
     while True:
-        backend = select(name, student, teacher, failed)
+        backend = select(name, student, teacher, slower | failed)
         try:
-            return _call(backend, op, args)
+            found = _call(backend, op, args)
+            _choices[_describe_work(case, spec)] = _label(backend)
+            return found
         except KernelError as error:
             if not lenient or _label(backend) in failed:
                 raise

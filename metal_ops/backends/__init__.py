@@ -1,4 +1,4 @@
-"""One module per backend: `chunked` in PyTorch, and kernels in `triton` and `metal`.
+"""One module per backend: `chunked` in PyTorch, `compiled` by it, kernels in `triton` and `metal`.
 
 Each defines `unsupported`, which says why it cannot take some tensors, and the functions of the
 ops: `forward` and `backward` of logits, `sparse`, `linear` and `hidden_states`. What the backends
@@ -8,7 +8,11 @@ and `compare` says whether two backends agree.
 
 __all__: list[str] = []  # a backend is imported when it is first asked for
 
-KERNEL_DEVICES = {"metal": ["mps"], "triton": ["cuda", "xpu"]}
+KERNEL_DEVICES = {
+    "metal": ["mps"],
+    "triton": ["cuda", "xpu"],
+    "compiled": ["cpu", "cuda", "xpu", "mps"],
+}
 """Device types that a backend's kernels run on; simulators add theirs."""
 
 __all__ = ["KERNEL_DEVICES"]

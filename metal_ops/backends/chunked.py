@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metal_ops.backends.blocks import split
-from metal_ops.backends.blocks.block import block_divergence
+from metal_ops.backends.blocks.block import BlockDivergence, block_divergence
 from metal_ops.backends.blocks.columns import COLUMNS
 from metal_ops.backends.blocks.hidden import compare_hidden_states
 from metal_ops.backends.blocks.linear import linear
@@ -47,6 +47,8 @@ def forward(
     spec: DivergenceSpec,
     want_grad: bool,
     want_stats: bool,
+    block: BlockDivergence = block_divergence,
+    num_blocks: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Compute loss per token, statistics, and the gradient of the weighted loss.
 
@@ -57,13 +59,15 @@ def forward(
         spec: resolved.
         want_grad: whether the gradient is wanted.
         want_stats: whether the statistics are.
+        block: what computes a block of rows.
+        num_blocks: how many it takes at a time of the rows whose buffers fit into the caches.
 
     Returns:
         loss [N], unweighted; stats [NUM_STATS, N or 0]; gradient for the student logits [N, V] in
         the dtype of `student`, or None. All are zero where the weight is.
     """
     dtype, vocab = accumulator(student), student.shape[-1]
-    blocks = RowBlocks(student, weights, vocab)
+    blocks = RowBlocks(student, weights, vocab, num_blocks)
     loss = student.new_zeros(len(student), dtype=dtype)
     stats = student.new_zeros(NUM_STATS, len(student) if want_stats else 0, dtype=dtype)
     weights = torch.ones_like(loss) if weights is None else weights.to(dtype)
@@ -74,19 +78,26 @@ def forward(
         scratch = buffers
         if out is not None and out.dtype == dtype:
             scratch = buffers._replace(q=out)  # in cache when the gradient is written
-        loss[at], block = block_divergence(
+        loss[at], found = block(
             student[at], teacher[at], spec, scratch, weights[at], out, want_stats
         )
-        if block is not None:
-            stats[:, at] = block
+        if found is not None:
+            stats[:, at] = found
         if grad is not None and out is not None and isinstance(at, Tensor):
             grad[at] = out
     return loss, stats, grad
 
 
-def backward(upstream: Tensor, student: Tensor, teacher: Tensor, spec: DivergenceSpec) -> Tensor:
+def backward(
+    upstream: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    spec: DivergenceSpec,
+    block: BlockDivergence = block_divergence,
+    num_blocks: int = 1,
+) -> Tensor:
     """Compute the gradient for the student logits, [N, V] in the dtype of `student`."""
-    grad = forward(student, teacher, upstream, spec, True, False)[2]
+    grad = forward(student, teacher, upstream, spec, True, False, block, num_blocks)[2]
     assert grad is not None
     return grad
 

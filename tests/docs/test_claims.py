@@ -80,7 +80,7 @@ def test_table_of_losses() -> None:
 
 def test_backends_that_are_named_exist() -> None:
     assert "Metal kernels on Apple GPUs, Triton kernels" in page("metal_ops.md")
-    assert list(available_backends()) == ["metal", "triton", "chunked"]
+    assert list(available_backends()) == ["metal", "triton", "compiled", "chunked"]
     assert available_backends()["chunked"] is None
 
 

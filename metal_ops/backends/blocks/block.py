@@ -1,5 +1,7 @@
 """Takes a block of rows from logits to loss and gradient, over all or some of the vocabulary."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from metal_ops.backends.blocks.full import full_divergence
@@ -41,3 +43,7 @@ def block_divergence(
     if stats is not None and clipped is not None:
         stats[3] = clipped
     return loss * spec.scale, stats
+
+
+# block_divergence, or what does the same
+BlockDivergence = Callable[..., tuple[Tensor, Tensor | None]]

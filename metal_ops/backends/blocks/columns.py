@@ -18,7 +18,7 @@ from metal_ops.backends.blocks.rows import (
     scale_gradient,
 )
 from metal_ops.backends.blocks.sizes import rows_per_block
-from metal_ops.backends.blocks.terms import Probabilities, terms
+from metal_ops.backends.blocks.terms import Mix, Probabilities, terms
 from metal_ops.spec import DivergenceSpec
 
 
@@ -56,7 +56,7 @@ def _load(x: Tensor, y: Tensor, normalisers: Tensor, spec: DivergenceSpec) -> _L
     log_q, log_p = x.sub_(x_sum.log()), y.sub_(y_sum.log())
     row = Probabilities(p, q, log_q, ratio)
     bound, over = spec.clip if spec.clip_level == "vocab_entry" else None, None
-    f, zero, h = terms(row, spec, bound is not None)
+    f, zero, h = terms(row, spec.kind, Mix.of(spec), bound is not None)
     if bound is not None:
         over = f > bound
         f, h = f.clamp(max=bound), h.masked_fill(over, 0.0)

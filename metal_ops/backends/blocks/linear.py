@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metal_ops.backends.blocks.block import block_divergence
+from metal_ops.backends.blocks.block import BlockDivergence, block_divergence
 from metal_ops.backends.blocks.rows import NUM_STATS, Buffers, accumulator, load_rows
 from metal_ops.backends.blocks.sizes import (
     head_slices,
@@ -89,11 +89,16 @@ class LossSettings(NamedTuple):
     want_stats: bool
 
 
-def torch_block_loss(settings: LossSettings, tokens: int) -> tuple[int, BlockLoss]:
+def torch_block_loss(
+    settings: LossSettings,
+    tokens: int,
+    block: BlockDivergence = block_divergence,
+    num_blocks: int = 1,
+) -> tuple[int, BlockLoss]:
     """Return the rows of a block, and its loss in PyTorch on buffers that stay in cache."""
     heads, spec, want_grad, want_stats = settings
     weight = heads[0].weight
-    step = rows_per_block(weight, len(weight))
+    step = num_blocks * rows_per_block(weight, len(weight))
     buffers = Buffers.of(weight, min(step, tokens), len(weight))
 
     def block_loss(logits: tuple[Tensor, Tensor], weight: Tensor, hard: HardLabels) -> Tensor:
@@ -103,9 +108,7 @@ def torch_block_loss(settings: LossSettings, tokens: int) -> tuple[int, BlockLos
         out = None
         if want_grad:
             out = logits[0] if plain else buffers.first(len(student)).spare
-        soft, stats = block_divergence(
-            student, teacher, spec, buffers, weight * hard.alpha, out, want_stats
-        )
+        soft, stats = block(student, teacher, spec, buffers, weight * hard.alpha, out, want_stats)
         if out is not None and hard.alpha == 0.0:
             out.zero_()  # a divergence without a share may be infinite
         cross_entropy = torch.zeros_like(soft)

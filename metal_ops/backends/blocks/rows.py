@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metal_ops.backends.blocks.terms import MIXTURES, Probabilities, terms
+from metal_ops.backends.blocks.terms import MIXTURES, Mix, Probabilities, terms
 from metal_ops.spec import DivergenceSpec
 
 NUM_BUFFERS = 5
@@ -138,7 +138,7 @@ def exact_loss(row: Probabilities, spec: DivergenceSpec, whole: bool = False) ->
     """
     bound = spec.clip if spec.clip_level == "vocab_entry" else None
     whole, clipped = whole or bound is not None, None
-    f, zero, h = terms(row, spec, whole)
+    f, zero, h = terms(row, spec.kind, Mix.of(spec), whole)
     if zero is not None and not whole:
         f = f + zero  # not in place: f may be h too
     if bound is not None:

@@ -51,8 +51,8 @@ def rows_per_block(x: Tensor, vocab: int) -> int:
 class RowBlocks:
     """Iterates over the rows to compute, whose weight is not zero, a block at a time."""
 
-    def __init__(self, like: Tensor, weights: Tensor | None, vocab: int) -> None:
-        self.step = rows_per_block(like, vocab)
+    def __init__(self, like: Tensor, weights: Tensor | None, vocab: int, times: int = 1) -> None:
+        self.step = times * rows_per_block(like, vocab)
         self.index = None if weights is None else weights.nonzero().squeeze(-1)
         if self.index is not None and len(self.index) == len(like):
             self.index = None

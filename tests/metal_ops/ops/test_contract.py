@@ -13,7 +13,9 @@ from metal_ops import (
     DivergenceSpec,
     Head,
     available_backends,
+    choices,
     divergence,
+    hidden_divergence,
     linear_divergence,
 )
 from metal_ops import _dispatch as dispatch
@@ -201,12 +203,28 @@ def test_unknown_backend():
 def test_no_backend_gives_every_reason(backend):
     ints = torch.zeros(4, 9, dtype=torch.int64)
     asked = dispatch.BACKENDS if backend == "auto" else (backend,)
-    reasons = "; ".join(f"{n}: {dispatch.load(n).unsupported(ints, ints)}" for n in asked)
+    given = {n: dispatch.load(n).unsupported(ints, ints) for n in asked}
+    if backend == "auto":
+        given["compiled"] = dispatch._not_unasked("compiled")
+    reasons = "; ".join(f"{n}: {reason}" for n, reason in given.items())
     assert reasons.endswith("chunked: needs float16, bfloat16, float32 or float64, got torch.int64")
     with raises(NotImplementedError, f"no backend for (4, 9) torch.int64 on cpu: {reasons}"):
         divergence(ints, ints, SPEC, backend=backend)
     with pytest.raises(NotImplementedError, match=r"float16.*got torch.float8_e4m3fn"):
         divergence(torch.zeros(4, 9), torch.zeros(4, 9).to(torch.float8_e4m3fn), SPEC)
+
+
+def test_choices_say_what_did_the_work(monkeypatch):
+    monkeypatch.setattr(dispatch, "_choices", {})
+    student, teacher = randn(4, 9)
+    divergence(student, teacher, SPEC)
+    divergence(student, teacher.bfloat16(), DivergenceSpec("tvd", clip=1.0, clip_level="token"))
+    hidden_divergence(student, teacher, "mse")
+    assert choices() == {
+        f"forward {SPEC.kind} cpu torch.float32 torch.float32": "chunked",
+        "forward tvd clip token cpu torch.float32 torch.bfloat16": "chunked",
+        "hidden_states mse cpu torch.float32 torch.float32": "chunked",
+    }
 
 
 def test_named_backend_is_auto_here():
@@ -303,10 +321,12 @@ def test_public_names():
         "TailSamples",
         "WeightedTerms",
         "available_backends",
+        "choices",
         "divergence",
         "divergence_with_stats",
         "hidden_divergence",
         "linear_divergence",
+        "linear_scratch_bytes",
         "preset",
         "sparse_divergence",
         "weighted_divergence",

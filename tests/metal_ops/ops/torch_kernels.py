@@ -9,7 +9,7 @@ from metal_ops import DivergenceSpec
 from metal_ops.backends import kernels
 from metal_ops.backends.blocks.hidden import compare_hidden_states
 from metal_ops.backends.blocks.rows import exact_loss
-from metal_ops.backends.blocks.terms import Probabilities, terms
+from metal_ops.backends.blocks.terms import Mix, Probabilities, terms
 from metal_ops.backends.kernels import HardTerm
 
 
@@ -61,7 +61,7 @@ class Torch:
     ) -> None:
         row, _, _ = _row(student, teacher, spec)
         bound = spec.clip if spec.clip_level == "vocab_entry" else None
-        f, _, h = terms(row, spec, bound is not None)
+        f, _, h = terms(row, spec.kind, Mix.of(spec), bound is not None)
         if bound is not None:
             h = h.masked_fill(f > bound, 0.0)
         grad = (h - row.q * values[kernels.H_SUM][:, None]) * factor[:, None]
