@@ -81,15 +81,6 @@ def _example(key: graphs.Key, shape: torch.Size, kind: str) -> tuple[Tensor, ...
     return (*sides[:2], factor, rows.numbers(DivergenceSpec(kind), device), *sides[2:])
 
 
-def _bare(x: Tensor) -> Tensor:
-    """Return the same memory as a tensor that begins where its storage does.
-
-    torch.compile makes a graph for each combination of offsets, and copies what shares a storage
-    with what is written.
-    """
-    return torch.from_dlpack(x.detach())
-
-
 def cuts_entries(spec: DivergenceSpec) -> bool:
     """Say whether each entry of the sum has a bound."""
     return spec.clip is not None and spec.clip_level == "vocab_entry"
@@ -112,7 +103,7 @@ def _compute(
     )
     factor = (weight.float() * (spec.scale / spec.temperature)).contiguous()
     args = (student, teacher, factor, rows.numbers(spec, student.device), *targets)
-    return list(graphs.run(graph, tuple(map(_bare, args))))
+    return list(graphs.run(graph, tuple(x.detach() for x in args)))
 
 
 def compiled_block(

@@ -23,7 +23,10 @@ def not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("not_compiled")
-@pytest.mark.parametrize(("test", "arguments"), again(every=SAMPLE))
+@pytest.mark.parametrize(
+    ("test", "arguments"),
+    again(every=SAMPLE) + again(tests=(values.test_clip_is_autograd_of_the_definition,)),
+)
 def test_what_is_compiled(test, arguments, monkeypatch):
     run(compiled, test, arguments, monkeypatch)
 

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from metal_ops import DivergenceSpec, divergence, weighted_divergence
+from metal_ops import (
+    DivergenceSpec,
+    Head,
+    divergence,
+    linear_divergence,
+    weighted_divergence,
+)
 from metal_ops import _dispatch as dispatch
 from metal_ops.backends import compiled
 from metal_ops.backends.blocks.rows import accumulator
@@ -97,13 +103,17 @@ def test_a_graph_is_compiled_once(monkeypatch):
     torch._dynamo.utils.counters.clear()
     for n, vocab in ((5, 33), (3, 7), (1, 7), (6, 6), (33, 5)):
         for beta in (0.1, 0.5):
-            student, teacher = sides(n, vocab)
+            student, teacher = sides(n, vocab)[0], torch.randn(n + 3, vocab)[3:]
             weights = torch.ones(n)
             weights[: n // 2] = 0.0  # blocks that begin elsewhere
-            spec = DivergenceSpec("skew_kl", beta, 2.0)
-            terms = weighted_divergence(student, teacher, spec, weights=weights, backend="compiled")
-            want = weighted_divergence(student, teacher, spec, weights=weights, backend="chunked")
-            torch.testing.assert_close(terms.per_token, want.per_token, rtol=1e-5, atol=1e-6)
+            spec, results = DivergenceSpec("skew_kl", beta, 2.0), []
+            for backend in ("compiled", "chunked"):
+                terms = weighted_divergence(
+                    student, teacher, spec, weights=weights, backend=backend
+                )
+                results.append((terms.per_token, *torch.autograd.grad(terms.loss, student)))
+            for got, want in zip(*results, strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
@@ -172,3 +182,18 @@ def test_what_is_compiled_is_in_the_log(compilations, caplog):
     assert texts[0] == f"{name}compiling, at its first use"
     assert texts[1].startswith(f"{name}ready after ")
     assert len(texts) == 2
+
+
+def test_a_gradient_in_place_of_the_logits(compilations):
+    """A head without labels."""
+    hidden, teacher = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8)
+    head, weights = Head(torch.randn(33, 8)), torch.rand(5)
+    results = []
+    for backend in ("compiled", "chunked"):
+        loss = linear_divergence(
+            hidden, head, teacher, head, SPEC, weights=weights, backend=backend
+        ).loss
+        results.append((loss.detach(), *torch.autograd.grad(loss, hidden)))
+    assert len(compilations) == 1
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
