@@ -15,7 +15,12 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+)
 
 from hf_distill.models.structure import causal_lm, input_embeddings, output_head
 
@@ -86,6 +91,7 @@ class ModelSizes:
     ) -> None:
         if lora_rank is not None and lora_rank < 1:
             raise ValueError(f"lora_rank must be at least 1, got {lora_rank}")
+        _check_causal_lm(config)
         # a copy, because Transformers writes the dtype into it
         self.config, self.dtype = copy.deepcopy(config), dtype
         with torch.device("meta"):
@@ -137,6 +143,14 @@ class ModelSizes:
         units = self.unit_elements()
         sizes = [size for name, size in units.items() if name in self.blocks]
         return max(sizes, default=units.get("rest", 0))
+
+
+def _check_causal_lm(config: PreTrainedConfig) -> None:
+    """Check that Transformers has a causal LM for a config, and that it is not a classifier's."""
+    named = [x for x in config.architectures or () if x.endswith("ForSequenceClassification")]
+    if named or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        what = named[0] if named else f"model type {config.model_type!r}"
+        raise ValueError(f"a plan needs a causal language model, got {what}")
 
 
 def adapted(model: nn.Module, rank: int) -> nn.Module:

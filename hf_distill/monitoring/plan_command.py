@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 from hf_distill.monitoring.memory_plan import ENGINES, Planner, first_that_fits, plan_all
@@ -24,24 +25,31 @@ def add_plan(parsers: Any) -> None:
     plan.add_argument("model", help="the student: of the hub, or a folder with config.json")
     plan.add_argument("teacher_model", nargs="?", metavar="TEACHER", help="another model")
     plan.add_argument("--engine", choices=ENGINES, help="all that there are, if it is left out")
-    plan.add_argument("--devices", type=int, default=1)
+    plan.add_argument("--devices", type=int, default=1, help="of all machines; 1, if left out")
     plan.add_argument("--memory", type=float, help="GiB of a device: name the first engine to fit")
-    plan.add_argument("--dtype", default="float32", choices=DTYPES, help="the student is loaded in")
+    plan.add_argument(
+        "--dtype",
+        default="float32",
+        choices=DTYPES,
+        help="of the student's weights; %(default)s, if left out",
+    )
     plan.add_argument(
         "--bf16", action="store_true", help="mixed precision, as in TrainingArguments"
     )
-    plan.add_argument("--batch_size", type=int, default=1, help="rows on a device")
-    plan.add_argument("--length", type=int, default=1024, help="tokens of a row")
+    plan.add_argument("--batch_size", type=int, default=1, help="rows on a device; 1, if left out")
+    plan.add_argument("--length", type=int, default=1024, help="tokens of a row; 1024, if left out")
     plan.add_argument("--scored_tokens", type=int, help="of a batch on a device, if not all")
-    plan.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    plan.add_argument("--gradient_accumulation_steps", type=int, default=1, help="1, if left out")
     plan.add_argument("--gradient_checkpointing", action="store_true")
-    plan.add_argument("--optim", default="adamw", choices=OPTIMS)
+    plan.add_argument("--optim", default="adamw", choices=OPTIMS, help="adamw, if left out")
     plan.add_argument("--lora_rank", type=int, help="train adapters on all linear layers")
     plan.add_argument("--teacher", choices=SELF_TEACHERS, help="without TEACHER: base, if left out")
     plan.add_argument("--teacher_dtype", choices=DTYPES, help="its config's, if it is left out")
     plan.add_argument("--reduce_bucket_size", type=int, help="DeepSpeed's; 'auto', if left out")
     plan.add_argument("--shard_loss", action="store_true", help="of FSDP 2: heads stay in pieces")
-    plan.add_argument("--device", default="cuda", choices=("cuda", "mps", "cpu"))
+    plan.add_argument(
+        "--device", default="cuda", choices=("cuda", "mps", "cpu"), help="cuda, if left out"
+    )
     plan.add_argument("--json", action="store_true", help="bytes, for programs")
 
 
@@ -56,6 +64,10 @@ def settings_of(options: argparse.Namespace) -> PlanSettings:
             "the teacher is another model or the student itself, got TEACHER "
             f"{options.teacher_model!r} and --teacher {options.teacher}"
         )
+    if options.memory is not None and not options.memory > 0:
+        raise ValueError(f"memory must be above 0 GiB, got {options.memory:g}")
+    if options.shard_loss and options.engine not in (None, "fsdp2"):
+        raise ValueError(f"shard_loss needs engine fsdp2, got {options.engine}")
     given = {x: getattr(options, x) for x in PlanSettings.__dataclass_fields__ if x != "teacher"}
     kind = options.teacher or "base"
     return PlanSettings(**given, teacher="model" if options.teacher_model is not None else kind)
@@ -96,15 +108,15 @@ def _plans(planner: Planner, engine: str | None) -> tuple[list[Plan], dict[str, 
 def assumed(planner: Planner) -> str:
     """Say what a plan is made from."""
     settings, student, teacher = planner.settings, planner.student, planner.teacher
-    size = sum(p.numel for p in student.parameters) / 1e9
-    trained = sum(p.numel for p in student.parameters if p.trained) / 1e9
+    size = _count(p.numel for p in student.parameters)
+    trained = _count(p.numel for p in student.parameters if p.trained)
     if teacher is None:
         other = f"the student itself ({settings.teacher})"
     else:
-        billions = sum(p.numel for p in teacher.parameters) / 1e9
-        other = f"{billions:.2f} B parameters in {str(teacher.dtype).removeprefix('torch.')}"
+        other_size = _count(p.numel for p in teacher.parameters)
+        other = f"{other_size} parameters in {str(teacher.dtype).removeprefix('torch.')}"
     parts = [
-        f"student {size:.2f} B parameters in {settings.dtype}, {trained:.2f} B trained by "
+        f"student {size} parameters in {settings.dtype}, {trained} trained by "
         f"{settings.optim}{', bf16' if settings.bf16 else ''}",
         f"teacher {other}",
         f"devices: {settings.devices}, each with {settings.batch_size} x {settings.length} tokens, "
@@ -139,7 +151,10 @@ def _one(plan: Plan) -> list[str]:
 def all_engines(plans: list[Plan], refused: dict[str, str]) -> list[str]:
     """Return the table of all engines, each at the moment that needs most."""
     kinds = [row.kind for row in plans[0].rows]
-    lines = [_line("GiB per device", [*kinds, "needs"]), _line("---", ["---:"] * (len(kinds) + 1))]
+    lines = [
+        _line("GiB per device when it needs most", [*kinds, "needs"]),
+        _line("---", ["---:"] * (len(kinds) + 1)),
+    ]
     for plan in plans:
         moments = plan.moments
         largest = max(moments, key=lambda x: moments[x])
@@ -164,6 +179,11 @@ def said_of(plans: list[Plan], fits: Plan | None, memory: float) -> str:
 
 def _line(first: str, cells: Any) -> str:
     return "| " + " | ".join([first, *cells]) + " |"
+
+
+def _count(sizes: Iterable[int]) -> str:
+    total = sum(sizes)
+    return f"{total / 1e9:.2f} B" if total >= 1e8 else f"{total / 1e6:.2f} M"
 
 
 def _gib(size: int) -> str:

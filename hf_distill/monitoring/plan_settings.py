@@ -71,6 +71,15 @@ class PlanSettings:
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {values}, got {getattr(self, name)!r}")
+        if self.reduce_bucket_size is not None and self.reduce_bucket_size < 1:
+            raise ValueError(
+                f"reduce_bucket_size must be at least 1, got {self.reduce_bucket_size}"
+            )
+        if self.teacher_dtype is not None and self.teacher != "model":
+            raise ValueError(
+                "teacher_dtype needs another model as teacher, which is not the student itself; "
+                f"got {self.teacher_dtype!r} and teacher {self.teacher}"
+            )
         if self.teacher == "lora_scale" and self.lora_rank is None:
             raise ValueError("teacher lora_scale needs adapters: set lora_rank, got None")
 

@@ -224,6 +224,13 @@ def _check_engine(run: Run) -> None:
                 f"processes instead, got {name}={getattr(args, name)!r}, use_cpu=True and "
                 f"distributed_type {kind.value}: leave out one of the two"
             )
+        if is_asked and plain:
+            logger.warning(
+                "%s was asked for, but accelerate found no devices for it and made "
+                "distributed_type %s: nothing is cut into pieces",
+                name,
+                kind.value,
+            )
 
 
 def _check_recomputed(run: Run) -> None:

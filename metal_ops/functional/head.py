@@ -54,6 +54,10 @@ class Head:
 
         Args:
             like: a head that is cut so; this one may then be whole.
+
+        Returns:
+            The rows as a head, which of all rows they are, and the process group; or None if
+            neither head is a DTensor, or it is cut in another way.
         """
         cut = self.weight if is_dtensor(self.weight) else like and like.weight
         if cut is None or not is_dtensor(cut):

@@ -245,6 +245,7 @@ def linear_divergence(
     Raises:
         ValueError: shapes disagree, the vocabularies differ, alpha is outside [0, 1], labels are
             missing, or a head is a DTensor although a group is given.
+        TypeError: group is no process group.
         NotImplementedError: no allowed backend supports the tensors.
 
     Numerics:
@@ -262,6 +263,8 @@ def linear_divergence(
     heads, settings = (student_head, teacher_head), _Settings(spec, alpha, stats, backend)
     if group is None:
         return _linear(tokens, _both(heads, shared, Head.gathered), settings)
+    if not isinstance(getattr(group, "group_name", None), str):
+        raise TypeError(f"group must be a process group of torch.distributed, got {group!r}")
     if any(is_dtensor(head.weight) for head in heads):
         raise ValueError("with a group, heads must be a process's own rows, got a DTensor")
     if spec.support != "full":

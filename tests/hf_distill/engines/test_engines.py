@@ -110,6 +110,16 @@ def test_an_engine_of_the_launcher_is_refused_too(monkeypatch: pytest.MonkeyPatc
         check_setup(run_of(use_cpu=True))
 
 
+def test_an_engine_that_found_no_devices_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    said = "fsdp was asked for, but accelerate found no devices for it and made distributed_type"
+    check_setup(run_of(fsdp=True))
+    assert f"{said} MULTI_CPU: nothing is cut" in caplog.text
+    caplog.clear()
+    check_setup(run_of(fsdp=True, kind=DistributedType.FSDP))
+    check_setup(run_of())
+    assert said not in caplog.text
+
+
 def test_rows_that_are_split_are_refused() -> None:
     with pytest.raises(ValueError, match=r"must have whole rows, .* split over 2 processes"):
         check_setup(run_of(num_parts=2))

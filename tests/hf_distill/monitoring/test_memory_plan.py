@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import LlamaConfig, LlamaModel
+from transformers import LlamaConfig, LlamaModel, T5Config
 from transformers.optimization import Adafactor
 
 from hf_distill.__main__ import main
@@ -22,6 +22,7 @@ from tests.hf_distill.trainers import experts, models
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
 
+FOLDERS = ("student", "teacher", "gpt2", "t5", "classifier", "empty")
 MAKERS = models.FAMILIES | {"moe": experts.moe}
 
 
@@ -202,8 +203,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name, config in {"student": models.llama().config, "teacher": wide}.items():
         config.save_pretrained(made / name)
     models.gpt2().config.save_pretrained(made / "gpt2")
+    T5Config().save_pretrained(made / "t5")
+    of_classes = models.llama().config
+    of_classes.architectures = ["LlamaForSequenceClassification"]
+    of_classes.save_pretrained(made / "classifier")
     (made / "empty").mkdir()
-    return {name: str(made / name) for name in ("student", "teacher", "gpt2", "empty")}
+    return {name: str(made / name) for name in FOLDERS}
 
 
 def test_the_command_prints_one_engine_and_all(
@@ -215,9 +220,10 @@ def test_the_command_prints_one_engine_and_all(
     printed = capsys.readouterr().out
     assert "| activations (estimate) |" in printed
     assert "GiB per device, at the loss; the student is read by its hidden states" in printed
-    assert caplog.text.count("assumed: student 0.00 B parameters in float32") == 1
+    assert caplog.text.count("assumed: student 0.02 M parameters in float32") == 1
     assert main([*given, "--memory", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| GiB per device when it needs most |")
     assert [x.split()[1] for x in lines[2:7]] == ["ddp", "zero2", "fsdp2", "zero3", "tp"]
     assert lines[-1].startswith("take ddp: 0.0")
     assert lines[-1].endswith("GiB is within 90% of 1 GiB")
@@ -263,6 +269,21 @@ def test_json(folders: dict[str, str], capsys: pytest.CaptureFixture[str]) -> No
         (["{gpt2}", "--engine", "tp", "--devices", "2"], "gpt2 has no tensor parallel plan"),
         (["{student}", "{teacher}", "--teacher", "ema"], "is another model or the student itself"),
         (["{student}", "--teacher", "lora_scale"], "teacher lora_scale needs adapters"),
+        (["{student}", "--memory", "0"], "memory must be above 0 GiB, got 0"),
+        (
+            ["{student}", "--reduce_bucket_size", "0"],
+            "reduce_bucket_size must be at least 1, got 0",
+        ),
+        (
+            ["{student}", "--teacher_dtype", "bfloat16"],
+            "teacher_dtype needs another model as teacher, .* got 'bfloat16' and teacher base",
+        ),
+        (
+            ["{student}", "--devices", "2", "--engine", "zero3", "--shard_loss"],
+            "shard_loss needs engine fsdp2, got zero3",
+        ),
+        (["{t5}"], "a plan needs a causal language model, got model type 't5'"),
+        (["{classifier}"], "causal language model, got LlamaForSequenceClassification"),
     ],
 )
 def test_what_cannot_be_is_an_error(

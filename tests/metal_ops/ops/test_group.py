@@ -7,7 +7,7 @@ place that hands each process its rows, and puts what comes of them together.
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -210,6 +210,14 @@ def own_rows(folder: Path) -> None:
         assert cut.first(size).vocab == size
         assert torch.equal(cut.first(size).gathered().weight, weight[:size])
         assert not cut.first(size).same_as(cut) or size == 7
+
+
+def test_a_name_is_no_process_group() -> None:
+    x, head, name = torch.randn(2, 3), Head(torch.randn(4, 3)), cast(Any, "world")
+    with pytest.raises(TypeError, match=r"group must be a process group of .*, got 'world'"):
+        linear_divergence(
+            x, head, x, head, DivergenceSpec("forward_kl"), weights=torch.ones(2), group=name
+        )
 
 
 def test_a_process_s_rows_of_a_head(tmp_path: Path) -> None:
