@@ -134,7 +134,7 @@ def test_defaults_pass() -> None:
 @pytest.mark.parametrize(
     ("engine", "sharded", "processes", "turns", "refused"),
     [
-        ("generate", True, 2, 8, True),
+        ("generate", True, 2, 8, False),
         ("generate", True, 2, 1, False),
         ("generate", True, 1, 8, False),
         ("generate", False, 2, 8, False),
