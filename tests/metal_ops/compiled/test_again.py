@@ -11,9 +11,6 @@ from tests.metal_ops.ops import test_linear as linear
 from tests.metal_ops.ops import test_values as values
 from tests.metal_ops.ops.again import again, run, use
 
-# in `make test-slow`: what torch.compile loads changes how models run on the meta device afterwards
-pytestmark = pytest.mark.slow
-
 SAMPLE = 29
 
 

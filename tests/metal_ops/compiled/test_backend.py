@@ -21,9 +21,6 @@ from metal_ops.backends.blocks.rows import accumulator
 from metal_ops.backends.compiled import graphs
 from metal_ops.backends.errors import KernelError
 
-# in `make test-slow`: what torch.compile loads changes how models run on the meta device afterwards
-pytestmark = pytest.mark.slow
-
 SPEC = DivergenceSpec("tvd", temperature=2.0)
 
 

@@ -5,6 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _device
+
+_device._device_constructors()  # torch keeps them at the first call, which must not be below
 
 
 def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
