@@ -242,6 +242,7 @@ def _of_hidden(
 
 
 def _of_linear(args: tuple[Any, ...], got: Any, want: Any) -> str | None:
+    """Compare results of a whole vocabulary; their gradients may be of some of its rows."""
     student, _, weights, hard, spec = args[:5]
     k = torch.full((len(weights),), LINEAR_ROOM, dtype=torch.float64, device=weights.device)
     one = torch.ones_like(k)
@@ -289,7 +290,7 @@ def difference(op: str, args: tuple[Any, ...], got: Any, want: Any) -> str | Non
     """Say what a backend's result `got` of `op` has that `want`, the chunked one's, excludes."""
     # not every device has float64
     args, got, want = tree_map_only(Tensor, Tensor.cpu, (args, got, want))
-    if op == "linear":
+    if op in ("linear", "split_linear"):
         return _of_linear(args, got, want)
     if op == "hidden_states":
         student, teacher, kind, weights = args[:4]

@@ -4,7 +4,8 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
-from types import ModuleType
+from functools import partial
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 from metal_ops import (
     DivergenceSpec,
     Head,
+    _ops,
     available_backends,
     divergence,
     hidden_divergence,
@@ -313,21 +315,32 @@ def test_a_wrong_kernel_does_not_pass(op, dtype, family, part, mistake, install,
         results(op, x, y)
 
 
-@pytest.mark.parametrize("part", [0, 1, 2, 3, 4, 5])
-def test_a_wrong_linear_kernel_does_not_pass(part, install, monkeypatch):
+@pytest.mark.parametrize("op", ["linear", "split_linear"])
+@pytest.mark.parametrize("part", [0, 1, 2, 3, 4, 5, None])
+def test_a_wrong_linear_kernel_does_not_pass(part, op, install, monkeypatch):
     def spoilt(*args: Any) -> Any:
-        out = chunked.linear(*args)
-        x = out[part] if part == 0 else out[part].select(-1, -1) if part != 2 else out[part][0, 1:2]
-        x.mul_(1.05)
+        out = chunked.linear(*args[:7])
+        if part is not None:
+            x = out[part]
+            x = x if part == 0 else x.select(-1, -1) if part != 2 else x[0, 1:2]
+            x.mul_(1.05)
         return out
 
-    install(linear=spoilt)
+    # of a group of one process, which has all rows
+    monkeypatch.setattr(chunked, "split_linear", lambda *args: chunked.linear(*args[:7]))
+    monkeypatch.setattr(_ops, "_resolve_process_group", lambda name: name)
+    setattr(install(), op, spoilt)
     monkeypatch.setenv("METAL_OPS_CHECK", "1")
     hidden, head, bias = (torch.randn(n).requires_grad_() for n in ((6, 8), (33, 8), (33,)))
     other = torch.randn(6, 8), Head(torch.randn(33, 8))
     options = {"weights": torch.rand(6), "labels": torch.randint(33, (6,)), "alpha": 0.5}
-    with pytest.raises(RuntimeError, match="METAL_OPS_CHECK: linear of the fake backend"):
-        linear_divergence(hidden, Head(head, bias), *other, SPEC, stats=True, **options)
+    options["group"] = SimpleNamespace(group_name="one") if op == "split_linear" else None
+    call = partial(linear_divergence, hidden, Head(head, bias), *other, SPEC, stats=True, **options)
+    if part is None:
+        call()
+        return
+    with pytest.raises(RuntimeError, match=f"METAL_OPS_CHECK: {op} of the fake backend"):
+        call()
 
 
 @ops
