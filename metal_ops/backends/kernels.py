@@ -31,6 +31,7 @@ from metal_ops.backends.blocks.rows import (
     Q_ENTROPY,
     Q_LOG_SUM,
     HardTerm,
+    RowGradients,
     clip_tokens,
 )
 from metal_ops.backends.blocks.support import KeptEntries, category_loss, choose_entries
@@ -59,7 +60,7 @@ __all__ = [
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class Kernels(Protocol):
+class Kernels(RowGradients, Protocol):
     """Lists what a backend implements. Nothing is read of a row that need not be."""
 
     def forward(
@@ -71,22 +72,6 @@ class Kernels(Protocol):
 
         LOSS is sum(f), H_SUM is sum(h) of `blocks.terms`, the log-sums are of logits / temperature.
         Rows whose weight [N] is 0 give zeros and are not read.
-        """
-        ...
-
-    def backward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        factor: Tensor,
-        values: Tensor,
-        spec: DivergenceSpec,
-        hard: HardTerm | None,
-        out: Tensor,
-    ) -> None:
-        """Write factor (h - q H_SUM), and the hard term, to `out` [N, V], which may be `student`.
-
-        Where factor [N] or the share is 0, its part is left out, whatever it would be.
         """
         ...
 

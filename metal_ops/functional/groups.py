@@ -10,13 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-
-def sizes_of(x: Tensor, group: dist.ProcessGroup) -> list[int]:
-    """Return how many rows each process's tensor has. All processes of the group must call it."""
-    own = torch.tensor([len(x)], device=x.device)
-    every = own.new_empty(dist.get_world_size(group))
-    dist.all_gather_into_tensor(every, own, group=group)
-    return every.tolist()
+from metal_ops.backends.blocks.split import sizes_of
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:

@@ -3,7 +3,6 @@
 Implements `split.SplitKernels`, whose docstrings hold: a few rows at a time, by the exact terms.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,17 +14,16 @@ from metal_ops.backends.blocks.rows import (
     NUM_VALUES,
     HardTerm,
     accumulator,
+    bounded_terms,
     scale_gradient,
 )
-from metal_ops.backends.blocks.sizes import rows_per_block
-from metal_ops.backends.blocks.terms import Mix, Probabilities, terms
+from metal_ops.backends.blocks.sizes import RowBlocks
+from metal_ops.backends.blocks.terms import Probabilities
 from metal_ops.spec import DivergenceSpec
 
 
-def _blocks(rows: Tensor) -> Iterator[slice]:
-    step = rows_per_block(rows, rows.shape[-1])
-    for start in range(0, len(rows), step):
-        yield slice(start, min(start + step, len(rows)))
+def _blocks(rows: Tensor) -> RowBlocks:
+    return RowBlocks(rows, None, rows.shape[-1])
 
 
 def _times(e: Tensor, log: Tensor) -> Tensor:
@@ -55,13 +53,7 @@ def _load(x: Tensor, y: Tensor, normalisers: Tensor, spec: DivergenceSpec) -> _L
     ratio = (y - x).sub_((y_sum / x_sum).log_()).masked_fill_((p == 0) & (q == 0), 0.0)
     log_q, log_p = x.sub_(x_sum.log()), y.sub_(y_sum.log())
     row = Probabilities(p, q, log_q, ratio)
-    bound, over = spec.clip if spec.clip_level == "vocab_entry" else None, None
-    f, zero, h = terms(row, spec.kind, Mix.of(spec), bound is not None)
-    if bound is not None:
-        over = f > bound
-        f, h = f.clamp(max=bound), h.masked_fill(over, 0.0)
-    elif zero is not None:
-        f = f + zero  # not in place: f may be h too
+    f, h, over = bounded_terms(row, spec)
     return _Loaded(row, log_p, f, h, over, share_largest)
 
 
@@ -122,7 +114,7 @@ class _TorchColumns:
                 self._add_hard(grad, x, hard, at)
             out[at] = grad.to(out.dtype)
 
-    def _add_hard(self, grad: Tensor, logits: Tensor, hard: HardTerm, at: slice) -> None:
+    def _add_hard(self, grad: Tensor, logits: Tensor, hard: HardTerm, at: slice | Tensor) -> None:
         """Add share * (softmax - 1 at the label) to a block's gradient."""
         share, labels, width = hard.share[at, None], hard.labels[at], logits.shape[-1]
         grad.addcmul_((logits.to(grad.dtype) - hard.log_sum[at, None]).exp_(), share)

@@ -1,7 +1,7 @@
 """Holds what every divergence of a block shares: loading, exact terms, clips, statistics."""
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,28 @@ class HardTerm(NamedTuple):
     labels: Tensor  # [N] int64
     log_sum: Tensor  # [N] float32, of the logits at temperature 1
     share: Tensor  # [N] float32, 0 for rows without
+
+
+class RowGradients(Protocol):
+    """Is what kernels of whole rows and of some of their columns have in common."""
+
+    def backward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        factor: Tensor,
+        values: Tensor,
+        spec: DivergenceSpec,
+        hard: HardTerm | None,
+        out: Tensor,
+    ) -> None:
+        """Write factor (h - q H_SUM), and the hard term, to `out` [N, V], which may be `student`.
+
+        `values` are those of the same backend's sums, of whole rows. Where factor [N] or the share
+        is 0, its part is left out, whatever it would be. Of some columns, V is their number, and a
+        label is counted from the first of them: it may be none of them.
+        """
+        ...
 
 
 class Buffers(NamedTuple):
@@ -131,20 +153,32 @@ class ExactLoss(NamedTuple):
     gradient: Tensor  # h - q h_sum, [rows, V]
 
 
+def bounded_terms(
+    row: Probabilities, spec: DivergenceSpec, whole: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return f, h and which entries were clipped, [rows, V] each, as sums take them.
+
+    With `whole` the entries are as they are defined, although they need not add up to one.
+    """
+    bound = spec.clip if spec.clip_level == "vocab_entry" else None
+    whole = whole or bound is not None
+    f, zero, h = terms(row, spec.kind, Mix.of(spec), whole)
+    if zero is not None and not whole:
+        f = f + zero  # not in place: f may be h too
+    if bound is None:
+        return f, h, None
+    over = f > bound
+    return f.clamp(max=bound), h.masked_fill(over, 0.0), over
+
+
 def exact_loss(row: Probabilities, spec: DivergenceSpec, whole: bool = False) -> ExactLoss:
     """Compute loss and gradient for the student's scaled logits, before token clips and scaling.
 
     With `whole` the entries are summed as they are defined, although they need not add up to one.
     """
-    bound = spec.clip if spec.clip_level == "vocab_entry" else None
-    whole, clipped = whole or bound is not None, None
-    f, zero, h = terms(row, spec.kind, Mix.of(spec), whole)
-    if zero is not None and not whole:
-        f = f + zero  # not in place: f may be h too
-    if bound is not None:
-        over = f > bound
-        f, h, clipped = f.clamp(max=bound), h.masked_fill(over, 0.0), over.any(-1)
+    f, h, over = bounded_terms(row, spec, whole)
     h_sum = h.sum(-1, keepdim=True)
+    clipped = None if over is None else over.any(-1)
     return ExactLoss(f.sum(-1), clipped, h_sum, h - row.q * h_sum)
 
 

@@ -31,6 +31,7 @@ from metal_ops.backends.blocks.rows import (
     P_ENTROPY,
     Q_ENTROPY,
     HardTerm,
+    RowGradients,
     accumulator,
     clip_tokens,
 )
@@ -40,7 +41,7 @@ from metal_ops.spec import DivergenceSpec
 SUMMED = (LOSS, H_SUM, Q_ENTROPY, P_ENTROPY, AGREEMENT, CLIPPED)  # over columns
 
 
-class SplitKernels(Protocol):
+class SplitKernels(RowGradients, Protocol):
     """Lists what a backend implements, over rows [N, v] of this process's columns, v > 0."""
 
     def normalisers(self, student: Tensor, teacher: Tensor, spec: DivergenceSpec) -> Tensor:
@@ -64,23 +65,6 @@ class SplitKernels(Protocol):
         """
         ...
 
-    def backward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        factor: Tensor,
-        values: Tensor,
-        spec: DivergenceSpec,
-        hard: HardTerm | None,
-        out: Tensor,
-    ) -> None:
-        """Write factor (h - q H_SUM), and the hard term, to `out` [N, v], which may be `student`.
-
-        `values` are those of `sums`, summed over the processes. A label may be none of these
-        columns: it is counted from the first of them.
-        """
-        ...
-
 
 class Place(NamedTuple):
     """Says which rows of the heads this process has.
@@ -93,15 +77,21 @@ class Place(NamedTuple):
     tokens: int
 
 
+def sizes_of(x: Tensor, group: dist.ProcessGroup) -> list[int]:
+    """Return how many rows each process's tensor has. All processes of the group must call it."""
+    own = torch.tensor([len(x)], device=x.device)
+    every = own.new_empty(dist.get_world_size(group))
+    dist.all_gather_into_tensor(every, own, group=group)
+    return every.tolist()
+
+
 def _place(student: Projection, group: dist.ProcessGroup) -> Place:
     """Find this process's place. All processes of the group must call it."""
     weight = student.weight
-    own = torch.tensor([len(weight)], device=weight.device)
-    every = own.new_empty(dist.get_world_size(group))
-    dist.all_gather_into_tensor(every, own, group=group)
-    rows = every.tolist()
+    rows = sizes_of(weight, group)
     # as many as where each process has the whole heads; machines may differ
-    tokens = torch.full_like(own, tokens_per_chunk(student.hidden, weight, sum(rows)))
+    tokens = tokens_per_chunk(student.hidden, weight, sum(rows))
+    tokens = torch.tensor(tokens, device=weight.device)
     dist.all_reduce(tokens, dist.ReduceOp.MIN, group=group)
     return Place(group, sum(rows[: dist.get_rank(group)]), int(tokens))
 
