@@ -244,7 +244,7 @@ def linear_divergence(
 
     Raises:
         ValueError: shapes disagree, the vocabularies differ, alpha is outside [0, 1], labels are
-            missing, or a head is a DTensor although a group is given.
+            missing, a head is a DTensor although a group is given, or own_tokens without a group.
         TypeError: group is no process group.
         NotImplementedError: no allowed backend supports the tensors.
 
@@ -258,6 +258,8 @@ def linear_divergence(
     """
     _check_shapes(student_hidden, student_head, teacher_hidden, teacher_head)
     _check_tokens(len(student_hidden), weights, labels, alpha)
+    if own_tokens and group is None:
+        raise ValueError("own_tokens needs the group of processes that have them, got group None")
     tokens = _Tokens(student_hidden, teacher_hidden, weights, labels)
     shared = teacher_head.same_as(student_head)
     heads, settings = (student_head, teacher_head), _Settings(spec, alpha, stats, backend)
