@@ -226,7 +226,7 @@ def test_a_process_s_rows_of_a_head(tmp_path: Path) -> None:
 
 def test_tokens_of_ones_own_need_a_group() -> None:
     x, head = torch.randn(3, 4), Head(torch.randn(8, 4))
-    with pytest.raises(ValueError, match="own_tokens needs the group of processes .* group None"):
+    with pytest.raises(ValueError, match=r"own_tokens needs the group of processes .* group None"):
         linear_divergence(
             *(x, head, x, head, DivergenceSpec("jsd")), weights=torch.ones(3), own_tokens=True
         )
