@@ -21,7 +21,7 @@ CHUNK_ENTRIES = 2**24
 COPIES_ON_CPU = 4
 """On a CPU a chunk is divided by this where a loss makes a dozen copies of its logits.
 
-The fused operations hold up to 96 MiB of logits of each side on a CPU, 512 MiB elsewhere.
+The fused operations hold up to 48 MiB of logits of each side on a CPU, 512 MiB elsewhere.
 """
 
 MOST_TOKENS = 128

@@ -5,6 +5,7 @@ import logging
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor
 
 from hf_distill.models.signals import Signal
@@ -26,16 +27,26 @@ def _say(text: str) -> None:
     logger.info("output heads on several processes: %s", text)
 
 
+class _Averaged(torch.autograd.Function):
+    """Returns its input; the gradient is divided by the number of processes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, processes: int) -> Tensor:
+        ctx.processes = processes
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad / ctx.processes, None
+
+
 def _averaged(head: Head, hidden: Tensor, processes: int) -> Head:
     """Return the head as data parallelism wants it.
 
     It is in the dtype of the hidden states, and its gradients are averaged over the processes.
     """
-    rows = [None if x is None else x.to(hidden.dtype) for x in (head.weight, head.bias)]
-    for x in rows:
-        if x is not None and x.requires_grad:
-            x.register_hook(lambda grad: grad / processes)
-    weight, bias = rows
+    weight, bias = (None if x is None else x.to(hidden.dtype) for x in (head.weight, head.bias))
+    weight, bias = (None if x is None else _Averaged.apply(x, processes) for x in (weight, bias))
     assert weight is not None
     return replace(head, weight=weight, bias=bias)
 

@@ -21,7 +21,7 @@ from torch.distributed import fsdp
 
 from hf_distill.models.structure import causal_lm
 from metal_ops import Head
-from metal_ops.functional import OwnRows
+from metal_ops.functional import OwnRows, one_local
 from metal_ops.functional.groups import AllIds
 
 MARK = "_rows_stay_apart"
@@ -139,7 +139,7 @@ class _Lookup(torch.autograd.Function):
         local, found = ctx.local[ctx.mine], grad.new_zeros(ctx.size, dtype=torch.float32)
         found.index_add_(0, local, every[ctx.mine].float())
         # as data parallelism wants it: averaged over processes
-        return (found / ctx.group.size()).to(grad.dtype), None, None, None
+        return found.div_(ctx.group.size()).to(grad.dtype), None, None, None
 
 
 class _Embeddings(nn.Module):
@@ -203,5 +203,5 @@ def around_head(lm: nn.Module, head: nn.Module, tap: Callable[[Tensor], Tensor])
     if embeddings is not None and embeddings.weight is cast(Any, head).weight:
         state: Any = cast(Any, head)._get_fsdp_state()
         others[embeddings] = _Embeddings(embeddings, state._mp_policy.param_dtype)
-    with _in_place_of(lm, others):
+    with one_local(cast(Any, head).weight), _in_place_of(lm, others):
         yield

@@ -1,5 +1,7 @@
 """Describes the output head of a model, which makes logits of its hidden states."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -95,10 +97,35 @@ def _rows_of(cut: "DTensor", vocab: int) -> slice:
     return slice(first, min(first + step, vocab))
 
 
+_LOCALS: dict[int, Tensor] = {}  # by the id of a DTensor
+
+
+def _local(x: "DTensor") -> Tensor:
+    return x.to_local(grad_placements=x.placements)
+
+
+@contextmanager
+def one_local(x: Tensor) -> Iterator[None]:
+    """Inside the block every `Head.own_rows` hands out the same tensor for a DTensor.
+
+    Its gradients are then added up in place. Those of a DTensor are not, which takes the memory of
+    one more.
+    """
+    if not is_dtensor(x) or id(x) in _LOCALS:
+        yield
+        return
+    _LOCALS[id(x)] = _local(x)
+    try:
+        yield
+    finally:
+        del _LOCALS[id(x)]
+
+
 def _own(x: Tensor, rows: slice) -> Tensor:
     if not is_dtensor(x):
         return x[rows]
-    local = x.to_local(grad_placements=x.placements)
+    local = _LOCALS.get(id(x))
+    local = _local(x) if local is None else local
     return local if len(local) == rows.stop - rows.start else local[: rows.stop - rows.start]
 
 

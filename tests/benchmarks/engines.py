@@ -3,30 +3,36 @@
 python -m tests.benchmarks.engines [--engines fsdp2 zero3] [--hidden 128 576] [--tokens 1024]
 python -m tests.benchmarks.engines --model FOLDER [--repeats 5]
 
-Each case is one run of two processes on the CPU whose steps take the two ways in turns, after one
-of each that is not counted. Shown are medians of what a step adds to the process's peak and of its
-seconds, by the clock and of the processor, with the smallest and the largest; and the bytes of
-collectives. Random models of two layers, or student and teacher from a folder; the teacher is as
-wide as the student, and in pieces as it is. ZeRO's buckets are "auto", or DeepSpeed's own (half a
-billion elements) with --large-buckets.
+Each case is one run of two processes on the CPU whose steps take the two ways in turns: one of
+each to warm up, some for the time, one for the bytes of collectives, and one for the memory: what
+tensors hold at the highest beyond what they held before the step, as the allocator counts it.
+Shown are medians of the seconds, by the clock and of the processor, with the smallest and the
+largest. Heads that stay in pieces (fsdp2-shard) are never read by logits: these are those of fsdp2,
+in a run of its own. Random models of two layers, or student and teacher from a folder; the teacher
+is as wide as the student, and in pieces as it is. ZeRO's buckets are "auto", or DeepSpeed's own
+(half a billion elements) with --large-buckets.
 """
 
 import argparse
+import functools
+import gc
 import json
 import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 from hf_distill import DistillConfig, DistillTrainer
 from hf_distill.models import forward
-from tests.benchmarks.timing import resident_peak_mb
 from tests.hf_distill.engines import cpu
 from tests.hf_distill.engines.exchanged import Exchanged
 from tests.hf_distill.engines.launching import started
@@ -38,24 +44,49 @@ WAYS = {"hidden states": 0.0, "logits": 1e9}  # copies of a head that are said t
 BUCKETS = ("reduce_bucket_size", "stage3_prefetch_bucket_size")
 
 
+def highest_mb(prof: profile) -> float:
+    """Return what tensors held at the highest, in MB beyond the start of a profile."""
+    events: list[Any] = cast(Any, prof.profiler).kineto_results.events()
+    found = [x for x in events if x.name() == "[memory]"]
+    changes = [x.nbytes() for x in sorted(found, key=lambda x: x.start_ns())]
+    return max(accumulate(changes)) / 2**20
+
+
 class Measured(DistillTrainer):
     """Measures its training steps, which read the student in one way and the other in turns."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.found: list[dict[str, Any]] = []
+        self.found: dict[str, dict[str, Any]] = {way: {"s": [], "CPU s": []} for way in WAYS}
+        self._steps = 0
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        way = list(WAYS)[len(self.found) % 2]
+        turn, index = divmod(self._steps, len(WAYS))
+        way, self._steps = list(WAYS)[index], self._steps + 1
         forward.HEAD_COPIES |= dict.fromkeys(forward.HEAD_COPIES, WAYS[way])
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before, start, cpu_start = resident_peak_mb(), time.perf_counter(), time.process_time()
-        with Exchanged() as exchanged:
-            loss = super().training_step(*args, **kwargs)
-        found = {"MB": resident_peak_mb() - before, "s": time.perf_counter() - start}
-        found["CPU s"] = time.process_time() - cpu_start
-        sizes = {k: v / 2**20 for k, v in exchanged.sizes.items()}
-        self.found.append({"way": way, "exchanged": sizes, "calls": exchanged.of("")[1]} | found)
+        gc.collect()
+        return self._measure(
+            turn, self.found[way], lambda: super(Measured, self).training_step(*args, **kwargs)
+        )
+
+    def _measure(self, turn: int, found: dict[str, Any], step: Callable[[], Any]) -> Any:
+        last = self.args.max_steps // len(WAYS) - 1
+        if turn == last:
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+                loss = step()
+            found["MB"] = highest_mb(prof)
+            return loss
+        if turn == last - 1:
+            with Exchanged() as exchanged:
+                loss = step()
+            found["exchanged"] = {k: v / 2**20 for k, v in exchanged.sizes.items()}
+            found["calls"] = exchanged.of("")[1]
+            return loss
+        start, cpu_start = time.perf_counter(), time.process_time()
+        loss = step()
+        if turn:
+            found["s"].append(time.perf_counter() - start)
+            found["CPU s"].append(time.process_time() - cpu_start)
         return loss
 
 
@@ -91,23 +122,27 @@ def measure(given: argparse.Namespace) -> None:
             settings |= dict.fromkeys(BUCKETS, "auto")
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     student, teacher = load(given)
-    rows, steps = tokens // (ROW - 1), 2 * (1 + given.repeats)
+    rows, steps = tokens // (ROW - 1), len(WAYS) * (3 + given.repeats)
     data = rows_of(student.config.vocab_size, rows * world * steps)
     place = Place(Path(tempfile.mkdtemp()), engine, world)
     settings = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1}
     settings |= {"max_steps": steps, "watchdog": {"action": "off"}}
+    settings |= {"gradient_checkpointing": given.checkpointing}
     args = DistillConfig(**place.options(**settings))
     trainer = Measured(student, args, models.Pad(), data, teacher=teacher)
     trainer.train()
     if rank == 0:
-        print("FOUND" + json.dumps(trainer.found[2:]), flush=True)
+        print("FOUND" + json.dumps(trainer.found), flush=True)
     torch.distributed.destroy_process_group()
 
 
-def run(words: list[str], processes: int) -> list[dict[str, Any]]:
+@functools.cache
+def run(words: tuple[str, ...], processes: int) -> dict[str, dict[str, Any]]:
     """Measure in processes of their own."""
     with ExitStack() as stack:
-        files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(processes)]
+        files: list[Any] = [
+            stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(processes)
+        ]
         for process in started(["tests.benchmarks.engines", "--process", *words], files):
             process.wait()
         files[0].seek(0)
@@ -117,20 +152,22 @@ def run(words: list[str], processes: int) -> list[dict[str, Any]]:
     return json.loads(lines[-1].removeprefix("FOUND"))
 
 
-def show(title: str, steps: list[dict[str, Any]]) -> None:
+def show(title: str, ways: dict[str, dict[str, Any]]) -> None:
     """Print what both ways took, and the first as a share of the second."""
     print(title)
-    medians: dict[str, list[float]] = {"MB": [], "s": [], "CPU s": []}
-    for way in WAYS:
-        own = [x for x in steps if x["way"] == way]
-        line = f"  {way:14s}"
-        for name, found in medians.items():
-            values = [x[name] for x in own]
-            found.append(statistics.median(values))
-            line += f" {found[-1]:.4g} {name} ({min(values):.4g} to {max(values):.4g}),"
-        parts = [f"{k} {v:.1f} MiB" for k, v in own[-1]["exchanged"].items()]
-        print(line, ", ".join(parts), f"in {own[-1]['calls']} calls")
-    shares = [f"{name} {a / b:.2f}" for name, (a, b) in medians.items()]
+    for way, found in ways.items():
+        line = f"  {way:14s} {found['MB']:.0f} MB"
+        for name in ("s", "CPU s"):
+            x = found[name]
+            line += f", {statistics.median(x):.4g} {name} ({min(x):.4g} to {max(x):.4g})"
+        parts = [f"{k} {v:.1f} MiB" for k, v in found["exchanged"].items()]
+        print(", ".join([line, *parts]), f"in {found['calls']} calls")
+    first, second = (ways[way] for way in WAYS)
+    shares = [f"MB {first['MB'] / second['MB']:.2f}"]
+    for name in ("s", "CPU s"):
+        shares.append(
+            f"{name} {statistics.median(first[name]) / statistics.median(second[name]):.2f}"
+        )
     print("  hidden states / logits:", ", ".join(shares), flush=True)
 
 
@@ -143,6 +180,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=49152)
     parser.add_argument("--model", help="folder of a model; sizes are its own then")
     parser.add_argument("--large-buckets", action="store_true", help="of DeepSpeed, in ZeRO")
+    parser.add_argument("--checkpointing", action="store_true", help="of activations")
     parser.add_argument("--repeats", type=int, default=5, help="counted steps of each way")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--process", action="store_true", help=argparse.SUPPRESS)
@@ -152,13 +190,17 @@ def main() -> None:
         return
     shared = ["--vocab", str(given.vocab), "--repeats", str(given.repeats)]
     shared += ["--large-buckets"] if given.large_buckets else []
+    shared += ["--checkpointing"] if given.checkpointing else []
     shared += [] if given.model is None else ["--model", given.model]
     for engine in given.engines:
         for hidden in given.hidden if given.model is None else [0]:
             for tokens in given.tokens:
-                words = ["--engines", engine, "--hidden", str(hidden), "--tokens", str(tokens)]
-                what = given.model or f"H {hidden} V {given.vocab}"
-                show(f"{engine} {what}, {tokens} tokens", run([*words, *shared], given.processes))
+                words = ["--hidden", str(hidden), "--tokens", str(tokens), *shared]
+                ways = run(("--engines", engine, *words), given.processes)
+                if engine == "fsdp2-shard":
+                    others = run(("--engines", "fsdp2", *words), given.processes)
+                    ways = ways | {"logits": others["logits"]}
+                show(f"{engine} {given.model or f'H {hidden}'}, {tokens} tokens", ways)
 
 
 if __name__ == "__main__":

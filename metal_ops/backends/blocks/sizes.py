@@ -15,7 +15,7 @@ DEVICE_BUFFER_BYTES = 64 * MIB
 # Tokens per product of the linear op. Below 128 reading the head dominates; the logits of a chunk
 # take 2 tokens / hidden of the head's own memory.
 MIN_TOKENS, MAX_TOKENS = 128, 1024
-CHUNK_BYTES = {"cpu": 96 * MIB}
+CHUNK_BYTES = {"cpu": 48 * MIB}
 DEVICE_CHUNK_BYTES = 512 * MIB
 # Rows of a head converted at a time, where products are not in its own dtype.
 HEAD_SLICE_BYTES = 16 * MIB

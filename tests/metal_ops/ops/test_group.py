@@ -12,13 +12,13 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from metal_ops import DivergenceSpec, Head, LinearTerms, linear_divergence
 from metal_ops.backends.blocks import split
-from metal_ops.functional import DivergenceStats
+from metal_ops.functional import DivergenceStats, one_local
 from tests.metal_ops.ops import test_grid as grid
 from tests.metal_ops.ops import test_linear as linear
 from tests.metal_ops.ops.again import again
@@ -222,6 +222,32 @@ def test_a_name_is_no_process_group() -> None:
 
 def test_a_process_s_rows_of_a_head(tmp_path: Path) -> None:
     run(2, tmp_path, own_rows, tmp_path)
+
+
+def one_tensor_for_all(folder: Path) -> None:
+    weight = nn.Parameter(
+        distribute_tensor(torch.randn(6, 4), init_device_mesh("cpu", (2,)), [Shard(0)])
+    )
+
+    def rows() -> Tensor:
+        found = Head(weight).own_rows()
+        assert found is not None
+        return found.head.weight
+
+    assert rows() is not rows()
+    with one_local(weight):
+        first, again = rows(), rows()
+        with one_local(weight):
+            assert rows() is first
+        assert again is first
+    assert rows() is not first
+    (first.sum() + (2 * again).sum()).backward()
+    assert isinstance(weight.grad, DTensor)
+    torch.testing.assert_close(weight.grad.to_local(), torch.full((3, 4), 3.0), rtol=0, atol=0)
+
+
+def test_one_tensor_for_all_uses_of_a_process_s_rows(tmp_path: Path) -> None:
+    run(2, tmp_path, one_tensor_for_all, tmp_path)
 
 
 def test_tokens_of_ones_own_need_a_group() -> None:
