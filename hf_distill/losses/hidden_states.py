@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_distill.losses.base import Terms, Tokens
+from hf_distill.models import pieces
 from hf_distill.models.layers import LayerWatcher, match_layers
 from hf_distill.models.modes import kept_rng
 from hf_distill.models.signals import Signal
@@ -121,8 +122,8 @@ class HiddenAlignment:
 
     Where their widths differ the student's states are projected to the teacher's, by a linear map
     of each pair that is trained with the student. It is a module of the student during `train`
-    (so that optimizer, gradient clipping and parallel wrappers find it), has a file of its own in
-    a checkpoint, and is never in the saved model.
+    (so that optimizer, gradient clipping, parallel wrappers and engines that cut parameters find
+    it), has a file of its own in a checkpoint, whole, and is never in the saved model.
 
     Args:
         model: the student, which may have adapters.
@@ -130,11 +131,10 @@ class HiddenAlignment:
         layers: see `match_layers`.
         settings: the kind of the loss, and the weight of attention maps.
         seed: of the projections' first values.
-        sharded: whether parameters lie in pieces on several processes.
 
     Raises:
         ValueError: the teacher has no layers to look at, a layer does not exist, or attention maps
-            are asked of an attention that gives none; or projections would be sharded.
+            are asked of an attention that gives none.
     """
 
     def __init__(
@@ -144,7 +144,6 @@ class HiddenAlignment:
         layers: str | list[Any],
         settings: HiddenConfig,
         seed: int,
-        sharded: bool = False,
     ) -> None:
         other = teacher.watched_model(model)
         if other is None:
@@ -167,12 +166,8 @@ class HiddenAlignment:
         teacher.watch(others, attends)
         widths = _widths(self.student, mine, own), _widths(source, theirs, others)
         self.projections = self._make_projections(*widths, seed)
-        if self.projections is not None and sharded:
-            raise ValueError(
-                "hidden layers of different widths need projections, which are not saved where "
-                "parameters are sharded (FSDP, DeepSpeed): take a teacher of the student's width, "
-                "or hidden_layers=None"
-            )
+        if self.projections is not None:
+            self.watch.project = self._projected
         logger.info(
             "hidden layers (student, teacher): %s, %s%s",
             ", ".join(f"({a}, {b})" for a, b in self.pairs),
@@ -230,15 +225,15 @@ class HiddenAlignment:
 
         Args:
             terms: of N tokens.
-            student: with its states; tokens of an anchor stand behind the N.
+            student: with its states, projected; tokens of an anchor stand behind the N.
             teacher: with its states.
             tokens: the tokens and their weights.
             weight: hidden_weight at this step.
         """
         hidden, attention = student.states
         count = len(tokens.targets)
-        projected = [self._projected(i, x[:count]) for i, x in enumerate(hidden)]
-        per_token = hidden_loss(projected, teacher.states.hidden, self.settings.loss)
+        own = [x[:count] for x in hidden]
+        per_token = hidden_loss(own, teacher.states.hidden, self.settings.loss)
         values = {HIDDEN_NAME: per_token}
         loss = weight * (tokens.weights * per_token).sum()
         if attention:
@@ -252,14 +247,44 @@ class HiddenAlignment:
     def _projected(self, index: int, states: Tensor) -> Tensor:
         return states if self.projections is None else self.projections[index](states)
 
-    def save(self, folder: str) -> None:
-        """Write the projections, if there are any."""
-        if self.projections is not None:
-            state = {k: v.detach().contiguous() for k, v in self.projections.state_dict().items()}
+    def _weights(self) -> dict[str, tuple[Tensor, torch.Size]]:
+        """Return the projections' weights as this process holds them, and their whole shapes."""
+        every: Any = self.projections or ()
+        return {
+            f"{i}.weight": (x.weight, torch.Size((x.out_features, x.in_features)))
+            for i, x in enumerate(every)
+        }
+
+    @torch.no_grad()
+    def save(self, folder: str, model: nn.Module, writes: bool) -> None:
+        """Write the projections, if there are any. All processes must call it together.
+
+        Args:
+            folder: of the checkpoint.
+            model: the student as its engine calls it.
+            writes: whether this process does.
+        """
+        if self.projections is None:
+            return
+        pieces.release(model)
+        flat, state = pieces.lies_flat(model), {}
+        for name, (weight, shape) in self._weights().items():
+            whole = pieces.join(pieces.piece(weight), weight, shape, flat)
+            state[name] = whole.detach().contiguous()
+        if writes:
             save_file(state, os.path.join(folder, FILE))
 
-    def load(self, folder: str) -> None:
-        """Read what `save` wrote.
+    def is_in(self, folder: str) -> bool:
+        """Return whether a checkpoint has projections; one of `save_only_model` has none."""
+        return os.path.isfile(os.path.join(folder, FILE))
+
+    @torch.no_grad()
+    def load(self, folder: str, model: nn.Module) -> None:
+        """Read what `save` wrote. All processes must call it together.
+
+        Args:
+            folder: of the checkpoint.
+            model: the student as its engine calls it.
 
         Raises:
             FileNotFoundError: it is not there.
@@ -268,11 +293,19 @@ class HiddenAlignment:
         if self.projections is None:
             return
         path = os.path.join(folder, FILE)
-        if not os.path.isfile(path):
+        if not self.is_in(folder):
             raise FileNotFoundError(f"the projections must be in the checkpoint: no {path}")
-        found = load_file(path)
-        assert_same_tensors(path, found, self.projections.state_dict())
-        self.projections.load_state_dict(found)
+        pieces.release(model)
+        found, own, flat = load_file(path), self._weights(), pieces.lies_flat(model)
+        shapes = {name: torch.empty(shape, device="meta") for name, (_, shape) in own.items()}
+        assert_same_tensors(path, found, shapes)
+        for name, (weight, _) in own.items():
+            held = pieces.piece(weight)
+            held.copy_(pieces.cut(found[name].to(weight.dtype), weight, flat))
+
+    def left_out(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a state dict of the student, by name, without the projections."""
+        return {name: x for name, x in state.items() if f"{MODULE}." not in name}
 
 
 def _check_attention(name: str, lm: nn.Module) -> None:

@@ -13,7 +13,7 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from hf_distill.data.sides import Side
 from hf_distill.models import kept_heads
@@ -33,7 +34,7 @@ from hf_distill.models.head_probe import (
     probe_head,
     probe_joined_head,
 )
-from hf_distill.models.head_replacement import call_in_head
+from hf_distill.models.head_replacement import call_in_head, projected_inside
 from hf_distill.models.heads_apart import is_apart
 from hf_distill.models.kept_logits import KEEP, takes_mask
 from hf_distill.models.layers import LayerWatcher, States
@@ -347,7 +348,10 @@ class Reader:
                 yield States
                 return
             with self.watch.on(lm, predicts) as seen:
-                yield seen.states
+                parallel = self.is_in_pieces or isinstance(model, DistributedDataParallel)
+                inside = parallel and self.watch.project is not None
+                with projected_inside(lm, seen.states) if inside else nullcontext():
+                    yield seen.states
 
     @torch.no_grad()
     def signal(

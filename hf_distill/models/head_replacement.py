@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_distill.models.heads_apart import around_head, is_apart
-from hf_distill.models.modes import replaced_forwards
+from hf_distill.models.layers import States
+from hf_distill.models.modes import replaced_forward, replaced_forwards
+from hf_distill.models.structure import output_head
 
 Read = Callable[[Tensor, Any], Any]
 """Makes a result of hidden states [B, T, H] and the head: a loss [], or what may have one."""
@@ -44,6 +46,45 @@ class _SameValue(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return grad.to(ctx.dtype), None
+
+
+class _Beside(torch.autograd.Function):
+    """Has the value of `through`; a backward that comes to it leads to the others as well."""
+
+    @staticmethod
+    def forward(ctx: Any, through: Tensor, *others: Tensor) -> Tensor:
+        ctx.count = len(others)
+        return through.view_as(through)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad, *(None for _ in range(ctx.count))
+
+
+@contextmanager
+def projected_inside(lm: nn.Module, states: Callable[[], States]) -> Iterator[None]:
+    """Inside the block the states of layers are projected in the call of the model's head.
+
+    Projections are a module of the model. An engine that cuts parameters joins them for its
+    forward only, and data parallelism waits for the gradients of what its outputs depend on.
+
+    Args:
+        lm: the Transformers model.
+        states: projects them at the first call.
+    """
+    last: Any = output_head(lm) or lm
+    forward = last.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        outputs = forward(*args, **kwargs)
+        hidden = states().hidden
+        if isinstance(outputs, Tensor):
+            return _Beside.apply(outputs, *hidden)
+        outputs.logits = _Beside.apply(outputs.logits, *hidden)
+        return outputs
+
+    with replaced_forward(last, run):
+        yield
 
 
 class _Led:

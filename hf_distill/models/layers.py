@@ -122,6 +122,10 @@ class _BeforeDropout(TorchFunctionMode):
         return made if found is None else found[1].reshape(made.shape)
 
 
+Project = Callable[[int, Tensor], Tensor]
+"""Makes of the states [N, H] of a layer, by its place among those that are chosen, [N, H']."""
+
+
 class LayerStates:
     """Holds what hooks have taken in one forward pass.
 
@@ -131,6 +135,7 @@ class LayerStates:
         name: "student" or "teacher", for errors.
         predicts: [B, T] bool, the scored positions.
         checkpoints: whether the forward recomputes blocks for its gradient.
+        project: see `LayerWatcher`.
     """
 
     def __init__(
@@ -140,8 +145,10 @@ class LayerStates:
         name: str,
         predicts: Tensor,
         checkpoints: bool,
+        project: Project | None = None,
     ) -> None:
-        self._checkpoints = checkpoints
+        self._checkpoints, self._project = checkpoints, project
+        self._found: States | None = None
         self.layers, self.with_attention, self.name = layers, attention, name
         self._predicts, self._with_grad = predicts, torch.is_grad_enabled()
         self._hidden: dict[int, Tensor] = {}
@@ -150,12 +157,17 @@ class LayerStates:
         self._turns: Counter[nn.Module] = Counter()
 
     def states(self) -> States:
-        """Return what has been taken.
+        """Return what has been taken; it is projected when it is asked for first.
 
         Raises:
             ValueError: the model's attention gives no maps, or a layer has another shape.
             RuntimeError: a layer did not run.
         """
+        if self._found is None:
+            self._found = self._find()
+        return self._found
+
+    def _find(self) -> States:
         for take in self._later:
             take()
         self._later.clear()
@@ -165,8 +177,11 @@ class LayerStates:
         blind = [layer for layer in self.layers if layer not in self._attention]
         if self.with_attention and blind:
             raise ValueError(NO_MAP.format(layer=blind[0], name=self.name))
+        hidden = [self._hidden[layer] for layer in self.layers]
+        if self._project is not None:
+            hidden = [self._project(i, x) for i, x in enumerate(hidden)]
         return States(
-            tuple(self._hidden[layer] for layer in self.layers),
+            tuple(hidden),
             tuple(self._attention[layer] for layer in self.layers if self.with_attention),
         )
 
@@ -228,7 +243,12 @@ class LayerWatcher:
         name: "student" or "teacher", for errors.
         layers: numbers from 1.
         attention: whether to take attention maps as well.
+
+    Attributes:
+        project: what is made of the states, or None where they are given as they are.
     """
+
+    project: Project | None = None
 
     def __init__(self, name: str, layers: Sequence[int] = (), attention: bool = False) -> None:
         self.name, self.layers, self.attention = name, tuple(layers), attention
@@ -266,7 +286,8 @@ class LayerWatcher:
         every = self.look(lm) if self.layers else ()
         chosen = {number: every[number - 1] for number in self.layers}
         checkpoints = bool(self.layers) and lm.training and _checkpoints(lm)
-        seen = LayerStates(chosen, self.attention, self.name, predicts, checkpoints)
+        given = self.attention, self.name, predicts, checkpoints, self.project
+        seen = LayerStates(chosen, *given)
         with ExitStack() as stack:
             for block in {layer.block for layer in chosen.values()}:
                 turns = {x.turn: n for n, x in chosen.items() if x.block is block}

@@ -4,10 +4,12 @@ import json
 import logging
 import os
 import re
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer
@@ -181,6 +183,21 @@ def add_to_optimizer(
     )
 
 
+def check_are_parameters(accelerator: Accelerator, layers: HiddenAlignment) -> None:
+    """Check that projections of hidden layers stay parameters, which checkpoints are made of.
+
+    Raises:
+        ValueError: FSDP 1 is told to keep flat tensors only.
+    """
+    if layers.projections is None or accelerator.distributed_type != DistributedType.FSDP:
+        return
+    if not (accelerator.is_fsdp2 or cast(Any, accelerator.state).fsdp_plugin.use_orig_params):
+        raise ValueError(
+            "hidden_layers of different widths have projections, which FSDP 1 keeps as parameters "
+            "of their own with use_orig_params only: leave it out of fsdp_config, got False"
+        )
+
+
 class StatefulTrainer(ResumableTrainer):
     """Keeps a teacher, projections of hidden states and the t of TAID, where there are any."""
 
@@ -195,6 +212,7 @@ class StatefulTrainer(ResumableTrainer):
     def _attach_layers(self) -> None:
         """Make projections of hidden layers a part of the model from now on."""
         if self._layers is not None:
+            check_are_parameters(self.accelerator, self._layers)
             self._attached.enter_context(self._layers.attached())
 
     def _detach_layers(self) -> None:
@@ -226,27 +244,39 @@ class StatefulTrainer(ResumableTrainer):
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self._layers is not None and state_dict is not None:
+            state_dict = self._layers.left_out(state_dict)
         with nullcontext() if self._layers is None else self._layers.detached():
             super()._save(output_dir, state_dict)
 
+    def _as_checkpoints_have_it(self) -> AbstractContextManager[None]:
+        """Inside the block the model has the modules that its checkpoints have weights of."""
+        of_engine = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return nullcontext() if self._layers is None or of_engine else self._layers.detached()
+
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with nullcontext() if self._layers is None else self._layers.detached():
+        with self._as_checkpoints_have_it():
             super()._load_from_checkpoint(*args, **kwargs)
 
     def _load_best_model(self) -> None:
-        with nullcontext() if self._layers is None else self._layers.detached():
+        with self._as_checkpoints_have_it():
             super()._load_best_model()
+        folder = cast(str, self.state.best_model_checkpoint)
+        if self._layers is not None and self._layers.is_in(folder):
+            self._layers.load(folder, cast(nn.Module, self.model_wrapped))
 
-    def _parts(self) -> list[HiddenAlignment | TaidCallback | BaseFingerprint]:
-        """Return what has a file of its own in a checkpoint."""
+    def _parts(self) -> list[TaidCallback | BaseFingerprint]:
+        """Return what one process writes to a file of its own in a checkpoint."""
         bases = base_fingerprints(self.teacher, cast(nn.Module, self.model))
-        return [*bases, *(part for part in (self._layers, self._taid) if part is not None)]
+        return [*bases, *([] if self._taid is None else [self._taid])]
 
     def _save_extra(self, folder: str) -> None:
         """Write what resuming needs besides the Trainer's own files."""
         state = {} if self.teacher is None else self.teacher.state_dict()
         if state and self.args.should_save:
             save_file(state, os.path.join(folder, TEACHER_FILE))
+        if self._layers is not None:
+            self._layers.save(folder, cast(nn.Module, self.model_wrapped), self.args.should_save)
         for part in self._parts():
             if self.args.should_save:
                 part.save(folder)
@@ -260,6 +290,8 @@ class StatefulTrainer(ResumableTrainer):
         """
         for part in self._parts():
             part.load(folder)
+        if self._layers is not None:
+            self._layers.load(folder, cast(nn.Module, self.model_wrapped))
         path = os.path.join(folder, TEACHER_FILE)
         wanted = {} if self.teacher is None else self.teacher.state_dict()
         if self.teacher is None or not wanted:

@@ -179,7 +179,7 @@ class DistillTrainer(AccountingTrainer):
             return None
         self._vocabulary.check_one_tokenizer("hidden_layers")
         layers = args.hidden_layers
-        made = HiddenAlignment(run.student, run.teacher, layers, settings, args.seed, run.sharded)
+        made = HiddenAlignment(run.student, run.teacher, layers, settings, args.seed)
         self._reader.watch = made.watch
         return continued(made, self._layers)
 

@@ -65,6 +65,12 @@ def distill_logits(folder: Path, num_processes: int) -> DistillTrainer:
     return distill(folder, num_processes, label_smoothing_factor=0.1)
 
 
+def distill_projections(folder: Path, num_processes: int) -> DistillTrainer:
+    """Projections of hidden layers where the loss is outside of the model's forward."""
+    given = {"hidden_layers": "uniform", "teacher": models.llama(1, hidden_size=48)}
+    return distill(folder, num_processes, label_smoothing_factor=0.1, **given)
+
+
 def distill_experts(folder: Path, num_processes: int) -> DistillTrainer:
     """Their auxiliary loss is one of each micro-batch, so that these have the same rows here."""
     batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4 // num_processes}
@@ -223,6 +229,7 @@ SETUPS = (
     distill_logits,
     distill_nothing_to_score,
     distill_own_loss,
+    distill_projections,
     distill_taid,
     distill_weighted,
     opsd_anchored,

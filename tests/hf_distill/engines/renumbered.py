@@ -17,19 +17,16 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
 from tests.hf_distill.engines import cpu, setups, table
-from tests.hf_distill.engines.runs import SAVING, found_of
-from tests.hf_distill.engines.setups import EMA, Place, distill, largest, opsd
+from tests.hf_distill.engines.runs import SAVING, found_of, sharded_checkpoints
+from tests.hf_distill.engines.setups import EMA, WIDER, Place, distill, largest, opsd
 
 # Adam divides by the root of v: with a larger epsilon, rounding of small gradients stays rounding
 OPTIONS = SAVING | {"adam_epsilon": 1e-4}
 TAID = {"t_start": 0.5, "t_end": 0.95, "step_size": 0.8, "momentum": 0.9}
 
 
-def sharded(place: Place) -> Any:
-    """Checkpoints in pieces, where the engine has such."""
-    config = place.options().get("fsdp_config")
-    given = {"fsdp_config": config | {"state_dict_type": "SHARDED_STATE_DICT"}} if config else {}
-    return opsd(place, lora=True, **OPTIONS, **EMA, **given)
+def sharded(make: Callable[..., Any], place: Place, **changes: Any) -> Any:
+    return make(place, lora=True, **OPTIONS, **changes, **sharded_checkpoints(place))
 
 
 RUNS: Mapping[str, Callable[[Place], Any]] = {
@@ -37,7 +34,9 @@ RUNS: Mapping[str, Callable[[Place], Any]] = {
     "taid": partial(distill, taid=TAID, **OPTIONS),
     "ema": partial(opsd, **OPTIONS, **EMA),
     "ema, lora": partial(opsd, lora=True, **OPTIONS, **EMA),
-    "ema, lora, sharded": sharded,
+    "ema, lora, sharded": partial(sharded, opsd, **EMA),
+    "projections": partial(distill, **OPTIONS, **WIDER),
+    "projections, lora, sharded": partial(sharded, distill, **WIDER),
     "on-policy, ema": partial(opsd, on_policy=True, **OPTIONS, **EMA),
 }
 REFUSALS = {*table.REFUSALS, "ZeRORuntimeException"}  # of DeepSpeed, which names both numbers

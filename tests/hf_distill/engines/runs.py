@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.integrations import deepspeed as of_deepspeed
@@ -24,17 +25,20 @@ from tests.hf_distill.engines.setups import (
     EMA,
     SETUPS,
     SPECIAL,
+    WIDER,
     Place,
     adapted,
     distill,
     largest,
     llama,
     opsd,
+    projections_of,
     whole_weights,
 )
 from tests.hf_distill.trainers import models
 
 SAVING: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+SHARDED = "SHARDED_STATE_DICT"
 SAVING |= {"optim": "adamw_torch", "learning_rate": 1e-3, "train_sampling_strategy": "random"}
 
 
@@ -50,12 +54,22 @@ def trained(make: Callable[..., Any], place: Place, **changes: Any) -> Any:
     return trainer
 
 
-def resumed(make: Callable[..., Any], place: Place, **changes: Any) -> dict[str, Any]:
+def resumed(
+    make: Callable[..., Any], place: Place, sharded: bool = False, **changes: Any
+) -> dict[str, Any]:
     """Train, and again from the middle."""
+    changes |= sharded_checkpoints(place) if sharded else {}
+    folder = place.folder / "checkpoint-2"
     straight = whole_weights(trained(make, place, **SAVING, **changes))
     trainer = make(place, **SAVING, **changes)
-    trainer.train(resume_from_checkpoint=str(place.folder / "checkpoint-2"))
-    return found_of(trainer) | {"straight": straight}
+    trainer.train(resume_from_checkpoint=str(folder))
+    return found_of(trainer) | {"straight": straight, "wrong": _projections_in(folder)}
+
+
+def _projections_in(folder: Path) -> list[str]:
+    """What a saved model has of projections, which belong to a run."""
+    written = [name for file in folder.glob("*model*.safetensors") for name in load_file(file)]
+    return [f"{name} is saved" for name in written if "projection" in name]
 
 
 def best(make: Callable[..., Any], place: Place, **changes: Any) -> dict[str, Any]:
@@ -75,6 +89,13 @@ def best(make: Callable[..., Any], place: Place, **changes: Any) -> dict[str, An
     return found_of(trainer) | {"wrong": [] if at < 3 else [f"the best step is {at}, the last"]}
 
 
+def sharded_checkpoints(place: Place) -> dict[str, Any]:
+    """Checkpoints in pieces, where the engine has both kinds."""
+    if not place.engine.startswith("fsdp"):
+        return {}
+    return {"fsdp_config": place.options()["fsdp_config"] | {"state_dict_type": SHARDED}}
+
+
 def _gathering(place: Place) -> dict[str, Any]:
     """ZeRO-3 writes a whole model where its config says so."""
     if place.engine != "zero3":
@@ -86,9 +107,7 @@ def _gathering(place: Place) -> dict[str, Any]:
 
 def saved(place: Place, sharded: bool = False, **changes: Any) -> dict[str, Any]:
     """What `save_model` writes, loaded without an engine, is what was trained."""
-    if sharded and place.engine.startswith("fsdp"):
-        config = place.options()["fsdp_config"] | {"state_dict_type": "SHARDED_STATE_DICT"}
-        changes |= {"fsdp_config": config}
+    changes |= sharded_checkpoints(place) if sharded else {}
     trainer = trained(distill, place, **_gathering(place), **changes)
     found, folder = found_of(trainer), place.folder / "saved"
     trainer.save_model(str(folder))
@@ -117,18 +136,26 @@ def _compared_alone(folder: Path, weights: Mapping[str, Tensor], lora: bool) -> 
     apart = largest(dict(wanted.named_parameters()), dict(loaded.named_parameters()))
     moved = largest(dict(llama().named_parameters()), dict(loaded.named_parameters()))
     odd = [f"saved {apart:.0e} from trained"] if apart else []
+    odd += _projections_in(folder)
     return odd if moved > 1e-4 else [*odd, "nothing was trained"]
 
 
-def _exact_weights(trainer: Any) -> dict[str, Tensor]:
-    """Weights in float32: DeepSpeed trains such copies, whose start is in 16 bits."""
+def _trained_exactly(place: Place, **changes: Any) -> tuple[Any, dict[str, Tensor]]:
+    """A trainer after its training, and the weights in float32.
+
+    DeepSpeed trains such copies, whose start is in 16 bits.
+    """
+    trainer = distill(place, **changes)
+    projections = dict(projections_of(trainer))
+    start = llama().state_dict() | {name: p.detach().clone() for name, p in projections.items()}
+    trainer.train()
     if not trainer.is_deepspeed_enabled:
-        return whole_weights(trainer)
+        return trainer, whole_weights(trainer)
     import deepspeed.utils as zero  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
 
-    named = trainer.accelerator.unwrap_model(trainer.model).named_parameters()
-    found = {name: zero.safe_get_full_fp32_param(p).clone() for name, p in named}
-    return {name: found[name] - (w.bfloat16() - w) for name, w in llama().state_dict().items()}
+    named = dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters()) | projections
+    found = {name: zero.safe_get_full_fp32_param(p).clone() for name, p in named.items()}
+    return trainer, {name: found[name] - (w.bfloat16() - w) for name, w in start.items()}
 
 
 def _distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
@@ -136,18 +163,18 @@ def _distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     return sum(float((a[n].double() - b[n].double()).square().sum()) for n in a) ** 0.5
 
 
-def bf16(place: Place) -> dict[str, Any]:
+def bf16(place: Place, **changes: Any) -> dict[str, Any]:
     """Hidden states are as near to float32 as logits are."""
     if place.engine == "one":
-        return found_of(trained(distill, place))
-    given: dict[str, Any] = {"bf16": True}
+        return found_of(trained(distill, place, **changes))
+    given: dict[str, Any] = {"bf16": True} | changes
     if place.engine.startswith("zero"):
         given["deepspeed"] = place.options()["deepspeed"] | {"bf16": {"enabled": "auto"}}
     by_logits = mock.patch.object(distill_trainer, "hidden_states_refusal", return_value="compared")
     with by_logits:
-        logits = _exact_weights(trained(distill, place, **given))
-    trainer = trained(distill, place, **given)
-    return found_of(trainer) | {"weights": _exact_weights(trainer), "by logits": logits}
+        _, logits = _trained_exactly(place, **given)
+    trainer, weights = _trained_exactly(place, **given)
+    return found_of(trainer) | {"weights": weights, "by logits": logits}
 
 
 def near(one: Mapping[str, Tensor], many: Mapping[str, Any]) -> tuple[bool, str]:
@@ -219,15 +246,26 @@ SAVED = {
     "saved, sharded": partial(saved, sharded=True),
     "saved, lora merged": partial(saved, lora=True),
     "saved, lora, sharded": partial(saved, lora=True, sharded=True),
+    "saved, projections": partial(saved, **WIDER),
+    "saved, projections, sharded": partial(saved, sharded=True, **WIDER),
+    "saved, projections, lora": partial(saved, lora=True, **WIDER),
 }
 SPECIAL |= SAVED | {
     "resumed": partial(resumed, distill),
     "resumed, ema": partial(resumed, opsd, **EMA),
     "resumed, ema, lora": partial(resumed, opsd, lora=True, **EMA),
     "resumed, base": partial(resumed, opsd),
+    "resumed, projections": partial(resumed, distill, **WIDER),
+    "resumed, projections, sharded": partial(resumed, distill, sharded=True, **WIDER),
+    "resumed, projections, lora": partial(resumed, distill, lora=True, **WIDER),
+    "resumed, projections, lora, sharded": partial(
+        resumed, distill, lora=True, sharded=True, **WIDER
+    ),
+    "best model, projections": partial(best, distill, **WIDER),
     "best model": partial(best, distill),
     "best model, lora": partial(best, distill, lora=True),
     "bf16": bf16,
+    "bf16, projections": partial(bf16, **WIDER),
     "no logits": no_logits,
 }
 SETUPS |= SPECIAL

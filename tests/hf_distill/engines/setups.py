@@ -4,7 +4,8 @@ Rows of a step, over all processes, are the same; SGD, so that a gradient of ano
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -173,16 +174,17 @@ def padded(place: Place, **changes: Any) -> DistillTrainer:
     return distill(place, **given, **changes)
 
 
-def one_without_tokens(place: Place) -> DistillTrainer:
+def one_without_tokens(place: Place, **changes: Any) -> DistillTrainer:
     """The last process has nothing to score in the first micro-batch, little in the second."""
     rows = models.rows(48, longest=24)
     for row in rows[3:6]:
         row["labels"] = [-100] * len(row["labels"])
     for row in rows[9:12]:
         row["labels"] = [-100] * (len(row["labels"]) - 1) + row["labels"][-1:]
-    return distill(place, data=rows)
+    return distill(place, data=rows, **changes)
 
 
+WIDER = {"hidden_layers": "uniform"}  # of a teacher whose layers are
 EMA = {"teacher": "ema", "self_teacher": {"ema_decay": 0.5}}
 SETUPS: dict[str, Callable[[Place], Any]] = {  # `runs` adds some
     "separate": distill,
@@ -208,7 +210,11 @@ SETUPS: dict[str, Callable[[Place], Any]] = {  # `runs` adds some
     "gradient checkpointing": lambda p: distill(p, gradient_checkpointing=True),
     "a process without tokens": one_without_tokens,
     "hidden layers": lambda p: distill(p, by=llama(1), hidden_layers="uniform"),
-    "projections": lambda p: distill(p, hidden_layers="uniform"),
+    "projections": lambda p: distill(p, **WIDER),
+    "projections, lora": lambda p: distill(p, lora=True, **WIDER),
+    "projections, clipping": lambda p: distill(p, max_grad_norm=0.1, **WIDER),
+    "projections, logits": lambda p: distill(p, label_smoothing_factor=0.1, **WIDER),
+    "projections, a process without tokens": lambda p: one_without_tokens(p, **WIDER),
     "taid": lambda p: distill(
         p, taid={"t_start": 0.5, "t_end": 0.95, "step_size": 0.8, "momentum": 0.9}
     ),
@@ -242,8 +248,14 @@ def _clean(name: str) -> str:
     return name
 
 
+def projections_of(trainer: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """The weights of projections of hidden layers, by name, if there are any."""
+    projections = getattr(getattr(trainer, "_layers", None), "projections", None)
+    return iter(()) if projections is None else projections.named_parameters("projection")
+
+
 def whole_weights(trainer: Any) -> dict[str, Tensor]:
-    """All weights, on every process."""
+    """All weights, those of the projections of hidden layers too, on every process."""
     from torch.distributed.fsdp import FullyShardedDataParallel as Fsdp1  # noqa: PLC0415
     from torch.distributed.tensor import DTensor  # noqa: PLC0415
 
@@ -251,30 +263,47 @@ def whole_weights(trainer: Any) -> dict[str, Tensor]:
     inside = trainer.accelerator.unwrap_model(trainer.model)
 
     def copied(module: nn.Module) -> dict[str, Tensor]:
-        found = {_clean(name): p.detach() for name, p in module.named_parameters()}
+        named = [*module.named_parameters(), *projections_of(trainer)]
+        found = {_clean(name): p.detach() for name, p in named}
         return {
             name: p.full_tensor().clone() if isinstance(p, DTensor) else p.clone()
             for name, p in found.items()
         }
 
     if isinstance(model, Fsdp1):
-        with Fsdp1.summon_full_params(model, writeback=False):
-            return copied(model)
+        layers = getattr(trainer, "_layers", None)
+        with (
+            nullcontext() if layers is None else layers.attached(),
+            Fsdp1.summon_full_params(model, writeback=False),
+        ):
+            found = copied(model)
+        return {name: x for name, x in found.items() if "hidden_projection" not in name}
     if any(hasattr(p, "ds_tensor") for p in inside.parameters()):
         import deepspeed  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
 
-        with deepspeed.zero.GatheredParameters(list(inside.parameters())):
+        cut = [*inside.parameters(), *(p for _, p in projections_of(trainer))]
+        with deepspeed.zero.GatheredParameters(cut):
             return copied(inside)
     return copied(inside)
 
 
-def few_tokens(place: Place) -> DistillTrainer:
+def few_tokens(place: Place, **changes: Any) -> DistillTrainer:
     """Few enough that logits take less memory than the gradient of a head."""
     forward.HEAD_COPIES |= COPIES
-    return distill(place)
+    return distill(place, **changes)
 
 
-SETUPS["few tokens"] = few_tokens
+def few_on_one_process(place: Place, **changes: Any) -> DistillTrainer:
+    """Processes read the same micro-batch in two ways."""
+    forward.HEAD_COPIES |= dict.fromkeys(COPIES, 0.5)  # 12 tokens
+    return one_without_tokens(place, **changes)
+
+
+SETUPS |= {
+    "few tokens": few_tokens,
+    "projections, few tokens": lambda p: few_tokens(p, **WIDER),
+    "projections, few on one process": lambda p: few_on_one_process(p, **WIDER),
+}
 COPIES = dict(forward.HEAD_COPIES)
 
 # set-ups that are more than one training, see `runs`

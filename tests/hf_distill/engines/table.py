@@ -26,6 +26,7 @@ from tests.hf_distill.engines.setups import ENGINES, SETUPS, Place, largest, sam
 # what hangs on how many processes there are: uneven pieces, rows and rounds, sums, checkpoints
 FEW = ("separate", "tied both", "lora", "a process without tokens", "hidden layers", "evaluation")
 FEW += ("base, full", "ema, full", "on-policy, ema", "environment", "resumed, ema, lora")
+FEW += ("projections, few on one process", "resumed, projections", "saved, projections")
 FEW += ("best model", "saved, lora merged", "no logits")
 ROUNDING = 2e-7  # of weights of about 1 after three steps; SGD moves them by 1e-3 and more
 

@@ -13,7 +13,7 @@ from hf_distill import DistillConfig, DistillTrainer
 from hf_distill.models import forward
 from tests.hf_distill.engines import cpu
 from tests.hf_distill.engines.exchanged import Exchanged
-from tests.hf_distill.engines.setups import Place, llama
+from tests.hf_distill.engines.setups import WIDE, Place, llama, other
 from tests.hf_distill.trainers import models
 from tests.processes import run_two
 
@@ -24,6 +24,7 @@ CASES: Mapping[str, dict[str, Any]] = {
     "teacher": {},
     "evaluation": {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 1},
     "teacher in pieces": {},
+    "projections": {"hidden_layers": "uniform"},
 }
 
 
@@ -60,6 +61,7 @@ def of_a_process(engine: str, folder: Path) -> None:
     found = {"plain": last_step(Plain(llama(), TrainingArguments(**args), models.Pad(), rows))}
     for name, changes in CASES.items():
         made, teacher = DistillConfig(**place.options(**changes)), llama(1)
+        teacher = other() if name == "projections" else teacher
         if name != "teacher in pieces":
             teacher.hf_device_map = {"": "cpu"}  # placed by its owner, so it stays whole
         found[name] = last_step(
@@ -83,6 +85,7 @@ def test_a_step_gathers_what_a_plain_one_does(engine: str, tmp_path: Path) -> No
     run_two(tmp_path / "run", of_a_process, engine, tmp_path / "run")
     found = torch.load(tmp_path / "run" / "found.pt")
     plain, in_pieces = found.pop("plain"), found.pop("teacher in pieces")
+    projections = found.pop("projections")
     assert plain[0][0] > 0
     assert found == dict.fromkeys(found, plain)
     teacher = sum(p.nbytes for p in llama(1).parameters())
@@ -90,3 +93,8 @@ def test_a_step_gathers_what_a_plain_one_does(engine: str, tmp_path: Path) -> No
     assert gathered <= plain[0][0] + teacher
     assert (gathered > plain[0][0]) is (engine != "fsdp1")  # which does not cut teachers
     assert summed == plain[1]
+    pairs, width, wider = 2, WIDE["hidden_size"], other().config.hidden_size
+    size = 4 * pairs * width * wider  # bytes of projections: gathered once, and summed once
+    assert projections[1][0] == plain[1][0] + size
+    # FSDP 1 has one flat tensor of them and the head, and gathers what a process lacks of it
+    assert projections[0][0] == plain[0][0] + size // (2 if engine == "fsdp1" else 1)

@@ -202,12 +202,23 @@ def test_the_best_model_has_no_projections(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     best = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}
+    best |= {"greater_is_better": True, "metric_for_best_model": "eval_loss"}  # not the last
     trainer = saving(tmp_path, **best)
     trainer.train()
-    assert trainer.state.best_model_checkpoint
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-3")
     assert not [x for x in caplog.messages if "missing" in x]
     loaded = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
     assert models.difference(models.weights(loaded), models.weights(trainer.model)) == 0
+    layers: Any = trainer._layers  # which belong to the model
+    of_best = load_file(tmp_path / "checkpoint-3" / FILE)
+    assert models.difference(models.weights(layers.projections), of_best) == 0
+
+
+def test_the_best_model_is_loaded_where_only_models_are_saved(tmp_path: Path) -> None:
+    best = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}
+    trainer = saving(tmp_path, save_only_model=True, **best)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint
 
 
 def eager(make: Callable[..., nn.Module], **changes: Any) -> nn.Module:
