@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
+from metal_ops.backends.blocks.sizes import may_ask
+
 Arguments = TypeVar("Arguments", bound=tuple[Any, ...])
 Result = TypeVar("Result", bound=tuple[Tensor, ...])
 
@@ -103,7 +105,7 @@ def scaled(grad: Tensor, upstream: Tensor) -> Tensor:
     autograd = internals._autograd
     if not plain or autograd._get_current_graph_task_keep_graph():  # retain_graph=True
         return (grad * upstream).to(grad.dtype)
-    if grad.device.type == "cpu":
+    if may_ask(grad):
         if upstream.numel() == 1 or (upstream.numel() and not any(upstream.stride())):
             # one number for all, in place counts in full precision, and is not converted entry by
             # entry, which takes ten times as long

@@ -63,5 +63,6 @@ def unpad_tokens(columns: Mapping[str, Tensor], like: SparseTeacher) -> SparseTe
     width = columns["log_tail"].shape[1]
     counts = columns[COUNTS]
     inside = torch.arange(width, device=counts.device) < counts[:, None]
-    rest = {name: x[inside] for name, x in columns.items() if name != COUNTS}
+    rows, places = inside.nonzero().unbind(1)  # asked once, not for each column
+    rest = {name: x[rows, places] for name, x in columns.items() if name != COUNTS}
     return _replaced(like, rest)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 IGNORE_INDEX = -100
 
@@ -59,9 +60,45 @@ def predicts_from_index(index: Tensor, num_positions: int) -> Tensor:
     return predicts.scatter_(1, at, True)[:, :num_positions]
 
 
+_PLACES: Any = WeakIdKeyDictionary()  # of masks, with the version that they had
+
+
+def places(predicts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows and columns, [N] int64 each, at which a mask [B, T] is True, row by row.
+
+    How many there are is asked once a mask, which waits for its device; an index by the mask itself
+    would ask again each time, and in its backward.
+    """
+    version = -1 if predicts.is_inference() else predicts._version  # a mask that has changed is new
+    found = _PLACES.get(predicts)
+    if found is None or found[0] != version or version < 0:
+        rows, columns = predicts.nonzero().unbind(1)
+        found = _PLACES[predicts] = version, (rows, columns)
+    return found[1]
+
+
+def scored(x: Tensor, predicts: Tensor) -> Tensor:
+    """Return x[predicts], [N, ...] of x [B, T, ...], by the `places` of the mask [B, T].
+
+    Raises:
+        IndexError: x is of other positions.
+    """
+    if x.shape[:2] != predicts.shape:
+        raise IndexError(
+            f"a mask of scored positions must be of {list(x.shape[:2])} positions, got "
+            f"{list(predicts.shape)}"
+        )
+    rows, columns = (at.to(x.device) for at in places(predicts))
+    return x[rows, columns]
+
+
 def targets(labels: Tensor, predicts: Tensor) -> Tensor:
-    """Return [N]: the scored tokens of labels [B, T], or of values aligned with them, by row."""
-    return labels[:, 1:][predicts[:, :-1]]
+    """Return [N]: the scored tokens of labels [B, T], or of values aligned with them, by row.
+
+    Nothing is predicted by the last position.
+    """
+    rows, columns = (at.to(labels.device) for at in places(predicts))
+    return labels[rows, columns + 1]
 
 
 def student_side(batch: Mapping[str, Any]) -> Side:

@@ -33,5 +33,6 @@ def behaviour_log_probs(reader: Reader, model: nn.Module, batch: dict[str, Tenso
     with evaluating(model):
         found = reader.run(model, side, lambda student: chunks.log_probs(student, targets))
     result = torch.full(side.predicts.shape, torch.nan, dtype=found.dtype, device=found.device)
-    result[:, 1:][side.predicts[:, :-1]] = found
+    rows, columns = sides.places(side.predicts)
+    result[rows, columns + 1] = found
     return result

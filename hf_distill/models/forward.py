@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_distill.data.sides import Side
+from hf_distill.data.sides import Side, places, scored
 from hf_distill.models import kept_heads
 from hf_distill.models.causality import find_front
 from hf_distill.models.head_probe import (
@@ -235,7 +235,7 @@ class Reader:
 
         def read_scored(hidden: Tensor, head: Any) -> Any:
             whole = Head(head.weight, head.bias, scale, cap)
-            return read(hidden[predicts], whole.first(min(sizes)) if sizes else whole)
+            return read(scored(hidden, predicts), whole.first(min(sizes)) if sizes else whole)
 
         kwargs = self.forward_inputs(model, side.inputs) if kwargs is None else kwargs
         lm = self._lm()
@@ -281,8 +281,8 @@ class Reader:
             asked[KEEP] = self._placed(side.predicts)
         kwargs = self.forward_inputs(model, side.inputs) if kwargs is None else kwargs
         logits = self.outputs(model, kwargs, **asked).logits
-        scored = logits if logits.ndim == 2 else logits[side.predicts]
-        return scored if self.vocab is None else scored[:, : self.vocab]
+        found = logits if logits.ndim == 2 else scored(logits, side.predicts)
+        return found if self.vocab is None else found[:, : self.vocab]
 
     def _keeps(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
         """Return whether the model can be told of which positions logits are wanted."""
@@ -313,6 +313,7 @@ class Reader:
             at_head: False reads the logits in any case.
         """
         self.look(model, side)
+        places(side.predicts)  # asked before the device has the forward to do
         self.added = None
         at_head = at_head and self._post is not None and not side.as_logits
         if not at_head:

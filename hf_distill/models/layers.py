@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from hf_distill.data.sides import scored
 from hf_distill.models.stacks import Layer, Map, decoder_blocks, states_of, tensors
 
 NAMED = ("uniform", "last")
@@ -225,7 +226,7 @@ class LayerStates:
         value = found[place] if dropped is None else dropped.before(found[place])
 
         def take() -> None:
-            self._attention[number] = value.transpose(1, 2)[self._predicts]
+            self._attention[number] = scored(value.transpose(1, 2), self._predicts)
 
         self._take(number, take)
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hf_distill.data.sides import places
 from hf_distill.models.modes import replaced_forward
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,8 @@ def _experts(logits: Any, k: int | None, predicts: Tensor) -> Experts | None:
     if any(x.numel() != predicts.numel() * count for x in logits):
         return None
     best = [x.reshape(*predicts.shape, count).topk(k, dim=-1).indices for x in logits]
-    return Experts(torch.stack(best)[:, predicts], count)
+    rows, columns = places(predicts)
+    return Experts(torch.stack(best)[:, rows, columns], count)
 
 
 def expert_agreement(student: Experts, teacher: Experts) -> Tensor | None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hf_distill.data.sides import scored
 from hf_distill.models.modes import evaluating, kept_rng
 from hf_distill.models.structure import input_embeddings, is_sharded
 
@@ -90,7 +91,7 @@ class Layer:
         if found is not None and found.ndim == len(self.order):
             placed = found if self.order == (0, 1, 2) else found.permute(self.order)
             if placed.shape[:2] == predicts.shape:
-                return placed[predicts].flatten(1)
+                return scored(placed, predicts).flatten(1)
         shape = "no tensor" if found is None else list(found.shape)
         raise ValueError(
             f"hidden_layers need blocks that give the states of each of the {list(predicts.shape)} "

@@ -96,17 +96,17 @@ class ShareMeter:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._sums = [0, 0]
+        self._flagged: Tensor | int = 0
+        self._count = 0
 
     def add(self, flags: Tensor) -> None:
-        """Count rows, [B] bool."""
-        counts = (int(flags.sum()), len(flags))
-        self._sums = [a + b for a, b in zip(self._sums, counts, strict=True)]
+        """Count rows, [B] bool; nothing waits for the device."""
+        self._flagged, self._count = self._flagged + flags.sum(), self._count + len(flags)
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the metric, and start anew. Every process must call it."""
-        flagged, count = _total(self._sums, accelerator)
-        self._sums = [0, 0]
+        flagged, count = _total([int(self._flagged), self._count], accelerator)
+        self._flagged = self._count = 0
         return {self.name: flagged / count} if count else {}
 
 
@@ -182,7 +182,7 @@ class TokenMeter:
         targets: Tensor | None = None,
         counted: Tensor | None = None,
     ) -> None:
-        """Count one micro-batch; no synchronisation with the device unless tokens are left out.
+        """Count one micro-batch; it waits for the device, once, only if tokens are left out.
 
         Args:
             metrics: by name, values of tokens; a NaN is none.
@@ -193,8 +193,9 @@ class TokenMeter:
         if targets is not None:
             if counted is not None:
                 of_tokens = {name for name, value in values.items() if len(value) == len(counted)}
-                values |= {name: values[name][counted] for name in of_tokens}
-                targets = targets[counted]
+                kept = counted.nonzero()[:, 0]
+                values |= {name: values[name][kept] for name in of_tokens}
+                targets = targets[kept]
             self._count(TOKENS, targets.new_ones(len(targets), dtype=torch.float32)[None])
             self._add_classes(values, targets)
         together = [name for name in MEANS if name in values]

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from hf_distill.data.sides import TEACHER_ROUTE, Side
+from hf_distill.data.sides import TEACHER_ROUTE, Side, places
 from hf_distill.models.pieces import will_lie_in_pieces
 from hf_distill.models.signals import Signal, join, without_padding
 from hf_distill.run import Run
@@ -125,7 +125,7 @@ class RoutedTeacher(Teacher):
             ValueError: the batch has no route, or one that is out of range.
         """
         route = self._checked_route(side)
-        row_of_token = side.predicts.nonzero()[:, 0]
+        row_of_token = places(side.predicts)[0]
         signals, tokens = [], []
         for name, teacher in self.teachers.items():
             mine = route == self.names.index(name)

@@ -128,7 +128,14 @@ class AccountingTrainer(StepCollatingTrainer):
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Do as `Trainer` does, without what an attempt that did not end has measured."""
         self._read_metrics(training=True)
-        return super()._inner_training_loop(*args, **kwargs)
+        filters = self.args.logging_nan_inf_filter
+        # with a teacher a loss that is not finite has raised an error before; the filter would
+        # look for it again behind each backward, and wait for its end
+        self.args.logging_nan_inf_filter = filters and self.teacher is None
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            self.args.logging_nan_inf_filter = filters
 
     def prediction_step(
         self,

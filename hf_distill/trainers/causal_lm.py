@@ -190,7 +190,7 @@ class CausalLM:
             own_loss = self.hard_loss.of(outputs, labels, batch.num_items)
             if own_loss is not None:
                 own_loss = own_loss * batch.num_averaged
-            logits = outputs.logits[side.predicts]
+            logits = sides.scored(outputs.logits, side.predicts)
             signal = Signal(logits=logits, states=states(), own_loss=own_loss)
             return self._with_added(terms_of(signal), batch), outputs
 
@@ -335,11 +335,12 @@ class TokenWeighing:
         made = WeighedBatch(weights, logged, signal)
         if signal is None or not self.entropy > 0:
             return made
-        factor = self._entropy_factor(signal, int(predicts.sum()))
+        rows, columns = sides.places(predicts)
+        factor = self._entropy_factor(signal, len(rows))
         if weights is None:
             weights = (batch["labels"] != sides.IGNORE_INDEX).float()
         weights = weights.clone()
-        weights[:, 1:][predicts[:, :-1]] *= factor
+        weights[rows, columns + 1] *= factor
         return replace(made, weights=weights, logged=logged | {ENTROPY_FACTOR: factor})
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import find_labels
 
-from hf_distill.data.sides import IGNORE_INDEX, Side
+from hf_distill.data.sides import IGNORE_INDEX, Side, places
 from hf_distill.losses import Terms, Tokens
 from hf_distill.losses.hard_loss import HardLoss
 from hf_distill.models.signals import Signal
@@ -66,7 +66,7 @@ class Batch:
         """Return [N] bool: which scored tokens stand in rows that count, or None for all."""
         if self.num_rows is None:
             return None
-        return self.student.predicts.nonzero()[:, 0] < self.num_rows
+        return places(self.student.predicts)[0] < self.num_rows
 
     def counted_labels(self, labels: Tensor) -> Tensor:
         """Return the labels [B, ...], ignored in rows that do not count."""

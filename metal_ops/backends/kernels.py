@@ -162,7 +162,7 @@ class _StudentSupport(NamedTuple):
             outside = outside.masked_fill(absent | (log_sum == -torch.inf), 0.0)
             kernels.spread(self.logits, log_sum, outside, spec.temperature, out)
             gradient = weighed.inside.masked_fill(absent[:, None], 0.0).to(out.dtype)
-            out.view(-1).index_copy_(0, self.kept.flat, gradient[self.kept.valid])
+            self.kept.put(out, gradient)
         clipped = torch.zeros_like(counts) if weighed.clipped is None else weighed.clipped
         return weighed.loss.masked_fill(~counts, 0.0), clipped & counts
 
@@ -339,8 +339,14 @@ def linear(
     needs: Needs,
     want_stats: bool,
 ) -> LossAndGradients:
-    """Do `chunked.linear`, the rows of a chunk by kernels."""
+    """Do `chunked.linear`, the rows of a chunk by kernels.
+
+    Tokens of weight 0 are projected like the others: to leave them out, the host would have to
+    know how many there are, and wait for all that the device has to do before.
+    """
+    given = from_hidden.cleared(student, teacher, weights, hard)
     make_block_loss = partial(_make_block_loss, kernels)
-    return from_hidden.linear(
-        student, teacher, weights, hard, spec, needs, want_stats, make_block_loss
-    )
+    found = from_hidden.linear_of_all(*given, spec, needs, want_stats, make_block_loss)
+    absent = weights == 0
+    stats = found.stats.masked_fill(absent, 0.0) if want_stats else found.stats
+    return found._replace(per_token=found.per_token.masked_fill(absent, 0.0), stats=stats)

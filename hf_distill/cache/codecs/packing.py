@@ -199,34 +199,31 @@ def pack_sums(
         log_tail: [N] log t as it is stored.
         num_tail: [N] n.
     """
-    columns = []
-    for order, column in zip(orders, log_sums.T, strict=True):
-        even, reach = _sum_bounds(order, log_tail, num_tail)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            columns.append((column - even) / reach)
-    shares = np.nan_to_num(np.stack(columns, axis=1))
-    return np.rint(np.clip(shares, 0, 1) * 65535).astype(U16)
+    even, reach = _sum_bounds(orders, log_tail, num_tail)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        shares = np.nan_to_num((log_sums.T - even) / reach)
+    return np.ascontiguousarray(np.rint(np.clip(shares, 0, 1) * 65535).astype(U16).T)
 
 
 def unpack_sums(
     stored: np.ndarray, orders: Sequence[float], log_tail: np.ndarray, num_tail: np.ndarray
 ) -> np.ndarray:
     """Return [m, N] float32 log power sums; the arguments are those of `pack_sums`."""
-    log_sums = np.empty((len(orders), len(log_tail)), np.float32)
-    for row, order, column in zip(log_sums, orders, stored.T, strict=True):
-        even, reach = _sum_bounds(order, log_tail, num_tail)
-        np.multiply(column, reach, out=row)
-        row *= np.float32(1 / 65535)
-        row += even
+    even, reach = _sum_bounds(orders, log_tail, num_tail)
+    log_sums = stored.T.astype(np.float32, order="C")
+    log_sums *= reach
+    log_sums *= np.float32(1 / 65535)
+    log_sums += even
     return log_sums
 
 
 def _sum_bounds(
-    order: float, log_tail: np.ndarray, num_tail: np.ndarray
+    orders: Sequence[float], log_tail: np.ndarray, num_tail: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return [N] float32: the log sum if even, and what to add if one entry has all."""
-    spread = np.log(np.maximum(num_tail, 1).astype(np.float32)) * np.float32(1 - order)
-    return spread + np.float32(order) * log_tail, -spread
+    """Return [m, N] float32: the log sum if even, and what to add if one entry has all."""
+    own, rest = (np.array(x, np.float32)[:, None] for x in (orders, [1 - x for x in orders]))
+    spread = np.log(np.maximum(num_tail, 1).astype(np.float32)) * rest
+    return spread + own * log_tail, -spread
 
 
 def codes(values: np.ndarray, top: np.ndarray, last: np.ndarray) -> np.ndarray:

@@ -104,6 +104,7 @@ def select(logits: Tensor, uniforms: np.ndarray, plan: Plan) -> Selection:
     size, device = block_tokens(logits.device), logits.device
     points = torch.from_numpy(uniforms).to(wide(device)).to(device)
     has_all = len(logits) > 0 and bool((logits.amin(-1) > -torch.inf).all())
+    scratch = logits.new_empty(2, size, logits.shape[1], dtype=torch.float32)
     parts: list[tuple[Tensor, ...]] = []
     for start in range(0, max(len(logits), 1), size):
         block = logits[start : start + size].float()
@@ -113,6 +114,7 @@ def select(logits: Tensor, uniforms: np.ndarray, plan: Plan) -> Selection:
             F.pad(points[start : start + size], (0, missing)),
             plan,
             has_all,
+            scratch,
         )
         parts.append(tuple(tensor[: len(block)] for tensor in kept))
     joined = (torch.cat(tensors).cpu().numpy() for tensors in zip(*parts, strict=True))
@@ -126,14 +128,32 @@ def select(logits: Tensor, uniforms: np.ndarray, plan: Plan) -> Selection:
     return result
 
 
-def _select_block(logits: Tensor, points: Tensor, plan: Plan, has_all: bool) -> tuple[Tensor, ...]:
-    """Return a Selection's fields. has_all says that no logit is -inf: then none are counted."""
+def _log_total(logits: Tensor, spare: Tensor) -> Tensor:
+    """Return log-sum-exp [N, 1] as `Tensor.logsumexp` computes it, in memory that is there."""
+    largest = logits.amax(-1, keepdim=True)
+    largest.masked_fill_(largest.isinf(), 0.0)
+    return torch.sub(logits, largest, out=spare).exp_().sum(-1, keepdim=True).log_().add_(largest)
+
+
+def _select_block(
+    logits: Tensor, points: Tensor, plan: Plan, has_all: bool, scratch: Tensor
+) -> tuple[Tensor, ...]:
+    """Return a Selection's fields.
+
+    Args:
+        logits: [n, R] float32.
+        points: [n].
+        plan: what to keep.
+        has_all: says that no logit is -inf: then none are counted.
+        scratch: [2, n, R] float32, whose memory is used for every block.
+    """
+    log_p, power = scratch
     if plan.temperature != 1.0:
         logits = logits / plan.temperature
-    total = logits.logsumexp(-1, keepdim=True)
-    log_p = logits - total
+    total = _log_total(logits, power)
+    torch.sub(logits, total, out=log_p)
     bounded = log_p if has_all else log_p.clamp_min(torch.finfo(log_p.dtype).min)
-    entropy = -torch.linalg.vecdot(log_p.exp(), bounded)
+    entropy = -torch.linalg.vecdot(torch.exp(log_p, out=power), bounded)
     num_entries = torch.full_like(total[:, 0], log_p.shape[1], dtype=torch.int64)
     if not has_all:
         num_entries = (log_p > -torch.inf).sum(-1)
@@ -146,17 +166,19 @@ def _select_block(logits: Tensor, points: Tensor, plan: Plan, has_all: bool) -> 
     tail = log_p.scatter_(-1, head_ids, head_log_p.masked_fill(kept, -torch.inf))
     largest = tail.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
     tail -= largest
-    power = torch.empty_like(tail)
 
     def log_sum(order: float) -> Tensor:
         """Return the log of the tail's sum of p ** order; `power` holds the terms, scaled."""
         torch.mul(tail, order, out=power).exp_()
         return power.sum(-1).log() + order * largest[:, 0]
 
-    log_tail = log_sum(1.0)
-    log_sums = [log_sum(order) for order in plan.orders]
-    log_sum(plan.proposal)
-    draw_ids = draw_systematic(power, points, plan.num_samples)
+    # that of the draws last: its terms are their weights
+    needed = {1.0, *plan.orders, *([plan.proposal] if plan.num_samples else [])}
+    sums = {order: log_sum(order) for order in sorted(needed, key=plan.proposal.__eq__)}
+    log_tail, log_sums = sums[1.0], [sums[order] for order in plan.orders]
+    draw_ids = head_ids[:, :0]
+    if plan.num_samples:
+        draw_ids = draw_systematic(power, points, plan.num_samples)
     draw_log_p = tail.gather(-1, draw_ids) + largest
     return (
         head_ids,

@@ -166,7 +166,28 @@ class _Gradients(NamedTuple):
             self.bias.add_(grad.sum(0, dtype=self.bias.dtype))
 
 
-def _linear(
+def cleared(
+    student: Projection, teacher: Projection | Tensor, weights: Tensor, hard: HardLabels
+) -> tuple[Projection, Projection | Tensor, Tensor, HardLabels]:
+    """Return what `linear` takes with zeros for hidden states and labels where weights are 0.
+
+    What stands there counts for nothing, and may be infinite.
+    """
+    absent = weights == 0
+
+    def clear(x: Tensor) -> Tensor:
+        return x.masked_fill(absent[:, None], 0.0)
+
+    if isinstance(teacher, Tensor):
+        teacher = clear(teacher)
+    else:
+        teacher = teacher._replace(hidden=clear(teacher.hidden))
+    labels = None if hard.labels is None else hard.labels.masked_fill(absent, 0)
+    student = student._replace(hidden=clear(student.hidden))
+    return student, teacher, weights, HardLabels(labels, hard.alpha)
+
+
+def linear_of_all(
     student: Projection,
     teacher: Projection | Tensor,
     weights: Tensor,
@@ -175,9 +196,9 @@ def _linear(
     needs: Needs,
     want_stats: bool,
     make_block_loss: MakeBlockLoss,
-    at_a_time: int | None,
+    at_a_time: int | None = None,
 ) -> LossAndGradients:
-    """Do the work of `linear` where every token counts."""
+    """Do the work of `linear`, and leave out no token."""
     weight, dtype, shared = student.weight, accumulator(student.weight), isinstance(teacher, Tensor)
     num_tokens, vocab = len(weights), len(weight)
     values = weight.new_zeros(2 + NUM_STATS * want_stats, num_tokens, dtype=dtype)
@@ -252,13 +273,13 @@ def linear(
     """
     index, how = weights.nonzero().squeeze(-1), (make_block_loss, at_a_time)
     if len(index) == len(weights):
-        return _linear(student, teacher, weights, hard, spec, needs, want_stats, *how)
+        return linear_of_all(student, teacher, weights, hard, spec, needs, want_stats, *how)
     if isinstance(teacher, Tensor):
         teacher = teacher[index]
     else:
         teacher = teacher._replace(hidden=teacher.hidden[index])
     labels = None if hard.labels is None else hard.labels[index]
-    found = _linear(
+    found = linear_of_all(
         student._replace(hidden=student.hidden[index]),
         teacher,
         weights[index],

@@ -48,6 +48,11 @@ def rows_per_block(x: Tensor, vocab: int) -> int:
     return max(1, buffer_bytes(x.device) // (itemsize * max(1, vocab)))
 
 
+def may_ask(x: Tensor) -> bool:
+    """Return whether asking for values of x waits for no other device."""
+    return x.device.type == "cpu"
+
+
 class RowBlocks:
     """Iterates over the rows to compute, whose weight is not zero, a block at a time."""
 

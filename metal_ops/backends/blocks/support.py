@@ -4,6 +4,7 @@ The kept entries and the tail are categories [rows, K + 1] of which `terms` give
 gradient g. A kept logit's gradient is its category's; a tail logit has its share of the tail's.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -26,8 +27,25 @@ class KeptEntries:
     def __init__(self, ids: Tensor, vocab: int) -> None:
         self.vocab, self.valid = vocab, ids >= 0
         self.ids = ids.clamp_min(0)
-        starts = torch.arange(len(ids), device=ids.device)[:, None] * vocab
-        self.flat = (self.ids + starts)[self.valid]
+
+    @functools.cached_property
+    def flat(self) -> Tensor:
+        """Return where the kept entries lie in [rows, V]; how many there are is asked for."""
+        starts = torch.arange(len(self.ids), device=self.ids.device)[:, None] * self.vocab
+        return (self.ids + starts)[self.valid]
+
+    def put(self, out: Tensor, values: Tensor) -> None:
+        """Write values [rows, K] at the kept entries of `out` [rows, V], without asking for any.
+
+        Padding repeats the row's first kept entry; where there is none, what is there stays.
+        """
+        if not self.ids.shape[-1]:
+            return
+        first = self.valid.int().argmax(-1, keepdim=True)
+        ids = self.ids.where(self.valid, self.ids.gather(-1, first))
+        values = values.where(self.valid, values.gather(-1, first))
+        kept = self.valid.any(-1, keepdim=True)
+        out.scatter_(-1, ids, values.where(kept, out.gather(-1, ids)))
 
     @property
     def ascending(self) -> Tensor:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metal_ops.backends.blocks.sizes import RowBlocks
+from metal_ops.backends.blocks.sizes import RowBlocks, may_ask
 from metal_ops.spec import DivergenceSpec
 
 LEAST = -60.0  # a smaller l counts as this one where terms would be 0 * inf: exp(-60) = 1e-26
@@ -191,19 +191,23 @@ def add_tail_correction(
         student: logits [N, V].
         kept: [N, K] int64, the entries outside the tail; those below 0 are padding.
         draws: from the tail.
-        weights: [N]; they weigh the gradient, and a row of weight 0 is skipped.
+        weights: [N]; they weigh the gradient, and a row of weight 0 is left out: skipped on a CPU,
+            and computed in vain elsewhere, where the host does not know which rows these are.
         spec: resolved; its clip is not applied.
         max_ratio: >= 1, inf for no bound.
         loss: [N], added to unweighted.
         grad: [N, V] in the dtype of `student`, or None.
     """
     vocab, dtype = student.shape[-1], loss.dtype
-    blocks = RowBlocks(student, weights, vocab)
+    skips = may_ask(weights)
+    blocks = RowBlocks(student, weights if skips else None, vocab)
     buffer = student.new_empty(min(blocks.step, blocks.num_rows), vocab, dtype=dtype)
     for at in blocks:
         rows = student[at]
         z = buffer[: len(rows)].copy_(rows).mul_(1 / spec.temperature)
-        ids, mine = kept[at], draws.of(at)
+        ids, mine, absent = kept[at], draws.of(at), (weights[at] == 0)[:, None]
+        if not skips:
+            z.masked_fill_(absent, 0.0)  # it may be infinite
         inside = z.gather(-1, ids.clamp_min(0)).masked_fill_(ids < 0, -math.inf)
         drawn = z.gather(-1, mine.ids.clamp_min(0))
         largest = _without_kept(z, ids).amax(-1, keepdim=True)
@@ -212,7 +216,7 @@ def add_tail_correction(
         tail = mass.log().add_(largest)
         total = torch.cat([inside, tail], dim=-1).logsumexp(-1, keepdim=True)
         row = _correction(mine, drawn - tail, tail - total, spec, max_ratio)
-        loss[at] += (spec.scale * row.value).to(dtype)
+        loss[at] += (spec.scale * row.value).masked_fill(absent[:, 0], 0.0).to(dtype)
         if grad is None:
             continue
         factor = weights[at].to(row.value.dtype)[:, None] * (spec.scale / spec.temperature)
