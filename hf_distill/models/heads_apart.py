@@ -9,7 +9,7 @@ Shapes: B rows, T positions, H hidden.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed import fsdp
 
+from hf_distill.models.modes import in_place_of
 from hf_distill.models.structure import causal_lm
 from metal_ops import Head
 from metal_ops.functional import OwnRows, one_local
@@ -172,24 +173,6 @@ class _Called(nn.Module):
 
 
 @contextmanager
-def _in_place_of(lm: nn.Module, others: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
-    """Put other modules in the places of some, inside the block."""
-    places = [
-        (parent, name, child)
-        for parent in lm.modules()
-        for name, child in parent._modules.items()
-        if child in others
-    ]
-    for parent, name, child in places:
-        parent._modules[name] = others[cast(nn.Module, child)]
-    try:
-        yield
-    finally:
-        for parent, name, child in places:
-            parent._modules[name] = child
-
-
-@contextmanager
 def around_head(lm: nn.Module, head: nn.Module, tap: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Inside the block the model calls `tap` for its head, which stays in pieces.
 
@@ -203,5 +186,5 @@ def around_head(lm: nn.Module, head: nn.Module, tap: Callable[[Tensor], Tensor])
     if embeddings is not None and embeddings.weight is cast(Any, head).weight:
         state: Any = cast(Any, head)._get_fsdp_state()
         others[embeddings] = _Embeddings(embeddings, state._mp_policy.param_dtype)
-    with one_local(cast(Any, head).weight), _in_place_of(lm, others):
+    with one_local(cast(Any, head).weight), in_place_of(lm, others):
         yield

@@ -1,4 +1,4 @@
-"""What holds of a model for the length of a block: its mode, its random state, its forward."""
+"""What holds of a model for the length of a block: mode, random state, forwards, modules."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
 CHECKPOINTING = "gradient_checkpointing"  # of Transformers' modules
 
@@ -75,3 +76,35 @@ def replaced_forward(
 ) -> AbstractContextManager[None]:
     """Give one module another forward inside the block."""
     return replaced_forwards({module: forward})
+
+
+@contextmanager
+def in_place_of(model: nn.Module, others: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
+    """Put other modules in the places of some, inside the block."""
+    places = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if child is not None and child in others
+    ]
+    for parent, name, child in places:
+        parent._modules[name] = others[child]
+    try:
+        yield
+    finally:
+        for parent, name, child in places:
+            parent._modules[name] = child
+
+
+@contextmanager
+def without_checkpoint_wrappers(model: nn.Module) -> Iterator[None]:
+    """Inside the block no wrapper stands around blocks that recompute their activations.
+
+    FSDP's `activation_checkpointing` puts them there. Names of tensors in a state dict are without
+    them, and PEFT looks for an adapter's tensors by the names of modules: it would save none.
+    """
+    wrappers: dict[nn.Module, nn.Module] = {
+        m: m._checkpoint_wrapped_module for m in model.modules() if isinstance(m, CheckpointWrapper)
+    }
+    with in_place_of(model, wrappers):
+        yield

@@ -4,7 +4,8 @@ import json
 import logging
 import os
 import re
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_distill.losses.hidden_states import HiddenAlignment
 from hf_distill.losses.taid import TaidCallback
+from hf_distill.models.modes import without_checkpoint_wrappers
 from hf_distill.models.tensors import assert_same_tensors
 from hf_distill.teachers import Teacher
 from hf_distill.teachers.base_fingerprint import BaseFingerprint, base_fingerprints
@@ -246,13 +248,23 @@ class StatefulTrainer(ResumableTrainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self._layers is not None and state_dict is not None:
             state_dict = self._layers.left_out(state_dict)
-        with nullcontext() if self._layers is None else self._layers.detached():
+        with self._bare(), nullcontext() if self._layers is None else self._layers.detached():
             super()._save(output_dir, state_dict)
 
-    def _as_checkpoints_have_it(self) -> AbstractContextManager[None]:
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._bare():  # an engine's weights are written here as well
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _bare(self) -> AbstractContextManager[None]:
+        return without_checkpoint_wrappers(cast(nn.Module, self.model_wrapped))
+
+    @contextmanager
+    def _as_checkpoints_have_it(self) -> Iterator[None]:
         """Inside the block the model has the modules that its checkpoints have weights of."""
         of_engine = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        return nullcontext() if self._layers is None or of_engine else self._layers.detached()
+        layers = None if of_engine else self._layers
+        with self._bare(), nullcontext() if layers is None else layers.detached():
+            yield
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self._as_checkpoints_have_it():

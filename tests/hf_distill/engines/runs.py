@@ -254,6 +254,7 @@ SPECIAL |= SAVED | {
     "resumed": partial(resumed, distill),
     "resumed, ema": partial(resumed, opsd, **EMA),
     "resumed, ema, lora": partial(resumed, opsd, lora=True, **EMA),
+    "resumed, lora, sharded": partial(resumed, distill, lora=True, sharded=True),
     "resumed, base": partial(resumed, opsd),
     "resumed, projections": partial(resumed, distill, **WIDER),
     "resumed, projections, sharded": partial(resumed, distill, sharded=True, **WIDER),
