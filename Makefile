@@ -64,6 +64,7 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python -m tests.benchmarks.linear --allocator keep
 	$(BIN)/python -m tests.benchmarks.divergence --allocator default
 	$(BIN)/python -m tests.benchmarks.linear --allocator default
+	$(BIN)/python -m tests.benchmarks.steps --profile
 
 # metal_ops as a source tree for kernel-builder, see CONTRIBUTING.md
 kernel: $(VENV)/.installed-test

@@ -18,6 +18,7 @@ from hf_distill.models import pieces
 from hf_distill.models.modes import evaluating, kept_rng
 from hf_distill.models.routers import silent_routers
 from hf_distill.models.structure import causal_lm, is_sharded, unwrap
+from hf_distill.rollouts.decoding import IN_PIECES, decode, leaving_refusal, say_staying
 from hf_distill.rollouts.left_padding import ANY, NONE, LeftPadding, left_padding
 from hf_distill.rollouts.sampling import Sampling, cut_at_end_token, end_token_ids
 
@@ -158,10 +159,11 @@ def generate(
         share = padding.sharing(max(map(len, prompts), default=0), max_completion_length)
         batches = _batches(prompts, batch_size, share)
         one = batch_size is None and len(batches) == 1
-        options: dict[str, Any] = {}
+        options = {} if is_sharded(model) else _leaving(lm, config, padding)
         if is_sharded(model):
             # a process that has ended goes on with the others, who need its parameters
             batches += [[]] * (pieces.most(len(batches)) - len(batches))
+            say_staying(lm, IN_PIECES)
             options["synced_gpus"] = torch.distributed.get_world_size() > 1
         found: dict[int, list[int]] = {}
         for number, rows in enumerate(batches):
@@ -172,6 +174,20 @@ def generate(
                 i: cut_at_end_token(row, end_ids) for i, row in zip(rows, completions, strict=False)
             }
     return [found[i] for i in range(len(prompts))]
+
+
+def _leaving(lm: nn.Module, config: GenerationConfig, padding: LeftPadding) -> dict[str, Any]:
+    """Return what lets rows leave a call of `generate` when they have ended; nothing if none may.
+
+    Without an end token no row ends before the others.
+    """
+    if config.eos_token_id is None:
+        return {}
+    reason = leaving_refusal(lm, config) or padding.stays
+    if reason is None:
+        return {"custom_generate": decode}
+    say_staying(lm, reason)
+    return {}
 
 
 def _call(

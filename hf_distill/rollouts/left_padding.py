@@ -1,5 +1,7 @@
 """Which prompts may share a call of `generate`, so that each is continued as it is alone.
 
+And whether a row may leave the call when its completion has ended, see `rollouts.decoding`.
+
 It is tried out once for each model, on the logits of a few tokens: of a prompt that is padded on
 the left, of the prompt alone, and of the forward that training runs. Where padding changes them,
 prompts of one length share a call, and nothing is padded.
@@ -14,11 +16,17 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 
 from hf_distill.models.position_trials import LENIENT, MOST_NOISE, PADDING, ROW, Said, Trial
 from hf_distill.models.positions import positions_of
 from hf_distill.models.structure import causal_lm, is_sharded
+from hf_distill.rollouts.decoding import decode, leaving_refusal
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +44,13 @@ class LeftPadding(NamedTuple):
         first: the position of a row's first token, where `generate`, which counts from 0, must be
             told.
         limit: tokens that the model has learnt positions for, or None.
+        stays: why a row that has ended must stay in its call, or None if it may leave.
     """
 
     share: str = ANY
     first: int = 0
     limit: int | None = None
+    stays: str | None = None
 
     def arguments(self, mask: Tensor) -> dict[str, Tensor]:
         """Return what `generate` is given besides ids and mask [B, T]."""
@@ -85,8 +95,8 @@ def left_padding(
     if lm not in _KNOWN:
         length = ROW if positions.limit is None else min(ROW, max(1, positions.limit // 4))
         plain = LeftPadding(ANY, positions.first, positions.limit)
-        share = _Generated(lm, ids[:, :length], pad_token_id, plain).share()
-        _KNOWN[lm] = plain._replace(share=share)
+        tried = _Generated(lm, ids[:, :length], pad_token_id, plain)
+        _KNOWN[lm] = plain._replace(share=tried.share(), stays=tried.stays())
     return _KNOWN[lm]
 
 
@@ -137,6 +147,43 @@ class _Generated:
         )
         return share
 
+    def stays(self) -> str | None:
+        """Return why a row that has ended must stay beside this one, or None if it may leave."""
+        reason = leaving_refusal(self.lm, GenerationConfig())
+        if reason is not None:
+            return reason
+        both = torch.cat([self.ids.flip(1), self.ids])
+        seen: list[Tensor] = []
+
+        def note(ids: Tensor, scores: Tensor) -> Tensor:
+            seen.append(scores[1].clone())
+            return scores
+
+        def first_ends(ids: Tensor, scores: Any) -> Tensor:
+            return torch.arange(2, device=ids.device) == 0
+
+        try:
+            made = self.lm.generate(
+                input_ids=both,
+                attention_mask=torch.ones_like(both),
+                generation_config=self._greedy(),
+                custom_generate=decode,
+                logits_processor=LogitsProcessorList([note]),
+                stopping_criteria=StoppingCriteriaList([first_ends]),
+                **self.plain.arguments(torch.ones_like(both)),
+            )
+        except Exception as error:  # whatever a cache of another kind raises
+            return f"without one of its rows the model raises {type(error).__name__}: {error}"
+        found = self.apart(made[1, both.shape[1] :], torch.stack(seen).float())
+        if found <= self.limit:
+            return None
+        return f"a row's logits are {found:.1g} of the largest apart once another has left"
+
+    def _greedy(self) -> GenerationConfig:
+        return GenerationConfig(
+            max_new_tokens=NEW, do_sample=False, pad_token_id=self.pad_token_id, use_cache=True
+        )
+
     def apart(self, tokens: Tensor, logits: Tensor) -> float:
         """Return how far logits [n, V] are from the forward's, while the tokens are the same."""
         same = 1 + int((tokens == self.tokens)[:-1].int().cumprod(0).sum())
@@ -152,14 +199,8 @@ class _Generated:
         """
         mask = torch.ones_like(ids)
         mask[0, :padding] = 0
-        config = GenerationConfig(
-            max_new_tokens=NEW,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-            pad_token_id=self.pad_token_id,
-            use_cache=True,
-        )
+        config = self._greedy()
+        config.update(output_logits=True, return_dict_in_generate=True)
         told = self.plain.arguments(mask)
         made = self.lm.generate(
             input_ids=ids, attention_mask=mask, generation_config=config, **told

@@ -3,8 +3,8 @@
 import logging
 import random
 from collections.abc import Callable, Sequence
-from itertools import count
-from typing import Any, NamedTuple, cast
+from itertools import count, islice
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -25,14 +25,40 @@ from hf_distill.run import Run
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 EVAL_STEP = 10**9  # eval rollouts draw from seeds that no training step uses
 
 
 class RolloutWindow(NamedTuple):
-    """Holds micro-batches, and the episodes they were made of; none if they are the data's."""
+    """Holds micro-batches, and the episodes they were made of; none if they are the data's.
+
+    The episodes are in the order of the data, the rows of the micro-batches in that of `_order`.
+    """
 
     episodes: list[list[Episode]]
     batches: list[dict[str, Tensor]]
+
+
+def _order(episodes: list[list[Episode]]) -> list[int]:
+    """Return the numbers of a step's episodes, so that micro-batches have rows of like lengths.
+
+    Little of them is then padding. The longest are first: where memory is short, it shows at once.
+    A step's loss is a sum over its tokens, whichever micro-batch has them. One micro-batch keeps
+    its order.
+    """
+    flat = [episode for batch in episodes for episode in batch]
+    if len(episodes) == 1:
+        return list(range(len(flat)))
+    lengths = [len(x.context) + sum(map(len, x.completions)) for x in flat]
+    return sorted(range(len(flat)), key=lambda i: -lengths[i])
+
+
+def _dealt(batches: list[list[T]], order: list[int]) -> list[list[T]]:
+    """Return as many batches of as many things, in another order."""
+    flat = [x for batch in batches for x in batch]
+    others = iter(flat[i] for i in order)
+    return [list(islice(others, len(batch))) for batch in batches]
 
 
 class Rollouts:
@@ -93,7 +119,7 @@ class Rollouts:
             model: the student, wrapped or not.
             batches: of `HintCollator.prompts`.
             step: optimizer steps taken.
-            resumed: states of the episodes of each micro-batch.
+            resumed: states of the episodes of each micro-batch of the data.
             collator: of the rows, as it is at the window's first step.
         """
         rows = [batch["rows"] for batch in batches]
@@ -116,13 +142,15 @@ class Rollouts:
             for one, states in zip(episodes, resumed, strict=True):
                 for episode, state in zip(one, states, strict=True):
                     vars(episode).update(state)
-        found = [self.batch(model, x, collator) for x in episodes]
+        order = _order(episodes)
+        ordered = _dealt(episodes, order)
+        found = [self.batch(model, x, collator) for x in ordered]
         if self.args.anchor_weight > 0:
-            self._add_anchors(found, rows)
+            self._add_anchors(found, _dealt(rows, order))
         if resumed is None:
             self._compare_with_hints(episodes)
             if self.table is not None:
-                self._tabulate(self.table, step, found, episodes)
+                self._tabulate(self.table, step, found, episodes, order)
         return RolloutWindow(episodes, found)
 
     def _episodes(
@@ -224,11 +252,14 @@ class Rollouts:
         step: int,
         batches: list[dict[str, Any]],
         episodes: list[list[Episode]],
+        order: list[int],
     ) -> None:
+        """Add the rows to the table, in the order of the data."""
         flat = [episode for batch in episodes for episode in batch]
-        ids = [
+        made = [
             row for batch in batches for row in unpad(batch["input_ids"], batch["attention_mask"])
         ]
+        ids = [row for _, row in sorted(zip(order, made, strict=True))]
         starts = [len(episode.context) for episode in flat]
         names = list(dict.fromkeys(name for episode in flat for name in episode.columns))
         table.add(
