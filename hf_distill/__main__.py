@@ -9,6 +9,7 @@ python -m hf_distill plan MODEL [TEACHER] --devices 8
 import argparse
 import json
 import logging
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -147,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except CacheError as error:
-        print(f"{type(error).__name__}: {error}")
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
 
 

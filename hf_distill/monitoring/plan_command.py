@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -82,8 +83,10 @@ def run(options: argparse.Namespace) -> int:
         planner = Planner(student, teacher, settings)
         plans, refused = _plans(planner, options.engine)
     except ValueError as error:
-        print(f"ValueError: {error}")
+        print(f"ValueError: {error}", file=sys.stderr)
         return 1
+    for remark in remarks(planner):
+        logger.warning("%s", remark)
     fits = None
     if options.memory is not None:
         fits = first_that_fits(plans, int(options.memory * GIB * SHARE))
@@ -103,6 +106,27 @@ def _plans(planner: Planner, engine: str | None) -> tuple[list[Plan], dict[str, 
     if engine is not None:
         return [planner.plan(engine)], {}
     return plan_all(planner)
+
+
+def remarks(planner: Planner) -> list[str]:
+    """Return what of a plan can be counted but hardly be meant."""
+    student, teacher, found = planner.student, planner.teacher, []
+    for name, sizes in (("student", student), ("teacher", teacher)):
+        if sizes is None:
+            continue
+        config = sizes.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is not None and planner.settings.length > limit:
+            found.append(
+                f"rows of {planner.settings.length} tokens are longer than the {limit} of the "
+                f"{name}'s max_position_embeddings"
+            )
+    if teacher is not None and teacher.vocab != student.vocab:
+        found.append(
+            f"the student's head has {student.vocab} entries and the teacher's {teacher.vocab}: "
+            "with one tokenizer the larger is cut, with two only divergence='uld' compares them"
+        )
+    return found
 
 
 def assumed(planner: Planner) -> str:

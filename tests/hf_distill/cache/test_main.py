@@ -54,7 +54,7 @@ def test_a_cache_is_written_and_inspected(
     shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
     assert main(["cache", "inspect", str(path), "--verify", "lazy"]) == 0
     assert main(["cache", "inspect", str(path)]) == 1
-    assert "CacheCorrupt: " in capsys.readouterr().out
+    assert "CacheCorrupt: " in capsys.readouterr().err
 
 
 def test_another_cache_is_refused_or_overwritten(
@@ -62,7 +62,7 @@ def test_another_cache_is_refused_or_overwritten(
 ) -> None:
     assert main(arguments(folder, tmp_path)) == 0
     assert main(arguments(folder, tmp_path, "--hint", "Hint : {hint}")) == 1
-    assert "CacheConfigMismatch: " in capsys.readouterr().out
+    assert "CacheConfigMismatch: " in capsys.readouterr().err
     assert main(arguments(folder, tmp_path, "--hint", "Hint : {hint}", "--overwrite")) == 0
     hinted = caches.side(caches.collator(hint="Hint : {hint}"), models.problems(1))
     ids = hinted.inputs["input_ids"][0].tolist()

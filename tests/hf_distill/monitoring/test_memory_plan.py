@@ -231,6 +231,24 @@ def test_the_command_prints_one_engine_and_all(
     assert "nothing fits: " in capsys.readouterr().out
 
 
+def test_the_command_remarks_on_what_can_hardly_be_meant(
+    folders: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    student, teacher = folders["student"], folders["teacher"]
+    limit, vocab = models.llama().config.max_position_embeddings, models.llama().config.vocab_size
+    assert main(["plan", student, "--engine", "one", "--length", str(limit)]) == 0
+    assert not [x for x in caplog.records if x.levelname == "WARNING"]
+    assert main(["plan", student, teacher, "--engine", "one", "--length", str(limit + 1)]) == 0
+    found = [x.getMessage() for x in caplog.records if x.levelname == "WARNING"]
+    assert [x.split(":")[0] for x in found] == [
+        f"rows of {limit + 1} tokens are longer than the {limit} of the student's "
+        "max_position_embeddings",
+        f"rows of {limit + 1} tokens are longer than the {limit} of the teacher's "
+        "max_position_embeddings",
+        f"the student's head has {vocab} entries and the teacher's 4096",
+    ]
+
+
 def test_json(folders: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     given = ["plan", folders["student"], "--devices", "4", "--length", "32", "--json"]
     assert main([*given, "--memory", "80"]) == 0
@@ -292,7 +310,7 @@ def test_what_cannot_be_is_an_error(
     given = [word.format(**folders) for word in words]
     assert main(["plan", *given]) == 1
     with pytest.raises(ValueError, match=message):
-        raise ValueError(capsys.readouterr().out)
+        raise ValueError(capsys.readouterr().err)
 
 
 def test_every_engine_has_a_plan() -> None:
