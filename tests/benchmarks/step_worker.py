@@ -194,7 +194,10 @@ def ours(given: argparse.Namespace, load: Load, tokenizer: Any, turns: Turns) ->
         SelfTeacher,
     )
 
-    model, settings = load(0.0), settings_of(given) | {"alpha": 1.0, "beta": 0.5}
+    model, settings = (
+        load(0.0),
+        settings_of(given) | {"alpha": 1.0, "beta": 0.5, "temperature": 1.0},
+    )
     settings |= {"divergence": "jsd", "train_sampling_strategy": "sequential"}
     alone, count = given.case.endswith("itself"), settings["max_steps"] * given.rows
     kinds = {"processing_class": tokenizer, "callbacks": [turns]}
