@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer
@@ -106,6 +106,24 @@ def find_absence(folder: str) -> str | None:
     return None if any(x.endswith(WEIGHTS) for x in names) else "it holds no weights"
 
 
+ZERO_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt")
+
+
+def zero_ranks(folder: str) -> set[int]:
+    """Return the ranks whose part of the optimizer DeepSpeed's ZeRO has written to a checkpoint.
+
+    On machines without a shared disk a folder has those of its own machine only.
+    """
+    latest = os.path.join(folder, "latest")
+    if not os.path.isfile(latest):
+        return set()
+    with open(latest, encoding="utf-8") as file:
+        inner = os.path.join(folder, file.read().strip())
+    names = os.listdir(inner) if os.path.isdir(inner) else []
+    found = (ZERO_FILE.fullmatch(x) for x in names)
+    return {int(x[1]) for x in found if x}
+
+
 class ResumableTrainer(Trainer):
     """Keeps files of a subclass in its checkpoints, and passes over those that are not whole."""
 
@@ -118,14 +136,35 @@ class ResumableTrainer(Trainer):
         """Do as `Trainer` does, but pass over checkpoints that were not written to the end.
 
         Raises:
-            ValueError: the checkpoint that is named, or every one there is, is such a one.
+            ValueError: the checkpoint that is named, or every one there is, is such a one; or
+                DeepSpeed cannot go on from it.
         """
         if resume_from_checkpoint is True:
             found = last_whole_checkpoint(cast(str, self.args.output_dir))
             resume_from_checkpoint = True if found is None else found
         elif resume_from_checkpoint:
             assert_whole_checkpoint(resume_from_checkpoint)
+        if self.is_deepspeed_enabled and isinstance(resume_from_checkpoint, str):
+            self._check_processes(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _check_processes(self, folder: str) -> None:
+        """Check that as many processes go on from a checkpoint of ZeRO as have written it.
+
+        Raises:
+            ValueError: they are others.
+        """
+        plugin = cast(Any, self.accelerator.state).deepspeed_plugin
+        if plugin.get_value("checkpoint.load_universal", False):
+            return
+        ranks, own, world = zero_ranks(folder), self.args.process_index, self.args.world_size
+        fits = not ranks or (own in ranks and max(ranks) < world)
+        if any(gather_object([not fits])):  # all processes say so, or none
+            raise ValueError(
+                f"DeepSpeed goes on from a checkpoint with as many processes as have written it, "
+                f"{folder} has parts of {len(ranks)} and this run has {world}: take as many, or "
+                "DeepSpeed's universal checkpoints (checkpoint.load_universal in its config)"
+            )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:

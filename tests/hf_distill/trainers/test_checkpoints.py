@@ -88,6 +88,49 @@ def test_a_torn_checkpoint_that_is_named_is_an_error(folder: Path) -> None:
         trainer(folder).train(resume_from_checkpoint=named)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "rank", "world", "universal", "said"),
+    [
+        ((0, 1), 0, 2, False, None),
+        ((0, 1), 2, 3, False, r"checkpoint-2 has parts of 2 and this run has 3: take as many"),
+        ((0, 1, 2), 0, 2, False, r"checkpoint-2 has parts of 3 and this run has 2: take as many"),
+        ((0, 1, 2), 0, 2, True, None),
+        ((4, 5), 4, 8, False, None),  # one machine of several without a shared disk
+        ((), 0, 2, False, None),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "bf16_"])
+def test_deepspeed_goes_on_with_as_many_processes(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ranks: tuple[int, ...],
+    rank: int,
+    world: int,
+    universal: bool,
+    said: str | None,
+    prefix: str,
+) -> None:
+    inner = folder / "checkpoint-2" / "global_step2"
+    inner.mkdir()
+    (inner.parent / "latest").write_text("global_step2\n")
+    for i in ranks:
+        (inner / f"{prefix}zero_pp_rank_{i}_mp_rank_00_optim_states.pt").touch()
+        (inner / f"zero_pp_rank_{i}_mp_rank_00_model_states.pt").touch()
+    assert checkpoints.zero_ranks(str(inner.parent)) == set(ranks)
+    run = trainer(folder)
+    plugin = SimpleNamespace(get_value=lambda *_: universal)
+    given = SimpleNamespace(process_index=rank, world_size=world)
+    monkeypatch.setattr(
+        run, "accelerator", SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    )
+    monkeypatch.setattr(run, "args", given)
+    if said is None:
+        run._check_processes(str(inner.parent))
+    else:
+        with pytest.raises(ValueError, match=said):
+            run._check_processes(str(inner.parent))
+
+
 class Killed(BaseException):
     pass
 
