@@ -1,6 +1,14 @@
 """Offline distillation: a teacher's answers on disk, and a teacher that reads them."""
 
-from hf_distill.cache.codecs import Codec, Full, HeadSamples, Sampled, TopK, make_codec
+from hf_distill.cache.codecs import (
+    Codec,
+    Full,
+    HeadSamples,
+    HiddenStates,
+    Sampled,
+    TopK,
+    make_codec,
+)
 from hf_distill.cache.datasets import default_collator, load_data
 from hf_distill.cache.errors import (
     CacheConfigMismatch,
@@ -34,6 +42,7 @@ __all__ = [
     "FormatVersionError",
     "Full",
     "HeadSamples",
+    "HiddenStates",
     "Manifest",
     "RecordedLogProbs",
     "RowMismatch",
