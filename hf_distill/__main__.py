@@ -1,9 +1,10 @@
-"""python -m hf_distill: what is here, teacher caches and memory plans on the command line.
+"""python -m hf_distill: teacher caches, memory plans and forecasts on the command line.
 
 python -m hf_distill cache write MODEL DATASET PATH
 accelerate launch -m hf_distill cache write MODEL DATASET PATH
 python -m hf_distill cache inspect PATH
 python -m hf_distill plan MODEL [TEACHER] --devices 8
+python -m hf_distill forecast MODEL DATASET --hint COLUMN
 """
 
 import argparse
@@ -31,6 +32,7 @@ from hf_distill.cache.progress import VERIFY as VERIFY_WRITTEN
 from hf_distill.cache.reader import VERIFY as VERIFY_READ
 from hf_distill.monitoring.plan_command import add_plan
 from hf_distill.teachers import ModelTeacher
+from hf_distill.trainers.forecast_command import add_forecast
 
 
 def _write(options: argparse.Namespace) -> int:
@@ -134,6 +136,7 @@ def make_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--subset", help="of a data set of the hub")
     inspect.add_argument("--hint", help="as at the writing")
     add_plan(commands)
+    add_forecast(commands)
     return parser
 
 

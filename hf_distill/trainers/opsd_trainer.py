@@ -25,7 +25,8 @@ from hf_distill.run import Run
 from hf_distill.teachers import SelfTeacher, Teacher, as_teacher
 from hf_distill.trainers.causal_lm import BEHAVIOUR
 from hf_distill.trainers.checks import check_hints
-from hf_distill.trainers.distill_trainer import DistillTrainer
+from hf_distill.trainers.forecasting import ForecastCallback
+from hf_distill.trainers.forecasting_trainer import ForecastingTrainer
 from hf_distill.trainers.opsd_config import OPSDConfig
 from hf_distill.trainers.step_collation import shows_hints
 from hf_distill.trainers.unread_settings import unread_opsd_settings, warn_of_unread
@@ -36,7 +37,7 @@ ROLLOUT_FILE = "rollout-{rank}.json"
 NUM_CHECKED = 4  # rows of the check before training
 
 
-class OPSDTrainer(DistillTrainer):
+class OPSDTrainer(ForecastingTrainer):
     """Trains by on-policy self-distillation: student = model on the prompt, teacher = it hinted.
 
     Completions are sampled from the student once per optimizer step (or per `steps_per_rollout`
@@ -156,6 +157,8 @@ class OPSDTrainer(DistillTrainer):
         self._resumed: dict[str, Any] | None = None
         self._has_shown_hints = False
         self.rollouts = self._make_rollouts(self.environment) if self.args.on_policy else None
+        if self.args.forecast_rows:
+            self._put_callback(ForecastCallback(self._log_forecast, self.args.forecast_steps))
 
     def _reads_rows(self) -> bool:
         return True  # also where the collator only makes prompts, before the rollout

@@ -252,8 +252,8 @@ def test_every_field_has_a_reader_that_is_known() -> None:
     plain = {x.name for x in dataclasses.fields(TrainingArguments)}
     found = {x.name for x in dataclasses.fields(OPSDConfig)} - plain
     always = {"alpha", "on_policy", "token_weights"}  # token_weights without a teacher: an error
-    # without on_policy; without FSDP 2 or a teacher
-    errors = {"anchor_weight", "log_completions", "shard_loss"}
+    # without on_policy; without FSDP 2 or a teacher; without forecast_rows
+    errors = {"anchor_weight", "log_completions", "forecast_rows", "shard_loss", "forecast_steps"}
     of_opsd = {"teacher", "self_teacher", "rollout", "max_completion_length"}
     assert found == {*OF_TEACHER, *always, *errors, *of_opsd}
 
