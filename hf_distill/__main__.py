@@ -1,10 +1,11 @@
-"""python -m hf_distill: teacher caches, memory plans and forecasts on the command line.
+"""python -m hf_distill: teacher caches, plans, forecasts and a server on the command line.
 
 python -m hf_distill cache write MODEL DATASET PATH
 accelerate launch -m hf_distill cache write MODEL DATASET PATH
 python -m hf_distill cache inspect PATH
 python -m hf_distill plan MODEL [TEACHER] --devices 8
 python -m hf_distill forecast MODEL DATASET --hint COLUMN
+python -m hf_distill serve MODEL
 """
 
 import argparse
@@ -31,6 +32,7 @@ from hf_distill.cache.inspect import describe, measure
 from hf_distill.cache.progress import VERIFY as VERIFY_WRITTEN
 from hf_distill.cache.reader import VERIFY as VERIFY_READ
 from hf_distill.monitoring.plan_command import add_plan
+from hf_distill.serving import add_serve
 from hf_distill.teachers import ModelTeacher
 from hf_distill.trainers.forecast_command import add_forecast
 
@@ -137,6 +139,7 @@ def make_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--hint", help="as at the writing")
     add_plan(commands)
     add_forecast(commands)
+    add_serve(commands)
     return parser
 
 

@@ -115,7 +115,8 @@ class RemoteTeacher(Teacher):
                 raise ValueError(
                     f"a RemoteTeacher knows its own {self.top_k} best entries of a token, which "
                     f"serve the supports 'full' and 'teacher_topk' up to them, got "
-                    f"{spec.support!r} with top_k {spec.top_k}"
+                    f"{spec.support!r} with top_k {spec.top_k}; a HiddenStateTeacher (python -m "
+                    "hf_distill serve) serves all of them"
                 )
 
     def prepare(self, accelerator: Accelerator, student: nn.Module, refusal: str | None) -> None:

@@ -134,6 +134,22 @@ def test_workers_carry_hidden_states_and_no_head(tmp_path: Path, teacher: Cached
     assert run(tmp_path, again, train_sampling_strategy="random") == alone
 
 
+def test_eight_bits_serve_units_of_all_sizes(tmp_path: Path) -> None:
+    """Some units are a hundred times as large as the others, and the head's weights as small."""
+    model = models.llama(1)
+    plain = apart(
+        cached(tmp_path / "a", model, HiddenStates("int8")).signal(model, a_side()), model
+    )
+    with torch.no_grad():
+        for unit in (3, 17):
+            model.model.norm.weight[unit] *= 100
+            model.lm_head.weight[:, unit] /= 100
+    other = apart(
+        cached(tmp_path / "b", model, HiddenStates("int8")).signal(model, a_side()), model
+    )
+    assert other < 4 * plain < 0.3
+
+
 def low_rank(model: nn.Module, rank: int) -> nn.Module:
     """A head whose rows differ in some directions only, about a row that all have in common."""
     with torch.no_grad():
@@ -181,12 +197,13 @@ def test_a_lost_head_is_written_again_but_not_a_lost_basis(tmp_path: Path) -> No
         CachedTeacher(tmp_path / "a", verify="full")
     cached(tmp_path / "a", model, HiddenStates())
     assert (tmp_path / "a/head.safetensors").read_bytes() == before
-    cached(tmp_path / "b", model, HiddenStates(rank=7))
-    (tmp_path / "b/head.json").unlink()
-    with pytest.raises(CacheCorrupt, match="its shards are of the basis that was in it"):
-        cached(tmp_path / "b", model, HiddenStates(rank=7))
-    found = cached(tmp_path / "b", model, HiddenStates(rank=7), overwrite=True)
-    assert found.signal(model, a_side()).hidden.shape[1] == 7
+    for name, codec in (("basis", HiddenStates(rank=7)), ("sizes", HiddenStates("int8"))):
+        cached(tmp_path / name, model, codec)
+        (tmp_path / name / "head.json").unlink()
+        with pytest.raises(CacheCorrupt, match=f"its shards are of the {name} that was in it"):
+            cached(tmp_path / name, model, codec)
+        found = cached(tmp_path / name, model, codec, overwrite=True)
+        assert found.signal(model, a_side()).hidden.shape[1] == (codec.rank or 32)
 
 
 def test_a_damaged_head_is_found_where_it_is_read(tmp_path: Path) -> None:
