@@ -9,6 +9,7 @@ Shapes: V vocabulary, H hidden states of the teacher, R width of what is stored.
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 SIDECAR = "head.json"
 SHAPE, WIDTH = "shape", "width"
-SIZES, BASIS = "sizes", "basis"
+SIZES, BASIS, ABOUT = "sizes", "basis", "about"
 ROWS = 4096  # of the head that are multiplied at a time
 SMALLEST = 1e-9  # of the largest eigenvalue: below, float64 knows none
 SMALLEST_UNIT = 1e-3  # of the largest unit's size
@@ -128,7 +129,7 @@ class StoredHead:
     """
 
     def __init__(self, head: Head, codec: HiddenStates, sample: Tensor | None = None) -> None:
-        self._head, self._rank = head, codec.rank
+        self._head, self._codec, self._rank = head, codec, codec.rank
         size = head.weight.shape[1]
         if codec.rank is not None and codec.rank >= size:
             raise ValueError(
@@ -177,7 +178,8 @@ class StoredHead:
                 f"{cache / HEAD}: {flaw}, and its shards are of the {self.extra} that was in it: "
                 "write the cache again with overwrite=True"
             )
-        size, digest = commit(cache / HEAD, [save(self._tensors())])
+        metadata = {ABOUT: _about(self.notes(), self._codec)}
+        size, digest = commit(cache / HEAD, [save(self._tensors(), metadata)])
         about = {"format_version": FORMAT_VERSION, "head_sha256": self._digest}
         commit(cache / SIDECAR, [pretty(about | {"bytes": size, "sha256": digest})])
         logger.info("cache %s: the teacher's head in %s, %d bytes", cache, HEAD, size)
@@ -223,7 +225,7 @@ class StoredHead:
             raise CacheCorrupt(f"{path}: sha256 must be {about['sha256']}")
         size = self._head.weight.shape[1]
         shape = [size] if self.extra == SIZES else [size, self.width]
-        self._made = _tensor(read_tensors(path, str(path)), self.extra, shape, str(path))
+        self._made = _tensor(read_tensors(path, str(path))[0], self.extra, shape, str(path))
 
     def stored_form(self, hidden: Tensor) -> Tensor:
         """Return what is stored of hidden states [N, H]: [N, R]."""
@@ -261,14 +263,26 @@ def head_stats(cache: Path) -> dict[str, Any]:
     return {"head_bytes": about["bytes"], "head_sha256": about["sha256"]}
 
 
-def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
-    """Read a safetensors file whole: mapped, a file that shrinks would end the process.
+def _about(notes: Mapping[str, Any], codec: HiddenStates) -> str:
+    """Return what the head's file says of itself."""
+    return canonical({**notes, "settings": codec.settings()}).decode()
+
+
+def read_tensors(path: Path, name: str) -> tuple[dict[str, Tensor], str]:
+    """Read a file whole: mapped, one that shrinks would end the process.
+
+    Returns:
+        Its tensors, and what it says of itself.
 
     Raises:
-        CacheCorrupt: it is none.
+        CacheCorrupt: it is no safetensors file.
     """
     try:
-        return load(path.read_bytes())
+        content = path.read_bytes()
+        tensors = load(content)
+        size = int.from_bytes(content[:8], "little")
+        about = json.loads(content[8 : 8 + size]).get("__metadata__", {}).get(ABOUT, "")
+        return tensors, about
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise CacheCorrupt(f"{name} cannot be read: {error}") from error
 
@@ -300,7 +314,11 @@ def read_head(
     Raises:
         CacheCorrupt: the file holds another head than the notes say.
     """
-    tensors, dtype = read_tensors(path, name), notes["dtype"]
+    tensors, about = read_tensors(path, name)
+    wanted = _about(notes, codec)
+    if about != wanted:
+        raise CacheCorrupt(f"{name}: it must be of {wanted}, as the manifest says, got {about!r}")
+    dtype = notes["dtype"]
     vocab, width = notes[SHAPE][0], notes[WIDTH]
     weight = _tensor(tensors, "weight", [vocab, width], name, dtype)
     bias = _tensor(tensors, "bias", [vocab], name, dtype) if notes["has_bias"] else None

@@ -17,7 +17,9 @@ from torch.utils.data import get_worker_info
 
 from hf_distill.data.cross_tokenizer_collator import find_cross_tokenizer_collator
 from hf_distill.data.sides import Side, student_side, teacher_side
+from hf_distill.losses import CrossTokenizerLoss
 from hf_distill.models.signals import Signal
+from hf_distill.models.structure import vocab_size
 from hf_distill.models.tokenizers import describe, ids_digest
 from hf_distill.run import Run
 from hf_distill.teachers.base import Teacher
@@ -116,12 +118,24 @@ class HiddenStateTeacher(Teacher):
         """Check that the server's model has the tokenizer of its rows.
 
         Raises:
-            ValueError: it has another.
+            ValueError: it has another, or it may have: no tokenizer is known, and the vocabularies
+                have different sizes.
             RemoteTeacherError: see `about`.
         """
         crossing = find_cross_tokenizer_collator(run.collator)
         own = run.tokenizer if crossing is None else crossing.teacher_tokenizer
         self.check_tokenizer(own)
+        sorts = any(isinstance(loss, CrossTokenizerLoss) for loss in run.losses)
+        if crossing is not None or not sorts or (own and self.about.tokenizer_sha256):
+            return  # other losses need one vocabulary, which the trainer checks
+        size = vocab_size(run.language_model)
+        if size not in (None, self.vocab_size):
+            raise ValueError(
+                "the student's ids are sent to the server, so both need one tokenizer: got "
+                f"vocabularies of {size} and {self.vocab_size} entries, and no tokenizer of "
+                f"{'the student' if own is None else 'the server'} to compare; for two "
+                "tokenizers, take a CrossTokenizerCollator"
+            )
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Check that a tokenizer gives every token the server's id; None passes.

@@ -24,6 +24,8 @@ from tests.hf_distill.cache import caches
 from tests.hf_distill.serving.conftest import Ask, serving
 from tests.hf_distill.teachers.asking import prepared
 from tests.hf_distill.trainers import models
+from tests.hf_distill.trainers.letters import reader
+from tests.hf_distill.trainers.test_cross_tokenizer import LETTERS, distil
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
 
@@ -191,6 +193,20 @@ def test_another_tokenizer_is_refused(tmp_path: Path, asking: Ask) -> None:
                 processing_class=words,
                 teacher=teacher,
             )
+
+
+def test_a_teacher_of_another_tokenizer(tmp_path: Path, asking: Ask) -> None:
+    """Its own rows are sent; ULD over both vocabularies is that of the local model."""
+    with serving(reader(), tokenizer=LETTERS) as server:
+        found = losses(distil(tmp_path, taught_by=asking(server)))
+        assert found == pytest.approx(losses(distil(tmp_path)), rel=1e-5)
+        with pytest.raises(ValueError, match="the tokenizer must have the ids of the server's"):
+            distil(tmp_path, taught_by=asking(server), collator=models.Pad())
+    with (
+        serving(reader()) as server,
+        pytest.raises(ValueError, match="no tokenizer of the server to compare"),
+    ):
+        distil(tmp_path, taught_by=asking(server), collator=models.Pad())
 
 
 def test_another_teacher_behind_the_address_is_an_error(asking: Ask) -> None:
