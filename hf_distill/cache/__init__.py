@@ -1,5 +1,6 @@
 """Offline distillation: a teacher's answers on disk, and a teacher that reads them."""
 
+from hf_distill.cache.arrays import ArrayLogProbs
 from hf_distill.cache.codecs import (
     Codec,
     Full,
@@ -10,6 +11,7 @@ from hf_distill.cache.codecs import (
     make_codec,
 )
 from hf_distill.cache.datasets import default_collator, load_data
+from hf_distill.cache.distillkit import DistillKitLogProbs
 from hf_distill.cache.errors import (
     CacheConfigMismatch,
     CacheCorrupt,
@@ -31,6 +33,7 @@ from hf_distill.cache.teacher import CachedCollator, CachedTeacher
 from hf_distill.cache.writer import cache_teacher
 
 __all__ = [
+    "ArrayLogProbs",
     "CacheConfigMismatch",
     "CacheCorrupt",
     "CacheError",
@@ -39,6 +42,7 @@ __all__ = [
     "CachedCollator",
     "CachedTeacher",
     "Codec",
+    "DistillKitLogProbs",
     "FormatVersionError",
     "Full",
     "HeadSamples",
