@@ -32,7 +32,10 @@ MASS_TOLERANCE = 0.05  # of entries and the rest; what is stored may be off by 0
 
 
 class LogProbs(Protocol):
-    """Gives the log-probabilities of rows."""
+    """Gives the log-probabilities of rows: what `cache_log_probs` wants of its source.
+
+    Any object with these members is one, such as a model of another library in this process.
+    """
 
     @property
     def name(self) -> str:
@@ -164,7 +167,8 @@ def cache_log_probs(
 
     Args:
         source: a `RecordedLogProbs`, `ArrayLogProbs` or `DistillKitLogProbs`; or a `RemoteTeacher`,
-            of whose requests at most its own `num_threads` are under way.
+            of whose requests at most its own `num_threads` are under way; or any object with the
+            members of `LogProbs`.
         dataset: rows by number; `source.rows` are those of what was recorded.
         path: the cache's folder, on this machine.
         vocab_size: logits per token of the students; None is the tokenizer's number of ids.
