@@ -65,7 +65,7 @@ VOLATILE = ("id", "created", "root", "text", "system_fingerprint", "rank")
 
 def ask(url: str, limits: Limits, name: str) -> Answer:
     """Send a case to a server, or read one of its paths."""
-    with httpx2.Client(trust_env=False, timeout=120) as client:
+    with httpx2.Client(trust_env=False, verify=False, timeout=120) as client:
         if name in PATHS:
             response = client.get(f"{url}/{name}")
         else:

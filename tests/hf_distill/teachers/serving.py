@@ -16,6 +16,12 @@ Answer = dict[str, Any]
 DROP = 0  # the connection is closed without an answer
 
 
+def bad_request(message: str, param: str | None = None, value: int = 0) -> Answer:
+    if param is not None:
+        message += f" (parameter={param}, value={value})"
+    return {"message": message, "type": "BadRequestError", "param": param, "code": 400}
+
+
 class Server:
     """What was asked, and how to answer.
 
@@ -25,7 +31,7 @@ class Server:
     """
 
     def __init__(self, model: nn.Module, name: str = "tiny") -> None:
-        self.model = model.eval()
+        self.model, self.name = model.eval(), name
         self.url = ""
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
@@ -76,26 +82,37 @@ class Server:
             for i, (v, r) in entries.items()
         }
 
-    def refusal(self, asked: dict[str, Any]) -> str | None:
-        """What vLLM 0.32 says of a request that it does not take."""
+    def refusal(self, asked: dict[str, Any]) -> Answer | None:
+        """What vLLM 0.32 says of a request that it does not take, word by word.
+
+        `tests/hf_distill/servers/test_stand_in.py` compares it with what one has said.
+        """
         prompt, room = asked["prompt"], self.max_model_len - len(asked["prompt"])
+        if asked["model"] != self.name:
+            message = f"The model `{asked['model']}` does not exist. Valid aliases: {self.name}."
+            return {"message": message, "type": "NotFoundError", "param": "model", "code": 404}
+        if not prompt:
+            return bad_request("You must pass at least one prompt")
         if room == 0:
-            return "max_tokens must be at least 1, got 0. (parameter=max_tokens, value=0)"
+            return bad_request("max_tokens must be at least 1, got 0.", "max_tokens", 0)
         if room < 0:
-            return (
+            return bad_request(
                 f"This model's maximum context length is {self.max_model_len} tokens. However, "
-                f"your request has {len(prompt)} input tokens. Please reduce the length of the "
-                "input messages."
+                f"your prompt contains {len(prompt)} input tokens, which exceeds this limit even "
+                "without any output tokens. Please reduce the length of the input prompt.",
+                "input_tokens",
+                len(prompt),
             )
         if max(prompt) >= self.vocab_size:
-            return f"Token id {max(prompt)} is out of vocabulary"
-        for kind in ("prompt_logprobs", "logprobs"):
-            asked_for = asked.get(kind) or 0
-            if asked_for > self.max_logprobs:
-                words = "prompt" if kind == "prompt_logprobs" else "sample"
-                return (
-                    f"Requested {words} logprobs of {asked_for}, which is greater than max "
-                    f"allowed: {self.max_logprobs} (parameter={kind}, value={asked_for})"
+            return bad_request(f"Token id {max(prompt)} is out of vocabulary")
+        for kind, words in (("prompt_logprobs", "prompt"), ("logprobs", "sample")):
+            number = asked.get(kind) or 0
+            if number > self.max_logprobs:
+                return bad_request(
+                    f"Requested {words} logprobs of {number}, which is greater than max allowed: "
+                    f"{self.max_logprobs}",
+                    kind,
+                    number,
                 )
         return None
 
@@ -112,8 +129,7 @@ class Server:
             return 200, fault
         refusal = self.refusal(asked)
         if refusal is not None:
-            error = {"message": refusal, "type": "BadRequestError", "param": None, "code": 400}
-            return 400, json.dumps({"error": error})
+            return refusal["code"], json.dumps({"error": refusal})
         if self.barrier is not None:
             self.barrier.wait(timeout=10)
         with self._lock:
