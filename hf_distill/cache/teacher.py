@@ -157,7 +157,7 @@ class CachedTeacher(Teacher):
             )
         entropy = getattr(run.args.token_weights, "entropy", 0.0)
         low, high = self.codec.temperature_range
-        if entropy > 0 and not low <= 1.0 <= high:
+        if entropy != 0 and not low <= 1.0 <= high:
             raise ValueError(
                 "token_weights.entropy is the teacher's at temperature 1, the cache serves "
                 f"{low:g} to {high:g}: write it with a temperature_range that has 1"

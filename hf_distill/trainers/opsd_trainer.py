@@ -130,6 +130,9 @@ class OPSDTrainer(ForecastingTrainer):
     def _check_rollout(args: OPSDConfig, environment: Environment | None) -> None:
         if environment is not None and not args.on_policy:
             raise ValueError("an environment judges sampled completions, got on_policy=False")
+        only_failed = cast(RolloutConfig, args.rollout).only_failed
+        if args.on_policy and only_failed and environment is None:
+            raise ValueError("rollout.only_failed needs an environment that scores, got None")
         loader: Any = args.accelerator_config
         if args.on_policy and loader.dispatch_batches:
             raise ValueError(

@@ -110,6 +110,19 @@ def test_what_is_not_read_is_said(
         ({"reasoning": 0.5}, []),
         ({"reasoning": 0.5, "markers": ["a", "b"]}, []),
         ({"reasoning": 1.0, "markers": ["<think>", "</think>"]}, []),
+        ({"entropy": -1.0, "entropy_floor": 0.2}, []),
+        (
+            {"entropy": 1.0, "entropy_floor": 0.2},
+            ["token_weights.entropy_floor needs a token_weights.entropy below 0"],
+        ),
+        ({"position": "early", "position_floor": 0.2, "position_width": 0.2}, []),
+        (
+            {"skip_first": 2, "position_floor": 0.2, "position_middle": 0.2},
+            [
+                "token_weights.position_floor needs a token_weights.position",
+                "token_weights.position_middle needs a token_weights.position",
+            ],
+        ),
         (
             {"entropy": 1.0, "markers": ["a", "b"]},
             ["token_weights.markers needs a token_weights.reasoning other than 1"],
