@@ -127,7 +127,7 @@ def check_hints(collator: HintCollator | None, teacher: Teacher) -> None:
     if collator is None or not isinstance(teacher, SelfTeacher):
         return
     collator.needs_hints = True
-    if not collator.hints:
+    if not (collator.hints or collator.has_own_view):
         logger.warning(
             "there are no hints, and the teacher is the student itself (%s), so both say the same "
             "and nothing is taught: give the HintCollator hints, or another model as teacher",

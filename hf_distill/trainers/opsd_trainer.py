@@ -223,7 +223,7 @@ class OPSDTrainer(ForecastingTrainer):
             self._has_shown_hints = True
             if inputs.get("teacher_input_ids") is None:
                 logger.info("rows have no hints: the teacher reads what the student reads")
-            elif self.args.process_index == 0:
+            elif self.args.process_index == 0 and not self.hint_collator.has_own_view:
                 warn_of_lost_context(inputs, self.hint_collator.tokenizer, NUM_CHECKED)
 
     def get_batch_samples(
