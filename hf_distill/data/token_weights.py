@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hf_distill.data import packed_rows
 from hf_distill.data.position_weights import POSITIONS, PositionWeights
 from hf_distill.data.reasoning_spans import ReasoningSpans
 from hf_distill.data.sides import IGNORE_INDEX
@@ -242,6 +243,11 @@ class TokenWeights:
         if ids is None or labels is None or ids.shape != labels.shape:
             got = "none" if ids is None else f"shape {list(ids.shape)}"
             raise ValueError(f"weights of reasoning need input_ids as the labels, got {got}")
+        rows = packed_rows.row_numbers(batch)
+        if rows is not None:  # a block that is not closed ends with its row
+            real = packed_rows.pad_rows(torch.ones_like(rows), rows, 0)
+            inside = self._blocks(packed_rows.pad_rows(ids, rows, 0), real)
+            return packed_rows.pack_again(inside, rows)
         return self._blocks(ids, mask if mask is not None and mask.ndim == 2 else None)
 
     def __call__(self, batch: Any, in_reasoning: Tensor | None = None) -> Tensor | None:

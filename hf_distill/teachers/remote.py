@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from hf_distill.data.sides import Side
+from hf_distill.data.sides import Side, unpacked
 from hf_distill.losses import DivergenceLoss
 from hf_distill.models import structure
 from hf_distill.models.signals import Signal
@@ -264,6 +264,7 @@ def log_rest(log_probs: Tensor, vocab: int) -> Tensor:
 
 def _scored_rows(side: Side) -> list[tuple[list[int], list[int]]]:
     """Return (ids, places of the scored tokens in them) of each row that has any."""
+    side = unpacked(side)
     unsent = sorted(side.inputs.keys() - set(SENT))
     if unsent:
         raise ValueError(
