@@ -274,11 +274,18 @@ class TokenWeights:
             self._table = self._table.to(labels.device)
             weights = weights * self._table[labels.clamp(0, len(self._table) - 1)]
         if self.positions.active:
-            weights = weights * self.positions(labels)
+            weights = weights * self._by_position(batch, labels)
         inside = self.in_reasoning(batch) if in_reasoning is None else in_reasoning
         if inside is None:
             return weights
         return torch.where(inside, weights * self._reasoning, weights)
+
+    def _by_position(self, batch: Mapping[str, Any], labels: Tensor) -> Tensor:
+        rows = packed_rows.row_numbers(batch)
+        if rows is None:
+            return self.positions(labels)
+        found = self.positions(packed_rows.pad_rows(labels, rows, IGNORE_INDEX))
+        return packed_rows.pack_again(found, rows)
 
     @staticmethod
     def _checked(given: Tensor, labelled: Tensor) -> Tensor:

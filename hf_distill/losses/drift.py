@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_distill.data import packed_rows
 from hf_distill.data.sides import places
 from hf_distill.losses import chunks
 from hf_distill.models.signals import Signal
@@ -17,10 +18,12 @@ class Drift(NamedTuple):
     """Says how much more the tokens count that stand before the two sides drift apart.
 
     amplification: gamma, > 0. predicts: [B, T] bool, the outputs that predict the N scored tokens.
+    rows: [B, T] int64, the row of each token where sequences hold several, see `data.packed_rows`.
     """
 
     amplification: float
     predicts: Tensor
+    rows: Tensor | None = None
 
 
 @torch.no_grad()
@@ -52,6 +55,9 @@ def drift_factors(drift: Drift, student: Signal, teacher: Signal, targets: Tenso
     rows, columns = places(drift.predicts)
     table = apart.new_zeros(drift.predicts.shape)
     table[rows, columns] = apart
-    total = table.sum(1, keepdim=True)
-    before = (table.cumsum(1) - table) / torch.where(total > 0, total, 1.0)
+    of_rows = table if drift.rows is None else packed_rows.pad_rows(table, drift.rows, 0.0)
+    total = of_rows.sum(1, keepdim=True)
+    before = (of_rows.cumsum(1) - of_rows) / torch.where(total > 0, total, 1.0)
+    if drift.rows is not None:
+        before = packed_rows.pack_again(before, drift.rows)
     return 1 + drift.amplification * (1 - before[rows, columns]).clamp(0.0, 1.0)

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from hf_distill.teachers import hidden_protocol as protocol
 from hf_distill.teachers.hidden_protocol import About, ProtocolError, Row
-from hf_distill.teachers.vllm_client import SHOWN, RemoteTeacherError, reason_in
+from hf_distill.teachers.server_requests import RemoteTeacherError
+from hf_distill.teachers.vllm_refusals import SHOWN, reason_in
 from metal_ops import Head
 
 logger = logging.getLogger(__name__)

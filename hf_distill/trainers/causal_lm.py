@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hf_distill.data import anchor_rows, sides, token_weights
+from hf_distill.data import anchor_rows, packed_rows, sides, token_weights
 from hf_distill.data.token_weights import KEY, TokenWeights, TokenWeightsConfig
 from hf_distill.losses import (
     Anchor,
@@ -122,7 +122,8 @@ class CausalLM:
         batch.shares = weights
         tokens = Tokens(targets, weights, counted, self._importance(batch))
         if training and self._drift > 0:
-            tokens = tokens._replace(drift=Drift(self._drift, predicts))
+            drift = Drift(self._drift, predicts, packed_rows.row_numbers(inputs))
+            tokens = tokens._replace(drift=drift)
         if not training or self.settings.anchor_weight == 0.0:
             return tokens
         if not anchor_rows.has_anchor(inputs):

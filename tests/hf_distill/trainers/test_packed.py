@@ -85,6 +85,7 @@ def gradients(run: DistillTrainer) -> dict[str, Tensor]:
         ("llama", {"label_smoothing_factor": 0.1}),  # reads whole logits
         ("llama", {"hidden_layers": "uniform", "hidden_weight": 0.5}),
         ("llama", {"token_weights": {"reasoning": 3.0, "markers": ["think", "done"]}}),
+        ("llama", {"token_weights": {"position": "late", "skip_first": 1, "drift": 0.7}}),
         ("llama", {"routes": True}),
         ("mistral", {}),
         ("gemma2", {"attention": "eager"}),
