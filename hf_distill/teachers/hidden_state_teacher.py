@@ -31,7 +31,7 @@ from metal_ops import Head
 logger = logging.getLogger(__name__)
 
 SENT = ("input_ids", "attention_mask")  # of a side's inputs; the server numbers positions itself
-AHEAD = 8  # batches that are asked for before their step, at most
+AHEAD = 64  # batches that are asked for before their step, at most: all of an optimizer step
 PROBE_TOKENS = 8
 
 
@@ -111,6 +111,7 @@ class HiddenStateTeacher(Teacher):
         """Forget what was asked for, and close the connections."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+            self._pool = None
         self._asked.clear()
         self._client.close()
 
@@ -207,8 +208,12 @@ class HiddenStateTeacher(Teacher):
         Raises:
             RemoteTeacherError: the server fails, or is another teacher than at the start.
         """
-        asked = self._asked.pop(encode_rows(rows), None) if self._asked else None
-        return self._client.hidden(rows, self.about) if asked is None else asked.result()
+        key = encode_rows(rows) if self._asked else b""
+        if key not in self._asked:
+            return self._client.hidden(rows, self.about)
+        while (oldest := next(iter(self._asked))) != key:  # of a step that was not taken
+            self._asked.pop(oldest).cancel()
+        return self._asked.pop(key).result()
 
     def ask_ahead(self, rows: Sequence[Row]) -> None:
         """Ask for rows in another thread; `ask` for the same rows then waits for their answer."""

@@ -1,6 +1,7 @@
 """A teacher that sends hidden states: every loss is that of the local model."""
 
 import json
+import pickle
 import threading
 from pathlib import Path
 from typing import Any
@@ -140,9 +141,18 @@ def test_what_is_asked_ahead_is_asked_once(server: HiddenStateServer, asking: As
     teacher._client.hidden = None  # nobody is asked from here on
     assert torch.equal(teacher.ask(rows), own)
     teacher._client.hidden = asked
-    for length in range(1, 20):  # of steps that were never taken
-        teacher.ask_ahead([Row([3] * length, [0])])
-    assert len(teacher._asked) <= 8
+    batch = models.rows()[:2]
+    collator = teacher.collator(models.Pad())
+    collator(batch)
+    assert len(teacher._asked) == 1
+    pickle.loads(pickle.dumps(collator))(batch)  # a worker's asks nobody
+    assert len(teacher._asked) == 1
+    for number in range(100):  # of steps that were never taken
+        teacher.ask_ahead([Row([3 + number // 50, 3 + number % 50], [0])])
+    assert len(teacher._asked) == 64
+    own = teacher.ask([Row([4, 51], [0])])
+    assert len(teacher._asked) == 1  # those before it are of no step that will come
+    assert torch.equal(own, teacher.ask([Row([4, 51], [0])]))
 
 
 def test_rows_beyond_a_request_are_several(asking: Ask) -> None:
