@@ -29,6 +29,9 @@ from tests.hf_distill.trainers import models
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
 
+FAST = ("gemma2", "phi")  # softcap, bias
+FAMILIES = [x if x in FAST else pytest.param(x, marks=pytest.mark.slow) for x in models.FAMILIES]
+
 FILES = ("head.safetensors", "row_hashes.bin", "config.json")
 
 
@@ -54,7 +57,7 @@ def apart(signal: Signal, model: nn.Module) -> float:
     return float((signal.dense().log_softmax(-1) - wanted).abs().max())
 
 
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_read_is_what_the_teacher_says(tmp_path: Path, family: str) -> None:
     """Scales, softcaps and biases behind the head are in it."""
     model, other = models.FAMILIES[family](1), models.FAMILIES[family](2)
@@ -172,7 +175,7 @@ def test_the_leading_directions_of_the_head_suffice_where_it_has_no_others(tmp_p
     assert sizes[0] < 0.55 * sizes[1]
 
 
-@pytest.mark.parametrize("rank", [None, 12])
+@pytest.mark.parametrize("rank", [pytest.param(None, marks=pytest.mark.slow), 12])
 def test_what_is_interrupted_goes_on_with_the_same_bytes(tmp_path: Path, rank: int | None) -> None:
     model, codec = models.llama(1), HiddenStates("int8", rank)
     cached(tmp_path / "straight", model, codec)

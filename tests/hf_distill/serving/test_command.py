@@ -6,6 +6,8 @@ import pytest
 
 from hf_distill.__main__ import main
 from hf_distill.serving import HiddenStateServer
+from hf_distill.serving.hidden_model import Busy, HiddenModel, ModelQueue
+from hf_distill.teachers.hidden_protocol import Row
 from tests.hf_distill.trainers import models
 
 
@@ -53,3 +55,11 @@ def test_what_is_refused(
     ):
         assert main(["serve", folder, "--port", "0", "--device", "cpu", *more]) == 1
         assert words in capsys.readouterr().err
+
+
+def test_a_closed_queue_takes_nothing() -> None:
+    waiting = ModelQueue(HiddenModel(models.llama(), 100), 2)
+    assert waiting.submit([Row([3, 4], [0])]).result(20).shape == (1, 32)
+    waiting.close()
+    with pytest.raises(Busy):
+        waiting.submit([Row([3, 4], [0])])

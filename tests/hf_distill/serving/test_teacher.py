@@ -30,6 +30,9 @@ from tests.hf_distill.trainers.test_cross_tokenizer import LETTERS, distil
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
 
+FAST = ("gemma2", "phi")  # softcap, bias
+FAMILIES = [x if x in FAST else pytest.param(x, marks=pytest.mark.slow) for x in models.FAMILIES]
+
 
 def a_side(padding: str = "right") -> tuple[Side, Tensor]:
     """Rows of other lengths, one without a scored token; and the targets."""
@@ -41,7 +44,7 @@ def a_side(padding: str = "right") -> tuple[Side, Tensor]:
     return Side(inputs, predicts), batch["labels"][:, 1:][predicts[:, :-1]]
 
 
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_read_is_what_the_model_says(asking: Ask, family: str) -> None:
     """To the rounding of two forwards with other padding; scales, softcaps and biases included."""
     model, student = models.FAMILIES[family](1), models.llama()
@@ -165,7 +168,12 @@ def test_rows_beyond_a_request_are_several(asking: Ask) -> None:
 
 
 @pytest.mark.parametrize(
-    "codec", [HiddenStates("int8"), HiddenStates(rank=9), HeadSamples(top_k=4)]
+    "codec",
+    [
+        HiddenStates("int8"),
+        pytest.param(HiddenStates(rank=9), marks=pytest.mark.slow),
+        HeadSamples(top_k=4),
+    ],
 )
 def test_a_cache_from_the_server_is_that_of_the_model(
     tmp_path: Path, server: HiddenStateServer, asking: Ask, codec: Any
