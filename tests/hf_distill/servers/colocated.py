@@ -56,7 +56,8 @@ def trainer(name: str, engine: str, folder: Path) -> Any:
         max_steps=STEPS,
         max_completion_length=NEW_TOKENS,
         per_device_train_batch_size=2,
-        learning_rate=1e-4,
+        optim="sgd",
+        learning_rate=0.01,
         log_completions=1,
     )
     return OPSDTrainer(
@@ -83,31 +84,21 @@ def completions(folder: Path) -> list[Any]:
     return [json.loads(line)["completion"] for line in lines]
 
 
-def trained(made: Any, folder: Path) -> dict[str, Any]:
+def record(name: str, engine: str, folder: Path) -> dict[str, Any]:
+    """Greedy tokens, a short training, and greedy tokens of other weights."""
+    made = trainer(name, engine, folder)
+    sampler, tokenizer = made.rollouts.engine, made.processing_class
+    before = greedy(sampler, made.model, tokenizer)
     made.train()
     logs = [x for x in made.state.log_history if "loss" in x]
-    found = {name: [x[name] for x in logs] for name in ("loss", "grad_norm")}
-    return found | {"completions": completions(folder)}
-
-
-def compare(name: str, folder: Path) -> dict[str, Any]:
-    """Greedy tokens before and after other weights, and a short training."""
-    with_vllm = trainer(name, "vllm", folder / "vllm")
-    plain = trainer(name, "generate", folder / "generate")
-    engine, generate = with_vllm.rollouts.engine, plain.rollouts.engine
-    original = {k: v.clone() for k, v in plain.model.state_dict().items()}
-    found: dict[str, Any] = {}
-    for state in ("before", "moved"):
-        both = [greedy(engine, with_vllm.model, with_vllm.processing_class)]
-        both.append(greedy(generate, plain.model, plain.processing_class))
-        found[state] = both
-        for model in (with_vllm.model, plain.model):
-            moved(model)
-    for model in (with_vllm.model, plain.model):
-        model.load_state_dict(original)
-    found["vllm"] = trained(with_vllm, folder / "vllm")
-    found["generate"] = trained(plain, folder / "generate")
-    return found
+    moved(made.model)
+    return {
+        "before": before,
+        "losses": [x["loss"] for x in logs],
+        "grad_norms": [x["grad_norm"] for x in logs],
+        "completions": completions(folder),
+        "moved": greedy(sampler, made.model, tokenizer),
+    }
 
 
 def main() -> None:
@@ -119,7 +110,11 @@ def main() -> None:
     start_plainly(arguments.packed)
     with tempfile.TemporaryDirectory() as folder:
         if not arguments.packed:
-            found = compare(arguments.model, Path(folder))
+            # one model at a time is in memory
+            found = {
+                engine: record(arguments.model, engine, Path(folder, engine))
+                for engine in ("generate", "vllm")
+            }
         else:
             try:
                 trainer(arguments.model, "vllm", Path(folder))

@@ -28,16 +28,15 @@ def run(model: Path, folder: Path, *words: str) -> dict[str, Any]:
 def test_they_are_those_of_generate(smollm2: Path, tmp_path: Path) -> None:
     """Greedy, in float32: with the first weights, with others, and in a training."""
     found = run(smollm2, tmp_path)
-    for state in ("before", "moved"):
-        with_vllm, plain = found[state]
-        assert with_vllm == plain, state
-        assert [len(row) for row in plain] == [colocated.NEW_TOKENS] * len(colocated.PROMPTS)
-    assert found["before"][1] != found["moved"][1]  # the other weights were sent
     with_vllm, plain = found["vllm"], found["generate"]
-    assert with_vllm["completions"] == plain["completions"]
-    assert len(plain["completions"]) == 2 * colocated.STEPS
-    for name in ("loss", "grad_norm"):  # of the same tokens by the same code
+    for name in ("before", "completions", "moved"):
         assert with_vllm[name] == plain[name], name
+    assert len(plain["completions"]) == 2 * colocated.STEPS
+    assert sum(map(len, plain["before"])) > 2 * len(colocated.PROMPTS)
+    assert plain["before"] != plain["moved"]  # other weights were sent
+    for name in ("losses", "grad_norms"):
+        # of the same tokens by the same code, in one process or in DDP of one
+        assert with_vllm[name] == pytest.approx(plain[name], rel=1e-5), name
         assert len(set(plain[name])) == colocated.STEPS
 
 
