@@ -25,7 +25,7 @@ from hf_distill.run import Run
 from hf_distill.teachers.base import Teacher
 from hf_distill.teachers.hidden_client import HiddenClient
 from hf_distill.teachers.hidden_protocol import About, Row, encode_rows
-from hf_distill.teachers.vllm_client import RemoteTeacherError
+from hf_distill.teachers.server_requests import RemoteTeacherError
 from metal_ops import Head
 
 logger = logging.getLogger(__name__)

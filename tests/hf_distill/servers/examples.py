@@ -87,12 +87,12 @@ def main() -> None:
         Path(path.name).symlink_to(path)
     names: dict[str, Any] = {"__name__": "page"}
     exec(compile(block(title), str(PAGE), "exec"), names)
-    rows = [row["input_ids"] for row in texts.rows(Path(model))]
+    rows = [row["input_ids"] for row in texts.rows(Path(model)) if len(row["input_ids"]) < 64]
     real = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     found = compare(names["source"], real, rows)
     if "with_rope_theta" in names:
         as_saved = names["MLXLogProbs"](NAME, names["source"].top_k)
-        found["as_saved"] = compare(as_saved, real, rows[:1])
+        found["as_saved"] = compare(as_saved, real, rows)
     (path,) = Path().glob("cache-*")
     print(json.dumps(found | {"cached": cached(str(path), names)}))
 
