@@ -99,7 +99,7 @@ class CachedTeacher(Teacher):
         codec = self.codec
         self._head = CachedHead(self.reader, codec) if isinstance(codec, HiddenStates) else None
         # decoded once, so that batches from a loader know which kind of teacher they are of
-        self._like = self._decoded([])
+        self._like = self.decoded([])
         if isinstance(self._like, SparseTeacher):
             self._check_tail(self._like)
         if teacher is not None:
@@ -282,7 +282,7 @@ class CachedTeacher(Teacher):
         scored = [row for row in wanted if len(row.positions)]
         matches = [self.reader.match(row) for row in scored]
         rows = [row for row, _ in matches]
-        found = self._decoded(rows)
+        found = self.decoded(rows)
         starts = np.cumsum([0, *(len(row.positions) for row in rows)])
         parts = [at + start for (_, at), start in zip(matches, starts, strict=False)]
         at = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts]))
@@ -290,7 +290,12 @@ class CachedTeacher(Teacher):
             found = found[at] if isinstance(found, Tensor) else select_tokens(found, at)
         return found, [len(row.positions) for row in wanted]
 
-    def _decoded(self, rows: Sequence[Row]) -> SparseTeacher | Tensor:
+    def decoded(self, rows: Sequence[Row]) -> SparseTeacher | Tensor:
+        """Return what is stored of rows' tokens, on the CPU; see `Codec.decode`.
+
+        Raises:
+            CacheCorrupt: a row is not what was written.
+        """
         lengths = [len(row.positions) for row in rows]
         width = self.manifest.vocab_size if self._head is None else self._head.width
         try:
