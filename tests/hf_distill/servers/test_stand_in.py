@@ -15,7 +15,7 @@ LIMITS = recorded.Limits("tiny", models.VOCAB, 32, 20)
 
 @pytest.fixture(scope="module")
 def stand_in() -> Iterator[Server]:
-    with serving(models.llama(1), name=LIMITS.model) as state:
+    with serving(models.llama(1), names=(LIMITS.model,)) as state:
         state.max_model_len, state.max_logprobs = LIMITS.max_model_len, LIMITS.max_logprobs
         yield state
 

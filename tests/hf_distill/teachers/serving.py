@@ -4,7 +4,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -25,13 +25,15 @@ def bad_request(message: str, param: str | None = None, value: int = 0) -> Answe
 class Server:
     """What was asked, and how to answer.
 
-    `faults` are used up in order, one a request: a status, seconds of silence, text in place of the
-    answer, or `DROP`. `change` edits each answer. `barrier` holds requests until so many are there.
-    `max_model_len` and `max_logprobs` are vLLM's options; `card` is what it lists of its model.
+    `faults` are used up in order, one a request for log-probabilities: a status, seconds of
+    silence, text in place of the answer, or `DROP`. `change` edits each answer to one. `barrier`
+    holds requests until so many are there.
+    `max_model_len`, `max_logprobs` and `names` (`--served-model-name`) are vLLM's options; `card`
+    is what else it lists of its model, None for a server without a list.
     """
 
-    def __init__(self, model: nn.Module, name: str = "tiny") -> None:
-        self.model, self.name = model.eval(), name
+    def __init__(self, model: nn.Module, names: Sequence[str] = ("tiny", "m")) -> None:
+        self.model, self.names = model.eval(), tuple(names)
         self.url = ""
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
@@ -42,8 +44,8 @@ class Server:
         self.vocab_size: int = model.config.vocab_size
         self.max_model_len = 64
         self.max_logprobs = self.vocab_size
-        self.card: dict[str, Any] | None = {"id": name, "object": "model", "owned_by": "vllm"}
-        self.card |= {"root": f"/models/{name}", "parent": None}
+        self.card: dict[str, Any] | None = {"object": "model", "owned_by": "vllm", "parent": None}
+        self.card |= {"root": f"/models/{self.names[0]}"}
         self.words: Callable[[int], str] = lambda i: f"<{i}>"
         self.connections: set[socket.socket] = set()
         self.under_way = self.most_under_way = 0
@@ -88,8 +90,9 @@ class Server:
         `tests/hf_distill/servers/test_stand_in.py` compares it with what one has said.
         """
         prompt, room = asked["prompt"], self.max_model_len - len(asked["prompt"])
-        if asked["model"] != self.name:
-            message = f"The model `{asked['model']}` does not exist. Valid aliases: {self.name}."
+        if asked["model"] not in self.names:
+            known = ", ".join(self.names)
+            message = f"The model `{asked['model']}` does not exist. Valid aliases: {known}."
             return {"message": message, "type": "NotFoundError", "param": "model", "code": 404}
         if not prompt:
             return bad_request("You must pass at least one prompt")
@@ -117,8 +120,9 @@ class Server:
         return None
 
     def respond(self, asked: dict[str, Any]) -> tuple[int, str]:
+        scores = asked.get("prompt_logprobs") is not None
         with self._lock:
-            fault = self.faults.pop(0) if self.faults else None
+            fault = self.faults.pop(0) if self.faults and scores else None
         if isinstance(fault, float):
             time.sleep(fault)
         elif isinstance(fault, int):
@@ -134,7 +138,7 @@ class Server:
             self.barrier.wait(timeout=10)
         with self._lock:
             made = self.answer(asked)
-            if self.change is not None:
+            if self.change is not None and scores:
                 self.change(made)
         return 200, json.dumps(made)
 
@@ -143,7 +147,8 @@ class Server:
         if path != "/v1/models" or self.card is None:
             return 404, json.dumps({"detail": "Not Found"})
         card = {"created": 1, "max_model_len": self.max_model_len} | self.card
-        return 200, json.dumps({"object": "list", "data": [card]})
+        cards = [{"id": name} | card for name in self.names]
+        return 200, json.dumps({"object": "list", "data": cards})
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -223,9 +228,9 @@ def listening(state: Server, port: int = 0) -> Iterator[Server]:
         thread.join()
 
 
-def serving(model: nn.Module, port: int = 0, name: str = "tiny") -> Any:
+def serving(model: nn.Module, port: int = 0, names: Sequence[str] = ("tiny", "m")) -> Any:
     """A server with a model, listening as `listening` says."""
-    return listening(Server(model, name), port)
+    return listening(Server(model, names), port)
 
 
 def edit(**fields: Any) -> Callable[[Answer], None]:
