@@ -63,6 +63,8 @@ class HintCollator(HintedRows):
         teacher_system_prompt: the teacher's system message, in place of the prompt's.
         teacher_sees: "prompt" shows the teacher the prompt and the hints, "reference" the hints
             alone, behind the system message if there is one.
+        packing: whether a batch is one sequence of all student rows, and one of all teacher rows,
+            without padding. Each row is read as it is alone, see `packed_rows`.
 
     Raises:
         ValueError: an argument is unknown or out of range. When a batch is made: a column is
@@ -90,6 +92,7 @@ class HintCollator(HintedRows):
         teacher_template_kwargs: Mapping[str, Any] | None = None,
         teacher_system_prompt: str | None = None,
         teacher_sees: str = "prompt",
+        packing: bool = False,
     ) -> None:
         for name, value, choices in (
             ("scored", scored, SCORED),
@@ -105,8 +108,7 @@ class HintCollator(HintedRows):
         several = [hint] if isinstance(hint, Hint | str) or callable(hint) else hint
         self.hints = tuple(x if isinstance(x, Hint) else Hint(x) for x in several)
         self._was_given_hints = bool(self.hints)
-        self.scored = scored
-        self.truncation = truncation
+        self.scored, self.truncation, self.packing = scored, truncation, packing
         self.prompt_column = prompt_column
         self.completion_column = completion_column
         self.max_prompt_length = max_prompt_length
@@ -162,6 +164,8 @@ class HintCollator(HintedRows):
         hinted = self.needs_hints or any(x.hints or x.dropped for x in made)
         if not self.has_own_view and not (self.hints and hinted):
             teachers = None  # both sides read the same
+        if self.packing:
+            return self._with_count(batches.pack_rows(students, teachers), made)
         return self._with_count(batches.build_rows(students, teachers, self.pad_token_id), made)
 
     def prompts(self, rows: Sequence[Row]) -> dict[str, Any]:
@@ -225,7 +229,7 @@ class HintCollator(HintedRows):
 
     def _without_hints(self) -> "HintCollator":
         bare = copy.copy(self)
-        bare.hints, bare.scored, bare.hint_plan = (), "all", None
+        bare.hints, bare.scored, bare.hint_plan, bare.packing = (), "all", None, False
         bare.view = TeacherView(bare.chat_template_kwargs)
         return bare
 

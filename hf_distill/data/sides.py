@@ -27,6 +27,8 @@ ANCHOR_PREFIX = "anchor_"
 
 INDEX_MAPS = ("completion_index", "teacher_completion_index")
 
+TEACHER_INPUTS = ("input_ids", "attention_mask", "position_ids", *packed_rows.BOUNDS)
+
 TOKEN_VALUES = ("token_weights", "behaviour_log_probs")  # [B, T] float, aligned with the labels
 
 
@@ -165,9 +167,11 @@ def teacher_side(batch: Mapping[str, Any], student: Side) -> Side:
     if ids is None:
         own = route is None and stored is None
         return student if own else student._replace(route=route, stored=stored)
-    inputs = {"input_ids": ids, "attention_mask": batch["teacher_attention_mask"]}
+    named = {name: batch.get(f"{TEACHER_PREFIX}{name}") for name in TEACHER_INPUTS}
+    inputs = {name: value for name, value in named.items() if value is not None}
     predicts = predicts_from_index(batch["teacher_completion_index"], ids.shape[1])
-    return Side(inputs, predicts, route, stored)
+    rows = packed_rows.row_numbers(inputs)
+    return Side(inputs, predicts, route, stored, rows=rows)
 
 
 TEACHER_OWN_TOKENS = "teacher_own_tokens"

@@ -94,6 +94,12 @@ class OPSDTrainer(ForecastingTrainer):
                 f"data_collator must be a HintCollator, got {type(data_collator).__name__}"
             )
         self._check_rollout(args, environment)
+        if args.on_policy and data_collator.packing:
+            raise ValueError(
+                "packing is of completions from the data, whose rows are known before the batch is "
+                "made, got packing=True of the HintCollator and on_policy=True: set one of them to "
+                "False"
+            )
         self.hint_collator, self.environment = data_collator, environment
         self.rollouts: Rollouts | None = None
         warn_of_unread(unread_opsd_settings(args, environment is not None, teacher is None))

@@ -15,9 +15,9 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from hf_distill import DistillConfig, DistillTrainer
+from hf_distill import DistillConfig, DistillTrainer, HintCollator, OPSDConfig, OPSDTrainer
 from hf_distill.cache import CachedTeacher, TopK, cache_teacher
-from hf_distill.data import Side, student_side
+from hf_distill.data import Side, sides, student_side, teacher_side
 from hf_distill.models.forward import Reader
 from hf_distill.teachers import ModelTeacher, RoutedTeacher
 from tests.hf_distill.models import numbering
@@ -124,6 +124,10 @@ def test_training_logs_and_evaluates_as_on_padded_rows(tmp_path: Path) -> None:
             for x in (models.Pad(), DataCollatorWithFlattening())]  # fmt: skip
     for run in runs:
         run.train()
+    assert_same_runs(*runs)
+
+
+def assert_same_runs(*runs: DistillTrainer) -> None:
     assert models.difference(*(models.weights(run.model) for run in runs)) <= 2e-6
     one, other = (run.state.log_history[:-1] for run in runs)
     assert [sorted(x) for x in one] == [sorted(x) for x in other]
@@ -155,6 +159,69 @@ def test_no_other_row_hears_a_change(family: str, attention: str) -> None:
     assert torch.equal(before[: ends[0]], after[: ends[0]])
     assert torch.equal(before[ends[1] :], after[ends[1] :])
     assert ((before - after)[ends[0] : ends[1]].abs().amax(-1) > 0).all()
+
+
+def hinted(folder: Path, packing: bool, **changes: Any) -> OPSDTrainer:
+    options = {"on_policy": False, "alpha": 0.7} | changes
+    how = {"hint_dropout": options.pop("hint_dropout", 0.0), "packing": packing}
+    taught, adapted = options.pop("taught", None), options.pop("adapted", False)
+    collator = HintCollator(models.tokenizer(), **how)
+    model, rows = models.llama(), models.problems(12)
+    return OPSDTrainer(
+        models.lora(model) if adapted else model,
+        OPSDConfig(**models.options(folder, **options)),
+        collator,
+        rows,
+        rows,
+        collator.tokenizer,
+        teacher=taught and models.gpt2(1),
+    )
+
+
+HINTED: list[dict[str, Any]] = [
+    {"taught": True},
+    {"teacher": "base", "adapted": True},
+    {"teacher": "ema", "divergence": "jsd", "label_smoothing_factor": 0.1},
+    {"teacher": "base", "hint_dropout": 0.5},
+]
+
+
+@pytest.mark.filterwarnings(models.PEFT_WARNING)
+@pytest.mark.parametrize("changes", HINTED, ids=lambda x: "-".join(x))
+def test_a_hinted_step_is_that_of_padded_rows(tmp_path: Path, changes: dict[str, Any]) -> None:
+    found = [gradients(hinted(tmp_path, packing, **changes)) for packing in (False, True)]
+    print(f"error {error(found[1], found[0]):.1e}")
+    assert error(found[1], found[0]) <= TOLERANCE
+
+
+def test_hinted_training_logs_and_evaluates_as_on_padded_rows(tmp_path: Path) -> None:
+    changes = {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "teacher": "ema"}
+    runs = [hinted(tmp_path, packing, **changes) for packing in (False, True)]
+    for run in runs:
+        run.train()
+    assert_same_runs(*runs)
+
+
+@torch.no_grad()
+def test_no_other_row_hears_a_hint() -> None:
+    reader, rows = Reader("teacher", "logits"), models.problems(3)
+    said = []
+    for hint in ("think first", "then done"):
+        rows[1]["hint"] = hint
+        batch = HintCollator(models.tokenizer(), packing=True)(rows)
+        given = teacher_side(batch, student_side(batch))
+        assert given.rows is not None
+        row = given.rows[sides.places(given.predicts)]
+        said.append((row, reader.logits(models.llama(), given)))
+    (row, one), (other_row, other) = said
+    assert torch.equal(row, other_row)
+    assert torch.equal(one[row != 1], other[row != 1])
+    assert ((one - other)[row == 1].abs().amax(-1) > 0).all()
+
+
+def test_packing_of_sampled_completions_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"got packing=True .* and on_policy=True"):
+        hinted(tmp_path, True, on_policy=True)
 
 
 SEE = "rows of one sequence see each other"
