@@ -170,18 +170,7 @@ class OPSDConfig(DistillConfig):
             )
         if self.log_completions < 0:
             raise ValueError(f"log_completions must not be negative, got {self.log_completions}")
-        if self.forecast_rows < 0:
-            raise ValueError(f"forecast_rows must be at least 0, got {self.forecast_rows}")
-        if self.forecast_rows and not self.on_policy:
-            raise ValueError(
-                f"forecast_rows {self.forecast_rows} > 0 needs on_policy: it samples completions"
-            )
-        if self.forecast_steps is not None and self.forecast_steps < 1:
-            raise ValueError(f"forecast_steps must be at least 1, got {self.forecast_steps}")
-        if self.forecast_steps is not None and not self.forecast_rows:
-            raise ValueError(
-                f"forecast_steps {self.forecast_steps} needs forecast_rows of at least 1, got 0"
-            )
+        self._check_forecast()
         if self.log_completions and not self.on_policy:
             raise ValueError(
                 f"log_completions {self.log_completions} > 0 needs on_policy: else none are sampled"
@@ -203,6 +192,20 @@ class OPSDConfig(DistillConfig):
             return super()._with_target(loss, values)
         more = {"factor": loss.factor, "measures_hard": loss.measures_hard, "config": config}
         return ContrastLoss(loss.spec, loss.alpha, share=values["contrast_weight"], **more)
+
+    def _check_forecast(self) -> None:
+        if self.forecast_rows < 0:
+            raise ValueError(f"forecast_rows must be at least 0, got {self.forecast_rows}")
+        if self.forecast_rows and not self.on_policy:
+            raise ValueError(
+                f"forecast_rows {self.forecast_rows} > 0 needs on_policy: it samples completions"
+            )
+        if self.forecast_steps is not None and self.forecast_steps < 1:
+            raise ValueError(f"forecast_steps must be at least 1, got {self.forecast_steps}")
+        if self.forecast_steps is not None and not self.forecast_rows:
+            raise ValueError(
+                f"forecast_steps {self.forecast_steps} needs forecast_rows of at least 1, got 0"
+            )
 
     def loss_settings(self) -> LossSettings:
         """Return what the loss knows of rollouts."""

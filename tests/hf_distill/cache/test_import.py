@@ -112,7 +112,7 @@ def test_some_rows(answers: Path, tmp_path: Path) -> None:
         ([*VOCAB, "--source_split", "x"], "--source_split is of arrays and distillkit"),
         ([*VOCAB, "--split", "x"], "--split and --subset are of the rows that --dataset names"),
         (["--vocab_size", "22"], "row 0 of the data: ids must be below 22"),
-        ([*VOCAB, "--top_k", "4"], "position 3: each token must have 4 entries, got 3"),
+        ([*VOCAB, "--top_k", "4"], "each token must have 4 entries, got 3"),
     ],
 )
 def test_what_cannot_be_imported(

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -203,8 +204,8 @@ def test_rows_of_a_shard_are_chosen_by_their_size() -> None:
     for bytes_per_token, rows in ((200.0, 4096), (600.0, 2048), (300_000.0, 4), (1e9, 1)):
         assert writer._shard_rows(data, TokenCollator(), bytes_per_token) == rows
     assert writer._shard_rows(data[:1000], TokenCollator(), 1.0) == 32
-    real = writer._nominal_bytes(Full(), 1000, 900)
-    assert real == 1800
+    encoder: Any = SimpleNamespace(codec=Full(), width=1000, real_vocab=900)
+    assert writer._nominal_bytes(encoder) == 1800
 
 
 def broken_teacher() -> Any:
