@@ -15,9 +15,10 @@ from hf_distill.cache.errors import (
     UnsupportedDivergence,
     VocabSizeMismatch,
 )
-from hf_distill.cache.from_log_probs import RecordedLogProbs, cache_log_probs
+from hf_distill.cache.from_log_probs import cache_log_probs
 from hf_distill.cache.manifest import Manifest
 from hf_distill.cache.reader import CacheReader
+from hf_distill.cache.recorded import RecordedLogProbs
 from hf_distill.cache.teacher import CachedCollator, CachedTeacher
 from hf_distill.cache.writer import cache_teacher
 
