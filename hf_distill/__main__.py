@@ -3,6 +3,8 @@
 python -m hf_distill cache write MODEL DATASET PATH
 accelerate launch -m hf_distill cache write MODEL DATASET PATH
 python -m hf_distill cache inspect PATH
+python -m hf_distill cache import completions FILE --out PATH --top_k 20 --tokenizer MODEL
+python -m hf_distill cache export PATH --to FILE.parquet
 python -m hf_distill plan MODEL [TEACHER] --devices 8
 """
 
@@ -26,6 +28,8 @@ from hf_distill.cache import (
     make_codec,
 )
 from hf_distill.cache.codecs import CODECS
+from hf_distill.cache.commands import add_import
+from hf_distill.cache.export_command import add_export
 from hf_distill.cache.inspect import describe, measure
 from hf_distill.cache.progress import VERIFY as VERIFY_WRITTEN
 from hf_distill.cache.reader import VERIFY as VERIFY_READ
@@ -133,6 +137,8 @@ def make_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--split", default="train")
     inspect.add_argument("--subset", help="of a data set of the hub")
     inspect.add_argument("--hint", help="as at the writing")
+    add_import(cache)
+    add_export(cache)
     add_plan(commands)
     return parser
 

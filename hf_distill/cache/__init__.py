@@ -1,7 +1,9 @@
 """Offline distillation: a teacher's answers on disk, and a teacher that reads them."""
 
+from hf_distill.cache.arrays import ArrayLogProbs
 from hf_distill.cache.codecs import Codec, Full, HeadSamples, Sampled, TopK, make_codec
 from hf_distill.cache.datasets import default_collator, load_data
+from hf_distill.cache.distillkit import DistillKitLogProbs
 from hf_distill.cache.errors import (
     CacheConfigMismatch,
     CacheCorrupt,
@@ -23,6 +25,7 @@ from hf_distill.cache.teacher import CachedCollator, CachedTeacher
 from hf_distill.cache.writer import cache_teacher
 
 __all__ = [
+    "ArrayLogProbs",
     "CacheConfigMismatch",
     "CacheCorrupt",
     "CacheError",
@@ -31,6 +34,7 @@ __all__ = [
     "CachedCollator",
     "CachedTeacher",
     "Codec",
+    "DistillKitLogProbs",
     "FormatVersionError",
     "Full",
     "HeadSamples",

@@ -13,7 +13,7 @@ from metal_ops import SparseTeacher
 COUNTS = "counts"  # [B] scored tokens of each row
 
 
-def _columns(teacher: SparseTeacher) -> Iterator[tuple[str, Tensor]]:
+def named_columns(teacher: SparseTeacher) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor [N, ...] of a teacher, by name."""
     yield from (("ids", teacher.ids), ("log_probs", teacher.log_probs))
     yield "log_tail", teacher.log_tail
@@ -39,12 +39,12 @@ def _replaced(like: SparseTeacher, columns: Mapping[str, Tensor]) -> SparseTeach
 
 def select_tokens(teacher: SparseTeacher, at: Tensor) -> SparseTeacher:
     """Select some of the teacher's tokens, [n] int64, in that order."""
-    return _replaced(teacher, {name: x[at] for name, x in _columns(teacher)})
+    return _replaced(teacher, {name: x[at] for name, x in named_columns(teacher)})
 
 
 def move_to_device(teacher: SparseTeacher, device: torch.device) -> SparseTeacher:
     """Move the teacher's tensors to a device."""
-    return _replaced(teacher, {name: x.to(device) for name, x in _columns(teacher)})
+    return _replaced(teacher, {name: x.to(device) for name, x in named_columns(teacher)})
 
 
 def pad_tokens(teacher: SparseTeacher, lengths: list[int]) -> dict[str, Tensor]:
@@ -53,7 +53,7 @@ def pad_tokens(teacher: SparseTeacher, lengths: list[int]) -> dict[str, Tensor]:
     inside = torch.arange(int(counts.max()) if lengths else 0) < counts[:, None]
     at = torch.where(inside, inside.reshape(-1).cumsum(0).view(inside.shape) - 1, 0)
     found = {COUNTS: counts}
-    for name, x in _columns(teacher):
+    for name, x in named_columns(teacher):
         found[name] = x[at] if len(x) else x.new_zeros(*at.shape, *x.shape[1:])
     return found
 

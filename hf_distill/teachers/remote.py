@@ -225,17 +225,24 @@ class RemoteTeacher(Teacher):
 def top_k_columns(tokens: Sequence[TopK], top_k: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return ids [N, K] int64, log-probabilities [N, K], descending, log of the rest [N]; float64.
 
-    The rest of a token is 1 less its entries, but at most what entries as small as the least of
-    them can hold, and at least what float32 resolves; nothing if the entries are the whole
-    vocabulary.
+    See `log_rest` for the rest.
     """
     shape = (len(tokens), top_k)
     ids = torch.tensor([list(x) for x in tokens], dtype=torch.int64).view(shape)
     values = [list(x.values()) for x in tokens]
     log_probs = torch.tensor(values, dtype=torch.float64).view(shape)
+    return ids, log_probs, log_rest(log_probs, vocab)
+
+
+def log_rest(log_probs: Tensor, vocab: int) -> Tensor:
+    """Return the log of the mass [N] that most probable entries [N, K] leave to all others.
+
+    It is 1 less theirs, but at most what entries as small as the least of them can hold, and at
+    least what float32 resolves; nothing if the entries are the whole vocabulary.
+    """
     rest = (1.0 - log_probs.exp().sum(-1)).clamp_min(LEAST_TAIL)
-    most = (vocab - top_k) * log_probs.exp().amin(-1)
-    return ids, log_probs, torch.minimum(rest, most).log()
+    most = (vocab - log_probs.shape[-1]) * log_probs.exp().amin(-1)
+    return torch.minimum(rest, most).log()
 
 
 def _scored_rows(side: Side) -> list[tuple[list[int], list[int]]]:
