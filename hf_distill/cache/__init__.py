@@ -1,7 +1,15 @@
 """Offline distillation: a teacher's answers on disk, and a teacher that reads them."""
 
 from hf_distill.cache.arrays import ArrayLogProbs
-from hf_distill.cache.codecs import Codec, Full, HeadSamples, Sampled, TopK, make_codec
+from hf_distill.cache.codecs import (
+    Codec,
+    Full,
+    HeadSamples,
+    HiddenStates,
+    Sampled,
+    TopK,
+    make_codec,
+)
 from hf_distill.cache.datasets import default_collator, load_data
 from hf_distill.cache.distillkit import DistillKitLogProbs
 from hf_distill.cache.errors import (
@@ -38,6 +46,7 @@ __all__ = [
     "FormatVersionError",
     "Full",
     "HeadSamples",
+    "HiddenStates",
     "Manifest",
     "RecordedLogProbs",
     "RowMismatch",

@@ -3,14 +3,14 @@
 Each shard becomes a part beside the file, and the parts are joined when all are there, so that an
 export that is interrupted goes on.
 
-Shapes: n scored tokens of a row, K entries, m draws, V logits per token.
+Shapes: n scored tokens of a row, K entries, m draws, V logits per token, H hidden.
 """
 
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_distill.cache import fingerprints
-from hf_distill.cache.columns import named_columns
+from hf_distill.cache.columns import HIDDEN, named_columns
 from hf_distill.cache.errors import CacheError, RowMismatch
 from hf_distill.cache.files import TMP, sync_folder
 from hf_distill.cache.fingerprints import Collator, Data
+from hf_distill.cache.launches import only_one_writes
 from hf_distill.cache.shard import Row
 from hf_distill.cache.teacher import CachedTeacher
 from hf_distill.data.sides import IGNORE_INDEX
@@ -56,7 +57,8 @@ class Exporter:
     `entropy` [n]; and what the codec stores. Of `TopK` and `HeadSamples` that is `top_ids` [n, K],
     -1 where a token has fewer, `top_log_probs` [n, K] and `log_tail` [n]. Of codecs with draws it
     is `sample_ids`, `sample_log_probs` and `sample_log_weights` [n, m], and where they are stored
-    `tail_log_sums` [n, orders] and `num_tail` [n]. Of `Full` it is `log_probs` [n, V].
+    `tail_log_sums` [n, orders] and `num_tail` [n]. Of `Full` it is `log_probs` [n, V], and of
+    `HiddenStates` `hidden` [n, H], without the head.
 
     Args:
         path: the cache's folder, or a URL that fsspec knows.
@@ -72,9 +74,8 @@ class Exporter:
     ) -> None:
         if (data is None) != (collator is None):
             raise ValueError("data and their collator must be given together")
-        teacher = CachedTeacher(path)
-        self._reader, self._codec = teacher.reader, teacher.codec
-        self._manifest = teacher.manifest
+        self._teacher = CachedTeacher(path)
+        self._reader, self._manifest = self._teacher.reader, self._teacher.manifest
         self._data, self._collator = data, collator
         if data is not None and len(data) != len(self._reader):
             raise RowMismatch(
@@ -88,25 +89,30 @@ class Exporter:
             CacheError: there is a file of that name.
             CacheCorrupt, RowMismatch: the cache is damaged, or the data are not those of it.
         """
-        if path.exists() and not overwrite:
-            raise CacheError(f"{path} is there already: name another file, or pass --overwrite")
         if self._data is None:
             logger.info("input_ids are left out: a cache holds hashes of rows only, and the data "
                         "have their ids (--dataset)")  # fmt: skip
         parts = path.with_name(path.name + PARTS)
-        parts.mkdir(parents=True, exist_ok=True)
+        with only_one_writes(parts):
+            if path.exists() and not overwrite:
+                raise CacheError(f"{path} is there already: name another, or pass --overwrite")
+            self._write(path, parts)
+            for part in parts.glob("*.parquet*"):
+                part.unlink()
+        shutil.rmtree(parts, ignore_errors=True)
+        return sum(shard.tokens for shard in self._manifest.shards)
+
+    def _write(self, path: Path, parts: Path) -> None:
+        """Write the parts that are missing, and join all."""
         shards = self._manifest.shards
+        files = [parts / f"{number:05d}.parquet" for number in range(len(shards))]
         with tqdm(total=len(self._reader), unit="row", desc="export") as bar:
-            for number, shard in enumerate(shards):
-                part = parts / f"{number:05d}.parquet"
+            for number, (part, shard) in enumerate(zip(files, shards, strict=True)):
                 if not self._is_written(part, number):
-                    _commit(part, self._tables(shard.start, shard.stop), self._schema(number))
+                    tables = self._tables(shard.start, shard.stop)
+                    _commit(part, parts, tables, self._schema(number))
                 bar.update(shard.stop - shard.start)
-        files = [pq.ParquetFile(parts / f"{number:05d}.parquet") for number in range(len(shards))]
-        groups = (file.read_row_group(i) for file in files for i in range(file.num_row_groups))
-        _commit(path, groups, self._schema(None))
-        shutil.rmtree(parts)
-        return sum(shard.tokens for shard in shards)
+        _commit(path, parts, _groups(files), self._schema(None))
 
     def _schema(self, number: int | None) -> pa.Schema:
         """Return the columns, with what they are of: a whole cache, or one shard."""
@@ -121,7 +127,7 @@ class Exporter:
             "teacher": self._manifest.config["teacher"].get("name_or_path"),
             "codec": self._manifest.config["codec"],
             "logit_dim": self._manifest.vocab_size,
-            "orders": list(getattr(self._codec, "orders", ())),
+            "orders": list(getattr(self._teacher.codec, "orders", ())),
         }
         if number is not None:
             about |= {"shard": number, "sha256": self._manifest.shards[number].sha256}
@@ -140,10 +146,10 @@ class Exporter:
 
     def _values(self, row: Row | None) -> dict[str, np.ndarray]:
         """Return what is stored of a row's tokens by column, [n] or [n, K]; of none, no tokens."""
-        arrays, count = ([], []) if row is None else ([row.arrays], [len(row.positions)])
-        found = self._codec.decode(arrays, count, self._manifest.vocab_size)
+        found = self._teacher.decoded([] if row is None else [row])
         if isinstance(found, Tensor):
-            return {FULL: found.numpy()}
+            name = HIDDEN if self._teacher.codec.of_hidden else FULL
+            return {name: found.float().numpy()}
         columns = {NAMES[name]: x.numpy() for name, x in named_columns(found)}
         if not self._has_head():
             columns = {k: x for k, x in columns.items() if not k.startswith("top_")}
@@ -151,7 +157,7 @@ class Exporter:
         return columns | {"entropy": entropy.astype(np.float32)}
 
     def _has_head(self) -> bool:
-        return getattr(self._codec, "top_k", 0) > 0
+        return getattr(self._teacher.codec, "top_k", 0) > 0
 
     def _tables(self, start: int, stop: int) -> Iterator[pa.Table]:
         """Yield rows [start, stop), some at a time."""
@@ -174,7 +180,10 @@ class Exporter:
             labels = np.full(len(ids), IGNORE_INDEX, np.int32)
             labels[row.positions] = ids[row.positions]
             made |= {"input_ids": ids, "labels": labels}
-        made |= {"positions": row.positions, "temperature": np.float32(self._codec.temperature)}
+        made |= {
+            "positions": row.positions,
+            "temperature": np.float32(self._teacher.codec.temperature),
+        }
         return made | self._values(row)
 
     def _ids(self, number: int, row: Row) -> np.ndarray:
@@ -189,6 +198,14 @@ class Exporter:
                 "template and hints must be those of the writing"
             )
         return np.array(found.ids, np.int32)
+
+
+def _groups(files: Sequence[Path]) -> Iterator[pa.Table]:
+    """Yield the row groups of parquet files, in order."""
+    for path in files:
+        with pq.ParquetFile(path) as file:
+            for i in range(file.num_row_groups):
+                yield file.read_row_group(i)
 
 
 def _type(values: np.ndarray) -> pa.DataType:
@@ -210,9 +227,9 @@ def _column(values: list[np.ndarray], kind: pa.DataType) -> pa.Array:
     return pa.ListArray.from_arrays(offsets, pa.ListArray.from_arrays(ends, flat))
 
 
-def _commit(path: Path, tables: Iterator[pa.Table], schema: pa.Schema) -> None:
-    """Write a parquet file under another name, flush it to the disk, and rename it."""
-    tmp = path.with_name(f"{path.name}.{os.getpid()}{TMP}")
+def _commit(path: Path, folder: Path, tables: Iterator[pa.Table], schema: pa.Schema) -> None:
+    """Write a parquet file under another name in a folder, flush it to the disk, and rename it."""
+    tmp = folder / f"{path.name}.{os.getpid()}{TMP}"
     try:
         with open(tmp, "wb") as file:
             with pq.ParquetWriter(file, schema) as writer:

@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from hf_distill.__main__ import main
-from hf_distill.cache import CachedTeacher, Full, HeadSamples, Sampled, TopK, cache_teacher, export
+from hf_distill.cache import (
+    CachedTeacher,
+    Full,
+    HeadSamples,
+    HiddenStates,
+    Sampled,
+    TopK,
+    cache_teacher,
+    export,
+)
 from hf_distill.cache.columns import named_columns
 from hf_distill.cache.datasets import TokenCollator
 from tests.hf_distill.cache import caches
@@ -23,6 +32,7 @@ CODECS = {
     "head_samples": HeadSamples(top_k=4, num_samples=5),
     "sampled": Sampled(num_samples=9),
     "full": Full(),
+    "hidden": HiddenStates(),
 }
 
 
@@ -50,6 +60,10 @@ def values_of(folder: Path, name: str, number: int) -> dict[str, np.ndarray]:
     """What a reader gives of a row, by the exporter's names."""
     teacher = CachedTeacher(folder / name)
     row = teacher.reader.row(number)
+    if name == "hidden":
+        width = models.SIZES["hidden_size"]
+        found = teacher.codec.decode([row.arrays], [len(row.positions)], width)
+        return {"hidden": found.float().numpy()}
     found = teacher.codec.decode([row.arrays], [len(row.positions)], models.VOCAB)
     if isinstance(found, torch.Tensor):
         return {"log_probs": found.numpy()}
@@ -65,7 +79,8 @@ def test_values_are_those_of_a_reader(folder: Path, tmp_path: Path, name: str) -
     about = json.loads(table.schema.metadata[b"hf_distill"])
     assert about["codec"] == CachedTeacher(folder / name).manifest.config["codec"]
     made = {"row", "row_hash", "input_ids", "labels", "positions", "temperature"}
-    assert set(table.column_names) - made - {"entropy"} == set(values_of(folder, name, 0))
+    made |= set() if name in ("full", "hidden") else {"entropy"}
+    assert set(table.column_names) == made | set(values_of(folder, name, 0))
     assert [x["row"] for x in table.to_pylist()] == list(range(len(ROWS)))
     for i, row in enumerate(table.to_pylist()):
         stored = CachedTeacher(folder / name).reader.row(i)
@@ -74,7 +89,7 @@ def test_values_are_those_of_a_reader(folder: Path, tmp_path: Path, name: str) -
         assert row["input_ids"] == ROWS[i]["input_ids"]
         scored = [-100, *ROWS[i]["labels"][1:]]
         assert row["labels"] == scored
-        if name != "full":
+        if "entropy" in row:
             np.testing.assert_array_equal(np.float16(row["entropy"]), stored.arrays["entropy"])
         for column, wanted in values_of(folder, name, i).items():
             np.testing.assert_array_equal(np.array(row[column], wanted.dtype), wanted)
@@ -130,7 +145,7 @@ def test_an_export_that_is_interrupted_goes_on(
             exports(folder, "topk", to)
     assert not to.exists()
     parts = tmp_path / "out.parquet.parts"
-    kept = {path: path.stat().st_mtime_ns for path in parts.iterdir()}
+    kept = {path: path.stat().st_mtime_ns for path in parts.glob("*.parquet")}
     assert [path.name for path in kept] == ["00000.parquet"]
     made: list[int] = []
     monkeypatch.setattr(export.Exporter, "_row", lambda self, i: made.append(i) or row(self, i))
@@ -181,7 +196,7 @@ def test_what_cannot_be_exported(
     assert not to.exists()
     assert exports(folder, "topk", to) == 0
     assert exports(folder, "topk", to) == 1
-    assert "is there already: name another file, or pass --overwrite" in capsys.readouterr().err
+    assert "is there already: name another, or pass --overwrite" in capsys.readouterr().err
     assert exports(folder, "topp", to, "--overwrite") == 0
     assert exports(folder, "topk", to, "--hint", "x", "--overwrite") == 1
     assert "--hint is of the data that --dataset names" in capsys.readouterr().err
