@@ -210,6 +210,31 @@ def test_lists_of_other_lengths(tmp_path: Path) -> None:
         wider.top_columns(row["input_ids"], np.array([1, 2]))
 
 
+def test_positions_say_which_tokens_entries_are_of(tmp_path: Path) -> None:
+    """As cache export writes them."""
+    row, at = ROWS[1], [2, 5, 6]
+    scored = {name: [row[name][x - 1] for x in at] for name in ("top_ids", "top_log_probs")}
+    given = {"input_ids": row["input_ids"], "positions": at, "temperature": 1.0}
+    source = ArrayLogProbs(write(tmp_path / "rows.jsonl", [given | scored]), TOP_K, "a model")
+    source.start(models.VOCAB)
+    ids = row["input_ids"]
+    labels = [token if i in at else -100 for i, token in enumerate(ids)]
+    assert source.rows[0]["labels"] == labels
+    found = source.top_columns(ids, np.array([5, 2]))
+    assert found.ids.tolist() == [row["top_ids"][x][:TOP_K] for x in (4, 1)]
+    with pytest.raises(ValueError, match="position 3 has no log-probabilities"):
+        source.top_columns(ids, np.array([3]))
+    for name, value, words in (
+        ("positions", [2, 5], r"3 positions in \[1, 9\), one for each entry, got \[2, 5\]"),
+        ("positions", [0, 2, 5], r"3 positions in \[1, 9\)"),
+        ("temperature", 2.0, "log-probabilities at temperature 1, got 2"),
+    ):
+        path = write(tmp_path / f"{words[:5]}.jsonl", [given | scored | {name: value}])
+        wrong = ArrayLogProbs(path, TOP_K, "a model")
+        with pytest.raises(ValueError, match=f"row 0: there must be {words}"):
+            wrong.top_columns(ids, np.array([2]))
+
+
 def test_arguments_and_files_that_are_wrong(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
