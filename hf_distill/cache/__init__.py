@@ -25,7 +25,7 @@ from hf_distill.cache.errors import (
     UnsupportedDivergence,
     VocabSizeMismatch,
 )
-from hf_distill.cache.from_log_probs import cache_log_probs
+from hf_distill.cache.from_log_probs import LogProbs, cache_log_probs
 from hf_distill.cache.manifest import Manifest
 from hf_distill.cache.reader import CacheReader
 from hf_distill.cache.recorded import RecordedLogProbs
@@ -47,6 +47,7 @@ __all__ = [
     "Full",
     "HeadSamples",
     "HiddenStates",
+    "LogProbs",
     "Manifest",
     "RecordedLogProbs",
     "RowMismatch",

@@ -8,7 +8,6 @@ Shapes: N scored tokens of some rows, K entries.
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,13 +25,17 @@ from hf_distill.cache.manifest import Manifest
 from hf_distill.cache.recorded import RecordedLogProbs
 from hf_distill.cache.writer import checked, process_state, write_all
 from hf_distill.models.tokenizers import num_ids
-from hf_distill.teachers import remote, vllm_client
+from hf_distill.teachers import RemoteTeacher, remote, vllm_client
+from hf_distill.teachers.server_requests import ask_all
 
 MASS_TOLERANCE = 0.05  # of entries and the rest; what is stored may be off by 0.1
 
 
 class LogProbs(Protocol):
-    """Gives the log-probabilities of rows."""
+    """Gives the log-probabilities of rows: what `cache_log_probs` wants of its source.
+
+    Any object with these members is one, such as a model of another library in this process.
+    """
 
     @property
     def name(self) -> str:
@@ -68,15 +71,14 @@ class KnownEncoder(RowEncoder):
     num_threads: int
 
     def probe(self) -> None:
-        """Check the source."""
-        self.source.start(self.vocab)
+        """Do nothing: the source has been started, to know what it is."""
 
     def _encode(self, rows: Sequence[SideRow], keys: Sequence[tuple[int, int]]) -> list[Arrays]:
         assert isinstance(self.codec, TopK)
         numbers = [row for _, row in keys]
         try:
-            with ThreadPoolExecutor(self.num_threads) as pool:
-                found = list(pool.map(self._known, rows))
+            requests = self.source.requests if isinstance(self.source, RemoteTeacher) else None
+            found = ask_all(self._known, rows, self.num_threads, requests)
             joined = TopKRow(
                 np.concatenate([x.ids for x in found]),
                 np.concatenate([x.log_probs for x in found]),
@@ -163,8 +165,9 @@ def cache_log_probs(
     is missing. A file that has changed gives another cache.
 
     Args:
-        source: a `RecordedLogProbs`, `ArrayLogProbs` or `DistillKitLogProbs`; or a `RemoteTeacher`
-            (its own number of threads is not used).
+        source: a `RecordedLogProbs`, `ArrayLogProbs` or `DistillKitLogProbs`; or a `RemoteTeacher`,
+            of whose requests at most its own `num_threads` are under way; or any object with the
+            members of `LogProbs`.
         dataset: rows by number; `source.rows` are those of what was recorded.
         path: the cache's folder, on this machine.
         vocab_size: logits per token of the students; None is the tokenizer's number of ids.
@@ -203,10 +206,12 @@ def cache_log_probs(
     )
 
     def about() -> dict[str, Any]:
+        if isinstance(source, RemoteTeacher):
+            source.compare_with(tokenizer)
+        source.start(vocab)
         unknown = dict.fromkeys(("revision", "config_sha256", "weights_fingerprint"))
-        known: dict[str, Any] = {}
-        if isinstance(source, RecordedLogProbs | ArrayLogProbs):
-            known = source.identity()
+        says = isinstance(source, RecordedLogProbs | ArrayLogProbs | RemoteTeacher)
+        known = source.identity() if says else {}
         return {"name_or_path": source.name, **unknown, "tail": "1 - entries", **known}
 
     return write_all(

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_distill.cache import fingerprints
 from hf_distill.cache.cached_head import CachedHead
-from hf_distill.cache.codecs import Codec, make_codec
+from hf_distill.cache.codecs import Codec, HiddenStates, make_codec
 from hf_distill.cache.columns import move_to_device, pad_tokens, select_tokens, unpad_tokens
 from hf_distill.cache.errors import (
     CacheCorrupt,
@@ -96,7 +96,8 @@ class CachedTeacher(Teacher):
         self.reader = CacheReader(path, verify, copies)
         self.manifest = self.reader.manifest
         self.codec = self._codec()
-        self._head = CachedHead(self.reader) if self.codec.of_hidden else None
+        codec = self.codec
+        self._head = CachedHead(self.reader, codec) if isinstance(codec, HiddenStates) else None
         # decoded once, so that batches from a loader know which kind of teacher they are of
         self._like = self.decoded([])
         if isinstance(self._like, SparseTeacher):
@@ -156,7 +157,7 @@ class CachedTeacher(Teacher):
             )
         entropy = getattr(run.args.token_weights, "entropy", 0.0)
         low, high = self.codec.temperature_range
-        if entropy > 0 and not low <= 1.0 <= high:
+        if entropy != 0 and not low <= 1.0 <= high:
             raise ValueError(
                 "token_weights.entropy is the teacher's at temperature 1, the cache serves "
                 f"{low:g} to {high:g}: write it with a temperature_range that has 1"
@@ -268,8 +269,7 @@ class CachedTeacher(Teacher):
     def _signal(self, found: SparseTeacher | Tensor, device: torch.device) -> Signal:
         if self._head is not None:
             assert isinstance(found, Tensor)
-            head = self._head.on(device)
-            return Signal(hidden=found.to(device, head.weight.dtype), head=head)
+            return self._head.signal(found, device)
         if isinstance(found, Tensor):
             return Signal(logits=found.to(device))
         if self.rule.tail in ("bucket", "renorm"):
