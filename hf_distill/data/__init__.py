@@ -1,6 +1,7 @@
 """Data: rows and batches, hints in them, and which of their tokens are scored."""
 
 from hf_distill.data.batches import build_batch, pad, unpad
+from hf_distill.data.contrast import Contrast
 from hf_distill.data.cross_tokenizer_collator import CrossTokenizerCollator
 from hf_distill.data.episodes import Attempt, Episode
 from hf_distill.data.hint_collator import HintCollator
@@ -10,6 +11,7 @@ from hf_distill.data.token_weights import TokenWeightsConfig
 
 __all__ = [
     "Attempt",
+    "Contrast",
     "CrossTokenizerCollator",
     "Episode",
     "Hint",

@@ -127,6 +127,12 @@ def _sides(batch: Mapping[str, Any]) -> tuple[_Rows, _Rows]:
     return student, teacher
 
 
+def _views(batch: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the batch by each context of the teacher, with the words for it in an error."""
+    contrast = sides.contrast_batch(batch)
+    return [("", batch), *([] if contrast is None else [("in the contrast, ", contrast)])]
+
+
 def _broken(batch: Mapping[str, Any], end_ids: Sequence[int]) -> dict[str, Tensor]:
     """Return [B, positions] bool for each rule, True where it is broken; no synchronisation."""
     student, teacher = _sides(batch)
@@ -179,14 +185,16 @@ def assert_aligned(batch: Mapping[str, Any], end_ids: Sequence[int] = ()) -> Non
         end_ids: ids that end a completion. One that is a row's last token, behind a scored token,
             must be scored as well.
 
+    If the batch has rows of the teacher's second context, they are checked in the same way.
+
     Raises:
         AlignmentError: naming the rule (`RULES`), and the first row and token that break it.
     """
-    batch = by_rows(batch)
-    for rule, where in _broken(batch, end_ids).items():
-        if bool(where.any()):
-            row, column = where.nonzero()[0].tolist()
-            raise AlignmentError(f"{RULES[rule]}: {_detail(batch, rule, row, column)}")
+    for name, view in _views(by_rows(batch)):
+        for rule, where in _broken(view, end_ids).items():
+            if bool(where.any()):
+                row, column = where.nonzero()[0].tolist()
+                raise AlignmentError(f"{name}{RULES[rule]}: {_detail(view, rule, row, column)}")
 
 
 def assert_completions(
@@ -244,8 +252,9 @@ class AlignmentMeter:
             assert_aligned(batch, self._end_ids)
             self.started = True
             return
-        for rule, where in _broken(by_rows(batch), self._end_ids).items():
-            self._counts[rule] = self._counts.get(rule, 0) + where.sum()
+        for _, view in _views(by_rows(batch)):
+            for rule, where in _broken(view, self._end_ids).items():
+                self._counts[rule] = self._counts.get(rule, 0) + where.sum()
 
     @staticmethod
     def _is_costly(batch: Mapping[str, Any]) -> bool:

@@ -1,6 +1,6 @@
 """Batches of token ids: padding, and rows whose scored tokens stand behind two contexts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hf_distill.data.alignment import assert_aligned
 from hf_distill.data.sides import (
+    CONTRAST_PREFIX,
     IGNORE_INDEX,
     INDEX_MAPS,
     NO_TOKEN,
@@ -149,3 +150,18 @@ def pack_rows(student: Sequence[TokenRow], teacher: Sequence[TokenRow] | None) -
     batch |= dict(zip(names, _sequence(teacher), strict=True))
     assert_aligned(batch)
     return batch
+
+
+def build_contrast(
+    batch: Mapping[str, Tensor], rows: Sequence[TokenRow], pad_token_id: int
+) -> dict[str, Tensor]:
+    """Return the keys of the teacher's second context, whose rows score the batch's tokens.
+
+    Raises:
+        AlignmentError: the scored tokens of a row are not the batch's.
+    """
+    ids, mask, index = _rows(rows, pad_token_id)
+    made = {"input_ids": ids, "attention_mask": mask, "completion_index": index}
+    made = {f"{CONTRAST_PREFIX}{name}": value for name, value in made.items()}
+    assert_aligned({**batch, **made})
+    return made

@@ -7,7 +7,7 @@ from hf_distill.data.chat import Dialogue, join_dialogue
 from hf_distill.data.hints import Messages, Prompt, Row
 
 # Columns that a hint can read after the rollout, besides the row's and the environment's
-ROLLOUT_COLUMNS = ("attempt", "dialogue", "sibling")
+ROLLOUT_COLUMNS = ("attempt", "dialogue", "sibling", "failed_sibling")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ class Episode:
         taken = sorted(self.row.keys() & set(ROLLOUT_COLUMNS))
         if taken:
             raise ValueError(f"the column {taken[0]!r} is the rollout's; rename the data's")
-        made = {"attempt": self.texts[-1], "dialogue": self.messages, "sibling": None}
+        made = dict.fromkeys(ROLLOUT_COLUMNS)
+        made |= {"attempt": self.texts[-1], "dialogue": self.messages}
         return {**self.row, **made, **self.columns}
 
     def attempt(self, ended: bool) -> Attempt:

@@ -12,18 +12,19 @@ from transformers import PreTrainedTokenizerBase
 from hf_distill.data import batches, rendering
 from hf_distill.data.batches import TokenRow
 from hf_distill.data.chat import SCORED, join_replies
+from hf_distill.data.contrast import Contrast, Hints, as_hints, contrast_rows, with_other_rows
 from hf_distill.data.episodes import Episode
 from hf_distill.data.hint_schedule import HintSchedule, Value
 from hf_distill.data.hinted_rows import DEFAULT_HINT, PROMPT, HintedRows
-from hf_distill.data.hints import Hint, Row
+from hf_distill.data.hints import Row
 from hf_distill.data.rendering import DROPPED, TRUNCATED, RenderedSides
+from hf_distill.data.sides import UNCONTRASTED
 from hf_distill.data.teacher_view import TeacherView
 
 SHOWN_TOKENS = 8
 TRUNCATIONS = ("error", "hint")
 
 Given = TypeVar("Given")
-Hints = Hint | str | Callable[[Row], str | None] | Sequence[Hint]
 
 
 class HintCollator(HintedRows):
@@ -65,6 +66,9 @@ class HintCollator(HintedRows):
             alone, behind the system message if there is one.
         packing: whether a batch is one sequence of all student rows, and one of all teacher rows,
             without padding. Each row is read as it is alone, see `packed_rows`.
+        contrast: a wrong hint, of a second context that the teacher reads as well: a `Contrast`,
+            or what `hint` may be. See `ContrastConfig` for what is made of the two. None means no
+            second context.
 
     Raises:
         ValueError: an argument is unknown or out of range. When a batch is made: a column is
@@ -93,6 +97,7 @@ class HintCollator(HintedRows):
         teacher_system_prompt: str | None = None,
         teacher_sees: str = "prompt",
         packing: bool = False,
+        contrast: Contrast | Hints | None = None,
     ) -> None:
         for name, value, choices in (
             ("scored", scored, SCORED),
@@ -105,8 +110,14 @@ class HintCollator(HintedRows):
         own = {**both, **(teacher_template_kwargs or {})}
         self.view = TeacherView(own, teacher_system_prompt, teacher_sees)
         self.needs_hints, hint = hint is not None, DEFAULT_HINT if hint is None else hint
-        several = [hint] if isinstance(hint, Hint | str) or callable(hint) else hint
-        self.hints = tuple(x if isinstance(x, Hint) else Hint(x) for x in several)
+        self.hints = as_hints(hint)
+        self.contrast = (
+            contrast if isinstance(contrast, Contrast | None) else Contrast(hint=contrast)
+        )
+        if self.contrast is not None and not self.hints:
+            raise ValueError(f"a contrast needs hints that it is the contrast of, got {contrast!r}")
+        if self.contrast is not None and packing:
+            raise ValueError("packed batches have one context of the teacher: no contrast, got one")
         self._was_given_hints = bool(self.hints)
         self.scored, self.truncation, self.packing = scored, truncation, packing
         self.prompt_column = prompt_column
@@ -154,10 +165,11 @@ class HintCollator(HintedRows):
                 "or make batches with collator.at(step)"
             )
         made = [rendering.in_row(i, make, each) for i, each in enumerate(given)]
-        if self._draw is None:
-            return made
-        dropped = self._draw([each.student.ids for each in made])
-        return [x.without_hints() if drop else x for x, drop in zip(made, dropped, strict=True)]
+        if self._draw is not None:
+            dropped = self._draw([each.student.ids for each in made])
+            made = [x.without_hints() if drop else x for x, drop in zip(made, dropped, strict=True)]
+        other = self.contrast is not None and self.contrast.source == "other_row"
+        return with_other_rows(made) if other else made
 
     def _batch(self, made: Sequence[RenderedSides]) -> dict[str, Tensor]:
         students, teachers = [x.student for x in made], [x.teacher for x in made]
@@ -166,7 +178,12 @@ class HintCollator(HintedRows):
             teachers = None  # both sides read the same
         if self.packing:
             return self._with_count(batches.pack_rows(students, teachers), made)
-        return self._with_count(batches.build_rows(students, teachers, self.pad_token_id), made)
+        batch = batches.build_rows(students, teachers, self.pad_token_id)
+        if self.contrast is not None and teachers is not None:
+            rows, same = contrast_rows(made)
+            batch |= batches.build_contrast(batch, rows, self.pad_token_id)
+            batch[UNCONTRASTED] = torch.tensor(same)
+        return self._with_count(batch, made)
 
     def prompts(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Return the rows as they are, and student contexts, for completions yet to be generated.
@@ -230,7 +247,7 @@ class HintCollator(HintedRows):
     def _without_hints(self) -> "HintCollator":
         bare = copy.copy(self)
         bare.hints, bare.scored, bare.hint_plan, bare.packing = (), "all", None, False
-        bare.view = TeacherView(bare.chat_template_kwargs)
+        bare.view, bare.contrast = TeacherView(bare.chat_template_kwargs), None
         return bare
 
     def references(self, rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -259,3 +276,9 @@ def find_hint_collator(collator: Any) -> HintCollator | None:
     while collator is not None and not isinstance(collator, HintCollator):
         collator = getattr(collator, "collator", None)
     return collator
+
+
+def hint_collator_behind(collator: Any) -> HintCollator | None:
+    """Find the `HintCollator` that a collator is, has inside, or is a method of."""
+    found, owner = find_hint_collator(collator), getattr(collator, "__self__", None)
+    return owner if found is None and isinstance(owner, HintCollator) else found

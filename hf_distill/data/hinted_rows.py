@@ -3,18 +3,20 @@
 import copy
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 from hf_distill.data import batches, rendering, row_columns, texts
 from hf_distill.data.batches import TokenRow
 from hf_distill.data.chat import (
     ChatIds,
-    Dialogue,
     begins_reply,
     join_dialogue,
     scored_messages,
     text_of,
 )
+from hf_distill.data.contrast import Contrast, corrupted
 from hf_distill.data.dialogues import (
     begun_replies,
     rendered_row,
@@ -41,11 +43,28 @@ PROMPT = "prompt"  # the usual column, whose prompts may begin a reply
 DEFAULT_HINT = "hint"
 
 
+TeacherSide = Callable[[TeacherView, Sequence[PlacedHint]], TokenRow]
+"""Makes the teacher's row, as a view shows it, with some hints."""
+
+
+class AllHints(NamedTuple):
+    """Holds a row's hints, and the wrong ones of its contrast."""
+
+    right: list[PlacedHint]
+    wrong: list[PlacedHint]
+
+    def check_before(self, reply: int) -> None:
+        """Check both, see `hints.check_before`."""
+        check_before(self.right, reply)
+        check_before(self.wrong, reply)
+
+
 class HintedRows(PromptIds):
     """Makes both sides of a row; a `HintCollator` makes batches of them."""
 
     hints: tuple[Hint, ...]
     view: TeacherView
+    contrast: Contrast | None
     needs_hints: bool
     scored: str
     truncation: str
@@ -60,6 +79,10 @@ class HintedRows(PromptIds):
     def has_own_view(self) -> bool:
         """Return whether the teacher reads something else than the student even without hints."""
         return not self.view.is_plain(self.chat_template_kwargs)
+
+    @property
+    def _shows_reference(self) -> bool:
+        return self.contrast is not None and self.contrast.source == "reference"
 
     @property
     def _teacher_chat(self) -> ChatIds:
@@ -86,14 +109,16 @@ class HintedRows(PromptIds):
             self._told_columns.add(column)
             logger.warning(row_columns.warning_of_begun(column))
 
-    def _rendered(self, row: Row) -> list[tuple[Hint, str]]:
+    def _all_hints(self, row: Row, place: Callable[[Hint, str], PlacedHint]) -> AllHints:
+        """Return the row's hints, and the wrong ones of its own contrast."""
         if not self.needs_hints and not row_columns.may_mean(row, DEFAULT_HINT):
-            return []
-        rendered = [(hint, hint.render(row)) for hint in self.hints]
-        return [(hint, text) for hint, text in rendered if text is not None]
+            return AllHints([], [])
+        wrong = () if self.contrast is None else self.contrast.hints
+        rendered = ([(x, x.render(row)) for x in hints] for hints in (self.hints, wrong))
+        return AllHints(*([place(x, t) for x, t in pairs if t is not None] for pairs in rendered))
 
-    def _placed(self, row: Row, messages: Messages, num_prompt: int) -> list[PlacedHint]:
-        return [place_hint(h, row, text, messages, num_prompt) for h, text in self._rendered(row)]
+    def _placed(self, row: Row, messages: Messages, num_prompt: int) -> AllHints:
+        return self._all_hints(row, lambda x, t: place_hint(x, row, t, messages, num_prompt))
 
     def _prompt(self, row: Row, sampled: bool = False) -> list[int]:
         """Return the student's context."""
@@ -105,23 +130,21 @@ class HintedRows(PromptIds):
     def _contexts(self, row: Row) -> RenderedSides:
         """Make both contexts; nothing is scored yet."""
         prompt, ids = self._column(row, "prompt_column"), self._prompt(row)
-        if isinstance(prompt, str):
-            hints = [PlacedHint(hint, text, 0) for hint, text in self._rendered(row)]
-        else:
-            begun = begins_reply(prompt)
-            hints = self._placed(row, prompt, len(prompt) - begun)
-            check_before(hints, len(prompt) - begun)
+        begun = begins_reply(prompt)
 
-        def teacher(hints: Sequence[PlacedHint]) -> TokenRow:
+        def side(view: TeacherView, hints: Sequence[PlacedHint]) -> TokenRow:
             if not isinstance(prompt, str):
-                begun = begins_reply(prompt)
-                seen = self.view.messages(prompt, len(prompt) - begun, hints).messages
+                seen = view.messages(prompt, len(prompt) - begun, hints).messages
                 return TokenRow(self._teacher_chat.context(seen, begun), [])
             start = texts.start_of_text(prompt, self.tokenizer)
-            shown = self.view.text(prompt[len(start) :], hints)
-            return TokenRow(self.context_ids(f"{start}{shown}"), [])
+            return TokenRow(self.context_ids(start + view.text(prompt[len(start) :], hints)), [])
 
-        return self._fit(prompt, TokenRow(ids, []), hints, teacher)
+        if isinstance(prompt, str):
+            hints = self._all_hints(row, lambda hint, text: PlacedHint(hint, text, 0))
+        else:
+            hints = self._placed(row, prompt, len(prompt) - begun)
+            hints.check_before(len(prompt) - begun)
+        return self._made(prompt, TokenRow(ids, []), hints, side)
 
     def _row(self, row: Row) -> RenderedSides:
         """Make both rows, from a row with a completion."""
@@ -134,38 +157,30 @@ class HintedRows(PromptIds):
         made = self._contexts(row)
         ids = self._text_ids(completion, prompt, made.student.ids)
         rendering.check_length(prompt, "completion", len(ids), self.max_completion_length)
-        student, teacher = (batches.append_completion(side.ids, ids) for side in made[:2])
-        return made._replace(student=student, teacher=teacher)
+        return made.each(lambda side: batches.append_completion(side.ids, ids))
 
     def _episode(self, episode: Episode) -> RenderedSides:
         """Make both rows, from a dialogue that the student has written."""
         row, prompt = episode.seen(), episode.prompt
         if isinstance(prompt, str):
             made, ids = self._contexts(row), episode.completions[0]
-            one, other = (batches.append_completion(side.ids, ids) for side in made[:2])
+            made = made.each(lambda side: batches.append_completion(side.ids, ids))
             if self.scored != "all" and not made.hints and not made.dropped:
-                one, other = one._replace(scored=[]), other._replace(scored=[])
-            return made._replace(student=one, teacher=other)
+                made = made.each(lambda side: side._replace(scored=[]))
+            return made
         dialogue, replies = episode.dialogue, episode.replies()
-        hints = self._placed(row, dialogue.messages, dialogue.num_prompt)
-        check_before(hints, replies[-1])
-        scored = scored_messages(dialogue.messages, dialogue.num_prompt, hints, self.scored)
-        return self._sides(prompt, dialogue, replies, episode.completions, scored, hints)
+        messages, num_prompt = dialogue.messages, dialogue.num_prompt
+        hints = self._placed(row, messages, num_prompt)
+        hints.check_before(replies[-1])
+        scored = scored_messages(messages, num_prompt, hints.right, self.scored)
+        written = dialogue, replies, episode.completions, scored
+        student = written_row(*written, self._chat)([])
+        return self._made(prompt, student, hints, self._written_side(*written))
 
-    def _sides(
-        self,
-        prompt: Prompt,
-        dialogue: Dialogue,
-        replies: Sequence[int],
-        completions: Sequence[Sequence[int]],
-        scored: Sequence[int],
-        hints: list[PlacedHint],
-    ) -> RenderedSides:
-        """Make both rows of replies that are token ids, see `dialogues.written_row`."""
-        made = dialogue, replies, completions, scored
-        student = written_row(*made, self._chat)([])
-        teacher = written_row(*made, self._teacher_chat, self.view.messages)
-        return self._fit(prompt, student, hints, teacher)
+    def _written_side(self, *written: Any) -> TeacherSide:
+        """Return what makes the teacher's row of replies that are ids, see `written_row`."""
+        make = partial(written_row, *written, chat=self._teacher_chat)
+        return lambda view, hints: make(shown=view.messages)(hints)
 
     def _dialogue(self, row: Row, prompt: Prompt, completion: Messages) -> RenderedSides:
         if isinstance(prompt, str):
@@ -176,13 +191,13 @@ class HintedRows(PromptIds):
         dialogue, chat = join_dialogue(prompt, completion), self._chat
         messages, begun = dialogue.messages, dialogue.begun is not None
         hints = self._placed(row, messages, dialogue.num_prompt)
-        replies = scored_messages(messages, dialogue.num_prompt, hints, self.scored)
+        replies = scored_messages(messages, dialogue.num_prompt, hints.right, self.scored)
         if not replies:
             raise ValueError(
                 f"the completion must have a reply to score ({self.scored!r}), got roles "
-                f"{[m['role'] for m in completion]} and {len(hints)} hints"
+                f"{[m['role'] for m in completion]} and {len(hints.right)} hints"
             )
-        check_before(hints, replies[-1])
+        hints.check_before(replies[-1])
         context, written = chat.context(prompt, begun), None
         if begun:
             rest = self._text_ids(text_of(completion[0]), prompt, context)
@@ -194,14 +209,35 @@ class HintedRows(PromptIds):
         rendering.check_length(
             prompt, "completion", len(student.ids) - len(context), self.max_completion_length
         )
-        if begun or self.has_own_view:
-            written = written or student_replies(dialogue, student, replies, chat)
-            teacher = written_row(
-                dialogue, *written, replies, self._teacher_chat, self.view.messages
-            )
-        else:
-            teacher = rendered_row(messages, replies, chat)
-        return self._fit(prompt, student, hints, teacher)
+        if not (begun or self.has_own_view or self._shows_reference):
+            plain = rendered_row(messages, replies, chat)
+            return self._made(prompt, student, hints, lambda _, hints: plain(hints))
+        written = written or student_replies(dialogue, student, replies, chat)
+        return self._made(prompt, student, hints, self._written_side(dialogue, *written, replies))
+
+    def _made(
+        self, prompt: Prompt, student: TokenRow, hints: AllHints, side: TeacherSide
+    ) -> RenderedSides:
+        """Make the rows of all sides, with hints short enough for their budget."""
+        teacher = partial(side, self.view)
+        made = self._fit(prompt, student, hints.right, teacher)
+        if self.contrast is None or made.dropped or not hints.right:
+            return made
+        if self.contrast.source == "hint":
+            if not hints.wrong:
+                return made
+            return made._replace(contrast=self._fit(prompt, student, hints.wrong, teacher).teacher)
+
+        def again(texts: Sequence[str], view: TeacherView = self.view) -> TokenRow:
+            pairs = zip(hints.right, texts, strict=True)
+            return side(view, [x._replace(text=text) for x, text in pairs])
+
+        if self.contrast.source == "other_row":
+            return made._replace(again=again)
+        if self._shows_reference:
+            return made._replace(contrast=again(made.hints, replace(self.view, sees="reference")))
+        wrong = corrupted(made.hints)
+        return made if wrong is None else made._replace(contrast=again(wrong))
 
     def _fit(
         self,

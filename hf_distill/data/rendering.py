@@ -19,17 +19,33 @@ Result = TypeVar("Result")
 
 
 class RenderedSides(NamedTuple):
-    """Holds both sides of a row."""
+    """Holds both sides of a row.
+
+    contrast: the teacher's side with a wrong hint, or None if there is none. again: the teacher's
+    side with other texts in the places of its hints.
+    """
 
     student: TokenRow
     teacher: TokenRow
     truncated: bool  # whether hints were
     hints: Sequence[str] = ()  # as they stand in the teacher's row
     dropped: bool = False  # whether they were left out, all of them
+    contrast: TokenRow | None = None
+    again: Callable[[Sequence[str]], TokenRow] | None = None
 
     def without_hints(self) -> "RenderedSides":
         """Score the same tokens, and let the teacher read what the student reads."""
         return RenderedSides(self.student, self.student, truncated=False, dropped=bool(self.hints))
+
+    def each(self, change: Callable[[TokenRow], TokenRow]) -> "RenderedSides":
+        """Change the rows of all sides in the same way."""
+        contrast, again = self.contrast, self.again
+        return self._replace(
+            student=change(self.student),
+            teacher=change(self.teacher),
+            contrast=None if contrast is None else change(contrast),
+            again=None if again is None else lambda texts: change(again(texts)),
+        )
 
 
 def in_row(i: int, make: Callable[[Given], Result], row: Given) -> Result:

@@ -4,11 +4,12 @@ Shapes: B rows, T positions, C completion tokens of the longest row, N scored to
 A token at position t is predicted by the model's output at position t - 1.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
 from hf_distill.data import packed_rows
@@ -22,6 +23,10 @@ TEACHER_PREFIX = "teacher_"
 TEACHER_ROUTE = "teacher_route"
 
 TEACHER_STORED = "teacher_stored"
+
+CONTRAST_PREFIX = "teacher_contrast_"  # of the teacher's second context
+
+UNCONTRASTED = "teacher_uncontrasted"  # [B] bool: rows whose second context is the first
 
 ANCHOR_PREFIX = "anchor_"
 
@@ -172,6 +177,36 @@ def teacher_side(batch: Mapping[str, Any], student: Side) -> Side:
     predicts = predicts_from_index(batch["teacher_completion_index"], ids.shape[1])
     rows = packed_rows.row_numbers(inputs)
     return Side(inputs, predicts, route, stored, rows=rows)
+
+
+def contrast_batch(batch: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the batch with the teacher's second context in place of the first; None without."""
+    if batch.get(f"{CONTRAST_PREFIX}input_ids") is None:
+        return None
+    names = ("input_ids", "attention_mask", "completion_index")
+    others = {f"{TEACHER_PREFIX}{x}": batch.get(f"{CONTRAST_PREFIX}{x}") for x in names}
+    kept = {name: x for name, x in batch.items() if not name.startswith(CONTRAST_PREFIX)}
+    return {**kept, **others}
+
+
+def stacked(sides: Sequence[Side]) -> Side | None:
+    """Return sides as one, of all their rows one below the other, padded on the right to one width.
+
+    It returns None if they have other inputs than ids and masks, or are of another kind.
+    """
+    names = {"input_ids", "attention_mask"}
+    if any(set(x.inputs) != names or x.stored is not None for x in sides):
+        return None
+    width = max(x.predicts.shape[1] for x in sides)
+
+    def all_rows(parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat([F.pad(x, (0, width - x.shape[1])) for x in parts])
+
+    first = sides[0]
+    route = None if first.route is None else torch.cat([cast(Tensor, x.route) for x in sides])
+    inputs = {name: all_rows([x.inputs[name] for x in sides]) for name in first.inputs}
+    predicts = all_rows([x.predicts for x in sides])
+    return Side(inputs, predicts, route, None, first.as_logits)
 
 
 TEACHER_OWN_TOKENS = "teacher_own_tokens"

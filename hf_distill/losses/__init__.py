@@ -9,9 +9,9 @@ from hf_distill.losses.base import (
     LossSettings,
     Terms,
     Tokens,
-    step_terms,
 )
 from hf_distill.losses.behaviour import behaviour_log_probs
+from hf_distill.losses.contrast import ContrastConfig, ContrastLoss, ContrastWeights
 from hf_distill.losses.cross_tokenizer import UNIVERSAL, CrossTokenizerLoss
 from hf_distill.losses.divergence import ClipConfig, DivergenceLoss, normalised_jsd
 from hf_distill.losses.drift import Drift
@@ -26,6 +26,7 @@ from hf_distill.losses.hidden_states import (
     hidden_loss,
 )
 from hf_distill.losses.sampled_tokens import SAMPLED_KINDS, SampledTokenLoss
+from hf_distill.losses.step import step_terms
 from hf_distill.losses.taid import TaidConfig, TaidLoss, taid_target
 
 __all__ = [
@@ -36,6 +37,9 @@ __all__ = [
     "UNIVERSAL",
     "Anchor",
     "ClipConfig",
+    "ContrastConfig",
+    "ContrastLoss",
+    "ContrastWeights",
     "CrossTokenizerLoss",
     "DivergenceLoss",
     "Drift",

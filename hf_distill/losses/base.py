@@ -1,8 +1,7 @@
 """What a loss is: from what student and teacher say of N tokens to a scalar and its metrics.
 
 The loss of an optimizer step is alpha * soft + (1 - alpha) * hard, each a weighted sum over tokens.
-A `Loss` computes the part of one micro-batch. `step_terms` adds what surrounds it: the weights of
-reused completions and the supervised tokens of an anchor.
+A `Loss` computes the part of one micro-batch. `step.step_terms` adds what surrounds it.
 
 Shapes: N scored tokens, M tokens of an anchor, H hidden, V vocabulary.
 """
@@ -16,14 +15,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_distill.losses import chunks
-from hf_distill.losses.drift import DRIFT_NAME, Drift, drift_factors
+from hf_distill.losses.drift import DRIFT_NAME, Drift
 from hf_distill.models.signals import Signal
 
 IMPORTANCE_NAMES = ("importance_ratio", "importance_clipped")
 ANCHOR_NAME = "anchor"
 ROUTER_NAMES = ("aux", "expert_agreement")
 TAKEN_NAMES = frozenset(("soft", "hard", "loss", "tokens", "rows", ANCHOR_NAME))
-TAKEN_NAMES |= {*IMPORTANCE_NAMES, *ROUTER_NAMES, DRIFT_NAME}
+TAKEN_NAMES |= {*IMPORTANCE_NAMES, *ROUTER_NAMES, DRIFT_NAME, "contrast_factor", "base_kl"}
 
 PerToken = Tensor | tuple[Tensor, Mapping[str, Tensor]]
 """What `Loss.per_token` returns: the losses [n], or these and metrics [n] by name."""
@@ -322,69 +321,3 @@ def _summed(
         dict(zip(names[0], metrics, strict=True)),
         dict(zip(names[1], evidence, strict=True)),
     )
-
-
-def _corrected(student: Signal, tokens: Tokens) -> tuple[Tokens, dict[str, Tensor]]:
-    """Return the tokens with weights of the soft loss, and what is logged of the ratios.
-
-    Truncated importance sampling: a token's soft term counts min(q(y) / q_behaviour(y), clip)
-    times, held constant. Both are read at temperature 1, like the student in the hard loss,
-    whatever the temperature of sampling: the ratio is that of the student's own movement, and 1
-    while it has not moved.
-    """
-    if tokens.importance is None:
-        return tokens, {}
-    behaviour, clip = tokens.importance
-    known = ~behaviour.isnan()
-    present = chunks.log_probs(student, tokens.targets)
-    # two probabilities of 0 are no movement; a ratio that overflows is the largest there is
-    moved = torch.where(present == behaviour, 0.0, present - behaviour)
-    ratio = moved.exp().clamp(max=torch.finfo(moved.dtype).max)
-    used = torch.where(known, ratio.clamp(max=clip), 1.0)
-    # a NaN is no value: the tokens of which nothing is known, or that do not count
-    counts = known & (tokens.weights != 0)
-    metrics: dict[str, Tensor] = {}
-    for name, value in zip(IMPORTANCE_NAMES, (ratio, (ratio > clip).to(ratio.dtype)), strict=True):
-        metrics[name] = torch.where(counts, value, torch.nan)
-    return tokens._replace(corrected=tokens.weights * used.to(tokens.weights.dtype)), metrics
-
-
-TokenLoss = Callable[[Signal, Signal, Tokens], Terms]
-
-
-def step_terms(loss: TokenLoss, student: Signal, teacher: Signal, tokens: Tokens) -> Terms:
-    """Compute the terms of a micro-batch, with what surrounds the loss of its tokens.
-
-    Args:
-        loss: a `Loss`, or a function like one.
-        student: what it says of the N scored tokens, and behind them of the anchor's M.
-        teacher: what it says of the N tokens.
-        tokens: the tokens and their weights.
-
-    Raises:
-        ValueError: the teacher's signal is about another number of tokens.
-        TypeError: the loss returns something else than `Terms`.
-    """
-    anchor, supervised = tokens.anchor, None
-    if teacher.paired is None and len(teacher) != len(tokens.targets):
-        raise ValueError(
-            f"the teacher's signal must have a row for each of {len(tokens.targets)} scored tokens "
-            f"(outputs[side.predicts]), got {len(teacher)}"
-        )
-    if anchor is not None:
-        student, supervised = student.split([len(tokens.targets), len(anchor.targets)])
-    tokens, metrics = _corrected(student, tokens)
-    if tokens.drift is not None:
-        factor = drift_factors(tokens.drift, student, teacher, tokens.targets)
-        corrected = tokens.soft_weights * factor.to(tokens.weights.dtype)
-        tokens, metrics = tokens._replace(corrected=corrected), {**metrics, DRIFT_NAME: factor}
-    terms = loss(student, teacher, tokens)
-    if not isinstance(terms, Terms):
-        raise TypeError(f"a loss of tokens must return Terms, got a {type(terms).__name__}")
-    if metrics:
-        terms = terms._replace(metrics={**terms.metrics, **metrics})
-    if anchor is None or supervised is None:
-        return terms
-    anchor_loss, per_token = chunks.cross_entropy(supervised, anchor.targets, anchor.weights)
-    others = {**terms.others, ANCHOR_NAME: per_token.detach()}
-    return terms._replace(loss=terms.loss + anchor_loss, others=others)

@@ -3,7 +3,7 @@
 Shapes: N scored tokens, H hidden, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -44,6 +44,9 @@ class Signal:
 
     `paired` [N] bool: the scored tokens that the signal is about, its rows in their order; None is
     all of them. Teachers with another tokenizer have not a token for each of the student's.
+
+    `contrast` and `base` are what the same teacher, or the student before training, says of the
+    tokens behind another context: behind a wrong hint, and behind the student's own.
     """
 
     logits: Tensor | None = None
@@ -56,6 +59,15 @@ class Signal:
     own_loss: Tensor | None = None
     own_tokens: bool = False
     experts: Experts | None = None
+    contrast: "Signal | None" = None
+    base: "Signal | None" = None
+
+    def each(self, change: Callable[["Signal"], "Signal"]) -> "Signal":
+        """Change the signal, and what it says behind other contexts, in the same way."""
+        if self.contrast is None and self.base is None:
+            return change(self)
+        contrast, base = (None if x is None else change(x) for x in (self.contrast, self.base))
+        return replace(change(self), contrast=contrast, base=base)
 
     def __len__(self) -> int:
         """Return the number of rows: N, or how many of the N tokens it is about."""
@@ -91,6 +103,9 @@ class Signal:
 
     def beside(self, student: "Signal") -> "Signal":
         """Return the signal with the student's head, where it has hidden states and no head."""
+        return self.each(lambda x: x._beside(student))
+
+    def _beside(self, student: "Signal") -> "Signal":
         if self.hidden is None or self.head is not None:
             return self
         return replace(self, head=student.head)
@@ -101,6 +116,9 @@ class Signal:
         Of a signal that is `paired`, tokens that it says nothing of get any of its rows, and
         `paired` tells which these are.
         """
+        return self.each(lambda x: x._rows(at))
+
+    def _rows(self, at: slice) -> "Signal":
         if self.sparse is not None:
             return replace(self, sparse=self.sparse.rows(at))
         index: Any = at
@@ -129,6 +147,10 @@ def without_padding(signal: Signal, size: int) -> Signal:
     mass; what of the tail's mass lies there is not known and stays, as do its power sums up to that
     factor.
     """
+    return signal.each(lambda x: _cut(x, size))
+
+
+def _cut(signal: Signal, size: int) -> Signal:
     if signal.sparse is not None:
         return replace(signal, sparse=_without_padding(signal.sparse, size))
     if signal.head is not None:

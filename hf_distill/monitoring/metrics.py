@@ -15,7 +15,10 @@ logger = logging.getLogger(__name__)
 
 MEANS = ("soft", "hard", "student_entropy", "teacher_entropy", "top1_agreement", "clipped")
 LOSSES = frozenset(
-    ("soft", "hard", "perplexity", "hidden", "attention", "aux", *(f"soft_{x}" for x in CLASSES))
+    (
+        *("soft", "hard", "perplexity", "hidden", "attention", "aux", "forgetting_hard"),
+        *(f"soft_{x}" for x in CLASSES),
+    )
 )
 """The metrics of an evaluation, besides its loss, of which less is better."""
 

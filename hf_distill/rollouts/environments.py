@@ -103,9 +103,17 @@ def play(
 
 
 def share_siblings(episodes: Sequence[Episode]) -> None:
-    """Set the column "sibling": the text of the group's best other attempt with a score above 0."""
+    """Set the columns "sibling" and "failed_sibling".
+
+    They are the texts of the group's best other attempt with a score above 0, and of its first
+    other attempt with a score that is not.
+    """
     for episode in episodes:
         others = [e for e in episodes if e.group == episode.group and e is not episode]
+        judged = [e for e in others if e.columns.get("score") is not None]
+        failed = [e.texts[-1] for e in judged if has_failed(e)]
+        if failed:
+            episode.columns["failed_sibling"] = failed[0]
         scored = [e for e in others if (e.columns.get("score") or 0) > 0]
         if scored:
             best = max(scored, key=lambda e: e.columns["score"])

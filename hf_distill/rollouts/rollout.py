@@ -210,7 +210,8 @@ class Rollouts:
         alignment.assert_completions(batch, [episode.completions for episode in episodes])
         limit = getattr(getattr(causal_lm(model), "config", None), "max_position_embeddings", None)
         mask = batch.get("teacher_attention_mask", batch["attention_mask"])
-        lengths = mask.sum(1).tolist()
+        other = batch.get(f"{sides.CONTRAST_PREFIX}attention_mask", mask)
+        lengths = torch.maximum(mask.sum(1), other.sum(1)).tolist()
         for i, length in enumerate(lengths):
             if limit is not None and length > limit:
                 written = sum(map(len, episodes[i].completions))

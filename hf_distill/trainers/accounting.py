@@ -1,7 +1,7 @@
 """What losses are divided by: in an optimizer step, and in an evaluation."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -9,14 +9,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from hf_distill.losses import Loss
+from hf_distill.data import token_weights
+from hf_distill.data.hint_collator import hint_collator_behind
+from hf_distill.losses import Loss, behaviour_log_probs
+from hf_distill.models.forward import Reader
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import causal_lm
+from hf_distill.monitoring.forgetting import Forgetting
 from hf_distill.monitoring.metrics import UnscoredMeter
 from hf_distill.trainers import config_schedules
 from hf_distill.trainers.distill_config import DistillConfig
 from hf_distill.trainers.evaluation import Evaluation, perplexity, rows_that_count
-from hf_distill.trainers.step_collation import StepCollatingTrainer
+from hf_distill.trainers.step_collation import StepCollatingTrainer, given_collator
 from hf_distill.trainers.tasks import LABELS, Task
 from hf_distill.trainers.without_teacher import ModelLoss, find_counted_labels
 
@@ -35,6 +39,8 @@ class AccountingTrainer(StepCollatingTrainer):
     _model_loss: ModelLoss | None = None  # without a teacher
     _told: bool = False  # whether a log line said which values an evaluation has
     _own_loss: Loss | None = None
+    _forgetting: Forgetting | None = None
+    _reader: Reader  # of the student
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._evaluation = Evaluation()
@@ -88,6 +94,16 @@ class AccountingTrainer(StepCollatingTrainer):
             return batch
         return batch if LABELS in batch or name not in batch else {**batch, LABELS: batch[name]}
 
+    def _set_signature_columns_if_needed(self) -> None:
+        """Do as `Trainer` does; add the columns that this class and its collators read."""
+        super()._set_signature_columns_if_needed()
+        columns = cast("list[str]", self._signature_columns)
+        read = []
+        if self.teacher is not None:
+            read = [token_weights.KEY, self.task.label_name, *self.task.columns]
+        read += getattr(self.data_collator, "columns", ())
+        columns.extend(name for name in read if name not in columns)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
@@ -110,6 +126,40 @@ class AccountingTrainer(StepCollatingTrainer):
         if self.teacher is not None:
             return self.task.count(batches, device, self._prepare_inputs, self._ask)
         return None if self._model_loss is None else self._model_loss.count(batches, device)
+
+    def _watch_forgetting(self, dataset: Any) -> None:
+        """Measure the cross-entropy of other rows in each evaluation, from now on; None: do not.
+
+        Raises:
+            ValueError: the dataset has no rows, or the student no tokens or no teacher.
+        """
+        if dataset is None:
+            return
+        if self.teacher is None or not self.task.shifts_labels:
+            raise ValueError(
+                "forgetting_dataset is measured of causal LMs, in runs with a teacher, got "
+                f"{'none' if self.teacher is None else 'a classifier'}"
+            )
+        size = self.args.per_device_eval_batch_size
+        self._forgetting = Forgetting(dataset, self._collate_references, size)
+
+    def _collate_references(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        """Make a batch of rows with the data's own completions, or of what the collator reads."""
+        collator = hint_collator_behind(given_collator(self.data_collator))
+        return self.data_collator(rows) if collator is None else collator.references(rows)
+
+    def _measure_forgetting(self) -> dict[str, float]:
+        """Return what is left of what the student knew; every process must call it."""
+        if self._forgetting is None:
+            return {}
+        model, reader = cast(nn.Module, self.model_wrapped), self._reader
+        with self.compute_loss_context_manager():
+            return self._forgetting.measure(
+                lambda batch: behaviour_log_probs(reader, model, batch),
+                self._prepare_inputs,
+                self.accelerator,
+                self._num_ranks(),
+            )
 
     def _get_num_items_in_batch(
         self, batch_samples: list[Any], device: torch.device
@@ -176,7 +226,7 @@ class AccountingTrainer(StepCollatingTrainer):
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        metrics = self._read_metrics(training=False)
+        metrics = self._read_metrics(training=False) | self._measure_forgetting()
         of_text = self.teacher is not None and self.task.shifts_labels and self._scores_data()
         if of_text and "hard" in metrics:
             metrics["perplexity"] = perplexity(metrics["hard"])

@@ -11,7 +11,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from hf_distill.data.cross_tokenizer_collator import find_cross_tokenizer_collator
-from hf_distill.data.hint_collator import HintCollator, find_hint_collator
+from hf_distill.data.hint_collator import HintCollator, find_hint_collator, hint_collator_behind
 from hf_distill.data.hint_schedule import hint_schedule_of
 from hf_distill.data.token_weights import TokenWeightsConfig
 from hf_distill.losses import (
@@ -96,6 +96,8 @@ def check_setup(run: Run) -> None:
         _check_drift(run, teacher)
         _check_temperature(run, teacher)
         teacher.check(run)
+    _check_contrast(run)
+    _check_base_kl(run)
     if not run.is_classifier:
         check_decoder(run.language_model, "student")
         check_hints(find_hint_collator(run.collator), run.teacher)
@@ -169,6 +171,45 @@ def _check_drift(run: Run, teacher: Teacher) -> None:
             "token_weights.drift needs the teacher's probability of each token of the student, got "
             f"{drift} and a {type(teacher).__name__} of {why}"
         )
+
+
+def _check_base_kl(run: Run) -> None:
+    """Check that the base is at hand where the student is to stay near it.
+
+    Raises:
+        ValueError: it is not, or the student has no tokens.
+    """
+    weight, teacher = getattr(run.args, "base_kl_weight", 0.0), run.teacher
+    if weight == 0:
+        return
+    kind = teacher.kind if isinstance(teacher, SelfTeacher) else type(teacher).__name__
+    if kind != "base" or run.is_classifier:
+        raise ValueError(
+            "base_kl_weight needs the teacher 'base', which is the student before training, and a "
+            f"causal LM; got {weight} with the teacher {kind!r}"
+        )
+
+
+def _check_contrast(run: Run) -> None:
+    """Check that the teacher can read a second context, where the collator makes one.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    collator = hint_collator_behind(run.collator)
+    if collator is None or collator.contrast is None:
+        return
+    if not isinstance(run.args, OPSDConfig):
+        raise ValueError(
+            "a HintCollator with a contrast needs an OPSDTrainer (with on_policy=False for "
+            f"completions of the data), got a {type(run.args).__name__}"
+        )
+    for teacher in run.teachers:
+        if not (teacher.dense and teacher.knows_new_rows):
+            raise ValueError(
+                "a contrast needs a teacher that can be asked about a second context, and that "
+                f"says the whole vocabulary; got a {type(teacher).__name__}"
+            )
 
 
 def _named(run: Run, loss: Loss) -> str:

@@ -9,6 +9,7 @@ Group = TypeVar("Group")
 
 EXAMPLES = {
     "clip": '{"bound": 0.5}',
+    "contrast": '{"kind": "target"}',
     "hidden": '{"loss": "cosine"}',
     "rollout": '{"temperature": 1.0}',
     "self_teacher": '{"ema_decay": 0.99}',

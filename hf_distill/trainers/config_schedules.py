@@ -25,8 +25,14 @@ RANGES = {
     "alpha": _SHARE,
     "beta": _SHARE,
     "hidden_weight": Range(lambda x: x >= 0.0, "at least 0"),
+    "contrast_weight": _SHARE,
 }
-"""The fields of `DistillConfig` that take a `Value`, in the order of the log."""
+"""The fields of the configs that take a `Value`, in the order of the log."""
+
+
+def schedules_of(args: Any) -> list[str]:
+    """Return the names of those fields that a config has."""
+    return [name for name in RANGES if hasattr(args, name)]
 
 
 LAST_STEP = sys.maxsize  # where every schedule has reached its last value
@@ -91,7 +97,7 @@ def check_teacher_is_given(args: Any, has_teacher: bool) -> None:
 
 def schedules(args: Any) -> dict[str, Schedule]:
     """Return the schedule of every field in `RANGES`, numbers included."""
-    return {name: Schedule.parse(getattr(args, name)) for name in RANGES}
+    return {name: Schedule.parse(getattr(args, name)) for name in schedules_of(args)}
 
 
 OF_BUILT_IN = ("temperature", "beta")  # what a loss of the user's own does not read
@@ -129,7 +135,8 @@ def extreme_values(args: Any) -> Iterator[dict[str, float]]:
         (low, (low + high) / 2, high) if low < high else (low,)
         for low, high in (schedule.bounds for schedule in schedules(args).values())
     )
-    return (dict(zip(RANGES, values, strict=True)) for values in product(*ends))
+    names = schedules_of(args)
+    return (dict(zip(names, values, strict=True)) for values in product(*ends))
 
 
 def logged_values(args: Any, step: int, own_loss: bool = False) -> dict[str, float]:

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from operator import attrgetter
 from typing import Any, cast
 
 from transformers import TrainingArguments
@@ -66,8 +65,11 @@ OF_BUILT_IN = (
     "taid",
 )
 
-LOSS_SETTINGS = attrgetter("alpha", *OF_BUILT_IN)
-"""Of a config, what the loss of a step is made of."""
+
+def loss_settings_of(args: Any) -> tuple[Any, ...]:
+    """Return of a config what the loss of a step is made of."""
+    names = ("alpha", *OF_BUILT_IN, "contrast", "contrast_weight")
+    return tuple(getattr(args, name, None) for name in names)
 
 
 @dataclass
@@ -220,7 +222,7 @@ class DistillConfig(TrainingArguments):
         Raises:
             ValueError: a value is unknown or out of range, or does not go with another.
         """
-        for name in config_schedules.RANGES:
+        for name in config_schedules.schedules_of(self):
             setattr(self, name, config_schedules.checked_value(name, getattr(self, name)))
         config_schedules.check_schedules_are_read(self)
         self.clip = as_group("clip", ClipConfig, self.clip)
@@ -272,8 +274,15 @@ class DistillConfig(TrainingArguments):
         spec, factor = self._divergence_spec(values), 1.0
         if self.divergence == "jsd" and Schedule.parse(self.beta).moves:
             spec, factor = normalised_jsd(spec)
-        kind = DivergenceLoss if self.taid is None else TaidLoss
-        return kind(spec, alpha, factor=factor, measures_hard=hard)
+        made = DivergenceLoss(spec, alpha, factor=factor, measures_hard=hard)
+        return self._with_target(made, values)
+
+    def _with_target(self, loss: DivergenceLoss, values: Mapping[str, float]) -> DivergenceLoss:
+        """Return the divergence to what the config asks for in place of the teacher."""
+        if self.taid is None:
+            return loss
+        hard = loss.measures_hard
+        return TaidLoss(loss.spec, loss.alpha, factor=loss.factor, measures_hard=hard)
 
     def _token_bound(self) -> float | None:
         """Return the clip's bound, for a loss of single tokens."""

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from hf_distill import losses
-from hf_distill.data import token_weights
 from hf_distill.data.alignment import AlignmentMeter
 from hf_distill.data.sides import TEACHER_OWN_TOKENS
 from hf_distill.data.token_classes import token_classes
@@ -39,7 +38,7 @@ from hf_distill.trainers.checks import (
     shard_loss,
 )
 from hf_distill.trainers.classification import check_classifier, make_classification
-from hf_distill.trainers.distill_config import LOSS_SETTINGS, DistillConfig
+from hf_distill.trainers.distill_config import DistillConfig, loss_settings_of
 from hf_distill.trainers.restarts import continued
 from hf_distill.trainers.step_collation import given_collator
 from hf_distill.trainers.tasks import LABELS, Batch, Task, make_hard_loss
@@ -48,6 +47,7 @@ from hf_distill.trainers.unread_settings import (
     unread_without_teacher,
     warn_of_unread,
 )
+from hf_distill.trainers.views import Views
 from hf_distill.trainers.vocabulary import Vocabulary
 
 
@@ -72,6 +72,7 @@ class DistillTrainer(AccountingTrainer):
         loss: your own soft loss in place of the divergence of the args: a function of
             (student_logits [n, V], teacher_logits [n, V], targets [n]) that returns [n], or a
             `hf_distill.losses.Loss`, of which the trainer takes a copy.
+        forgetting_dataset: rows of another kind, whose cross-entropy each evaluation measures too.
         **kwargs: the other arguments of `Trainer`.
 
     Raises:
@@ -99,6 +100,7 @@ class DistillTrainer(AccountingTrainer):
         *,
         teacher: Teacher | nn.Module | str | None = None,
         loss: Loss | losses.LossFunction | None = None,
+        forgetting_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
         args = DistillConfig(output_dir="tmp_trainer") if args is None else args
@@ -119,6 +121,7 @@ class DistillTrainer(AccountingTrainer):
             self._count_without_teacher()
         else:
             self._set_up(self._make_run(self.teacher))
+        self._watch_forgetting(forgetting_dataset)
 
     def _make_run(self, teacher: Teacher) -> Run:
         """Return what helpers are told of this trainer."""
@@ -158,7 +161,7 @@ class DistillTrainer(AccountingTrainer):
         if not keeps_teacher:
             run.teacher.prepare(self.accelerator, run.student, refusal)
         self._wrap_collator(self._collator_for(run.teacher))
-        self._layers = self._make_layers(run)
+        self._layers, self._views = self._make_layers(run), Views(run)
         self._make_monitors(run)
         self._note_set_up(run)
 
@@ -207,7 +210,7 @@ class DistillTrainer(AccountingTrainer):
         """
         # a search for hyperparameters changes settings between its runs
         at = (self._step() if self._moves else 0), self._evaluation.active
-        made_of = LOSS_SETTINGS(self.args), *at
+        made_of = loss_settings_of(self.args), *at
         if self._present is None or self._present[0] != made_of:
             self._moves = bool(config_schedules.moving_schedules(self.args))
             self._present = made_of, self._loss_at(self._step())
@@ -271,7 +274,8 @@ class DistillTrainer(AccountingTrainer):
         """Compute the loss of the tokens and what surrounds it."""
         if self._run.sharded:
             teacher = teacher.beside(student)
-        terms = losses.step_terms(self.token_loss, student, teacher, tokens)
+        contrast, base_kl = self._views.weights(self._step()), self._views.base_kl_weight
+        terms = losses.step_terms(self.token_loss, student, teacher, tokens, contrast, base_kl)
         if self._layers is None:
             return terms
         weight = config_schedules.value_at(self.args, "hidden_weight", self._step())
@@ -329,10 +333,7 @@ class DistillTrainer(AccountingTrainer):
     def _signal(self, model: nn.Module, batch: Batch) -> Signal:
         """Return the teacher's signal, about the entries of the vocabulary that are used."""
         with self.accelerator.autocast():  # the student's forward has its own
-            signal = cast(Teacher, self.teacher).signal(model, batch.teacher)
-        if not isinstance(signal, Signal):
-            whose, kind = (type(x).__name__ for x in (self.teacher, signal))
-            raise TypeError(f"{whose}.signal must return a Signal, got a {kind}")
+            signal = self._views.signal(model, batch)
         plain = self._has_plain_vocabulary(batch.inputs)
         return signal if plain else self._vocabulary.signal(signal, batch.inputs)
 
@@ -361,16 +362,6 @@ class DistillTrainer(AccountingTrainer):
         if logged and batch.num_rows is not None:
             logged = {name: value[batch.counted_tokens] for name, value in logged.items()}
         meter.add({**terms.others, **logged})
-
-    def _set_signature_columns_if_needed(self) -> None:
-        """Do as `Trainer` does; add the columns that this class and its collators read."""
-        super()._set_signature_columns_if_needed()
-        columns = cast("list[str]", self._signature_columns)
-        read = []
-        if self.teacher is not None:
-            read = [token_weights.KEY, self.task.label_name, *self.task.columns]
-        read += getattr(self.data_collator, "columns", ())
-        columns.extend(name for name in read if name not in columns)
 
     def _read_metrics(self, training: bool) -> dict[str, float]:
         if self.teacher is None:

@@ -1,10 +1,18 @@
 """The settings of an OPSDTrainer: a DistillConfig and what defines the teacher and the rollouts."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from hf_distill.losses import LossSettings
+from hf_distill.losses import (
+    SAMPLED_KINDS,
+    UNIVERSAL,
+    ContrastConfig,
+    ContrastLoss,
+    DivergenceLoss,
+    LossSettings,
+)
 from hf_distill.rollouts.config import RolloutConfig
 from hf_distill.schedules import Value
 from hf_distill.teachers import SelfTeacher
@@ -83,6 +91,28 @@ class OPSDConfig(DistillConfig):
             "temperature, num_completions, steps_per_rollout, engine and batch_size."
         },
     )
+    contrast: ContrastConfig | str | dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Says what is made of a wrong hint, which a HintCollator(contrast=) adds. The "
+            "group has the fields kind, scale, threshold, strength and bound."
+        },
+    )
+    contrast_weight: Value = field(
+        default=1.0,
+        metadata={
+            "help": "The share of the contrast, in [0, 1]. With 0, the teacher's right hint alone "
+            "counts. It is read with a HintCollator(contrast=)."
+        },
+    )
+    base_kl_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "The weight, at least 0, of KL(student||base) at temperature 1, which is added "
+            "to the training loss. The base is the student before training, and reads the "
+            "student's rows. It requires the teacher base."
+        },
+    )
     anchor_weight: float = field(
         default=0.0,
         metadata={
@@ -116,7 +146,14 @@ class OPSDConfig(DistillConfig):
 
     def check_values(self) -> None:
         """Check the values as `DistillConfig` does, and those of this class."""
+        self.contrast = as_group("contrast", ContrastConfig, self.contrast)
+        if self.contrast.kind == "target":
+            self._check_contrast_target()
         super().check_values()
+        if not (math.isfinite(self.base_kl_weight) and self.base_kl_weight >= 0):
+            raise ValueError(
+                f"base_kl_weight must be at least 0 and finite, got {self.base_kl_weight}"
+            )
         self.self_teacher = as_group("self_teacher", SelfTeacherConfig, self.self_teacher)
         self.rollout = as_group("rollout", RolloutConfig, self.rollout)
         self.make_teacher()
@@ -149,6 +186,23 @@ class OPSDConfig(DistillConfig):
             raise ValueError(
                 f"log_completions {self.log_completions} > 0 needs on_policy: else none are sampled"
             )
+
+    def _check_contrast_target(self) -> None:
+        """Check that nothing else makes a target of its own, and that there is a vocabulary."""
+        of_tokens = self.divergence in SAMPLED_KINDS or self.divergence == UNIVERSAL
+        if self.taid is not None or of_tokens or self.support != "full":
+            raise ValueError(
+                "contrast.kind 'target' needs a divergence over the whole vocabulary and no taid, "
+                f"got divergence {self.divergence!r}, support {self.support!r} and taid "
+                f"{self.taid!r}"
+            )
+
+    def _with_target(self, loss: DivergenceLoss, values: Mapping[str, float]) -> DivergenceLoss:
+        config = cast(ContrastConfig, self.contrast)
+        if config.kind != "target":
+            return super()._with_target(loss, values)
+        more = {"factor": loss.factor, "measures_hard": loss.measures_hard, "config": config}
+        return ContrastLoss(loss.spec, loss.alpha, share=values["contrast_weight"], **more)
 
     def loss_settings(self) -> LossSettings:
         """Return what the loss knows of rollouts."""

@@ -30,7 +30,12 @@ logger = logging.getLogger(__name__)
 OF_OWN_LOSS = ("alpha", "token_weights", "hidden_layers", "hidden_weight", "hidden")
 
 # an evaluation has the loss that TAID leads to, whatever its t
-SCALES = (*(name for name in OF_BUILT_IN if name != "taid"), *OF_OWN_LOSS)
+SCALES = (
+    *(name for name in OF_BUILT_IN if name != "taid"),
+    *OF_OWN_LOSS,
+    "contrast_weight",
+    "contrast",
+)
 """The settings of which an evaluation's loss is another number for the same student."""
 
 Callback = TypeVar("Callback", bound=TrainerCallback)

@@ -30,6 +30,7 @@ class Batch:
         inputs: the batch itself.
         student: what of it the student reads.
         teacher: what of it the teacher reads.
+        contrast: what it reads in its second context, or None.
         num_items: what the sums over the step's scored tokens or rows are divided by, or None for
             what this batch alone has.
         num_averaged: processes whose gradients are averaged though num_items is of all of them.
@@ -55,11 +56,14 @@ class Batch:
     count: Tensor | int = 0
     unscored: Tensor | bool = False
     shares: Tensor | None = None
+    contrast: Side | None = None
 
     def read_as_logits(self) -> None:
         """Have both sides read by their logits."""
         self.student = self.student._replace(as_logits=True)
         self.teacher = self.teacher._replace(as_logits=True)
+        if self.contrast is not None:
+            self.contrast = self.contrast._replace(as_logits=True)
 
     @property
     def counted_tokens(self) -> Tensor | None:

@@ -8,8 +8,9 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
+from hf_distill.data.hint_collator import hint_collator_behind
 from hf_distill.data.token_weights import TokenWeightsConfig
-from hf_distill.losses import ClipConfig, HiddenConfig
+from hf_distill.losses import ClipConfig, ContrastConfig, HiddenConfig
 from hf_distill.monitoring.watchdog import WatchdogConfig
 from hf_distill.rollouts.config import RolloutConfig
 from hf_distill.run import Run
@@ -24,9 +25,19 @@ READERS = {"ema_decay": "ema", "lora_scale": "lora_scale"}  # of SelfTeacherConf
 
 OF_COMPLETIONS = ("teacher_unsure", "too_long", "too_short", "endless", "hint_copied")
 OF_KIND = {"teacher_moves": "live", "ema_still": "ema", "ema_same": "ema"}
-OF_TEACHER = (*OF_BUILT_IN, "hidden_layers", "hidden_weight", "hidden", "watchdog")
+OF_TEACHER = (
+    *OF_BUILT_IN,
+    "hidden_layers",
+    "hidden_weight",
+    "hidden",
+    "watchdog",
+)
 
-GROUPS = {"clip": ClipConfig, "hidden": HiddenConfig, "watchdog": WatchdogConfig}
+GROUPS = {
+    "clip": ClipConfig,
+    "hidden": HiddenConfig,
+    "watchdog": WatchdogConfig,
+}
 
 
 def warn_of_unread(found: Iterable[str]) -> None:
@@ -95,7 +106,23 @@ def unread_settings(run: Run) -> list[str]:
     for name in ("position_floor", "position_middle", "position_width"):
         if name in _changed(weights) and weights.position == "none":
             found.append(f"token_weights.{name} needs a token_weights.position")
-    return [*found, *_of_hidden_layers(args), *_of_watchdog(run)]
+    return [*found, *_of_contrast(run), *_of_hidden_layers(args), *_of_watchdog(run)]
+
+
+def _of_contrast(run: Run) -> Iterator[str]:
+    if not isinstance(run.args, OPSDConfig):
+        return
+    args, collator = run.args, hint_collator_behind(run.collator)
+    config = cast(ContrastConfig, args.contrast)
+    changed = _changed(config)
+    if collator is None or collator.contrast is None:
+        names = [*(f"contrast.{x}" for x in changed), *_changed_of(args, ["contrast_weight"])]
+        yield from (f"{name} needs a HintCollator with a contrast" for name in names)
+        return
+    if run.own_loss and config.kind == "target":
+        yield "contrast.kind 'target' is read by the built-in losses, not by your own"
+    others = {"weight": ("strength", "bound"), "target": ("scale", "threshold")}[config.kind]
+    yield from (f"contrast.{x} is of another contrast.kind" for x in others if x in changed)
 
 
 def _of_own_loss(args: DistillConfig) -> Iterator[str]:

@@ -62,6 +62,14 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
         {"teacher": SelfTeacher("live")},
         ["teacher 'ema' gives way to the trainer's argument teacher="],
     ),
+    (
+        {"contrast": {"kind": "target"}, "contrast_weight": 0.5},
+        {},
+        [
+            "contrast.kind needs a HintCollator with a contrast",
+            "contrast_weight needs a HintCollator with a contrast",
+        ],
+    ),
     ({"self_teacher": {"ema_decay": 0.9}}, {}, ["self_teacher.ema_decay needs teacher 'ema'"]),
     ({"teacher": "ema", "self_teacher": {"ema_decay": 0.9}}, {}, []),
     (
