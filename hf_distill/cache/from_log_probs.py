@@ -210,8 +210,9 @@ def cache_log_probs(
             source.compare_with(tokenizer)
         source.start(vocab)
         unknown = dict.fromkeys(("revision", "config_sha256", "weights_fingerprint"))
-        says = isinstance(source, RecordedLogProbs | ArrayLogProbs | RemoteTeacher)
-        known = source.identity() if says else {}
+        known: dict[str, Any] = {}
+        if isinstance(source, RecordedLogProbs | ArrayLogProbs | RemoteTeacher):
+            known = source.identity()
         return {"name_or_path": source.name, **unknown, "tail": "1 - entries", **known}
 
     return write_all(
