@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +29,7 @@ from hf_distill.cache.manifest import Manifest
 from hf_distill.cache.writer import checked, process_state, write_all
 from hf_distill.models.tokenizers import num_ids
 from hf_distill.teachers import RemoteTeacher, remote, vllm_client
+from hf_distill.teachers.server_requests import ask_all
 
 IDS = ("input_ids", "prompt_token_ids")
 MASS_TOLERANCE = 0.05  # of entries and the rest; what is stored may be off by 0.1
@@ -179,8 +179,9 @@ class KnownEncoder(RowEncoder):
     def _encode(self, rows: Sequence[SideRow], keys: Sequence[tuple[int, int]]) -> list[Arrays]:
         assert isinstance(self.codec, TopK)
         try:
-            with ThreadPoolExecutor(self.num_threads) as pool:
-                answers = list(pool.map(self.source.top_log_probs, [row.ids for row in rows]))
+            requests = self.source.requests if isinstance(self.source, RemoteTeacher) else None
+            asked = [row.ids for row in rows]
+            answers = ask_all(self.source.top_log_probs, asked, self.num_threads, requests)
         except ValueError as error:
             raise ValueError(f"rows {[row for _, row in keys]} of the data: {error}") from error
         tokens = [
@@ -246,7 +247,8 @@ def cache_log_probs(
     is missing. A file that has changed gives another cache.
 
     Args:
-        source: a `RecordedLogProbs`, or a `RemoteTeacher` (its own number of threads is not used).
+        source: a `RecordedLogProbs`, or a `RemoteTeacher`, of whose requests at most its own
+            `num_threads` are under way.
         dataset: rows by number.
         path: the cache's folder, on this machine.
         vocab_size: logits per token of the students; None is the tokenizer's number of ids.

@@ -6,7 +6,7 @@ from hf_distill.teachers.model import ModelTeacher, as_teacher, place_model
 from hf_distill.teachers.remote import RemoteTeacher
 from hf_distill.teachers.routed import RoutedCollator, RoutedTeacher
 from hf_distill.teachers.self_teacher import SelfTeacher, SelfTeacherConfig
-from hf_distill.teachers.vllm_client import RemoteTeacherError
+from hf_distill.teachers.server_requests import RemoteTeacherError
 
 __all__ = [
     "ModelTeacher",

@@ -4,7 +4,6 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +16,13 @@ from hf_distill.models.signals import Signal
 from hf_distill.models.structure import causal_lm
 from hf_distill.run import Run
 from hf_distill.teachers.base import Teacher
-from hf_distill.teachers.vllm_client import Completions, RemoteTeacherError, TopK
+from hf_distill.teachers.server_requests import (
+    RemoteTeacherError,
+    Retries,
+    ServerRequests,
+    ask_all,
+)
+from hf_distill.teachers.vllm_client import Completions, TopK
 from metal_ops import SparseTeacher
 
 logger = logging.getLogger(__name__)
@@ -47,11 +52,14 @@ class RemoteTeacher(Teacher):
             as many (`--max-logprobs`).
         timeout: the number of seconds without an answer after which a request has failed, greater
             than 0.
-        retries: the number of times that a request is sent again after a failed connection or a
-            status 429, 500, 502, 503 or 504, at least 0.
+        max_wait: the number of seconds during which a request is sent again after a failed
+            connection, no answer or a status 429, 500, 502, 503 or 504, at least 0. A server that
+            is started again must load its model in this time.
+        retries: the number of times that it is sent again at most, at least 0. None means that
+            only `max_wait` counts.
         backoff: the number of seconds before a request is sent again for the first time, at least
-            0. It doubles each time.
-        num_threads: the number of requests that are sent at the same time, at least 1.
+            0. It doubles each time, up to 15 seconds.
+        num_threads: the number of requests that are under way at the same time, at least 1.
         api_key_env: the environment variable that contains the server's key. None means that there
             is no key.
         vocab_size: the number of logits per token of the server's model, padding included, which
@@ -76,7 +84,8 @@ class RemoteTeacher(Teacher):
         top_k: int,
         *,
         timeout: float = 60.0,
-        retries: int = 3,
+        max_wait: float = 600.0,
+        retries: int | None = None,
         backoff: float = 0.5,
         num_threads: int = 8,
         api_key_env: str | None = None,
@@ -85,10 +94,10 @@ class RemoteTeacher(Teacher):
         for name, value, least in (("top_k", top_k, 1), ("num_threads", num_threads, 1)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if not timeout > 0 or retries < 0 or backoff < 0:
+        if not timeout > 0 or min(max_wait, retries or 0, backoff) < 0:
             raise ValueError(
-                "timeout must be positive, retries and backoff not negative, got "
-                f"{timeout}, {retries} and {backoff}"
+                "timeout must be positive, max_wait, retries and backoff not negative, got "
+                f"{timeout}, {max_wait}, {retries} and {backoff}"
             )
         key = None if api_key_env is None else os.environ.get(api_key_env)
         if api_key_env is not None and not key:
@@ -96,12 +105,18 @@ class RemoteTeacher(Teacher):
         self.top_k = top_k
         self.num_threads = num_threads
         self.vocab_size = vocab_size
-        self._server = Completions(url, model, top_k, timeout, retries, backoff, key)
+        again = Retries(backoff, max_wait, retries)
+        self._server = Completions(url, model, top_k, timeout, again, backoff, key, num_threads)
         self._vocab = 0
 
     def close(self) -> None:
         """Close the connections to the server."""
         self._server.close()
+
+    @property
+    def requests(self) -> ServerRequests:
+        """Return what sends its requests."""
+        return self._server.requests
 
     def check(self, run: Run) -> None:
         """Check that the run's divergences read entries that the server gives.
@@ -205,8 +220,9 @@ class RemoteTeacher(Teacher):
         rows = _scored_rows(side)
         if not rows:
             return Signal(sparse=self._sparse([], side.predicts.device))
-        with ThreadPoolExecutor(self.num_threads) as pool:
-            answers = list(pool.map(self.top_log_probs, [ids for ids, _ in rows]))
+        answers = ask_all(
+            self.top_log_probs, [ids for ids, _ in rows], self.num_threads, self.requests
+        )
         tokens = [
             # the answer begins with the second token
             answer[at - 1]

@@ -3,32 +3,38 @@
 The request is `POST {url}/completions` with the prompt as token ids and `prompt_logprobs` k. The
 answer holds, for each choice, `prompt_logprobs`: a list as long as the prompt, null for the first
 token, else a map from token id (as text) to `{"logprob": ...}` of the k most probable tokens and of
-the prompt's own token if it is not one of them. -inf is written as -9999. Read in vLLM 0.26's
-`entrypoints/openai/completion` and `logprobs.py`; a server's `--max-logprobs` limits k, 20 unless
-set.
+the prompt's own token if it is not one of them. -inf is written as -9999. A server's
+`--max-logprobs` limits k, 20 unless set.
+
+A server generates one token at least, so that a prompt is shorter than its `max_model_len`. A row
+of just that length is sent without its last token, and the distribution that the server draws the
+generated token from is the last position's. Read in vLLM 0.26 and seen in 0.32.
 """
 
-import json
-import logging
 import math
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx2
 
-logger = logging.getLogger(__name__)
+from hf_distill.teachers.server_requests import RemoteTeacherError, Retries, ServerRequests
+from hf_distill.teachers.vllm_refusals import read_refusal, shown
 
-SHOWN = 300  # characters of an answer in an error
 WRITTEN_AS_MINUS_INF = -9999.0
 MASS_TOLERANCE = 1e-2  # of probabilities from 16-bit logits
-RETRIED = (429, 500, 502, 503, 504)
+TOKEN_ID = "token_id:"  # before ids that stand for tokens, by return_tokens_as_token_ids
+# A sampler that draws from the model's distribution: nothing of a server's defaults
+PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 TopK = dict[int, float]  # log-probability by token id
 
 
-class RemoteTeacherError(RuntimeError):
-    """The server did not answer, or it sent something else than log-probabilities."""
+class Refused(RemoteTeacherError):
+    """The server's status is not 200; `cause` is a key of `vllm_refusals.CAUSES` or None."""
+
+    def __init__(self, message: str, cause: str | None) -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class Completions:
@@ -39,10 +45,14 @@ class Completions:
         model: the name that the server knows it by.
         top_k: how many entries to ask for, >= 1.
         timeout: seconds without an answer after which a request has failed.
-        retries: how often a request is sent again after a failed connection or a status of
-            `RETRIED`.
-        backoff: seconds before the first of them; doubled for each next one.
+        retries: when a failed request is sent again; or how often at most, in ten minutes.
+        backoff: seconds before the first of them, where `retries` is a number.
         api_key: sent as a bearer token, or None.
+        max_requests: how many are under way at a time.
+
+    Attributes:
+        max_model_len: tokens that the server takes with the generated one, or None: not known.
+        requests: sends them.
     """
 
     def __init__(
@@ -51,22 +61,23 @@ class Completions:
         model: str,
         top_k: int,
         timeout: float,
-        retries: int,
+        retries: Retries | int,
         backoff: float,
         api_key: str | None,
+        max_requests: int = 8,
     ) -> None:
-        self.url = url.rstrip("/") + "/completions"
+        self.base = url.rstrip("/")
+        self.url = self.base + "/completions"
         self.model = model
         self.top_k = top_k
-        self.timeout = timeout
-        self.retries = retries
-        self.backoff = backoff
-        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._client = httpx2.Client(timeout=timeout, headers=headers)
+        self.max_model_len: int | None = None
+        if isinstance(retries, int):
+            retries = Retries(backoff, 600.0, retries)
+        self.requests = ServerRequests(timeout, retries, api_key, max_requests)
 
     def close(self) -> None:
         """Close the connections."""
-        self._client.close()
+        self.requests.close()
 
     def top_log_probs(self, ids: Sequence[int]) -> list[TopK]:
         """Return the most probable tokens at positions 1 to len(ids) - 1, each given those before.
@@ -76,18 +87,39 @@ class Completions:
         Raises:
             RemoteTeacherError: naming the url, and the status and the body if there are.
         """
-        response = self._post({**self._options(), "prompt": list(ids)})
+        longest = self.max_model_len
+        if longest is not None and len(ids) > longest:
+            raise Refused(
+                f"{self.url}: a row must have at most the server's max_model_len of {longest} "
+                f"tokens, got {len(ids)}: cut rows, or start it with a larger --max-model-len",
+                "too_long",
+            )
+        if len(ids) != longest:
+            try:
+                return self._of_prompt(ids)
+            except Refused as refused:
+                if refused.cause != "too_long" or longest is not None or len(ids) < 2:
+                    raise
+        return self._of_prompt(ids[:-1], and_next=True)
+
+    def _of_prompt(self, ids: Sequence[int], *, and_next: bool = False) -> list[TopK]:
+        """Return what the server says of a prompt, and of the token behind it."""
+        options: dict[str, Any] = {"prompt_logprobs": self.top_k}
+        if and_next:
+            options |= {"logprobs": self.top_k, "return_tokens_as_token_ids": True} | PLAIN
+        response = self.complete(ids, options, len(ids) + and_next)
         try:
             (choice,) = response.json()["choices"]
             answered = choice["prompt_logprobs"]
             positions = None if answered is None else [read(entry) for entry in answered[1:]]
+            behind = [_of_generated(choice)] if and_next else []
         except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-            raise self._error(
+            raise self.error(
                 response, f"the answer must be JSON with prompt_logprobs, got {error!r}"
             ) from error
         if positions is None or len(positions) != len(ids) - 1:
             got = "none" if positions is None else f"{len(positions) + 1}"
-            raise self._error(
+            raise self.error(
                 response,
                 f"prompt_logprobs must have {len(ids)} positions, as the prompt, got {got}",
             )
@@ -98,72 +130,47 @@ class Completions:
                     f"the prompt's own token {own} must be among the entries, got {len(entries)}"
                 )
             if fault is not None:
-                raise self._error(response, f"position {at}: {fault}")
-        return [largest(entries, self.top_k) for entries in positions]
+                raise self.error(response, f"position {at}: {fault}")
+        for entries in behind:
+            fault = mass_fault(entries)
+            if fault is not None:
+                raise self.error(response, f"the generated token: {fault}")
+        return [largest(entries, self.top_k) for entries in (*positions, *behind)]
 
-    def _options(self) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "prompt_logprobs": self.top_k,
-            "max_tokens": 1,
-            "temperature": 1.0,
-        }
+    def complete(
+        self, ids: Sequence[int], options: Mapping[str, Any], num_tokens: int | None = None
+    ) -> httpx2.Response:
+        """Ask for one token behind a prompt; return the answer of status 200.
 
-    def _post(self, body: dict[str, Any]) -> httpx2.Response:
-        """Return the server's answer of status 200, after as many tries as are allowed."""
-        content = json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        for trial in range(self.retries + 1):
-            if trial:
-                time.sleep(self.backoff * 2 ** (trial - 1))
-            last = trial == self.retries
-            try:
-                response = self._client.post(self.url, content=content, headers=headers)
-            except httpx2.TimeoutException as error:
-                raise RemoteTeacherError(
-                    f"{self.url}: no answer within {self.timeout:g} s"
-                ) from error
-            except httpx2.TransportError as error:
-                if last:
-                    raise RemoteTeacherError(
-                        f"{self.url}: no connection in {trial + 1} tries: {error}"
-                    ) from error
-                logger.warning("%s: %s; trying again", self.url, error)
-                continue
-            if response.status_code == 200:
-                return response
-            if last or response.status_code not in RETRIED:
-                raise self._error(response, self._refusal(response, trial + 1))
-            logger.warning("%s: status %d; trying again", self.url, response.status_code)
-        raise AssertionError("the last try returns or raises")
+        Args:
+            ids: the prompt.
+            options: of the request, beside these.
+            num_tokens: of the row that the prompt is from, for an error; None: it is the prompt.
 
-    def _refusal(self, response: httpx2.Response, tries: int) -> str:
-        """Say what is wrong with an answer of another status: the server's own reason first."""
-        reason, rule = reason_in(response), f"the status must be 200 (try {tries})"
-        if reason is None:
-            return rule
-        hint = ""
-        if "logprob" in reason.lower():
-            hint = f"; the server must allow --max-logprobs {self.top_k}"
-        return f"the server says {reason!r}{hint}; {rule}"
+        Raises:
+            Refused: it is of another status.
+            RemoteTeacherError: there was none.
+        """
+        asked = {"model": self.model, "prompt": list(ids), "max_tokens": 1, "temperature": 1.0}
+        response = self.requests.send("POST", self.url, asked | dict(options))
+        if response.status_code == 200:
+            return response
+        refusal = read_refusal(response)
+        words = refusal.words(tokens=num_tokens or len(ids), largest=max(ids), top_k=self.top_k)
+        rule = f"{words or ''}; the status must be 200".removeprefix("; ")
+        raise Refused(str(self.error(response, rule)), refusal.cause)
 
-    def _error(self, response: httpx2.Response, rule: str) -> RemoteTeacherError:
-        body = response.text
-        shown = body[:SHOWN] + ("..." if len(body) > SHOWN else "")
+    def error(self, response: httpx2.Response, rule: str) -> RemoteTeacherError:
+        """Return the error that names a rule, and what was answered."""
         return RemoteTeacherError(
-            f"{self.url}: {rule}; status {response.status_code}, body {shown!r}"
+            f"{self.url}: {rule}; status {response.status_code}, body {shown(response.text)!r}"
         )
 
 
-def reason_in(response: httpx2.Response) -> str | None:
-    """Return the message of an error as OpenAI's and vLLM's servers write it, or None."""
-    try:
-        said = response.json()
-    except ValueError:
-        return None
-    inner = said.get("error", said) if isinstance(said, Mapping) else None
-    message = inner.get("message") if isinstance(inner, Mapping) else inner
-    return message if isinstance(message, str) and message else None
+def _of_generated(choice: Mapping[str, Any]) -> TopK:
+    """Read the distribution that the only generated token was drawn from."""
+    (entries,) = choice["logprobs"]["top_logprobs"]
+    return read_values({int(key.removeprefix(TOKEN_ID)): x for key, x in entries.items()})
 
 
 def read(entry: Mapping[str, Mapping[str, Any]]) -> TopK:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hf_distill import RemoteTeacher, RemoteTeacherError
+from hf_distill.teachers.server_requests import Retries
 from tests.hf_distill.teachers.asking import IDS, SIDE, prepared
 from tests.hf_distill.teachers.conftest import Ask
 from tests.hf_distill.teachers.serving import DROP, Server, each_entry, edit, serving
@@ -29,31 +30,42 @@ def test_failures_that_pass_are_tried_again(
     got = teacher.signal(models.llama(), SIDE)
     assert torch.equal(got.sparse.log_probs, want.sparse.log_probs)
     assert len(server.requests) == 2 + len(faults)
-    assert f"status {faults[-1]}; trying again" in caplog.text
+    assert f"status {faults[-1]}, body " in caplog.text
+    assert "; trying again in 0.0 s, for 600 s at most" in caplog.text
     assert ("disconnected without sending a response" in caplog.text) == (DROP in faults)
 
 
 def test_the_waits_double(server: Server, remote: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher = prepared(remote(4, retries=3, backoff=0.5), models.llama())
+    teacher = prepared(remote(4, backoff=4.0), models.llama())
     waits: list[float] = []
-    monkeypatch.setattr("hf_distill.teachers.vllm_client.time.sleep", waits.append)
+    monkeypatch.setattr(teacher._server.requests._given_up, "wait", waits.append)
     server.faults = [500, 502, 504]
     teacher.top_log_probs(IDS[0].tolist())
-    assert waits == [0.5, 1.0, 2.0]
+    assert waits == [4.0, 8.0, 15.0]
+
+
+def test_retries_end_with_the_time_or_the_number() -> None:
+    retries = Retries(backoff=2.0, max_wait=30.0, limit=3)
+    assert retries.pause(1, 0.0) == 2.0
+    assert retries.pause(3, 24.0) == 6.0  # what is left
+    assert retries.pause(1, 30.0) is None
+    assert retries.pause(4, 1.0) is None
+    assert Retries(backoff=60.0, max_wait=900.0).pause(1, 0.0) == 60.0
+    assert Retries(backoff=1.0, max_wait=1e9).pause(2000, 0.0) == 15.0
 
 
 def test_failures_that_stay(server: Server, remote: Ask) -> None:
     teacher = prepared(remote(4, retries=1, num_threads=1), models.llama())
-    url = (
-        r"http://127.0.0.1:\d+/v1/completions: the server says 'fault 500'; the status must be 200"
-    )
+    url = r"http://127.0.0.1:\d+/v1/completions"
     server.faults = [500, 500]
-    with pytest.raises(RemoteTeacherError, match=rf"{url} \(try 2\); status 500, body .*fault 500"):
+    with pytest.raises(
+        RemoteTeacherError, match=rf"{url}: status 500, body .*fault 500.* \(2 tries in 0 s\)"
+    ):
         teacher.signal(models.llama(), SIDE)
     for status in (401, 404):
         server.requests.clear()
         server.faults = [status]
-        with pytest.raises(RemoteTeacherError, match=rf"\(try 1\); status {status}, body .*fault"):
+        with pytest.raises(RemoteTeacherError, match=rf"200; status {status}, body .*fault"):
             teacher.top_log_probs(IDS[0].tolist())
         assert len(server.requests) == 1
 
@@ -67,8 +79,8 @@ def test_failures_that_stay(server: Server, remote: Ask) -> None:
             True,
         ),
         (
-            {"object": "error", "message": "This model's maximum context length is 8 tokens."},
-            'the server says "This model\'s maximum context length is 8 tokens."; the status must',
+            {"object": "error", "message": "logprobs is only supported with vllm >= 1"},
+            "the server says 'logprobs is only supported with vllm >= 1'; the status must be 200",
             False,
         ),
         (
@@ -76,7 +88,7 @@ def test_failures_that_stay(server: Server, remote: Ask) -> None:
             "the server says 'no such model'; the status must be 200",
             False,
         ),
-        ("nginx: bad request about logprobs", "the status must be 200 (try 1); status 400", False),
+        ("nginx: bad request about logprobs", "the status must be 200; status 400", False),
     ],
 )
 def test_the_servers_own_reason_comes_first(
@@ -92,12 +104,16 @@ def test_the_servers_own_reason_comes_first(
 
 def test_a_server_that_is_silent(server: Server, remote: Ask) -> None:
     teacher = prepared(remote(4, timeout=5.0), models.llama())
-    hasty = remote(4, timeout=0.2)
+    hasty = remote(4, timeout=0.2, retries=0)
     hasty._vocab = V
     server.faults = [1.0]
-    with pytest.raises(RemoteTeacherError, match=r"/v1/completions: no answer within 0.2 s"):
+    with pytest.raises(RemoteTeacherError, match=r"/completions: no answer within 0.2 s \(1 try"):
         hasty.top_log_probs(IDS[0].tolist())
     assert len(teacher.top_log_probs(IDS[0].tolist())) == 5
+    patient = remote(4, timeout=0.2)
+    patient._vocab = V
+    server.faults = [1.0]
+    assert len(patient.top_log_probs(IDS[0].tolist())) == 5  # the second try
 
 
 def test_a_server_that_is_not_there() -> None:
@@ -105,7 +121,7 @@ def test_a_server_that_is_not_there() -> None:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     teacher = RemoteTeacher(url, "tiny", 4, retries=1, backoff=0.01)
-    with pytest.raises(RemoteTeacherError, match=r"completions: no connection in 2 tries: .*refus"):
+    with pytest.raises(RemoteTeacherError, match=r"no connection: .*refus.* \(2 tries in"):
         prepared(teacher, models.llama())
     teacher.close()
 
@@ -202,9 +218,16 @@ def test_answers_that_change(server: Server, remote: Ask) -> None:
     [
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"num_threads": 0}, "num_threads must be at least 1, got 0"),
-        ({"timeout": 0.0}, "timeout must be positive, .* got 0.0, 3 and 0.5"),
-        ({"retries": -1}, "retries and backoff not negative, got 60.0, -1 and 0.5"),
-        ({"backoff": -1.0}, "retries and backoff not negative, got 60.0, 3 and -1.0"),
+        ({"timeout": 0.0}, "timeout must be positive, .* got 0.0, 600.0, None and 0.5"),
+        (
+            {"retries": -1},
+            "retries and backoff not negative, got 60.0, 600.0, -1 and 0.5",
+        ),
+        ({"max_wait": -1.0}, "and backoff not negative, got 60.0, -1.0, None and 0.5"),
+        (
+            {"backoff": -1.0},
+            "retries and backoff not negative, got 60.0, 600.0, None and -1.0",
+        ),
         ({"api_key_env": "NO_SUCH_KEY"}, "variable NO_SUCH_KEY must hold the server's key"),
     ],
 )
