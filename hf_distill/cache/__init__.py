@@ -1,6 +1,14 @@
 """Offline distillation: a teacher's answers on disk, and a teacher that reads them."""
 
-from hf_distill.cache.codecs import Codec, Full, HeadSamples, Sampled, TopK, make_codec
+from hf_distill.cache.codecs import (
+    Codec,
+    Full,
+    HeadSamples,
+    HiddenStates,
+    Sampled,
+    TopK,
+    make_codec,
+)
 from hf_distill.cache.datasets import default_collator, load_data
 from hf_distill.cache.errors import (
     CacheConfigMismatch,
@@ -15,9 +23,10 @@ from hf_distill.cache.errors import (
     UnsupportedDivergence,
     VocabSizeMismatch,
 )
-from hf_distill.cache.from_log_probs import RecordedLogProbs, cache_log_probs
+from hf_distill.cache.from_log_probs import cache_log_probs
 from hf_distill.cache.manifest import Manifest
 from hf_distill.cache.reader import CacheReader
+from hf_distill.cache.recorded import RecordedLogProbs
 from hf_distill.cache.teacher import CachedCollator, CachedTeacher
 from hf_distill.cache.writer import cache_teacher
 
@@ -33,6 +42,7 @@ __all__ = [
     "FormatVersionError",
     "Full",
     "HeadSamples",
+    "HiddenStates",
     "Manifest",
     "RecordedLogProbs",
     "RowMismatch",

@@ -1,6 +1,8 @@
-"""A sparse teacher as padded columns, so that a data loader can carry it in a batch.
+"""What is stored of a teacher as padded columns, so that a data loader can carry it in a batch.
 
-Shapes: B rows, C scored tokens of the longest, N of all rows.
+That is a sparse teacher, or hidden states [N, H].
+
+Shapes: B rows, C scored tokens of the longest, N of all rows, H hidden.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,10 +13,14 @@ from torch import Tensor
 from metal_ops import SparseTeacher
 
 COUNTS = "counts"  # [B] scored tokens of each row
+HIDDEN = "hidden"
 
 
-def _columns(teacher: SparseTeacher) -> Iterator[tuple[str, Tensor]]:
+def _columns(teacher: SparseTeacher | Tensor) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor [N, ...] of a teacher, by name."""
+    if isinstance(teacher, Tensor):
+        yield HIDDEN, teacher
+        return
     yield from (("ids", teacher.ids), ("log_probs", teacher.log_probs))
     yield "log_tail", teacher.log_tail
     if teacher.samples is not None:
@@ -47,7 +53,7 @@ def move_to_device(teacher: SparseTeacher, device: torch.device) -> SparseTeache
     return _replaced(teacher, {name: x.to(device) for name, x in _columns(teacher)})
 
 
-def pad_tokens(teacher: SparseTeacher, lengths: list[int]) -> dict[str, Tensor]:
+def pad_tokens(teacher: SparseTeacher | Tensor, lengths: list[int]) -> dict[str, Tensor]:
     """Return its columns, each row's tokens in a row of their own: [B, C, ...], and `counts`."""
     counts = torch.tensor(lengths)
     inside = torch.arange(int(counts.max()) if lengths else 0) < counts[:, None]
@@ -58,11 +64,13 @@ def pad_tokens(teacher: SparseTeacher, lengths: list[int]) -> dict[str, Tensor]:
     return found
 
 
-def unpad_tokens(columns: Mapping[str, Tensor], like: SparseTeacher) -> SparseTeacher:
+def unpad_tokens(
+    columns: Mapping[str, Tensor], like: SparseTeacher | Tensor
+) -> SparseTeacher | Tensor:
     """Return the teacher of which `pad_tokens` made columns; `like` says of which kind it is."""
-    width = columns["log_tail"].shape[1]
+    width = next(x.shape[1] for name, x in columns.items() if name != COUNTS)
     counts = columns[COUNTS]
     inside = torch.arange(width, device=counts.device) < counts[:, None]
     rows, places = inside.nonzero().unbind(1)  # asked once, not for each column
     rest = {name: x[rows, places] for name, x in columns.items() if name != COUNTS}
-    return _replaced(like, rest)
+    return rest[HIDDEN] if isinstance(like, Tensor) else _replaced(like, rest)

@@ -6,6 +6,8 @@ Shapes: B rows, N scored tokens of a batch, V logits per token.
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,6 +60,27 @@ class RowEncoder:
                 f"a cache holds one answer for each row, and {plan.refusal()}: cache without that, "
                 "or collator.at(step)"
             )
+
+    @property
+    def width(self) -> int:
+        """Return how many values of a token the codec is given."""
+        return self.vocab
+
+    def codec_notes(self) -> dict[str, Any]:
+        """Return what the manifest says of the codec besides its settings."""
+        return {}
+
+    def lay_down(self, cache: Path, is_new: bool, verify: str) -> None:
+        """Write what the shards need beside them; only the main process does, before the first.
+
+        Args:
+            cache: the folder.
+            is_new: whether there are no shards yet.
+            verify: see `cache_teacher`.
+        """
+
+    def pick_up(self, cache: Path) -> None:
+        """Read what has been laid down; every process does, before its first shard."""
 
     @abstractmethod
     def probe(self) -> None:
@@ -144,12 +167,16 @@ class Encoder(RowEncoder):
         return pieces.most(calls) - calls if self.in_pieces else 0
 
     @torch.no_grad()
-    def _take_part(self, calls: int) -> None:
+    def ask_probe(self) -> Signal:
+        """Return what the model says of the same ids in every process."""
         inputs = self._probed()
         side = Side(inputs, torch.ones_like(inputs["input_ids"], dtype=torch.bool))
+        with evaluating(self.model):
+            return self.reader.signal(self.model, side)
+
+    def _take_part(self, calls: int) -> None:
         for _ in range(calls):
-            with evaluating(self.model):
-                self.reader.signal(self.model, side)
+            self.ask_probe()
 
     def _side(self, rows: Sequence[SideRow]) -> Side:
         """Return a batch up to the tokens that predict the last scored ones."""
@@ -165,9 +192,13 @@ class Encoder(RowEncoder):
         return Side(moved, predicts.to(self.device))
 
     @torch.no_grad()
-    def _encode(self, rows: Sequence[SideRow], keys: Sequence[tuple[int, int]]) -> list[Arrays]:
+    def _signal(self, rows: Sequence[SideRow]) -> Signal:
         with evaluating(self.model):
-            signal = self.reader.signal(self.model, self._side(rows))
+            return self.reader.signal(self.model, self._side(rows))
+
+    @torch.no_grad()
+    def _encode(self, rows: Sequence[SideRow], keys: Sequence[tuple[int, int]]) -> list[Arrays]:
+        signal = self._signal(rows)
         lengths = [len(row.positions) for row in rows]
         made, start = [], 0
         for group in _groups(lengths, max(1, chunks.CHUNK_ENTRIES // self.vocab)):

@@ -6,34 +6,28 @@ is known of how it is spread. So these caches are of the codec `topk`, at one te
 Shapes: N scored tokens of some rows, K entries.
 """
 
-import hashlib
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from hf_distill.cache import fingerprints
 from hf_distill.cache.codecs import Arrays, TopK
 from hf_distill.cache.codecs.selection import Selection
 from hf_distill.cache.datasets import default_collator
 from hf_distill.cache.encoder import RowEncoder
 from hf_distill.cache.fingerprints import Collator, Data, SideRow
 from hf_distill.cache.manifest import Manifest
+from hf_distill.cache.recorded import RecordedLogProbs
 from hf_distill.cache.writer import checked, process_state, write_all
 from hf_distill.models.tokenizers import num_ids
 from hf_distill.teachers import RemoteTeacher, remote, vllm_client
 from hf_distill.teachers.server_requests import ask_all
 
-IDS = ("input_ids", "prompt_token_ids")
 MASS_TOLERANCE = 0.05  # of entries and the rest; what is stored may be off by 0.1
-TOKEN_ID = "token_id:"  # vLLM's tokens as ids, where a protocol wants text
 
 
 class LogProbs(Protocol):
@@ -52,112 +46,12 @@ class LogProbs(Protocol):
     def start(self, vocab: int) -> None:
         """Check what can be checked; every process calls this once."""
 
-    def top_log_probs(self, ids: Sequence[int]) -> list[vllm_client.TopK]:
-        """Return the top_k most probable tokens at positions 1 to len(ids) - 1, descending."""
-        ...
+    def top_log_probs(self, ids: Sequence[int]) -> Sequence[vllm_client.TopK | None]:
+        """Return the top_k most probable tokens at positions 1 to len(ids) - 1, descending.
 
-
-class RecordedLogProbs:
-    """Reads a server's answers from a file, one JSON object a line.
-
-    An object has the token ids of a row (`input_ids` or `prompt_token_ids`) and either
-    `prompt_logprobs`, as vLLM answers: a list with null, then for each next token a map from id to
-    `{"logprob": ...}`; or `logprobs` with `top_logprobs`, as OpenAI's completions with `echo`: a
-    list with null, then maps from "token_id:<id>" to the number (vLLM's
-    `return_tokens_as_token_ids`).
-
-    Args:
-        path: of the file.
-        top_k: entries of each token that are kept, >= 1; there must be as many.
-        name: of the teacher, for the manifest.
-
-    Raises:
-        ValueError: top_k is out of range, or a line is no such object; naming the line.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], top_k: int, name: str) -> None:
-        if top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {top_k}")
-        self.path, self.top_k, self.name = Path(path), top_k, name
-        self._starts: dict[int, int] = {}  # where a row's line starts, by its ids' hash
-        self._vocab = 0
-        digest = hashlib.sha256()
-        with open(self.path, "rb") as file, tqdm(desc="index", unit="row") as bar:
-            for number, (start, line) in enumerate(_lines(file), 1):
-                try:
-                    ids = _ids(json.loads(line))
-                except (ValueError, TypeError, AttributeError) as error:
-                    raise ValueError(f"{self.path}, line {number}: {error}") from error
-                self._starts[fingerprints.row_hash(ids)] = start
-                digest.update(line)
-                bar.update()
-        self._sha256 = digest.hexdigest()
-
-    def identity(self) -> dict[str, Any]:
-        """Return the sha256 of all answers: a file that has changed is another teacher."""
-        return {"answers_sha256": self._sha256}
-
-    def start(self, vocab: int) -> None:
-        """Keep the vocabulary, below which ids must be."""
-        self._vocab = vocab
-
-    def top_log_probs(self, ids: Sequence[int]) -> list[vllm_client.TopK]:
-        """Return the most probable tokens at positions 1 to len(ids) - 1 of a whole row.
-
-        Raises:
-            ValueError: no line has these ids, or it has not top_k log-probabilities for each.
+        Positions of which nothing is known are None; the data must not score them.
         """
-        start = self._starts.get(fingerprints.row_hash(ids))
-        if start is None:
-            raise ValueError(f"{self.path} has no answer for a row of {len(ids)} tokens that "
-                             f"begin {list(ids[:8])}")  # fmt: skip
-        with open(self.path, "rb") as file:
-            file.seek(start)
-            line = json.loads(file.readline())
-        try:
-            positions = _positions(line)
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-            raise ValueError(f"{self.path}, byte {start}: {error!r}") from error
-        if len(positions) != len(ids) - 1:
-            raise ValueError(f"{self.path}, byte {start}: there must be {len(ids)} positions, as "
-                             f"ids, got {len(positions) + 1}")  # fmt: skip
-        for at, entries in enumerate(positions, 1):
-            fault = self._fault(entries)
-            if fault is not None:
-                raise ValueError(f"{self.path}, byte {start}, position {at}: {fault}")
-        return [vllm_client.largest(entries, self.top_k) for entries in positions]
-
-    def _fault(self, entries: vllm_client.TopK) -> str | None:
-        if len(entries) < self.top_k:
-            return f"each token must have {self.top_k} entries, got {len(entries)}"
-        if not 0 <= min(entries) <= max(entries) < self._vocab:
-            return f"ids must be in [0, {self._vocab}), got {min(entries)} to {max(entries)}"
-        return vllm_client.mass_fault(entries)
-
-
-def _lines(file: Any) -> Iterator[tuple[int, bytes]]:
-    start = 0
-    for line in file:
-        if line.strip():
-            yield start, line
-        start += len(line)
-
-
-def _ids(content: Mapping[str, Any]) -> list[int]:
-    for name in IDS:
-        if name in content:
-            return [int(x) for x in content[name]]
-    raise ValueError(f"there must be {' or '.join(IDS)}, got {sorted(content)}")
-
-
-def _positions(content: Mapping[str, Any]) -> list[vllm_client.TopK]:
-    if "prompt_logprobs" in content:
-        return [vllm_client.read(entry) for entry in content["prompt_logprobs"][1:]]
-    entries = content["logprobs"]["top_logprobs"][1:]
-    return [
-        vllm_client.read_values({int(k.removeprefix(TOKEN_ID)): v for k, v in each.items()})
-        for each in entries
-    ]
+        ...
 
 
 @dataclass(frozen=True)
@@ -184,11 +78,16 @@ class KnownEncoder(RowEncoder):
             answers = ask_all(self.source.top_log_probs, asked, self.num_threads, requests)
         except ValueError as error:
             raise ValueError(f"rows {[row for _, row in keys]} of the data: {error}") from error
-        tokens = [
-            answer[at - 1]
-            for answer, row in zip(answers, rows, strict=True)
-            for at in row.positions
-        ]
+        tokens = []
+        for (_, number), answer, row in zip(keys, answers, rows, strict=True):
+            for at in row.positions:
+                entries = answer[at - 1]
+                if entries is None:
+                    raise ValueError(
+                        f"row {number} of the data: it must score positions that have "
+                        f"log-probabilities only, {at} has none"
+                    )
+                tokens.append(entries)
         lengths = [len(row.positions) for row in rows]
         try:
             kept = _selection(tokens, self.codec.top_k, self.vocab)

@@ -44,9 +44,18 @@ def describe(reader: CacheReader) -> list[str]:
         "bytes/token": f"{_number(stats.get('bytes_per_token'))}",
         "mean entropy": f"{_number(stats.get('mean_entropy'))} nats",
         "mean tail mass": f"{_number(stats.get('mean_tail_mass'))}",
+        "head": _head(codec.get("head"), stats),
         "shards": f"{len(reader.manifest.shards)} of up to {config.get('shard_rows')} rows",
     }
-    return [f"{name:15s} {value}" for name, value in rows.items()]
+    return [f"{name:15s} {value}" for name, value in rows.items() if value]
+
+
+def _head(about: Any, stats: Mapping[str, Any]) -> str:
+    """Return what there is of the teacher's head, or nothing."""
+    if not isinstance(about, dict):
+        return ""
+    kept = f"{about.get('width')} of {(about.get('shape') or [0])[-1]} hidden units"
+    return f"{kept}, {about.get('dtype')}, {stats.get('head_bytes')} bytes, once"
 
 
 def _short(digest: Any) -> str:
@@ -101,7 +110,8 @@ def measure(
         with evaluating(model):
             logits = reader.signal(model, side).dense()
         real = teacher.manifest.config["logits"]["real_vocab"]
-        logits[:, real:] = -torch.inf
+        if not teacher.codec.of_hidden:
+            logits[:, real:] = -torch.inf
         found.append(_errors(teacher, teacher.signal(model, side), logits.float()))
     if not found:
         raise CacheCorrupt(f"{teacher.reader.path}: {count} rows score no token")
@@ -114,12 +124,12 @@ def _errors(teacher: CachedTeacher, signal: Any, logits: Tensor) -> dict[str, fl
     log_p = (logits / stored_at).log_softmax(-1)
     errors = {"tokens": float(len(logits))}
     if signal.sparse is None:
-        real = log_p > -torch.inf
-        apart = (signal.logits - log_p)[real].abs().max()
+        real, said = log_p > -torch.inf, (signal.dense().float() / stored_at).log_softmax(-1)
+        apart = (said - log_p)[real].abs().max()
         spec = DivergenceSpec("forward_kl", temperature=stored_at)
         weights = torch.ones(len(logits), device=logits.device)
         finite = logits.clamp_min(torch.finfo(torch.float32).min / 4)
-        loss = weighted_divergence(finite, signal.logits, spec, weights=weights).loss
+        loss = weighted_divergence(finite, said * stored_at, spec, weights=weights).loss
         return errors | {"log_prob_error": float(apart), f"forward_kl_{stored_at:g}": float(loss)}
     sparse: SparseTeacher = signal.sparse
     known = sparse.ids >= 0

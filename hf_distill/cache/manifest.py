@@ -16,6 +16,7 @@ from hf_distill.cache.files import canonical, commit, entry, parse, pretty
 from hf_distill.cache.shard import FORMAT, FORMAT_VERSION, Entry
 
 MANIFEST, CONFIG = "manifest.json", "config.json"
+HEAD = "head.safetensors"  # of the teacher, where hidden states are stored
 HASHES = "row_hashes.bin"  # of all rows in order, so that no shard is opened to find one
 CHECKSUM = "sha256"  # of the rest of the file
 SECTIONS = ("teacher", "logits", "dataset", "collator", "codec")
@@ -75,6 +76,14 @@ class Manifest:
     def vocab_size(self) -> int:
         """Return the teacher's number of logits per token, padding of the vocabulary included."""
         return self.config["logits"]["logit_dim"]
+
+    @property
+    def head(self) -> tuple[int, str] | None:
+        """Return bytes and sha256 of the file of the teacher's head, or None if there is none."""
+        size, sha256 = self.stats.get("head_bytes"), self.stats.get("head_sha256")
+        if type(size) is not int or not isinstance(sha256, str):
+            return None
+        return size, sha256
 
     def write(self, cache: Path) -> None:
         """Write manifest.json.

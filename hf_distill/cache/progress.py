@@ -14,6 +14,7 @@ from hf_distill.cache.fingerprints import first_difference
 from hf_distill.cache.manifest import (
     CONFIG,
     HASHES,
+    HEAD,
     MANIFEST,
     SHOWN,
     Manifest,
@@ -21,6 +22,7 @@ from hf_distill.cache.manifest import (
     config_hash,
 )
 from hf_distill.cache.shard import FOLDER, FORMAT_VERSION, Entry, Shard, shard_name, sidecar_name
+from hf_distill.cache.stored_head import SIDECAR, head_stats
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +96,7 @@ def begin(cache: Path, config: Mapping[str, Any], overwrite: bool, verify: str) 
     except CacheError:
         if not overwrite:
             raise
-    _delete(cache)
+    delete(cache)
     return _missing(cache, config, verify)
 
 
@@ -107,16 +109,22 @@ def _missing(cache: Path, config: Mapping[str, Any], verify: str) -> list[int]:
         check_same(found, config, cache)
     else:
         write_config(cache, config)
-    rows, digest = config["dataset"]["num_rows"], config_hash(config)
-    numbers = range(-(-rows // config["shard_rows"]))
+    digest = config_hash(config)
+    numbers = range(num_shards(config))
     return [i for i in numbers if _flaw(cache, i, digest, verify) is not None]
 
 
-def _delete(cache: Path) -> None:
+def num_shards(config: Mapping[str, Any]) -> int:
+    """Return how many shards a cache has in the end."""
+    return -(-config["dataset"]["num_rows"] // config["shard_rows"])
+
+
+def delete(cache: Path) -> None:
     """Delete a cache's files and no others, the manifest first, so that none is half there."""
     for path in (cache / MANIFEST, cache / HASHES, *(cache / FOLDER).glob("shard-*")):
         path.unlink(missing_ok=True)
-    (cache / CONFIG).unlink(missing_ok=True)
+    for name in (SIDECAR, HEAD, CONFIG):
+        (cache / name).unlink(missing_ok=True)
 
 
 def _flaw(cache: Path, number: int, digest: str, verify: str) -> str | None:
@@ -167,9 +175,9 @@ def finish(cache: Path, config: Mapping[str, Any], written_by: Mapping[str, Any]
         CacheCorrupt: a shard is not what its sidecar says.
         OSError: a file cannot be written.
     """
-    rows, digest = config["dataset"]["num_rows"], config_hash(config)
+    digest = config_hash(config)
     entries, hashes, sums = [], [np.zeros(0, "<u8")], {}
-    for number in range(-(-rows // config["shard_rows"])):
+    for number in range(num_shards(config)):
         if not (cache / sidecar_name(number)).exists():
             raise CacheIncomplete(f"{cache}: there is no {sidecar_name(number)}")
         wanted = read_sidecar(cache, number, digest)
@@ -182,9 +190,8 @@ def finish(cache: Path, config: Mapping[str, Any], written_by: Mapping[str, Any]
             sums[name] = sums.get(name, 0.0) + entry(found, name, float, str(path))
     joined = np.concatenate(hashes)
     commit(cache / HASHES, [joined.astype("<u8").tobytes()])
-    made = Manifest(
-        config, fingerprints.rows_digest(joined), _stats(entries, sums), entries, written_by
-    )
+    stats = _stats(entries, sums) | head_stats(cache)
+    made = Manifest(config, fingerprints.rows_digest(joined), stats, entries, written_by)
     made.write(cache)
     return made
 

@@ -13,7 +13,7 @@ from huggingface_hub.constants import HF_HOME
 from hf_distill.cache import fingerprints
 from hf_distill.cache.errors import CacheCorrupt, CacheIncomplete, RowMismatch
 from hf_distill.cache.files import Folder, entry, parse, sha256_of
-from hf_distill.cache.manifest import HASHES, MANIFEST, Manifest, check_version
+from hf_distill.cache.manifest import HASHES, HEAD, MANIFEST, Manifest, check_version
 from hf_distill.cache.shard import FOLDER, Entry, Row, Shard, shard_name, sidecar_name
 
 VERIFY = ("lazy", "full", "size")
@@ -65,6 +65,8 @@ class CacheReader:
         if verify == "full":
             for number in range(len(self.manifest.shards)):
                 self._shard(number)
+            if self.manifest.head is not None:
+                self.head_file()
 
     def __getstate__(self) -> dict[str, Any]:
         verify = "size" if self.verify == "full" else self.verify
@@ -119,22 +121,42 @@ class CacheReader:
             return shard
 
     def _opened(self, number: int) -> Shard:
-        wanted, name = self.manifest.shards[number], f"{self.path}/{shard_name(number)}"
-        path = self._folder.local(shard_name(number), wanted.sha256, wanted.bytes)
-        if self.verify != "size" and number not in self._verified:
+        wanted, name = self.manifest.shards[number], shard_name(number)
+        if self.verify == "size" or number in self._verified:
+            path = self._folder.local(name, wanted.sha256, wanted.bytes)
+        else:
             self._check_sidecar(number, wanted)
-            try:
-                found = sha256_of(path)
-                if found != wanted.sha256 and not self._folder.is_local:
-                    path.unlink(missing_ok=True)  # the copy has been damaged, not the shard
-                    path = self._folder.local(shard_name(number), wanted.sha256, wanted.bytes)
-                    found = sha256_of(path)
-            except OSError as error:
-                raise CacheCorrupt(f"{name} cannot be read: {error}") from error
-            if found != wanted.sha256:
-                raise CacheCorrupt(f"{name}: sha256 must be {wanted.sha256}, got {found}")
+            path = self._verified_file(name, wanted.sha256, wanted.bytes)
             self._verified.add(number)
-        return Shard(path, name, wanted)
+        return Shard(path, f"{self.path}/{name}", wanted)
+
+    def _verified_file(self, name: str, sha256: str, size: int) -> Path:
+        """Return a file of this machine with the bytes that were written."""
+        path = self._folder.local(name, sha256, size)
+        try:
+            found = sha256_of(path)
+            if found != sha256 and not self._folder.is_local:
+                path.unlink(missing_ok=True)  # the copy has been damaged, not the file
+                path = self._folder.local(name, sha256, size)
+                found = sha256_of(path)
+        except OSError as error:
+            raise CacheCorrupt(f"{self.path}/{name} cannot be read: {error}") from error
+        if found != sha256:
+            raise CacheCorrupt(f"{self.path}/{name}: sha256 must be {sha256}, got {found}")
+        return path
+
+    def head_file(self) -> Path:
+        """Return the file with the teacher's output head, checked as shards are.
+
+        Raises:
+            CacheCorrupt: the cache has none, or it is not what was written.
+        """
+        if self.manifest.head is None:
+            raise CacheCorrupt(f"{self.path}: the manifest must name the file of the head")
+        size, sha256 = self.manifest.head
+        if self.verify == "size":
+            return self._folder.local(HEAD, sha256, size)
+        return self._verified_file(HEAD, sha256, size)
 
     def _check_sidecar(self, number: int, wanted: Entry) -> None:
         file = sidecar_name(number)

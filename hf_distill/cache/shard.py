@@ -21,7 +21,7 @@ from hf_distill.cache.errors import CacheCorrupt
 from hf_distill.cache.files import commit, entry, parse, pretty
 
 FORMAT = "hf_distill teacher cache"
-FORMAT_VERSION = "1.0"  # another first number is refused
+FORMAT_VERSION = "1.1"  # another first number is refused
 FOLDER = "shards"
 
 OFFSETS = "offsets."

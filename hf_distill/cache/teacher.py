@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from hf_distill.cache import fingerprints
+from hf_distill.cache.cached_head import CachedHead
 from hf_distill.cache.codecs import Codec, make_codec
 from hf_distill.cache.columns import move_to_device, pad_tokens, select_tokens, unpad_tokens
 from hf_distill.cache.errors import (
@@ -95,8 +96,9 @@ class CachedTeacher(Teacher):
         self.reader = CacheReader(path, verify, copies)
         self.manifest = self.reader.manifest
         self.codec = self._codec()
+        self._head = CachedHead(self.reader) if self.codec.of_hidden else None
         # decoded once, so that batches from a loader know which kind of teacher they are of
-        self._like = self.codec.decode([], [], self.manifest.vocab_size)
+        self._like = self._decoded([])
         if isinstance(self._like, SparseTeacher):
             self._check_tail(self._like)
         if teacher is not None:
@@ -172,7 +174,7 @@ class CachedTeacher(Teacher):
 
     @property
     def dense(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Return whether the codec stores the whole distribution."""
+        """Return whether the whole distribution is known."""
         return isinstance(self._like, Tensor)
 
     def collator(self, collator: Any) -> Any:
@@ -221,9 +223,10 @@ class CachedTeacher(Teacher):
 
     def _check_rule(self, spec: DivergenceSpec) -> None:
         """Compute the loss of no tokens, which raises the errors of a loss of some."""
-        known = self._signal(self._like, torch.device("cpu")).sparse
-        if known is None:
+        if isinstance(self._like, Tensor):
             return
+        known = self._signal(self._like, torch.device("cpu")).sparse
+        assert known is not None
         try:
             given = {"tail": self.rule.tail, "max_ratio": self.rule.max_ratio}
             none = torch.empty(0, self.manifest.vocab_size)
@@ -257,12 +260,16 @@ class CachedTeacher(Teacher):
             ValueError: rows are not known by their ids alone.
         """
         device = side.predicts.device
-        if side.stored is not None and isinstance(self._like, SparseTeacher):
+        if side.stored is not None and self._travels:
             return self._signal(unpad_tokens(side.stored, self._like), device)
         found, _ = self._read(side)
         return self._signal(found, device)
 
     def _signal(self, found: SparseTeacher | Tensor, device: torch.device) -> Signal:
+        if self._head is not None:
+            assert isinstance(found, Tensor)
+            head = self._head.on(device)
+            return Signal(hidden=found.to(device, head.weight.dtype), head=head)
         if isinstance(found, Tensor):
             return Signal(logits=found.to(device))
         if self.rule.tail in ("bucket", "renorm"):
@@ -285,20 +292,24 @@ class CachedTeacher(Teacher):
 
     def _decoded(self, rows: Sequence[Row]) -> SparseTeacher | Tensor:
         lengths = [len(row.positions) for row in rows]
-        vocab = self.manifest.vocab_size
+        width = self.manifest.vocab_size if self._head is None else self._head.width
         try:
-            return self.codec.decode([row.arrays for row in rows], lengths, vocab)
+            return self.codec.decode([row.arrays for row in rows], lengths, width)
         except ValueError as error:
             numbers = [row.row for row in rows]
             raise CacheCorrupt(f"{self.reader.path}, rows {numbers}: {error}") from error
 
     def columns(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return what a loader puts into a batch, see `pad_tokens`; nothing for a dense codec."""
-        if isinstance(self._like, Tensor):
+        """Return what a loader puts into a batch, see `pad_tokens`; nothing of whole logits."""
+        if not self._travels:
             return {}  # [tokens, vocab] is read where it is used, not sent from a worker
         found, lengths = self._read(teacher_side(batch, student_side(batch)))
-        assert isinstance(found, SparseTeacher)
         return pad_tokens(found, lengths)
+
+    @property
+    def _travels(self) -> bool:
+        """Return whether a loader's workers send what is stored."""
+        return self._head is not None or isinstance(self._like, SparseTeacher)
 
 
 class CachedCollator:

@@ -30,8 +30,9 @@ from hf_distill.cache import fingerprints, progress
 from hf_distill.cache.codecs import Codec, HeadSamples, make_codec
 from hf_distill.cache.datasets import default_collator
 from hf_distill.cache.encoder import Encoder, RowEncoder, sums_of
-from hf_distill.cache.errors import CacheError
+from hf_distill.cache.errors import CacheCorrupt, CacheError
 from hf_distill.cache.fingerprints import Collator, Data
+from hf_distill.cache.hidden_encoder import with_head
 from hf_distill.cache.launches import only_one_writes
 from hf_distill.cache.manifest import MANIFEST, Manifest, config_hash
 from hf_distill.cache.processes import Part, num_copies, part_of
@@ -76,10 +77,11 @@ def _tokenizer(
     return found
 
 
-def _nominal_bytes(codec: Codec, vocab: int, real_vocab: int) -> float:
+def _nominal_bytes(encoder: RowEncoder) -> float:
     """Return a token's bytes, from made-up logits: shards are sized before there are any."""
-    logits = torch.linspace(0, 30, vocab).expand(4, vocab)
-    (arrays,) = codec.encode(logits, [4], [(0, 0)], real_vocab)
+    width = encoder.width
+    logits = torch.linspace(0, 30, width).expand(4, width)
+    (arrays,) = encoder.codec.encode(logits, [4], [(0, 0)], min(encoder.real_vocab, width))
     return sum(x.nbytes for x in arrays.values()) / 4
 
 
@@ -150,14 +152,16 @@ def _vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> 
     return vocab, min(ids, vocab)
 
 
-def _codec_identity(codec: Codec, seed: int) -> dict[str, Any]:
+def _codec_identity(encoder: RowEncoder) -> dict[str, Any]:
+    codec = encoder.codec
     return {
         "name": codec.name,
         "settings": codec.settings(),
-        "seed": seed,
+        "seed": encoder.seed,
         "temperature": codec.temperature,
         # None: no limit
         "temperature_range": [x if math.isfinite(x) else None for x in codec.temperature_range],
+        **encoder.codec_notes(),
     }
 
 
@@ -211,10 +215,26 @@ def _configuration(
         "logits": {"logit_dim": encoder.vocab, "real_vocab": encoder.real_vocab},
         "dataset": fingerprints.dataset_identity(encoder.data),
         "collator": fingerprints.collator_identity(encoder.collator, encoder.data),
-        "codec": _codec_identity(encoder.codec, encoder.seed),
+        "codec": _codec_identity(encoder),
         "shard_rows": encoder.shard_rows,
     }
     return fingerprints.plain(config)
+
+
+def _begin(
+    cache: Path, encoder: RowEncoder, config: dict[str, Any], overwrite: bool, verify: str
+) -> list[int]:
+    """Make the folder ready; returns the numbers of the shards that are missing."""
+    missing = progress.begin(cache, config, overwrite, verify)
+    try:
+        encoder.lay_down(cache, len(missing) == progress.num_shards(config), verify)
+    except CacheCorrupt:
+        if not overwrite:
+            raise
+        progress.delete(cache)
+        missing = progress.begin(cache, config, overwrite, verify)
+        encoder.lay_down(cache, True, verify)
+    return missing
 
 
 def write_all(
@@ -249,16 +269,16 @@ def write_all(
         if state.is_main_process:
             rows = encoder.shard_rows or (None if overwrite else progress.shard_rows(cache))
             if not rows:
-                size = _nominal_bytes(encoder.codec, encoder.vocab, encoder.real_vocab)
-                rows = _shard_rows(encoder.data, encoder.collator, size)
+                rows = _shard_rows(encoder.data, encoder.collator, _nominal_bytes(encoder))
             config = _configuration(replace(encoder, shard_rows=rows), identity, tokenizer)
             with _writing(cache):
-                plan = [config, progress.begin(cache, config, overwrite, verify)]
+                plan = [config, _begin(cache, encoder, config, overwrite, verify)]
         # one process looks: another would see shards that a third has just written
         config, missing = broadcast_object_list(plan)
         encoder = replace(encoder, shard_rows=config["shard_rows"])
         _log_choice(cache, encoder, missing)
         encoder.probe()
+        encoder.pick_up(cache)
         part = part_of(missing, state, copies)
         _write(cache, encoder, part, config_hash(config), state)
         state.wait_for_everyone()
@@ -358,6 +378,9 @@ def cache_teacher(
         reader=Reader("teacher"),
         in_pieces=in_pieces,
     )
+
+    if encoder.codec.of_hidden:
+        encoder = with_head(encoder)
 
     def about() -> dict[str, Any]:
         return fingerprints.teacher_identity(teacher, teacher_revision)

@@ -93,6 +93,11 @@ class Reader:
         self._look(model, inputs, None)
         return self._post is not None
 
+    @property
+    def refusal(self) -> str | None:
+        """Return why the model is read by its logits, once it has been looked at."""
+        return self._refusal
+
     def look(self, model: nn.Module, side: Side) -> None:
         """Find out how the model is read, at the first call.
 

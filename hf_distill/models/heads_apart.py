@@ -129,7 +129,7 @@ class _Lookup(torch.autograd.Function):
         found = weight.new_zeros(len(local), weight.shape[1])
         found[mine] = weight[local[mine]]
         kept = found.new_empty(every.most, found.shape[1])
-        dist.reduce_scatter_tensor(kept, found, group=at.group)
+        dist.reduce_scatter_single(kept, found, group=at.group)
         ctx.every, ctx.local, ctx.group, ctx.size = every, local, at.group, weight.shape
         ctx.mine = mine if pad is None else mine & (every.ids != pad)
         return kept[: len(own)]

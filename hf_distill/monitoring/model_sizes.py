@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
@@ -96,6 +97,7 @@ class ModelSizes:
         self.config, self.dtype = copy.deepcopy(config), dtype
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
+        _check_reads_no_later_tokens(cast(Any, model).config)
         self.plan = _expanded_plan(model)
         if lora_rank is not None:
             model = adapted(model, lora_rank)
@@ -151,6 +153,20 @@ def _check_causal_lm(config: PreTrainedConfig) -> None:
     if named or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         what = named[0] if named else f"model type {config.model_type!r}"
         raise ValueError(f"a plan needs a causal language model, got {what}")
+
+
+def _check_reads_no_later_tokens(config: PreTrainedConfig) -> None:
+    """Check that a built model's attention is causal: that of an encoder's types is if told so.
+
+    Types that can be encoders have masked LMs too; the others' `is_decoder` may be False unread.
+    """
+    can_be_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    can_be_encoder = can_be_encoder or config.model_type == "bert-generation"
+    if can_be_encoder and getattr(config, "is_decoder", None) is False:
+        raise ValueError(
+            f"a plan needs a causal language model, got model type {config.model_type!r} with "
+            "is_decoder=False, which reads later tokens"
+        )
 
 
 def adapted(model: nn.Module, rank: int) -> nn.Module:

@@ -20,7 +20,7 @@ def _padded(x: Tensor, rows: int) -> Tensor:
 def gather_padded(x: Tensor, most: int, group: dist.ProcessGroup) -> Tensor:
     """Return all processes' rows, each padded with zeros to `most`: [P * most, ...]."""
     every = x.new_empty(dist.get_world_size(group) * most, *x.shape[1:])
-    dist.all_gather_into_tensor(every, _padded(x, most), group=group)
+    dist.all_gather_single(every, _padded(x, most), group=group)
     return every
 
 
@@ -35,7 +35,7 @@ class _GatherTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         own = grad.new_empty(ctx.most, *grad.shape[1:])
-        dist.reduce_scatter_tensor(own, grad.contiguous(), group=ctx.group)
+        dist.reduce_scatter_single(own, grad.contiguous(), group=ctx.group)
         return own[: ctx.size], None, None
 
 

@@ -22,6 +22,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -29,16 +31,26 @@ from convert_gguf import resolve_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_distill.cache.codecs import Codec, Full, HeadSamples, Sampled, TopK
+from hf_distill.cache.codecs import Codec, Full, HeadSamples, HiddenStates, Sampled, TopK
 from hf_distill.cache.codecs.selection import Selection, select, uniforms
 from hf_distill.cache.codecs.sparse import SparseCodec
-from metal_ops import DivergenceSpec, SparseTeacher, divergence, sparse_divergence
+from hf_distill.cache.manifest import HEAD
+from hf_distill.cache.stored_head import StoredHead, read_head
+from metal_ops import DivergenceSpec, Head, SparseTeacher, divergence, sparse_divergence
 from tests.benchmarks import timing
 
 ROW = 128
 FAR = -1e4  # the log-probability of what a scheme takes for impossible
 KINDS = ("forward_kl", "jsd")
 STUDENTS = {"near": 0.03, "mid": 0.10}
+HIDDEN = (
+    *(HiddenStates("bf16"), HiddenStates("int8"), HiddenStates("int8", rank=432)),
+    *(
+        HiddenStates("bf16", rank=288),
+        HiddenStates("int8", rank=288),
+        HiddenStates("int8", rank=144),
+    ),
+)
 POSITION_BYTES = 4  # what the container adds to each token
 
 Loss = Callable[[Tensor, DivergenceSpec], Tensor]
@@ -52,6 +64,15 @@ class Scheme:
     loss: Loss
     decoded: Callable[[float], Tensor | None]
     serves: Callable[[DivergenceSpec], bool] = lambda spec: True
+
+
+@dataclass
+class Said:
+    """What the teacher says: logits [N, V], the hidden states [N, H] and the head they are of."""
+
+    logits: Tensor
+    hidden: Tensor
+    head: Tensor
 
 
 @dataclass
@@ -92,8 +113,8 @@ def noisy(model: nn.Module, share: float, seed: int) -> nn.Module:
     return model
 
 
-def read_models(args: argparse.Namespace) -> tuple[Tensor, dict[str, Student]]:
-    """The teacher's logits and the students' logits and hidden states."""
+def read_models(args: argparse.Namespace) -> tuple[Said, dict[str, Student]]:
+    """What the teacher says and the students' logits and hidden states."""
     name = resolve_model(args.model)
     tokenizer = AutoTokenizer.from_pretrained(name)
     ids: list[int] = []
@@ -110,7 +131,7 @@ def read_models(args: argparse.Namespace) -> tuple[Tensor, dict[str, Student]]:
     for student, share in STUDENTS.items():
         states, weight = hidden_and_head(noisy(load(), share, args.seed + 1), rows)
         students[student] = Student(states @ weight.T, states)
-    return hidden @ head.T, students
+    return Said(hidden @ head.T, hidden, head), students
 
 
 def by_codec(codec: Codec, logits: Tensor, args: argparse.Namespace) -> Scheme:
@@ -135,6 +156,20 @@ def by_codec(codec: Codec, logits: Tensor, args: argparse.Namespace) -> Scheme:
         return spread(teacher.at(temperature), logits.shape[1]) if known else None
 
     return Scheme(stored + POSITION_BYTES, loss, decoded, lambda spec: codec.serves(spec) is None)
+
+
+def by_hidden(codec: HiddenStates, said: Said) -> Scheme:
+    """Hidden states, by their round trip; the head, which is stored once, is not counted."""
+    stored = StoredHead(Head(said.head), codec.rank)
+    with TemporaryDirectory() as folder:
+        stored.write(Path(folder), True, "size")
+        stored.read_basis(Path(folder))
+        head = read_head(Path(folder, HEAD), stored.notes(), folder)
+    lengths = [ROW] * (len(said.hidden) // ROW)
+    rows = codec.encode(stored.project(said.hidden), lengths, [(0, 0)] * len(lengths), 1)
+    size = sum(array.nbytes for row in rows for array in row.values()) / len(said.hidden)
+    read = codec.decode(rows, lengths, stored.width)
+    return by_log_probs(size + POSITION_BYTES, read.float() @ head.weight.T)
 
 
 def by_log_probs(bytes_per_token: float, log_probs: Tensor) -> Scheme:
@@ -204,12 +239,19 @@ def codecs() -> dict[str, Codec]:
     }
 
 
-def schemes(logits: Tensor, args: argparse.Namespace) -> Iterator[tuple[str, Scheme]]:
+def schemes(said: Said, args: argparse.Namespace) -> Iterator[tuple[str, Scheme]]:
     """Each by its name; made when it is its turn."""
+    logits = said.logits
     ids = id_bytes(logits.shape[1])
     makers: dict[str, Callable[[], Scheme]] = {
         name: partial(by_codec, codec, logits, args) for name, codec in codecs().items()
     } | {
+        f"hidden_states {x.format}{'' if x.rank is None else f', rank {x.rank}'}": partial(
+            by_hidden, x, said
+        )
+        for x in HIDDEN
+    }
+    makers |= {
         "renormalised top 50 fp16": lambda: renormalised(logits, 50, 2, ids),
         "renormalised top 128 fp16": lambda: renormalised(logits, 128, 2, ids),
         "raw top 128, f32 and i32 (pmetal)": lambda: renormalised(logits, 128, 4, 4),
@@ -244,7 +286,7 @@ def fidelity(args: argparse.Namespace) -> None:
         for temperature in args.temperatures
     }
     exact = {
-        (name, spec): loss_and_gradient(partial(full, teacher), student, spec)
+        (name, spec): loss_and_gradient(partial(full, teacher.logits), student, spec)
         for name, student in students.items()
         for wanted in specs.values()
         for spec in wanted
@@ -255,7 +297,7 @@ def fidelity(args: argparse.Namespace) -> None:
         print(f"\nTemperature {temperature:g}; losses {', '.join(cases)}: {', '.join(values)}\n")
         columns = ["scheme", "B/token", "KL", *(f"{case}: loss, error, cos" for case in cases)]
         print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-        log_p = (teacher / temperature).log_softmax(-1)
+        log_p = (teacher.logits / temperature).log_softmax(-1)
         for scheme_name, scheme in schemes(teacher, args):
             decoded = scheme.decoded(temperature)
             kl = None if decoded is None else divergence_of(log_p, decoded)

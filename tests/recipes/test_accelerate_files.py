@@ -113,7 +113,7 @@ def test_the_size_of_a_tensor_parallel_group(
 SAID = {
     "eight_gpus_fsdp2": "teacher: in pieces on the processes, by the student's engine (FSDP)",
     "eight_gpus_zero3": "teacher: in pieces on the processes, by the student's engine (DEEPSPEED)",
-    "tensor_parallel": "student: read by its logits",
+    "tensor_parallel": "output heads on several processes: in pieces",
     "one_gpu": "student: read by its hidden states",
     "mac": "student: read by its hidden states",
 }

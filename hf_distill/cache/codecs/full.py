@@ -36,6 +36,7 @@ class Full:
     """
 
     name: ClassVar[str] = "full"
+    of_hidden: ClassVar[bool] = False
 
     format: str = "fp16"
     temperature: float = field(init=False, repr=False, default=1.0)

@@ -1,6 +1,7 @@
 """What a codec is: a teacher's log-probabilities as a few arrays per row of the data.
 
-Shapes: N scored tokens of all rows together, V vocabulary (logits per token), n draws, K entries.
+Shapes: N scored tokens of all rows together, V vocabulary (logits per token), H hidden, n draws, K
+entries.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,9 +24,13 @@ class Codec(Protocol):
 
     Attributes:
         name: under which `make_codec` knows the class.
+        of_hidden: whether it stores hidden states. Then logits [N, V] and the vocabulary are, in
+            what follows, hidden states [N, H] and their width; the head that makes logits of them
+            lies beside the shards.
     """
 
     name: ClassVar[str]
+    of_hidden: ClassVar[bool]
 
     @property
     def temperature(self) -> float:
@@ -52,6 +57,7 @@ class Codec(Protocol):
     def encode(
         self,
         logits: Tensor,
+        /,
         lengths: Sequence[int],
         keys: Sequence[tuple[int, int]],
         real_vocab: int,
@@ -74,7 +80,7 @@ class Codec(Protocol):
         ...
 
     def decode(
-        self, rows: Sequence[Mapping[str, np.ndarray]], lengths: Sequence[int], vocab: int
+        self, rows: Sequence[Mapping[str, np.ndarray]], lengths: Sequence[int], vocab: int, /
     ) -> SparseTeacher | Tensor:
         """Return the teacher of the rows' tokens, in order, on the CPU.
 
@@ -85,7 +91,7 @@ class Codec(Protocol):
 
         Returns:
             What is known of the N tokens, float32 and int64, at `temperature`; or, of a codec that
-            stores every entry, [N, V] float32 log-probabilities.
+            stores every entry, [N, V] float32 log-probabilities; or [N, H] hidden states.
 
         Raises:
             ValueError: an array is missing or does not fit the lengths, or holds a value that no

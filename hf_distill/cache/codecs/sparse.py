@@ -57,6 +57,7 @@ class SparseCodec:
     """
 
     name: ClassVar[str]
+    of_hidden: ClassVar[bool] = False
     temperature: float
     temperature_range: tuple[float, float]
     top_k: int

@@ -81,7 +81,7 @@ def sizes_of(x: Tensor, group: dist.ProcessGroup) -> list[int]:
     """Return how many rows each process's tensor has. All processes of the group must call it."""
     own = torch.tensor([len(x)], device=x.device)
     every = own.new_empty(dist.get_world_size(group))
-    dist.all_gather_into_tensor(every, own, group=group)
+    dist.all_gather_single(every, own, group=group)
     return every.tolist()
 
 
@@ -105,7 +105,7 @@ def join_normalisers(tops: Tensor, sums: Tensor, inv_t: float) -> tuple[Tensor, 
 def _gathered(own: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return the [k, n] of all processes, [P, k, n]."""
     every = own.new_empty(dist.get_world_size(group), *own.shape)
-    dist.all_gather_into_tensor(every.flatten(0, 1), own.contiguous(), group=group)
+    dist.all_gather_single(every.flatten(0, 1), own.contiguous(), group=group)
     return every
 
 

@@ -152,7 +152,7 @@ def test_finishing_checks_every_shard(tmp_path: Path) -> None:
         ("", CacheError, "there is no shards/shard-00002.json"),
         (text.replace('"shard": 2', '"shard": 1'), CacheCorrupt, "shard must be 2, got 1"),
         (text.replace('"sums": {}', '"sums": {"x": "y"}'), CacheCorrupt, "x must be of type float"),
-        (text.replace('"1.0"', '"3.1"'), FormatVersionError, "got '3.1'"),
+        (text.replace('"1.1"', '"3.1"'), FormatVersionError, "got '3.1'"),
         (text.replace("  8,", "  7,"), CacheCorrupt, "must have rows 7 to 11"),
     ]
     for changed, kind, message in faults:

@@ -44,7 +44,7 @@ def cache(tmp_path: Path) -> Path:
 # As cache_format.md says: header, then wider types first, names in order
 HEADER = (
     '{"__metadata__":{"config_hash":"c0ffee","format":"hf_distill teacher cache",'
-    '"format_version":"1.0","shard":"2"},'
+    '"format_version":"1.1","shard":"2"},'
     '"offsets.codes":{"dtype":"I64","shape":[4],"data_offsets":[0,32]},'
     '"offsets.masses":{"dtype":"I64","shape":[4],"data_offsets":[32,64]},'
     '"offsets.positions":{"dtype":"I64","shape":[4],"data_offsets":[64,96]},'
@@ -79,7 +79,7 @@ def test_a_shard_has_these_bytes(cache: Path) -> None:
 def test_a_sidecar_has_these_bytes(cache: Path) -> None:
     entry = write_shard(cache, 2, ROWS, "c0ffee", sums={"entropy": 1.5})
     assert (cache / "shards/shard-00002.json").read_text() == (
-        f'{{\n "bytes": {entry.bytes},\n "config_hash": "c0ffee",\n "format_version": "1.0",\n'
+        f'{{\n "bytes": {entry.bytes},\n "config_hash": "c0ffee",\n "format_version": "1.1",\n'
         f' "rows": [\n  6,\n  9\n ],\n "sha256": "{entry.sha256}",\n "shard": 2,\n'
         ' "sums": {\n  "entropy": 1.5\n },\n "tokens": 3\n}\n'
     )

@@ -251,6 +251,7 @@ def planned(engine: str, changes: dict[str, Any], processes: int = 2) -> Plan:
     given = {k: v for k, v in given.items() if k in PlanSettings.__dataclass_fields__}
     config = LlamaConfig(**SIZES, tie_word_embeddings=changes.get("tie_word_embeddings", False))
     teacher = LlamaConfig(**SIZES | TEACHER) if kind == "model" else None
+    dtype = "float32" if engine == "tp" else "bfloat16"  # see `Place.loaded`
     settings = PlanSettings(
         devices=1 if engine == "one" else processes,
         batch_size=ROWS,
@@ -258,7 +259,7 @@ def planned(engine: str, changes: dict[str, Any], processes: int = 2) -> Plan:
         scored_tokens=(ROWS - 1) * (LENGTH - 1) + SHORTER - 1,
         device="cpu",
         teacher=kind,
-        teacher_dtype="float32" if engine == "tp" else "bfloat16",  # see `Place.loaded`
+        teacher_dtype=None if teacher is None else dtype,
         **given,
     )
     return Planner(config, teacher, settings).plan(engine)

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from hf_distill.losses import split_heads
+from hf_distill.losses import DivergenceLoss, Tokens, divergence, split_heads
 from hf_distill.models.signals import Signal
 from metal_ops import DivergenceSpec, Head
 
@@ -70,3 +70,24 @@ def test_rows_of_data_parallelism(mesh: Any) -> None:
     assert torch.equal(local.to_local(), torch.full((3, 3), 0.5))
     shared = split_heads.split_heads(student, student, FULL)
     assert shared.student is shared.teacher
+
+
+def test_hard_labels_of_other_weights_join_no_head(
+    mesh: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cross-entropy that is computed apart is of rows of the head too."""
+    kinds: list[type] = []
+    fused = divergence.linear_divergence
+    monkeypatch.setattr(Head, "gathered", lambda _: pytest.fail("a head was joined"))
+
+    def count(*sides: Any, **options: Any) -> Any:
+        kinds.extend(type(side.weight) for side in sides if isinstance(side, Head))
+        return fused(*sides, **options)
+
+    monkeypatch.setattr(divergence, "linear_divergence", count)
+    weights = torch.full((4,), 0.25)
+    tokens = Tokens(torch.tensor([0, 1, 4, 5]), weights, corrected=weights * torch.arange(4))
+    terms = DivergenceLoss(FULL, 0.5)(signal(mesh, 6), signal(mesh, 6), tokens)
+    assert terms.metrics.keys() >= {"soft", "hard"}
+    assert len(kinds) == 4
+    assert DTensor not in kinds

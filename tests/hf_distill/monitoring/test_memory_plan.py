@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import LlamaConfig, LlamaModel, T5Config
+from transformers import BertConfig, GPTNeoXConfig, LlamaConfig, LlamaModel, T5Config
 from transformers.optimization import Adafactor
 
 from hf_distill.__main__ import main
@@ -22,7 +22,7 @@ from tests.hf_distill.trainers import experts, models
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
 
-FOLDERS = ("student", "teacher", "gpt2", "t5", "classifier", "empty")
+FOLDERS = ("student", "teacher", "gpt2", "t5", "bert", "decoder", "neox", "classifier", "empty")
 MAKERS = models.FAMILIES | {"moe": experts.moe}
 
 
@@ -204,6 +204,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         config.save_pretrained(made / name)
     models.gpt2().config.save_pretrained(made / "gpt2")
     T5Config().save_pretrained(made / "t5")
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes |= {"vocab_size": 64, "num_hidden_layers": 1}
+    BertConfig(**sizes).save_pretrained(made / "bert")
+    BertConfig(**sizes, is_decoder=True).save_pretrained(made / "decoder")
+    GPTNeoXConfig(**sizes).save_pretrained(made / "neox")
     of_classes = models.llama().config
     of_classes.architectures = ["LlamaForSequenceClassification"]
     of_classes.save_pretrained(made / "classifier")
@@ -301,6 +306,8 @@ def test_json(folders: dict[str, str], capsys: pytest.CaptureFixture[str]) -> No
             "shard_loss needs engine fsdp2, got zero3",
         ),
         (["{t5}"], "a plan needs a causal language model, got model type 't5'"),
+        (["{bert}"], "'bert' with is_decoder=False, which reads later tokens"),
+        (["{student}", "{bert}"], "'bert' with is_decoder=False, which reads later tokens"),
         (["{classifier}"], "causal language model, got LlamaForSequenceClassification"),
     ],
 )
@@ -311,6 +318,14 @@ def test_what_cannot_be_is_an_error(
     assert main(["plan", *given]) == 1
     with pytest.raises(ValueError, match=message):
         raise ValueError(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["decoder", "neox"])
+def test_decoders_are_planned(
+    folders: dict[str, str], capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert main(["plan", folders[name], "--length", "16"]) == 0
+    assert "| one | " in capsys.readouterr().out
 
 
 def test_every_engine_has_a_plan() -> None:
