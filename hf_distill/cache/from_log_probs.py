@@ -67,8 +67,7 @@ class KnownEncoder(RowEncoder):
     num_threads: int
 
     def probe(self) -> None:
-        """Check the source."""
-        self.source.start(self.vocab)
+        """Do nothing: the source has been started, to know what it is."""
 
     def _encode(self, rows: Sequence[SideRow], keys: Sequence[tuple[int, int]]) -> list[Arrays]:
         assert isinstance(self.codec, TopK)
@@ -186,8 +185,12 @@ def cache_log_probs(
     )
 
     def about() -> dict[str, Any]:
+        if isinstance(source, RemoteTeacher):
+            source.compare_with(tokenizer)
+        source.start(vocab)
         unknown = dict.fromkeys(("revision", "config_sha256", "weights_fingerprint"))
-        known = source.identity() if isinstance(source, RecordedLogProbs) else {}
+        says = isinstance(source, RecordedLogProbs | RemoteTeacher)
+        known = source.identity() if says else {}
         return {"name_or_path": source.name, **unknown, "tail": "1 - entries", **known}
 
     return write_all(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_distill.cache import fingerprints
+from hf_distill.cache import fingerprints, server_teachers
 from hf_distill.cache.errors import CacheConfigMismatch, CacheCorrupt, CacheError, CacheIncomplete
 from hf_distill.cache.files import TMP, commit, entry, parse, pretty, sha256_of
 from hf_distill.cache.fingerprints import first_difference
@@ -57,8 +57,15 @@ def check_same(found: Mapping[str, Any], wanted: Mapping[str, Any], cache: Path)
     """Check that a folder's cache is the one that is being written.
 
     Raises:
-        CacheConfigMismatch: naming the first entry that differs, and both values.
+        CacheConfigMismatch: naming the first entry that differs, and both values; of servers, both
+            fingerprints.
     """
+    fault = server_teachers.difference(found["teacher"], wanted["teacher"])
+    if fault is not None:
+        raise CacheConfigMismatch(
+            f"{cache} holds a cache of another teacher: {fault}; write this one to another folder, "
+            "or pass overwrite=True"
+        )
     difference = first_difference(found, wanted)
     if difference is not None:
         name, old, new = difference
@@ -66,6 +73,20 @@ def check_same(found: Mapping[str, Any], wanted: Mapping[str, Any], cache: Path)
             f"{cache} holds a cache with {name} = {str(old)[:SHOWN]!r}, this one has "
             f"{str(new)[:SHOWN]!r}: write it to another folder, or pass overwrite=True"
         )
+
+
+def going_on(cache: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration with the teacher of the cache in the folder, if that is the same one.
+
+    A server's model says the same at another address, and up to its rounding.
+    """
+    try:
+        found = read_config(cache)
+    except CacheError:
+        return config  # `begin` says so
+    if found is None or not server_teachers.is_same(found.get("teacher"), config["teacher"]):
+        return config
+    return config | {"teacher": found["teacher"]}
 
 
 def shard_rows(cache: Path) -> int | None:

@@ -271,6 +271,7 @@ def write_all(
             if not rows:
                 rows = _shard_rows(encoder.data, encoder.collator, _nominal_bytes(encoder))
             config = _configuration(replace(encoder, shard_rows=rows), identity, tokenizer)
+            config = progress.going_on(cache, config)
             with _writing(cache):
                 plan = [config, _begin(cache, encoder, config, overwrite, verify)]
         # one process looks: another would see shards that a third has just written

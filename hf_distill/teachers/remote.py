@@ -3,11 +3,14 @@
 import logging
 import math
 import os
+import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from hf_distill.data.sides import Side
 from hf_distill.losses import DivergenceLoss
@@ -16,6 +19,13 @@ from hf_distill.models.signals import Signal
 from hf_distill.models.structure import causal_lm
 from hf_distill.run import Run
 from hf_distill.teachers.base import Teacher
+from hf_distill.teachers.server_checks import ask_num_ids, compare_tokens
+from hf_distill.teachers.server_identity import (
+    FINGERPRINT_TOKENS,
+    Fingerprint,
+    ServedModel,
+    ask_model,
+)
 from hf_distill.teachers.server_requests import (
     RemoteTeacherError,
     Retries,
@@ -28,7 +38,6 @@ from metal_ops import SparseTeacher
 logger = logging.getLogger(__name__)
 
 SENT = ("input_ids", "attention_mask")  # of a side's inputs; the server numbers positions itself
-PROBE_TOKENS = 8
 # Largest difference of a log-probability between two equal requests, in nats. Logits in bfloat16
 # that are summed in another order differ by 0.06 to 0.13; another model by some nats.
 REPEATED = 0.25
@@ -62,8 +71,9 @@ class RemoteTeacher(Teacher):
         num_threads: the number of requests that are under way at the same time, at least 1.
         api_key_env: the environment variable that contains the server's key. None means that there
             is no key.
-        vocab_size: the number of logits per token of the server's model, padding included, which
-            the endpoint does not say. None means as many as the student has.
+        vocab_size: the number of logits per token of the server's model, padding included. None
+            means as many as the student has. A vLLM server is asked which ids it knows, and the
+            number must be theirs.
 
     Attributes:
         temperature: 1, at which the server's log-probabilities are taken; the loss's must be the
@@ -108,6 +118,11 @@ class RemoteTeacher(Teacher):
         again = Retries(backoff, max_wait, retries)
         self._server = Completions(url, model, top_k, timeout, again, backoff, key, num_threads)
         self._vocab = 0
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._served = ServedModel(model)
+        self._fingerprint: Fingerprint | None = None
+        self._met = 0  # interruptions before the server was last asked what it is
+        self._lock = threading.Lock()
 
     def close(self) -> None:
         """Close the connections to the server."""
@@ -118,12 +133,17 @@ class RemoteTeacher(Teacher):
         """Return what sends its requests."""
         return self._server.requests
 
+    def compare_with(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Compare the server's tokens with those of a tokenizer, at the next start."""
+        self._tokenizer = tokenizer
+
     def check(self, run: Run) -> None:
         """Check that the run's divergences read entries that the server gives.
 
         Raises:
             ValueError: a support asks for entries that the student chooses, or for more of them.
         """
+        self.compare_with(run.tokenizer)
         for spec in (loss.spec for loss in run.losses if isinstance(loss, DivergenceLoss)):
             chosen = spec.support not in ("full", "teacher_topk")
             if chosen or (spec.top_k or 0) > self.top_k:
@@ -134,12 +154,12 @@ class RemoteTeacher(Teacher):
                 )
 
     def prepare(self, accelerator: Accelerator, student: nn.Module, refusal: str | None) -> None:
-        """Ask the server for the same tokens twice.
+        """Ask the server what it is, and for the same tokens twice.
 
         Raises:
             ValueError: the student's vocabulary is not known or smaller than top_k.
-            RemoteTeacherError: the server does not answer, answers differently, or knows ids that
-                the student does not.
+            RemoteTeacherError: the server does not answer, answers differently, or has another
+                vocabulary or tokenizer.
         """
         self.start(structure.vocab_size(causal_lm(student)))
 
@@ -148,8 +168,22 @@ class RemoteTeacher(Teacher):
         """Return the name of the model, and the server's URL."""
         return f"{self._server.model} at {self._server.url}"
 
+    def identity(self) -> dict[str, Any]:
+        """Return what the server is, for the manifest of a cache; it has been started.
+
+        Entries: `name_or_path`, what it says that it has loaded; `dtype`, if it says so; `address`,
+        as it was asked; `fingerprint`, see `server_identity.Fingerprint`.
+        """
+        assert self._fingerprint is not None
+        return {
+            "name_or_path": self._served.root or self._served.name,
+            "dtype": self._served.dtype,
+            "address": self.name,
+            "fingerprint": self._fingerprint.to_json(),
+        }
+
     def start(self, vocab: int | None) -> None:
-        """Ask the server for the same tokens twice, as `prepare` does, where there is no student.
+        """Do what `prepare` does, where there is no student.
 
         Args:
             vocab: the logits that a student gives per token.
@@ -164,27 +198,72 @@ class RemoteTeacher(Teacher):
                 f"{self.top_k} and {fewest}"
             )
         self._vocab = vocab if self.vocab_size is None else self.vocab_size
-        ids = [fewest * (i + 1) // (PROBE_TOKENS + 1) for i in range(PROBE_TOKENS)]
+        self._fingerprint, self._met = None, self.requests.interruptions
+        self._served = ask_model(self._server)
+        longest = self._server.max_model_len = self._served.max_model_len
+        checked = self._check_vocab() if self._served.is_vllm else "not checked"
+        count = min(FINGERPRINT_TOKENS, longest or FINGERPRINT_TOKENS)
+        ids = [fewest * (i + 1) // (count + 1) for i in range(count)]
         first, again = (self.top_log_probs(ids) for _ in range(2))
-        pairs = zip(first, again, strict=True)
-        apart = max(
-            abs(math.exp(x) - math.exp(y)) if -math.inf in (x, y) else abs(x - y)
-            for one, other in pairs
-            for x, y in zip(one.values(), other.values(), strict=True)
-        )
+        apart = _largest_difference(first, again)
         if apart > REPEATED:
             raise RemoteTeacherError(
                 f"{self._server.url}: two equal requests must get equal log-probabilities, they "
                 f"are {apart:.2g} nats apart (limit {REPEATED})"
             )
+        compared = 0
+        if self._tokenizer is not None:
+            compared = compare_tokens(self._server, self._tokenizer, fewest, longest)
+        self._fingerprint = Fingerprint.of(ids, first)
         logger.info(
-            "teacher %s at %s: top %d of %d, two equal requests are %.1e nats apart",
-            self._server.model,
-            self._server.url,
+            "teacher %s (%s, dtype %s, max_model_len %s): top %d of %d ids (%s), %s, two equal "
+            "requests are %.1e nats apart, %d tokens are the student's",
+            self.name,
+            self._served.root or "it does not say what it has loaded",
+            self._served.dtype or "not said",
+            longest or "not said",
             self.top_k,
-            vocab,
+            self._vocab,
+            checked,
+            self._fingerprint.precision,
             apart,
+            compared,
         )
+
+    def _check_vocab(self) -> str:
+        """Check that the server knows the ids that it must know, and no more."""
+        known = ask_num_ids(self._server, self._vocab)
+        if known is None:
+            return "the server refuses none"
+        if known != self._vocab and (self.vocab_size is None or known < self._vocab):
+            whose = "the student" if self.vocab_size is None else "vocab_size"
+            raise RemoteTeacherError(
+                f"{self._server.url}: the server's model must have {whose}'s {self._vocab} ids, it "
+                f"knows {known}; if the tokenizers are the same and the ids behind theirs are "
+                f"padding, pass vocab_size={known}"
+            )
+        return "checked" if known == self._vocab else f"the server knows {known}"
+
+    def _meet_again(self) -> None:
+        """Check that a server that was away is what it was.
+
+        Raises:
+            RemoteTeacherError: it is another one.
+        """
+        with self._lock:
+            known, seen = self._fingerprint, self.requests.interruptions
+            if known is None or seen == self._met:
+                return
+            self._server.max_model_len = ask_model(self._server).max_model_len
+            now = Fingerprint.of(known.ids, self._server.top_log_probs(known.ids))
+            fault = known.fault(now)
+            if fault is not None:
+                raise RemoteTeacherError(
+                    f"{self._server.url}: a server that is started again must have the model that "
+                    f"it had; {fault}"
+                )
+            self._met = seen
+            logger.info("%s: it has the model that it had", self._server.url)
 
     def top_log_probs(self, ids: Sequence[int]) -> list[TopK]:
         """Ask for the server's most probable tokens at positions 1 to len(ids) - 1.
@@ -193,6 +272,7 @@ class RemoteTeacher(Teacher):
             RemoteTeacherError: the server fails, or knows other ids than the student.
         """
         positions = self._server.top_log_probs(ids)
+        self._meet_again()
         largest = max(map(max, positions))
         if largest >= self._vocab:
             whose = "the student's vocabulary" if self.vocab_size is None else "vocab_size"
@@ -236,6 +316,15 @@ class RemoteTeacher(Teacher):
         return SparseTeacher(
             ids.to(device), log_probs.float().to(device), log_tail.float().to(device)
         )
+
+
+def _largest_difference(first: Sequence[TopK], again: Sequence[TopK]) -> float:
+    """Return how far apart two answers are, rank by rank: in nats, or in probability at none."""
+    return max(
+        abs(math.exp(x) - math.exp(y)) if -math.inf in (x, y) else abs(x - y)
+        for one, other in zip(first, again, strict=True)
+        for x, y in zip(one.values(), other.values(), strict=True)
+    )
 
 
 def top_k_columns(tokens: Sequence[TopK], top_k: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,7 +26,7 @@ def remote(server: Server) -> Iterator[Ask]:
     made = []
 
     def make(top_k: int, **changes: Any) -> RemoteTeacher:
-        changes = {"timeout": 20.0, "backoff": 0.01} | changes
+        changes = {"timeout": 20.0, "backoff": 0.01, "max_wait": 20.0} | changes
         made.append(RemoteTeacher(server.url, "tiny", top_k, **changes))
         return made[-1]
 

@@ -19,12 +19,14 @@ DROP = 0  # the connection is closed without an answer
 class Server:
     """What was asked, and how to answer.
 
-    `faults` are used up in order, one a request: a status, seconds of silence, text in place of the
-    answer, or `DROP`. `change` edits each answer. `barrier` holds requests until so many are there.
-    `max_model_len` and `max_logprobs` are vLLM's options; `card` is what it lists of its model.
+    `faults` are used up in order, one a request for log-probabilities: a status, seconds of
+    silence, text in place of the answer, or `DROP`. `change` edits each answer to one. `barrier`
+    holds requests until so many are there.
+    `max_model_len`, `max_logprobs` and `names` (`--served-model-name`) are vLLM's options; `card`
+    is what else it lists of its model, None for a server without a list.
     """
 
-    def __init__(self, model: nn.Module, name: str = "tiny") -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model.eval()
         self.url = ""
         self.requests: list[dict[str, Any]] = []
@@ -36,8 +38,9 @@ class Server:
         self.vocab_size: int = model.config.vocab_size
         self.max_model_len = 64
         self.max_logprobs = self.vocab_size
-        self.card: dict[str, Any] | None = {"id": name, "object": "model", "owned_by": "vllm"}
-        self.card |= {"root": f"/models/{name}", "parent": None}
+        self.names = ("tiny", "m")
+        self.card: dict[str, Any] | None = {"object": "model", "owned_by": "vllm", "parent": None}
+        self.card |= {"root": "/models/tiny"}
         self.words: Callable[[int], str] = lambda i: f"<{i}>"
         self.connections: set[socket.socket] = set()
         self.under_way = self.most_under_way = 0
@@ -100,8 +103,9 @@ class Server:
         return None
 
     def respond(self, asked: dict[str, Any]) -> tuple[int, str]:
+        scores = asked.get("prompt_logprobs") is not None
         with self._lock:
-            fault = self.faults.pop(0) if self.faults else None
+            fault = self.faults.pop(0) if self.faults and scores else None
         if isinstance(fault, float):
             time.sleep(fault)
         elif isinstance(fault, int):
@@ -118,7 +122,7 @@ class Server:
             self.barrier.wait(timeout=10)
         with self._lock:
             made = self.answer(asked)
-            if self.change is not None:
+            if self.change is not None and scores:
                 self.change(made)
         return 200, json.dumps(made)
 
@@ -127,7 +131,8 @@ class Server:
         if path != "/v1/models" or self.card is None:
             return 404, json.dumps({"detail": "Not Found"})
         card = {"created": 1, "max_model_len": self.max_model_len} | self.card
-        return 200, json.dumps({"object": "list", "data": [card]})
+        cards = [{"id": name} | card for name in self.names]
+        return 200, json.dumps({"object": "list", "data": cards})
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -207,9 +212,9 @@ def listening(state: Server, port: int = 0) -> Iterator[Server]:
         thread.join()
 
 
-def serving(model: nn.Module, port: int = 0, name: str = "tiny") -> Any:
+def serving(model: nn.Module, port: int = 0) -> Any:
     """A server with a model, listening as `listening` says."""
-    return listening(Server(model, name), port)
+    return listening(Server(model), port)
 
 
 def edit(**fields: Any) -> Callable[[Answer], None]:
