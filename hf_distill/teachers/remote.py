@@ -44,6 +44,10 @@ REPEATED = 0.25
 # Probabilities in float32 say no more about the rest than this.
 LEAST_TAIL = torch.finfo(torch.float32).eps
 NO_ENTRY = -1  # padding of ids
+CHOSEN = (
+    ": vLLM's completions give no log-probabilities of ids that the student chooses, a server of "
+    "hidden states serves every support (python -m hf_distill serve MODEL)"
+)
 
 
 class RemoteTeacher(Teacher):
@@ -150,7 +154,7 @@ class RemoteTeacher(Teacher):
                 raise ValueError(
                     f"a RemoteTeacher knows its own {self.top_k} best entries of a token, which "
                     f"serve the supports 'full' and 'teacher_topk' up to them, got "
-                    f"{spec.support!r} with top_k {spec.top_k}"
+                    f"{spec.support!r} with top_k {spec.top_k}" + (CHOSEN if chosen else "")
                 )
 
     def prepare(self, accelerator: Accelerator, student: nn.Module, refusal: str | None) -> None:
