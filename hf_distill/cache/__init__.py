@@ -1,5 +1,6 @@
 """Offline distillation: a teacher's answers on disk, and a teacher that reads them."""
 
+from hf_distill.cache.arrays import ArrayLogProbs
 from hf_distill.cache.codecs import (
     Codec,
     Full,
@@ -10,6 +11,7 @@ from hf_distill.cache.codecs import (
     make_codec,
 )
 from hf_distill.cache.datasets import default_collator, load_data
+from hf_distill.cache.distillkit import DistillKitLogProbs
 from hf_distill.cache.errors import (
     CacheConfigMismatch,
     CacheCorrupt,
@@ -23,7 +25,7 @@ from hf_distill.cache.errors import (
     UnsupportedDivergence,
     VocabSizeMismatch,
 )
-from hf_distill.cache.from_log_probs import cache_log_probs
+from hf_distill.cache.from_log_probs import LogProbs, cache_log_probs
 from hf_distill.cache.manifest import Manifest
 from hf_distill.cache.reader import CacheReader
 from hf_distill.cache.recorded import RecordedLogProbs
@@ -31,6 +33,7 @@ from hf_distill.cache.teacher import CachedCollator, CachedTeacher
 from hf_distill.cache.writer import cache_teacher
 
 __all__ = [
+    "ArrayLogProbs",
     "CacheConfigMismatch",
     "CacheCorrupt",
     "CacheError",
@@ -39,10 +42,12 @@ __all__ = [
     "CachedCollator",
     "CachedTeacher",
     "Codec",
+    "DistillKitLogProbs",
     "FormatVersionError",
     "Full",
     "HeadSamples",
     "HiddenStates",
+    "LogProbs",
     "Manifest",
     "RecordedLogProbs",
     "RowMismatch",

@@ -16,7 +16,7 @@ COUNTS = "counts"  # [B] scored tokens of each row
 HIDDEN = "hidden"
 
 
-def _columns(teacher: SparseTeacher | Tensor) -> Iterator[tuple[str, Tensor]]:
+def named_columns(teacher: SparseTeacher | Tensor) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor [N, ...] of a teacher, by name."""
     if isinstance(teacher, Tensor):
         yield HIDDEN, teacher
@@ -45,12 +45,12 @@ def _replaced(like: SparseTeacher, columns: Mapping[str, Tensor]) -> SparseTeach
 
 def select_tokens(teacher: SparseTeacher, at: Tensor) -> SparseTeacher:
     """Select some of the teacher's tokens, [n] int64, in that order."""
-    return _replaced(teacher, {name: x[at] for name, x in _columns(teacher)})
+    return _replaced(teacher, {name: x[at] for name, x in named_columns(teacher)})
 
 
 def move_to_device(teacher: SparseTeacher, device: torch.device) -> SparseTeacher:
     """Move the teacher's tensors to a device."""
-    return _replaced(teacher, {name: x.to(device) for name, x in _columns(teacher)})
+    return _replaced(teacher, {name: x.to(device) for name, x in named_columns(teacher)})
 
 
 def pad_tokens(teacher: SparseTeacher | Tensor, lengths: list[int]) -> dict[str, Tensor]:
@@ -59,7 +59,7 @@ def pad_tokens(teacher: SparseTeacher | Tensor, lengths: list[int]) -> dict[str,
     inside = torch.arange(int(counts.max()) if lengths else 0) < counts[:, None]
     at = torch.where(inside, inside.reshape(-1).cumsum(0).view(inside.shape) - 1, 0)
     found = {COUNTS: counts}
-    for name, x in _columns(teacher):
+    for name, x in named_columns(teacher):
         found[name] = x[at] if len(x) else x.new_zeros(*at.shape, *x.shape[1:])
     return found
 

@@ -13,16 +13,16 @@ from hf_distill.data import batches
 from hf_distill.data.hint_collator import HintCollator, Hints
 from hf_distill.data.sides import IGNORE_INDEX
 
-JSON_SUFFIXES = (".jsonl", ".json")
+FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 COLUMNS = "input_ids (and labels), prompt and completion, or messages"
 
 
 def load_data(name: str, split: str = "train", subset: str | None = None) -> Dataset:
-    """Load rows from a JSON file, a folder or the hub.
+    """Load rows from a JSON, parquet or arrow file, a folder or the hub.
 
     Args:
-        name: a .jsonl or .json file; a folder that `Dataset.save_to_disk` wrote, or one with data
-            files; or a data set of the hub.
+        name: a .jsonl, .json, .parquet or .arrow file; a folder that `Dataset.save_to_disk` wrote,
+            or one with data files; or a data set of the hub.
         split: of a folder or a data set of the hub.
         subset: of a data set of the hub, or None.
 
@@ -30,14 +30,14 @@ def load_data(name: str, split: str = "train", subset: str | None = None) -> Dat
         ValueError: there is no such split, or a subset is given with a file.
     """
     path = Path(name)
-    is_file = path.suffix in JSON_SUFFIXES and path.is_file()
+    is_file = path.suffix in FILE_FORMATS and path.is_file()
     is_saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
     if subset is not None and (is_file or is_saved):
         raise ValueError(f"{name} has no subsets, got {subset!r}")
     if is_file:
         if split != "train":
             raise ValueError(f"a file is the split 'train', got {split!r}")
-        loaded: Any = load_dataset("json", data_files=str(path), split="train")
+        loaded: Any = load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train")
     elif is_saved:
         loaded = load_from_disk(str(path))
         if isinstance(loaded, DatasetDict):

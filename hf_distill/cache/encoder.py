@@ -138,7 +138,32 @@ class RowEncoder:
 
 
 @dataclass(frozen=True)
-class Encoder(RowEncoder):
+class SignalEncoder(RowEncoder):
+    """Makes rows from logits, or from hidden states and a head."""
+
+    @abstractmethod
+    def signal(self, rows: Sequence[SideRow]) -> Signal:
+        """Return what the teacher says of the scored tokens of some rows."""
+
+    @torch.no_grad()
+    def _encode(self, rows: Sequence[SideRow], keys: Sequence[tuple[int, int]]) -> list[Arrays]:
+        signal = self.signal(rows)
+        lengths = [len(row.positions) for row in rows]
+        made, start = [], 0
+        for group in _groups(lengths, max(1, chunks.CHUNK_ENTRIES // self.vocab)):
+            stop = start + sum(lengths[group])
+            logits = _logits(signal, slice(start, stop))
+            try:
+                made += self.codec.encode(logits, lengths[group], keys[group], self.real_vocab)
+            except ValueError as error:
+                numbers = [row for _, row in keys[group]]
+                raise ValueError(f"rows {numbers} of the data: {error}") from error
+            start = stop
+        return made
+
+
+@dataclass(frozen=True)
+class Encoder(SignalEncoder):
     """Makes rows by running a model.
 
     Attributes:
@@ -192,25 +217,10 @@ class Encoder(RowEncoder):
         return Side(moved, predicts.to(self.device))
 
     @torch.no_grad()
-    def _signal(self, rows: Sequence[SideRow]) -> Signal:
+    def signal(self, rows: Sequence[SideRow]) -> Signal:
+        """Return what the model says of the scored tokens of some rows."""
         with evaluating(self.model):
             return self.reader.signal(self.model, self._side(rows))
-
-    @torch.no_grad()
-    def _encode(self, rows: Sequence[SideRow], keys: Sequence[tuple[int, int]]) -> list[Arrays]:
-        signal = self._signal(rows)
-        lengths = [len(row.positions) for row in rows]
-        made, start = [], 0
-        for group in _groups(lengths, max(1, chunks.CHUNK_ENTRIES // self.vocab)):
-            stop = start + sum(lengths[group])
-            logits = _logits(signal, slice(start, stop))
-            try:
-                made += self.codec.encode(logits, lengths[group], keys[group], self.real_vocab)
-            except ValueError as error:
-                numbers = [row for _, row in keys[group]]
-                raise ValueError(f"rows {numbers} of the data: {error}") from error
-            start = stop
-        return made
 
 
 def _groups(lengths: Sequence[int], limit: int) -> Iterator[slice]:

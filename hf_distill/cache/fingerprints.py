@@ -78,6 +78,7 @@ def side_rows(side: Side) -> list[SideRow]:
         ValueError: the side has inputs that ids do not determine, its mask is not [B, T], it asks
             several teachers, or a scored token or the one before it is padding.
     """
+    side = sides.unpacked(side)
     others = sorted(side.inputs.keys() - set(COVERED))
     if others:
         raise ValueError(

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from hf_distill.cache.arrays import ArrayLogProbs, TopKRow
 from hf_distill.cache.codecs import Arrays, TopK
 from hf_distill.cache.codecs.selection import Selection
 from hf_distill.cache.datasets import default_collator
@@ -31,7 +32,10 @@ MASS_TOLERANCE = 0.05  # of entries and the rest; what is stored may be off by 0
 
 
 class LogProbs(Protocol):
-    """Gives the log-probabilities of rows."""
+    """Gives the log-probabilities of rows: what `cache_log_probs` wants of its source.
+
+    Any object with these members is one, such as a model of another library in this process.
+    """
 
     @property
     def name(self) -> str:
@@ -71,62 +75,78 @@ class KnownEncoder(RowEncoder):
 
     def _encode(self, rows: Sequence[SideRow], keys: Sequence[tuple[int, int]]) -> list[Arrays]:
         assert isinstance(self.codec, TopK)
+        numbers = [row for _, row in keys]
         try:
             requests = self.source.requests if isinstance(self.source, RemoteTeacher) else None
-            asked = [row.ids for row in rows]
-            answers = ask_all(self.source.top_log_probs, asked, self.num_threads, requests)
+            found = ask_all(self._known, rows, self.num_threads, requests)
+            joined = TopKRow(
+                np.concatenate([x.ids for x in found]),
+                np.concatenate([x.log_probs for x in found]),
+                np.concatenate([_log_tail(x, self.vocab) for x in found]),
+            )
+            kept = _selection(joined, self.vocab)
         except ValueError as error:
-            raise ValueError(f"rows {[row for _, row in keys]} of the data: {error}") from error
+            raise ValueError(f"rows {numbers} of the data: {error}") from error
+        return self.codec.pack(kept, [len(row.positions) for row in rows], self.vocab)
+
+    def _known(self, row: SideRow) -> TopKRow:
+        """Return the entries of a row's scored tokens."""
+        if isinstance(self.source, ArrayLogProbs):
+            return self.source.top_columns(row.ids, row.positions)
+        answer = self.source.top_log_probs(row.ids)
         tokens = []
-        for (_, number), answer, row in zip(keys, answers, rows, strict=True):
-            for at in row.positions:
-                entries = answer[at - 1]
-                if entries is None:
-                    raise ValueError(
-                        f"row {number} of the data: it must score positions that have "
-                        f"log-probabilities only, {at} has none"
-                    )
-                tokens.append(entries)
-        lengths = [len(row.positions) for row in rows]
-        try:
-            kept = _selection(tokens, self.codec.top_k, self.vocab)
-        except ValueError as error:
-            raise ValueError(f"rows {[row for _, row in keys]} of the data: {error}") from error
-        return self.codec.pack(kept, lengths, self.vocab)
+        for at in row.positions:
+            entries = answer[at - 1]
+            if entries is None:
+                raise ValueError(
+                    f"only positions that have log-probabilities must be scored, {at} has none"
+                )
+            tokens.append(entries)
+        ids, log_probs, tail = remote.top_k_columns(tokens, self.source.top_k, self.vocab)
+        return TopKRow(ids.numpy(), log_probs.numpy(), tail.numpy())
 
 
-def _selection(tokens: Sequence[vllm_client.TopK], top_k: int, vocab: int) -> Selection:
+def _log_tail(found: TopKRow, vocab: int) -> np.ndarray:
+    """Return the log of the mass of all other entries [m]: what is said, or what is left."""
+    if found.log_tail is not None:
+        return found.log_tail
+    return remote.log_rest(torch.from_numpy(found.log_probs), vocab).numpy()
+
+
+def _selection(found: TopKRow, vocab: int) -> Selection:
     """Return what the codec keeps of N tokens.
 
     The entropy is that of the entries and of one for the rest, a lower bound of the teacher's.
     """
-    ids, log_probs, log_tail = remote.top_k_columns(tokens, top_k, vocab)
-    known = torch.cat([log_probs, log_tail[:, None]], dim=-1)
+    assert found.log_tail is not None
+    num_tokens = len(found.log_tail)
+    log_tail = torch.from_numpy(found.log_tail)
+    known = torch.cat([torch.from_numpy(found.log_probs), log_tail[:, None]], dim=-1)
     total = known.exp().sum(-1)
-    if len(total) and float((total - 1).abs().max()) > MASS_TOLERANCE:
+    if len(total) and not float((total - 1).abs().max()) <= MASS_TOLERANCE:
         worst = float(total[(total - 1).abs().argmax()])
         raise ValueError(
             "entries and the rest, none of it more probable, must have the mass 1, got "
             f"{worst:.3g}: are these the log-probabilities of a softmax at temperature 1?"
         )
     entropy = -torch.special.xlogy(known.exp(), known.exp()).sum(-1)
-    counts = (log_probs > -torch.inf).sum(-1).clamp_min(1)
-    nothing = np.zeros((len(tokens), 0))
+    counts = (found.log_probs > -np.inf).sum(-1).clip(1)
+    nothing = np.zeros((num_tokens, 0))
     return Selection(
-        head_ids=ids.numpy(),
-        head_log_probs=log_probs.float().numpy(),
-        head_sizes=counts.numpy(),
+        head_ids=found.ids,
+        head_log_probs=found.log_probs.astype(np.float32),
+        head_sizes=counts,
         log_tail=log_tail.float().clamp_max(0).numpy(),
         log_sums=nothing.astype(np.float32),
         draw_ids=nothing.astype(np.int64),
         draw_log_probs=nothing.astype(np.float32),
         entropy=entropy.clamp_min(0).float().numpy(),
-        num_entries=np.full(len(tokens), vocab),
+        num_entries=np.full(num_tokens, vocab),
     )
 
 
 def cache_log_probs(
-    source: RecordedLogProbs | RemoteTeacher,
+    source: LogProbs,
     dataset: Data,
     path: str | os.PathLike[str],
     *,
@@ -145,9 +165,10 @@ def cache_log_probs(
     is missing. A file that has changed gives another cache.
 
     Args:
-        source: a `RecordedLogProbs`, or a `RemoteTeacher`, of whose requests at most its own
-            `num_threads` are under way.
-        dataset: rows by number.
+        source: a `RecordedLogProbs`, `ArrayLogProbs` or `DistillKitLogProbs`; or a `RemoteTeacher`,
+            of whose requests at most its own `num_threads` are under way; or any object with the
+            members of `LogProbs`.
+        dataset: rows by number; `source.rows` are those of what was recorded.
         path: the cache's folder, on this machine.
         vocab_size: logits per token of the students; None is the tokenizer's number of ids.
         data_collator: the one of the training; None chooses by the columns.
@@ -189,8 +210,9 @@ def cache_log_probs(
             source.compare_with(tokenizer)
         source.start(vocab)
         unknown = dict.fromkeys(("revision", "config_sha256", "weights_fingerprint"))
-        says = isinstance(source, RecordedLogProbs | RemoteTeacher)
-        known = source.identity() if says else {}
+        known: dict[str, Any] = {}
+        if isinstance(source, RecordedLogProbs | ArrayLogProbs | RemoteTeacher):
+            known = source.identity()
         return {"name_or_path": source.name, **unknown, "tail": "1 - entries", **known}
 
     return write_all(

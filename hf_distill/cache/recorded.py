@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 from hf_distill.cache import fingerprints
+from hf_distill.cache.arrays import LogProbRows
 from hf_distill.cache.responses import Answer, read_answers
+from hf_distill.data.sides import IGNORE_INDEX
 from hf_distill.teachers import vllm_client
 from hf_distill.teachers.vllm_client import TopK
 
@@ -94,6 +96,29 @@ class RecordedLogProbs:
         place = self._places[number]
         line = os.pread(self._file.fileno(), place.size, place.start)
         return self._parsed(line, place.line)[place.choice]
+
+    @property
+    def rows(self) -> LogProbRows:
+        """Return the answers' rows as data: `input_ids`, and `labels` where something is known."""
+        return LogProbRows(self)
+
+    def ids(self, number: int) -> list[int]:
+        """Return the ids of an answer's row."""
+        return self._answer(number).row
+
+    def labels(self, number: int) -> list[int]:
+        """Return the ids of an answer's row, -100 where nothing is known of them.
+
+        Raises:
+            ValueError: a position is of no form that is read; naming the line.
+        """
+        answer, line = self._answer(number), self._places[number].line
+        try:
+            known = [None, *answer.entries()]
+        except ValueError as error:
+            raise ValueError(f"{self.path}, line {line}, {error}") from error
+        pairs = zip(answer.row, known, strict=False)
+        return [IGNORE_INDEX if x is None else token for token, x in pairs]
 
     def identity(self) -> dict[str, Any]:
         """Return the sha256 of all answers: a file that has changed is another teacher."""

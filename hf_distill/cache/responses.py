@@ -62,7 +62,7 @@ class Answer:
             ValueError: an entry is of no form that is read here; naming its position.
         """
         found: list[TopK | None] = [None] * len(self.ids)
-        parts = ((0, self.prompt_log_probs, vllm_client.read), (self.start, self.sampled, _sample))
+        parts = ((0, self.prompt_log_probs, _of_vllm), (self.start, self.sampled, _sample))
         for first, values, read in parts:
             for at, value in enumerate((values or ())[: len(found) - first], first):
                 if value is not None:
@@ -115,11 +115,14 @@ def _answer(content: Mapping[str, Any]) -> Answer:
         raise ValueError(f"prompt_logprobs must be a list, got {_short(scored)}")
     sampled, tokens = _sampled(content.get("logprobs"))
     if given is None and prompt is None:
-        raise ValueError(f"there must be {' or '.join(IDS)}, got {sorted(content)}")
+        raise ValueError(
+            f"there must be {' or '.join(IDS)} (a server sends them with return_token_ids), got "
+            f"{_fields(content)}"
+        )
     if scored is None and sampled is None:
         raise ValueError(
             "there must be prompt_logprobs, or logprobs with top_logprobs or content, got "
-            f"{sorted(content)}: ask the server with logprobs or prompt_logprobs of at least 1"
+            f"{_fields(content)}: ask the server with logprobs or prompt_logprobs of at least 1"
         )
     if given is not None:
         return _of_row(given, prompt, completion or tokens, scored, sampled)
@@ -252,6 +255,17 @@ def _entry(value: Any, at: int, read: Callable[[Mapping[str, Any]], TopK]) -> To
         raise ValueError(f"position {at}: {rule}") from error
 
 
+def _of_vllm(content: Mapping[str, Any]) -> TopK:
+    """Read a position of `prompt_logprobs`.
+
+    The prompt's own token is among them whatever its rank: where entries between it and the others
+    are missing, it is left out.
+    """
+    entries = vllm_client.read(content)
+    ranks = {int(key): value.get("rank") for key, value in content.items()}
+    return {k: v for k, v in entries.items() if (ranks[k] or 0) <= len(entries)}
+
+
 def _sample(content: Mapping[str, Any]) -> TopK:
     """Read a position of a completion or of a chat completion."""
     if "top_logprobs" in content:
@@ -290,6 +304,10 @@ def _object(name: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError(f"{name} must be a JSON object, got {_short(value)}")
     return value
+
+
+def _fields(content: Mapping[str, Any]) -> list[str]:
+    return sorted(key for key, value in content.items() if value is not None)
 
 
 def _short(value: Any) -> str:

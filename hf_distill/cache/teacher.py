@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_distill.cache import fingerprints
 from hf_distill.cache.cached_head import CachedHead
-from hf_distill.cache.codecs import Codec, make_codec
+from hf_distill.cache.codecs import Codec, HiddenStates, make_codec
 from hf_distill.cache.columns import move_to_device, pad_tokens, select_tokens, unpad_tokens
 from hf_distill.cache.errors import (
     CacheCorrupt,
@@ -96,9 +96,10 @@ class CachedTeacher(Teacher):
         self.reader = CacheReader(path, verify, copies)
         self.manifest = self.reader.manifest
         self.codec = self._codec()
-        self._head = CachedHead(self.reader) if self.codec.of_hidden else None
+        codec = self.codec
+        self._head = CachedHead(self.reader, codec) if isinstance(codec, HiddenStates) else None
         # decoded once, so that batches from a loader know which kind of teacher they are of
-        self._like = self._decoded([])
+        self._like = self.decoded([])
         if isinstance(self._like, SparseTeacher):
             self._check_tail(self._like)
         if teacher is not None:
@@ -156,7 +157,7 @@ class CachedTeacher(Teacher):
             )
         entropy = getattr(run.args.token_weights, "entropy", 0.0)
         low, high = self.codec.temperature_range
-        if entropy > 0 and not low <= 1.0 <= high:
+        if entropy != 0 and not low <= 1.0 <= high:
             raise ValueError(
                 "token_weights.entropy is the teacher's at temperature 1, the cache serves "
                 f"{low:g} to {high:g}: write it with a temperature_range that has 1"
@@ -268,8 +269,7 @@ class CachedTeacher(Teacher):
     def _signal(self, found: SparseTeacher | Tensor, device: torch.device) -> Signal:
         if self._head is not None:
             assert isinstance(found, Tensor)
-            head = self._head.on(device)
-            return Signal(hidden=found.to(device, head.weight.dtype), head=head)
+            return self._head.signal(found, device)
         if isinstance(found, Tensor):
             return Signal(logits=found.to(device))
         if self.rule.tail in ("bucket", "renorm"):
@@ -282,7 +282,7 @@ class CachedTeacher(Teacher):
         scored = [row for row in wanted if len(row.positions)]
         matches = [self.reader.match(row) for row in scored]
         rows = [row for row, _ in matches]
-        found = self._decoded(rows)
+        found = self.decoded(rows)
         starts = np.cumsum([0, *(len(row.positions) for row in rows)])
         parts = [at + start for (_, at), start in zip(matches, starts, strict=False)]
         at = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts]))
@@ -290,7 +290,12 @@ class CachedTeacher(Teacher):
             found = found[at] if isinstance(found, Tensor) else select_tokens(found, at)
         return found, [len(row.positions) for row in wanted]
 
-    def _decoded(self, rows: Sequence[Row]) -> SparseTeacher | Tensor:
+    def decoded(self, rows: Sequence[Row]) -> SparseTeacher | Tensor:
+        """Return what is stored of rows' tokens, on the CPU; see `Codec.decode`.
+
+        Raises:
+            CacheCorrupt: a row is not what was written.
+        """
         lengths = [len(row.positions) for row in rows]
         width = self.manifest.vocab_size if self._head is None else self._head.width
         try:

@@ -36,13 +36,14 @@ from hf_distill.cache.hidden_encoder import with_head
 from hf_distill.cache.launches import only_one_writes
 from hf_distill.cache.manifest import MANIFEST, Manifest, config_hash
 from hf_distill.cache.processes import Part, num_copies, part_of
+from hf_distill.cache.server_encoder import server_encoder
 from hf_distill.cache.shard import write_shard
 from hf_distill.data.turn_ends import tell_end_tokens
 from hf_distill.models.forward import Reader
 from hf_distill.models.pieces import release
 from hf_distill.models.structure import causal_lm, generation_end_ids, is_sharded, vocab_size
 from hf_distill.models.tokenizers import num_ids
-from hf_distill.teachers import ModelTeacher, Teacher, place_model
+from hf_distill.teachers import HiddenStateTeacher, ModelTeacher, Teacher, place_model
 
 logger = logging.getLogger(__name__)
 
@@ -323,7 +324,8 @@ def cache_teacher(
 
     Args:
         model: a causal LM, a name for `from_pretrained`, or a `ModelTeacher`, which can load a name
-            in a dtype or quantized. A model is left as it was, but on the accelerator.
+            in a dtype or quantized. A model is left as it was, but on the accelerator. Or a
+            `HiddenStateTeacher`, whose server is asked.
         dataset: the rows, which are read by their numbers.
         path: the cache's folder, on this machine.
         codec: says what is stored: a codec, or the name of one with its defaults. None is
@@ -355,6 +357,20 @@ def cache_teacher(
         raise ValueError(f"seed must be at least 0, got {seed}")
     state = process_state()
     tokenizer = _tokenizer(model, processing_class, data_collator, teacher_revision)
+    rows: dict[str, Any] = {
+        "data": dataset,
+        "collator": data_collator or default_collator(dataset, tokenizer),
+        "codec": make_codec(codec) if isinstance(codec, str) else codec or HeadSamples(),
+        "seed": seed,
+        "batch_size": batch_size,
+        "shard_rows": shard_rows or 0,
+    }
+    given: dict[str, Any] = {"overwrite": overwrite, "verify": verify}
+    if isinstance(model, HiddenStateTeacher):
+        real_vocab = 0 if tokenizer is None else num_ids(tokenizer)
+        asking = server_encoder(model, tokenizer, real_vocab=real_vocab, **rows)
+        told = lambda: dict(model.about.teacher)
+        return write_all(cache, asking, told, tokenizer, state, **given)
     teacher = _teacher(model, teacher_revision)
     copies, in_pieces = num_copies(teacher, state.num_processes), is_sharded(teacher)
     if in_pieces:
@@ -362,16 +378,9 @@ def cache_teacher(
     device = cast(torch.device, state.device)
     place_model(teacher, device)
     vocab, real_vocab = _vocabulary(teacher, tokenizer)
+    rows["collator"] = tell_end_tokens(rows["collator"], generation_end_ids(causal_lm(teacher)))
     encoder = Encoder(
-        data=dataset,
-        collator=tell_end_tokens(
-            data_collator or default_collator(dataset, tokenizer),
-            generation_end_ids(causal_lm(teacher)),
-        ),
-        codec=make_codec(codec) if isinstance(codec, str) else codec or HeadSamples(),
-        seed=seed,
-        batch_size=batch_size,
-        shard_rows=shard_rows or 0,
+        **rows,
         vocab=vocab,
         real_vocab=real_vocab,
         model=teacher,
@@ -386,5 +395,4 @@ def cache_teacher(
     def about() -> dict[str, Any]:
         return fingerprints.teacher_identity(teacher, teacher_revision)
 
-    given: dict[str, Any] = {"overwrite": overwrite, "verify": verify, "copies": copies}
-    return write_all(cache, encoder, about, tokenizer, state, **given)
+    return write_all(cache, encoder, about, tokenizer, state, **given, copies=copies)

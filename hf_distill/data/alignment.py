@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from hf_distill.data import sides
+from hf_distill.data.packed_batches import by_rows
 from hf_distill.data.sides import (
     INDEX_MAPS,
     NO_TOKEN,
@@ -86,7 +87,7 @@ RULES = {
     "end": "the end token behind the last scored token must be scored",
 }
 
-NEEDED = ("input_ids", "labels", "teacher_attention_mask", "teacher_completion_index")
+NEEDED = ("input_ids", "labels", "teacher_completion_index")
 
 
 def _descends(index: Tensor) -> Tensor:
@@ -107,6 +108,8 @@ def _unpaired(index: Tensor, teacher_index: Tensor) -> Tensor:
 
 def _sides(batch: Mapping[str, Any]) -> tuple[_Rows, _Rows]:
     needed = (*NEEDED, *INDEX_MAPS[:1]) if sides.has_own_tokens(batch) else NEEDED
+    if batch.get("teacher_position_ids") is None:  # packed rows have no padding
+        needed = (*needed, "teacher_attention_mask")
     missing = [name for name in needed if batch.get(name) is None]
     if missing:
         raise AlignmentError(f"a batch with teacher_input_ids needs {missing[0]}, it has none")
@@ -115,7 +118,13 @@ def _sides(batch: Mapping[str, Any]) -> tuple[_Rows, _Rows]:
     )
     ids = batch["teacher_input_ids"]
     predicts = predicts_from_index(batch["teacher_completion_index"], ids.shape[1])
-    return student, _Rows.of(ids, batch["teacher_attention_mask"], predicts)
+    teacher = _Rows.of(ids, batch.get("teacher_attention_mask"), predicts)
+    if len(teacher.ids) != len(student.ids):
+        raise AlignmentError(
+            f"student and teacher must have the same rows, got {len(student.ids)} for the student "
+            f"and {len(teacher.ids)} for the teacher"
+        )
+    return student, teacher
 
 
 def _broken(batch: Mapping[str, Any], end_ids: Sequence[int]) -> dict[str, Tensor]:
@@ -166,13 +175,14 @@ def assert_aligned(batch: Mapping[str, Any], end_ids: Sequence[int] = ()) -> Non
     Args:
         batch: input_ids, labels [B, T]; teacher_input_ids, teacher_attention_mask [B, T of the
             teacher]; teacher_completion_index [B, C]; and if it has them attention_mask [B, T] and
-            completion_index [B, C].
+            completion_index [B, C]. Packed rows (`packed_batches`) are compared row by row.
         end_ids: ids that end a completion. One that is a row's last token, behind a scored token,
             must be scored as well.
 
     Raises:
         AlignmentError: naming the rule (`RULES`), and the first row and token that break it.
     """
+    batch = by_rows(batch)
     for rule, where in _broken(batch, end_ids).items():
         if bool(where.any()):
             row, column = where.nonzero()[0].tolist()
@@ -191,7 +201,7 @@ def assert_completions(
     Raises:
         AlignmentError: naming the first row that scores something else.
     """
-    labels = batch["labels"]
+    labels = by_rows(batch)["labels"]
     predicts = predicts_from_labels(labels)
     for i, replies in enumerate(completions):
         scored = targets(labels[i : i + 1], predicts[i : i + 1]).tolist()
@@ -234,7 +244,7 @@ class AlignmentMeter:
             assert_aligned(batch, self._end_ids)
             self.started = True
             return
-        for rule, where in _broken(batch, self._end_ids).items():
+        for rule, where in _broken(by_rows(batch), self._end_ids).items():
             self._counts[rule] = self._counts.get(rule, 0) + where.sum()
 
     @staticmethod

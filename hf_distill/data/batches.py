@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from hf_distill.data.alignment import assert_aligned
-from hf_distill.data.sides import IGNORE_INDEX, NO_TOKEN, predicts_from_index
+from hf_distill.data.sides import (
+    IGNORE_INDEX,
+    INDEX_MAPS,
+    NO_TOKEN,
+    TEACHER_PREFIX,
+    predicts_from_index,
+)
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
@@ -106,5 +112,40 @@ def build_rows(
         "teacher_attention_mask": mask,
         "teacher_completion_index": index,
     }
+    assert_aligned(batch)
+    return batch
+
+
+def _sequence(rows: Sequence[TokenRow]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ids and positions [1, T], and where the scored tokens stand [1, N]; int64."""
+    ids = torch.tensor([[token for row in rows for token in row.ids]], dtype=torch.long)
+    position = torch.cat([torch.arange(len(row.ids)) for row in rows])[None]
+    starts = torch.tensor([len(row.ids) for row in rows]).cumsum(0).tolist()
+    starts = [0, *starts[:-1]]
+    scored = [at + start for row, start in zip(rows, starts, strict=True) for at in row.scored]
+    return ids, position, torch.tensor([scored], dtype=torch.long)
+
+
+def pack_rows(student: Sequence[TokenRow], teacher: Sequence[TokenRow] | None) -> dict[str, Tensor]:
+    """Do as `build_rows`, with the rows of each side behind each other in one sequence.
+
+    Returns:
+        input_ids, position_ids, labels [1, T]; teacher_input_ids, teacher_position_ids [1, T'];
+        completion_index, teacher_completion_index [1, N]: places of the scored tokens in the
+        sequence. There is no attention mask. T are the tokens of all student rows, T' those of the
+        teacher's, N the scored ones.
+
+    Raises:
+        AlignmentError: the scored tokens of a row are not the same ids on both sides.
+    """
+    ids, position, index = _sequence(student)
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    labels[0, index[0]] = ids[0, index[0]]
+    batch = {"input_ids": ids, "position_ids": position, "labels": labels}
+    batch[INDEX_MAPS[0]] = index
+    if teacher is None:
+        return batch
+    names = (f"{TEACHER_PREFIX}input_ids", f"{TEACHER_PREFIX}position_ids", INDEX_MAPS[1])
+    batch |= dict(zip(names, _sequence(teacher), strict=True))
     assert_aligned(batch)
     return batch

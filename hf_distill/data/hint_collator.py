@@ -1,7 +1,6 @@
 """HintCollator: one model's two views of a problem, with and without a hint."""
 
 import copy
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -10,44 +9,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hf_distill.data import batches, rendering, row_columns, texts
+from hf_distill.data import batches, rendering
 from hf_distill.data.batches import TokenRow
-from hf_distill.data.chat import (
-    SCORED,
-    begins_reply,
-    join_dialogue,
-    join_replies,
-    scored_messages,
-    text_of,
-)
-from hf_distill.data.dialogues import begun_row, rendered_row, written_row
+from hf_distill.data.chat import SCORED, join_replies
 from hf_distill.data.episodes import Episode
 from hf_distill.data.hint_schedule import HintSchedule, Value
-from hf_distill.data.hints import (
-    Hint,
-    Messages,
-    PlacedHint,
-    Prompt,
-    Row,
-    check_before,
-    insert_hints,
-    place_hint,
-)
-from hf_distill.data.prompt_ids import PromptIds
+from hf_distill.data.hinted_rows import DEFAULT_HINT, PROMPT, HintedRows
+from hf_distill.data.hints import Hint, Row
 from hf_distill.data.rendering import DROPPED, TRUNCATED, RenderedSides
-
-logger = logging.getLogger(__name__)
+from hf_distill.data.teacher_view import TeacherView
 
 SHOWN_TOKENS = 8
-PROMPT = "prompt"  # the usual column, whose prompts may begin a reply
 TRUNCATIONS = ("error", "hint")
-DEFAULT_HINT = "hint"
 
 Given = TypeVar("Given")
 Hints = Hint | str | Callable[[Row], str | None] | Sequence[Hint]
 
 
-class HintCollator(PromptIds):
+class HintCollator(HintedRows):
     """Makes batches whose student sees the prompt and whose teacher sees the prompt and a hint.
 
     A row has a prompt (text, or chat messages), what the hints need, and for off-policy training a
@@ -78,6 +57,14 @@ class HintCollator(PromptIds):
             that the teacher reads what the student reads, while the same tokens are scored. It is a
             number, or a schedule over optimizer steps.
         chat_template_kwargs: arguments of the chat template on both sides (enable_thinking, tools).
+        student_template_kwargs: arguments for the student alone, beside those of both sides.
+        teacher_template_kwargs: arguments for the teacher alone, such as {"enable_thinking": True}.
+            The replies keep the student's ids.
+        teacher_system_prompt: the teacher's system message, in place of the prompt's.
+        teacher_sees: "prompt" shows the teacher the prompt and the hints, "reference" the hints
+            alone, behind the system message if there is one.
+        packing: whether a batch is one sequence of all student rows, and one of all teacher rows,
+            without padding. Each row is read as it is alone, see `packed_rows`.
 
     Raises:
         ValueError: an argument is unknown or out of range. When a batch is made: a column is
@@ -101,6 +88,11 @@ class HintCollator(PromptIds):
         truncation: str = "error",
         hint_dropout: Value = 0.0,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        student_template_kwargs: Mapping[str, Any] | None = None,
+        teacher_template_kwargs: Mapping[str, Any] | None = None,
+        teacher_system_prompt: str | None = None,
+        teacher_sees: str = "prompt",
+        packing: bool = False,
     ) -> None:
         for name, value, choices in (
             ("scored", scored, SCORED),
@@ -108,19 +100,26 @@ class HintCollator(PromptIds):
         ):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-        super().__init__(tokenizer, chat_template_kwargs or {})
+        both = dict(chat_template_kwargs or {})
+        super().__init__(tokenizer, {**both, **(student_template_kwargs or {})})
+        own = {**both, **(teacher_template_kwargs or {})}
+        self.view = TeacherView(own, teacher_system_prompt, teacher_sees)
         self.needs_hints, hint = hint is not None, DEFAULT_HINT if hint is None else hint
         several = [hint] if isinstance(hint, Hint | str) or callable(hint) else hint
         self.hints = tuple(x if isinstance(x, Hint) else Hint(x) for x in several)
         self._was_given_hints = bool(self.hints)
-        self.scored = scored
-        self.truncation = truncation
+        self.scored, self.truncation, self.packing = scored, truncation, packing
         self.prompt_column = prompt_column
         self.completion_column = completion_column
         self.max_prompt_length = max_prompt_length
         plan = HintSchedule.of(hint_dropout, max_hint_length, truncation)
         if plan.depends_on_step and not self.hints:
             raise ValueError(f"{plan.refusal()}, and there are no hints")
+        if teacher_sees == "reference" and max_hint_length is not None:
+            raise ValueError(
+                "max_hint_length counts what hints add to the prompt, which a teacher that sees "
+                f"the reference only has not, got {max_hint_length}"
+            )
         self.hint_plan = plan if plan.depends_on_step else None
         self.max_hint_length, self._draw, self._leaves_out = plan.length_at(0), None, False
         self.max_completion_length = max_completion_length
@@ -162,8 +161,11 @@ class HintCollator(PromptIds):
 
     def _batch(self, made: Sequence[RenderedSides]) -> dict[str, Tensor]:
         students, teachers = [x.student for x in made], [x.teacher for x in made]
-        if not self.hints or not (self.needs_hints or any(x.hints or x.dropped for x in made)):
+        hinted = self.needs_hints or any(x.hints or x.dropped for x in made)
+        if not self.has_own_view and not (self.hints and hinted):
             teachers = None  # both sides read the same
+        if self.packing:
+            return self._with_count(batches.pack_rows(students, teachers), made)
         return self._with_count(batches.build_rows(students, teachers, self.pad_token_id), made)
 
     def prompts(self, rows: Sequence[Row]) -> dict[str, Any]:
@@ -227,7 +229,8 @@ class HintCollator(PromptIds):
 
     def _without_hints(self) -> "HintCollator":
         bare = copy.copy(self)
-        bare.hints, bare.scored, bare.hint_plan = (), "all", None
+        bare.hints, bare.scored, bare.hint_plan, bare.packing = (), "all", None, False
+        bare.view = TeacherView(bare.chat_template_kwargs)
         return bare
 
     def references(self, rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -249,139 +252,6 @@ class HintCollator(PromptIds):
         if self._leaves_out or self._draw is not None:
             batch[DROPPED] = torch.tensor([x.dropped for x in made])
         return batch
-
-    def _column(self, row: Row, name: str, sampled: bool = False) -> Any:
-        """Return the row's prompt or completion; the name is that of its argument."""
-        column = getattr(self, name)
-        if row.get(column) is None:
-            hinted = self._was_given_hints and (self.needs_hints or sampled)
-            raise ValueError(row_columns.missing_column(row, column, name, sampled, hinted))
-        row_columns.check_content(row[column], column)
-        if name == "prompt_column" and column != PROMPT and begins_reply(row[column]):
-            self._tell_of_begun(column)
-        return row[column]
-
-    def _tell_of_begun(self, column: str) -> None:
-        if column not in self._told_columns:
-            self._told_columns.add(column)
-            logger.warning(row_columns.warning_of_begun(column))
-
-    def _rendered(self, row: Row) -> list[tuple[Hint, str]]:
-        if not self.needs_hints and not row_columns.may_mean(row, DEFAULT_HINT):
-            return []
-        rendered = [(hint, hint.render(row)) for hint in self.hints]
-        return [(hint, text) for hint, text in rendered if text is not None]
-
-    def _placed(self, row: Row, messages: Messages, num_prompt: int) -> list[PlacedHint]:
-        return [place_hint(h, row, text, messages, num_prompt) for h, text in self._rendered(row)]
-
-    def _prompt(self, row: Row, sampled: bool = False) -> list[int]:
-        """Return the student's context."""
-        prompt = self._column(row, "prompt_column", sampled)
-        ids = self.context_ids(prompt)
-        rendering.check_length(prompt, "prompt", len(ids), self.max_prompt_length)
-        return ids
-
-    def _contexts(self, row: Row) -> RenderedSides:
-        """Make both contexts; nothing is scored yet."""
-        prompt, ids = self._column(row, "prompt_column"), self._prompt(row)
-        if isinstance(prompt, str):
-            hints = [PlacedHint(hint, text, 0) for hint, text in self._rendered(row)]
-        else:
-            begun = begins_reply(prompt)
-            hints = self._placed(row, prompt, len(prompt) - begun)
-            check_before(hints, len(prompt) - begun)
-
-        def teacher(hints: Sequence[PlacedHint]) -> TokenRow:
-            if not isinstance(prompt, str):
-                hinted = insert_hints(prompt, hints).messages
-                return TokenRow(self._chat.context(hinted, begins_reply(prompt)), [])
-            start = texts.start_of_text(prompt, self.tokenizer)
-            shown = prompt[len(start) :]
-            for hint, text, _ in hints:
-                shown = hint.insert(shown, text)
-            return TokenRow(self.context_ids(f"{start}{shown}"), [])
-
-        return self._fit(prompt, TokenRow(ids, []), hints, teacher)
-
-    def _row(self, row: Row) -> RenderedSides:
-        """Make both rows, from a row with a completion."""
-        prompt = self._column(row, "prompt_column")
-        completion = self._column(row, "completion_column")
-        if not completion or (isinstance(completion, str) and not completion.strip()):
-            raise ValueError(f"the completion must not be empty, got {completion!r}")
-        if not isinstance(completion, str):
-            return self._dialogue(row, prompt, completion)
-        made = self._contexts(row)
-        ids = self._text_ids(completion, prompt, made.student.ids)
-        rendering.check_length(prompt, "completion", len(ids), self.max_completion_length)
-        student, teacher = (batches.append_completion(side.ids, ids) for side in made[:2])
-        return made._replace(student=student, teacher=teacher)
-
-    def _episode(self, episode: Episode) -> RenderedSides:
-        """Make both rows, from a dialogue that the student has written."""
-        row, prompt = episode.seen(), episode.prompt
-        if isinstance(prompt, str):
-            made, ids = self._contexts(row), episode.completions[0]
-            one, other = (batches.append_completion(side.ids, ids) for side in made[:2])
-            if self.scored != "all" and not made.hints and not made.dropped:
-                one, other = one._replace(scored=[]), other._replace(scored=[])
-            return made._replace(student=one, teacher=other)
-        dialogue, replies = episode.dialogue, episode.replies()
-        hints = self._placed(row, dialogue.messages, dialogue.num_prompt)
-        check_before(hints, replies[-1])
-        scored = scored_messages(dialogue.messages, dialogue.num_prompt, hints, self.scored)
-        side = written_row(dialogue, replies, episode.completions, scored, self._chat)
-        return self._fit(prompt, side([]), hints, side)
-
-    def _dialogue(self, row: Row, prompt: Prompt, completion: Messages) -> RenderedSides:
-        if isinstance(prompt, str):
-            raise ValueError(
-                "a text prompt needs a text completion, got messages: give the prompt as messages "
-                "too, [{'role': 'user', 'content': prompt}]"
-            )
-        dialogue, chat = join_dialogue(prompt, completion), self._chat
-        messages, begun = dialogue.messages, dialogue.begun is not None
-        hints = self._placed(row, messages, dialogue.num_prompt)
-        replies = scored_messages(messages, dialogue.num_prompt, hints, self.scored)
-        if not replies:
-            raise ValueError(
-                f"the completion must have a reply to score ({self.scored!r}), got roles "
-                f"{[m['role'] for m in completion]} and {len(hints)} hints"
-            )
-        check_before(hints, replies[-1])
-        context = chat.context(prompt, begun)
-        if begun:
-            rest = self._text_ids(text_of(completion[0]), prompt, context)
-            side = begun_row(dialogue, rest, replies, chat)
-        else:
-            side = rendered_row(messages, replies, chat)
-        student, length = side([]), len(context)
-        rendering.check_length(prompt, "prompt", length, self.max_prompt_length)
-        rendering.check_length(
-            prompt, "completion", len(student.ids) - length, self.max_completion_length
-        )
-        return self._fit(prompt, student, hints, side)
-
-    def _fit(
-        self,
-        prompt: Prompt,
-        student: TokenRow,
-        hints: list[PlacedHint],
-        teacher: Callable[[Sequence[PlacedHint]], TokenRow],
-    ) -> RenderedSides:
-        """Make both rows, with hints short enough for their budget."""
-        made, budget = teacher(hints), self.max_hint_length
-        added = len(made.ids) - len(student.ids)
-        if budget is None or added <= budget or self.truncation == "error":
-            rendering.check_length(prompt, "hint", added, budget)
-            return RenderedSides(student, made, False, [hint.text for hint in hints])
-        fitted = rendering.fit_hints(student, hints, teacher, budget, self.tokenizer)
-        added = len(fitted.teacher.ids) - len(student.ids)
-        if added > budget and self._leaves_out:
-            return fitted.without_hints()
-        rendering.check_length(prompt, "hint", added, budget)
-        return fitted
 
 
 def find_hint_collator(collator: Any) -> HintCollator | None:

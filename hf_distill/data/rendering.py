@@ -62,7 +62,7 @@ def fit_hints(
     student: TokenRow,
     hints: Sequence[PlacedHint],
     teacher: Callable[[Sequence[PlacedHint]], TokenRow],
-    budget: int,
+    longest: int,
     tokenizer: PreTrainedTokenizerBase,
 ) -> RenderedSides:
     """Make both sides of a row whose hints are over their budget, cut until they fit.
@@ -73,11 +73,11 @@ def fit_hints(
         student: its side.
         hints: uncut.
         teacher: its side, with some hints.
-        budget: tokens that the hints may add.
+        longest: tokens that the teacher's row may have.
         tokenizer: of the hints.
     """
     made = teacher(hints)
-    while (excess := len(made.ids) - len(student.ids) - budget) > 0:
+    while (excess := len(made.ids) - longest) > 0:
         shorter = shorten_hints(hints, excess, tokenizer)
         if shorter is None:
             break

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from hf_distill.data import packed_rows
+
 IGNORE_INDEX = -100
 
 NO_TOKEN = -1  # padding of an index map
@@ -25,6 +27,8 @@ ANCHOR_PREFIX = "anchor_"
 
 INDEX_MAPS = ("completion_index", "teacher_completion_index")
 
+TEACHER_INPUTS = ("input_ids", "attention_mask", "position_ids", *packed_rows.BOUNDS)
+
 TOKEN_VALUES = ("token_weights", "behaviour_log_probs")  # [B, T] float, aligned with the labels
 
 
@@ -36,6 +40,8 @@ class Side(NamedTuple):
     route: [B] int64, the number of the teacher that each row asks, or None if there is one teacher.
     stored: what a data loader has read from a teacher's cache for these rows, or None.
     as_logits: whether what is said of it is wanted as logits in any case.
+    rows: [B, T] int64, the row of each token where sequences hold several, see `packed_rows`; None
+        where each sequence is a row.
     """
 
     inputs: dict[str, Tensor]
@@ -43,6 +49,7 @@ class Side(NamedTuple):
     route: Tensor | None = None
     stored: Mapping[str, Tensor] | None = None
     as_logits: bool = False
+    rows: Tensor | None = None
 
 
 def predicts_from_labels(labels: Tensor) -> Tensor:
@@ -105,7 +112,8 @@ def student_side(batch: Mapping[str, Any]) -> Side:
     """Return the student's part: no labels, values of them, index maps or rows of others.
 
     Raises:
-        ValueError: labels are missing, not [B, T], or not of the shape of input_ids.
+        ValueError: labels are missing, not [B, T], or not of the shape of input_ids; or packed rows
+            have padding, or a label at the first token of one.
     """
     labels = batch.get("labels")
     if labels is None or labels.ndim != 2:
@@ -127,7 +135,29 @@ def student_side(batch: Mapping[str, Any]) -> Side:
         for key, value in batch.items()
         if key not in others and not key.startswith((TEACHER_PREFIX, ANCHOR_PREFIX))
     }
-    return Side(inputs, predicts_from_labels(labels))
+    predicts, rows = predicts_from_labels(labels), packed_rows.row_numbers(inputs)
+    if rows is None:
+        return Side(inputs, predicts)
+    packed_rows.check_starts(labels, rows, IGNORE_INDEX)
+    return Side(packed_rows.without_mask(inputs), predicts, rows=rows)
+
+
+def unpacked(side: Side) -> Side:
+    """Return the side with packed rows one below the other, padded on the right.
+
+    The scored tokens are the same, in the same order. Positions are those that a model counts.
+    """
+    rows = packed_rows.each_alone(side.inputs) if side.rows is None else side.rows
+    if rows is None:
+        return side
+    inputs = {
+        name: packed_rows.pad_rows(value, rows, 0) if value.shape[:2] == rows.shape else value
+        for name, value in packed_rows.not_told(side.inputs).items()
+    }
+    real = torch.ones_like(rows)
+    inputs["attention_mask"] = packed_rows.pad_rows(real, rows, 0)
+    predicts = packed_rows.pad_rows(side.predicts, rows, False)
+    return side._replace(inputs=inputs, predicts=predicts, rows=None)
 
 
 def teacher_side(batch: Mapping[str, Any], student: Side) -> Side:
@@ -137,9 +167,11 @@ def teacher_side(batch: Mapping[str, Any], student: Side) -> Side:
     if ids is None:
         own = route is None and stored is None
         return student if own else student._replace(route=route, stored=stored)
-    inputs = {"input_ids": ids, "attention_mask": batch["teacher_attention_mask"]}
+    named = {name: batch.get(f"{TEACHER_PREFIX}{name}") for name in TEACHER_INPUTS}
+    inputs = {name: value for name, value in named.items() if value is not None}
     predicts = predicts_from_index(batch["teacher_completion_index"], ids.shape[1])
-    return Side(inputs, predicts, route, stored)
+    rows = packed_rows.row_numbers(inputs)
+    return Side(inputs, predicts, route, stored, rows=rows)
 
 
 TEACHER_OWN_TOKENS = "teacher_own_tokens"

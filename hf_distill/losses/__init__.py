@@ -14,6 +14,7 @@ from hf_distill.losses.base import (
 from hf_distill.losses.behaviour import behaviour_log_probs
 from hf_distill.losses.cross_tokenizer import UNIVERSAL, CrossTokenizerLoss
 from hf_distill.losses.divergence import ClipConfig, DivergenceLoss, normalised_jsd
+from hf_distill.losses.drift import Drift
 from hf_distill.losses.entropy import entropy_share
 from hf_distill.losses.finite import not_finite
 from hf_distill.losses.function import FunctionLoss, LossFunction, as_loss
@@ -37,6 +38,7 @@ __all__ = [
     "ClipConfig",
     "CrossTokenizerLoss",
     "DivergenceLoss",
+    "Drift",
     "FunctionLoss",
     "HiddenConfig",
     "Importance",

@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_distill.losses import chunks
+from hf_distill.losses.drift import DRIFT_NAME, Drift, drift_factors
 from hf_distill.models.signals import Signal
 
 IMPORTANCE_NAMES = ("importance_ratio", "importance_clipped")
 ANCHOR_NAME = "anchor"
 ROUTER_NAMES = ("aux", "expert_agreement")
 TAKEN_NAMES = frozenset(("soft", "hard", "loss", "tokens", "rows", ANCHOR_NAME))
-TAKEN_NAMES |= {*IMPORTANCE_NAMES, *ROUTER_NAMES}
+TAKEN_NAMES |= {*IMPORTANCE_NAMES, *ROUTER_NAMES, DRIFT_NAME}
 
 PerToken = Tensor | tuple[Tensor, Mapping[str, Tensor]]
 """What `Loss.per_token` returns: the losses [n], or these and metrics [n] by name."""
@@ -80,8 +81,8 @@ class Tokens(NamedTuple):
 
     targets: [N] int64. weights: [N], which make a sum over tokens the mean over an optimizer step.
     counted: [N] bool, the tokens that metrics count, or None for all. corrected: [N], weights of
-    the soft loss where they differ from `weights`. The anchor's tokens, if there are some, come
-    behind these in what the student says.
+    the soft loss where they differ from `weights`. importance, drift: what makes them so. The
+    anchor's tokens, if there are some, come behind these in what the student says.
     """
 
     targets: Tensor
@@ -90,6 +91,7 @@ class Tokens(NamedTuple):
     importance: Importance | None = None
     anchor: Anchor | None = None
     corrected: Tensor | None = None
+    drift: Drift | None = None
 
     @property
     def soft_weights(self) -> Tensor:
@@ -372,6 +374,10 @@ def step_terms(loss: TokenLoss, student: Signal, teacher: Signal, tokens: Tokens
     if anchor is not None:
         student, supervised = student.split([len(tokens.targets), len(anchor.targets)])
     tokens, metrics = _corrected(student, tokens)
+    if tokens.drift is not None:
+        factor = drift_factors(tokens.drift, student, teacher, tokens.targets)
+        corrected = tokens.soft_weights * factor.to(tokens.weights.dtype)
+        tokens, metrics = tokens._replace(corrected=corrected), {**metrics, DRIFT_NAME: factor}
     terms = loss(student, teacher, tokens)
     if not isinstance(terms, Terms):
         raise TypeError(f"a loss of tokens must return Terms, got a {type(terms).__name__}")

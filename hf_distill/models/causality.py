@@ -39,7 +39,7 @@ def narrow_head(lm: nn.Module, is_narrow: bool) -> Iterator[None]:
         yield
 
 
-def _logits(model: nn.Module, row: ProbeRow, inputs: Mapping[str, Any], whose: str) -> Tensor:
+def logits_of(model: nn.Module, row: ProbeRow, inputs: Mapping[str, Any], whose: str) -> Tensor:
     """Return logits [B, front + T, V], in eval mode; if it samples, each call has the same noise.
 
     Raises:
@@ -111,7 +111,7 @@ def _reads(model: nn.Module, row: ProbeRow, at: int, position: int, end: int) ->
 
         hook = embeddings.register_forward_hook(follow)
         try:
-            logits = _logits(model, row, row.inputs, "model")[at, :end].double()
+            logits = logits_of(model, row, row.inputs, "model")[at, :end].double()
         finally:
             hook.remove()
         generator = torch.Generator().manual_seed(0)
@@ -162,13 +162,13 @@ def find_front(
     Raises:
         ValueError: the model gives no logits for each token, or some that depend on later tokens.
     """
-    before = _logits(model, row, row.inputs, whose)
+    before = logits_of(model, row, row.inputs, whose)
     front = before.shape[1] - row.ids.shape[1]
     chosen = _exchange(row, scored)
     if chosen is None and not sharded:
         return front, False
     at, position, ids = chosen or (0, 0, row.ids)  # all processes call it as often
-    after = _logits(model, row, {**row.inputs, "input_ids": ids}, whose)
+    after = logits_of(model, row, {**row.inputs, "input_ids": ids}, whose)
     moved, own = _moved(before[at], after[at]), front + position
     early = float(moved[:own].max()) if own else 0.0
     if early == 0.0:

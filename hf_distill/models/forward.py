@@ -38,6 +38,7 @@ from hf_distill.models.head_replacement import call_in_head, projected_inside
 from hf_distill.models.heads_apart import is_apart
 from hf_distill.models.kept_logits import KEEP, takes_mask
 from hf_distill.models.layers import LayerWatcher, States
+from hf_distill.models.packing import PackingCheck
 from hf_distill.models.pieces import stays_joined
 from hf_distill.models.positions import Positions, positions_of
 from hf_distill.models.probe_rows import ProbeRow, probe_row
@@ -74,7 +75,7 @@ class Reader:
         self.watch = LayerWatcher(name)  # layers whose states a signal has
         self.routers = RouterWatcher()  # of a mixture of experts
         self.added: Tensor | None = None  # by adapters, to the loss of the last call
-        self._refusal = refusal
+        self._refusal, self._packing = refusal, PackingCheck()
         self._post: Post | None = None
         self._is_known = self._has_said = self._has_said_few = False
         self.is_in_pieces = False  # whether its parameters are, on several processes
@@ -102,9 +103,11 @@ class Reader:
         """Find out how the model is read, at the first call.
 
         Raises:
-            ValueError: it is not a causal LM, see `causality.find_front`.
+            ValueError: it is not a causal LM, see `causality.find_front`; or it does not read
+                packed rows as it reads them alone.
         """
         self._look(model, side.inputs, side.predicts)
+        self._packing.look(model, side, self.name, self.is_in_pieces)
 
     def _look(self, model: nn.Module, inputs: Mapping[str, Any], scored: Tensor | None) -> None:
         if self._is_known:

@@ -30,7 +30,7 @@ class Lookup(NamedTuple):
     numbers: list[int]
 
 
-class _Spy(TorchFunctionMode):
+class Spy(TorchFunctionMode):
     """Notes the lookups of one row, and the coarsest dtype that results have."""
 
     def __init__(self) -> None:
@@ -131,7 +131,7 @@ class Trial:
             inputs["position_ids"] = at[None] + first_position
         if "use_cache" in inspect.signature(self.lm.forward).parameters:
             inputs["use_cache"] = False
-        with _Spy() as spy, warnings.catch_warnings():
+        with Spy() as spy, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of adapters that leave positions out, say
             outputs = self.run(**inputs)
         logits = getattr(outputs, "logits", None)

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_distill.data.packed_rows import not_told, row_numbers
+
 PROBE_TOKENS = 8  # of a row
 
 
@@ -60,15 +62,29 @@ def rows_of(
     return None if any(part is None for part in parts.values()) else parts
 
 
+def _longest_packed(inputs: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+    """Return a batch of the longest of packed rows alone, at the model's own positions."""
+    of_row = rows == rows.flatten().bincount().argmax()
+    return {
+        name: value[of_row][None]
+        if isinstance(value, Tensor) and value.shape[:2] == rows.shape
+        else value
+        for name, value in not_told(inputs).items()
+    }
+
+
 def probe_row(inputs: Mapping[str, Any]) -> ProbeRow | None:
     """Return the first tokens of the longest row, with the batch's other inputs of that row.
 
-    Padding is left out, wherever it stands. Where an input is none of rows or tokens the batch
-    stays whole, because the model would not understand a part of it.
+    Padding is left out, wherever it stands; of packed rows one stands alone. Where an input is none
+    of rows or tokens the batch stays whole, because the model would not understand a part of it.
 
     Returns:
         None if the batch has no `input_ids`.
     """
+    packed = row_numbers(inputs)
+    if packed is not None:
+        inputs = _longest_packed(inputs, packed)
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if not isinstance(ids, Tensor):
         return None

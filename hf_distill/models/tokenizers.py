@@ -1,11 +1,20 @@
 """Which ids a tokenizer has, and whether two tokenizers have the same."""
 
+import hashlib
+import json
+
 from transformers import PreTrainedTokenizerBase
 
 
 def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return one more than the tokenizer's largest id: its length, if it leaves no id out."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def ids_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a sha256 of the id that each token has."""
+    text = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def describe(tokenizer: PreTrainedTokenizerBase) -> str:

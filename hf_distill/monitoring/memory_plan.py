@@ -212,8 +212,10 @@ class _EnginePlan:
             return head, backward, self._teacher_head()
         if self.settings.shard_loss:
             return 0, block, 0
-        # FSDP 2 gives up a buffer of what it has gathered only when it gathers again
-        return 2 * head, backward, 2 * self._teacher_head()
+        # FSDP 2 gives up a buffer of what it has gathered only when it gathers again: the copy of
+        # a self-teacher is gathered by the student's own modules
+        teachers = 2 if self.planner.teacher is not None else 1
+        return 2 * head, backward, teachers * self._teacher_head()
 
     def _teacher_head(self) -> int:
         """Return the bytes of the teacher's head, which is copied where an engine joins it."""
@@ -297,7 +299,7 @@ class _EnginePlan:
             "joined by the engine",
             at_loss + of_teacher,
             backward.parameters + backward.gradients + of_teacher // 2,
-            of_teacher // 2 if self.engine == "fsdp2" else 0,
+            of_teacher // 2 if self.engine == "fsdp2" and self.planner.teacher is not None else 0,
         )
         held = [self._parameters(), self._gradients(), self._states(), self._teacher()]
         rows = [*held, self._buffers(), joined, self._loss()]

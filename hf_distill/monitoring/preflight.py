@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from hf_distill.data.batches import TokenRow, pad, unpad
+from hf_distill.data.packed_batches import by_rows
 from hf_distill.data.sides import Side
 from hf_distill.models.modes import kept_rng
 from hf_distill.models.structure import causal_lm, unwrap
@@ -236,6 +237,7 @@ def warn_of_lost_context(
     sides = (("input_ids", "attention_mask"), ("teacher_input_ids", "teacher_attention_mask"))
     if batch.get("teacher_input_ids") is None:
         return
+    batch = by_rows(batch)
     rows = [unpad(batch[ids][:num_rows], batch[mask][:num_rows]) for ids, mask in sides]
     for i, (student, teacher) in enumerate(zip(*rows, strict=True)):
         lost = find_lost_context(student, teacher, tokenizer)

@@ -86,6 +86,14 @@ class RolloutConfig:
         },
     )
 
+    only_failed: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether only the sampled completions that have failed are trained on: those "
+            "whose score, by the environment, is not above 0. It requires an environment."
+        },
+    )
+
     def __post_init__(self) -> None:
         """Check the values where they are given."""
         for name in ("num_completions", "max_turns", "steps_per_rollout"):

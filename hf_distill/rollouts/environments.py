@@ -110,3 +110,18 @@ def share_siblings(episodes: Sequence[Episode]) -> None:
         if scored:
             best = max(scored, key=lambda e: e.columns["score"])
             episode.columns["sibling"] = best.texts[-1]
+
+
+def has_failed(episode: Episode) -> bool:
+    """Return whether the environment's score of an episode is not above 0.
+
+    Raises:
+        ValueError: it has given none.
+    """
+    score = episode.columns.get("score")
+    if score is None:
+        raise ValueError(
+            "rollout.only_failed needs a score of each completion, Feedback(columns={'score': ...})"
+            f", got the columns {sorted(episode.columns)}"
+        )
+    return not score > 0

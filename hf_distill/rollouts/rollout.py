@@ -16,11 +16,12 @@ from hf_distill.data.batches import unpad
 from hf_distill.data.episodes import Episode
 from hf_distill.data.hint_collator import HintCollator
 from hf_distill.data.hints import Row
+from hf_distill.data.token_weights import KEY
 from hf_distill.models.structure import causal_lm, is_sharded, unwrap
 from hf_distill.monitoring.completion_table import COLUMNS, CompletionTable
 from hf_distill.monitoring.metrics import CompletionMeter, HintOverlapMeter, ShareMeter
 from hf_distill.rollouts.config import RolloutConfig
-from hf_distill.rollouts.environments import Environment, play, share_siblings
+from hf_distill.rollouts.environments import Environment, has_failed, play, share_siblings
 from hf_distill.run import Run
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ class Rollouts:
         self.accelerator, self.route, self.table = accelerator, route, table
         self._completions = {training: CompletionMeter() for training in (True, False)}
         self._sampled = ShareMeter("on_policy")
+        self._failed = ShareMeter("failed")
         self._overlap = HintOverlapMeter()
 
     def first_step(self, step: int) -> int:
@@ -145,12 +147,11 @@ class Rollouts:
         order = _order(episodes)
         ordered = _dealt(episodes, order)
         found = [self.batch(model, x, collator) for x in ordered]
+        self._weigh_failed(found, ordered)
         if self.args.anchor_weight > 0:
             self._add_anchors(found, _dealt(rows, order))
         if resumed is None:
-            self._compare_with_hints(episodes)
-            if self.table is not None:
-                self._tabulate(self.table, step, found, episodes, order)
+            self._show(step, found, episodes, order)
         return RolloutWindow(episodes, found)
 
     def _episodes(
@@ -221,6 +222,25 @@ class Rollouts:
             episode.hints = list(texts)
         return self._routed(batch, [episode.row for episode in episodes])
 
+    def _weigh_failed(self, batches: list[dict[str, Any]], episodes: list[list[Episode]]) -> None:
+        """Add weights of tokens, 0 in rows of completions that have succeeded, where wanted."""
+        for batch, made in zip(batches, episodes, strict=True) if self.config.only_failed else ():
+            failed = torch.tensor([has_failed(episode) for episode in made])
+            self._failed.add(failed)
+            batch[KEY] = failed.float()[:, None].expand(batch["labels"].shape).contiguous()
+
+    def _show(
+        self,
+        step: int,
+        batches: list[dict[str, Any]],
+        episodes: list[list[Episode]],
+        order: list[int],
+    ) -> None:
+        """Measure and tabulate what was sampled."""
+        self._compare_with_hints(episodes)
+        if self.table is not None:
+            self._tabulate(self.table, step, batches, episodes, order)
+
     def _routed(self, batch: dict[str, Tensor], rows: Sequence[Row]) -> dict[str, Tensor]:
         if self.route is not None:
             batch[sides.TEACHER_ROUTE] = torch.tensor([self.route(row) for row in rows])
@@ -280,6 +300,8 @@ class Rollouts:
         metrics = self._completions[training].read(self.accelerator)
         if training:
             metrics |= self._overlap.read(self.accelerator)
+        if training and self.config.only_failed:
+            metrics |= self._failed.read(self.accelerator)
         if training and self.config.on_policy_fraction < 1.0:
             metrics |= self._sampled.read(self.accelerator)
         return metrics

@@ -2,8 +2,11 @@
 
 import importlib
 import inspect
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -18,6 +21,8 @@ from hf_distill.models.structure import is_sharded
 from hf_distill.rollouts.generate import manual_seed
 from hf_distill.rollouts.sampling import Sampling, cut_at_end_token, end_token_ids
 
+logger = logging.getLogger(__name__)
+
 # What the engine itself gives to TRL
 GIVEN = (
     "model",
@@ -30,9 +35,12 @@ GIVEN = (
 )
 
 
-def _trl() -> Any:
+DTYPE = "dtype"  # of colocated vLLM, which TRL does not pass on
+
+
+def _module() -> Any:
     # imported here: it reads vLLM's client code, which no other engine needs
-    return importlib.import_module("trl.generation.vllm_generation").VLLMGeneration
+    return importlib.import_module("trl.generation.vllm_generation")
 
 
 def _plain(model: nn.Module) -> nn.Module:
@@ -41,8 +49,90 @@ def _plain(model: nn.Module) -> nn.Module:
 
 
 def engine_options() -> list[str]:
-    """Return the keys of engine_kwargs: what TRL's `VLLMGeneration` takes besides GIVEN."""
-    return [name for name in inspect.signature(_trl()).parameters if name not in GIVEN]
+    """Return the keys of engine_kwargs: dtype, and what TRL takes besides GIVEN."""
+    taken = inspect.signature(_module().VLLMGeneration).parameters
+    return [*(name for name in taken if name not in GIVEN), DTYPE]
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "(no version)"
+
+
+def check_needs(mode: str, dtype: str | None, accelerator: Accelerator, model: nn.Module) -> None:
+    """Check what vLLM needs before it is started, and log in which dtype it samples.
+
+    Args:
+        mode: "colocate" or "server".
+        dtype: that colocated vLLM is told, or None.
+        accelerator: the trainer's.
+        model: the student.
+
+    Raises:
+        ValueError: a server without a CUDA device here to send weights from, or with a dtype.
+    """
+    if mode == "server" and accelerator.device.type != "cuda":
+        raise ValueError(
+            "engine 'vllm' with mode 'server' sends the weights by NCCL, which needs a CUDA device "
+            f"for training, got {accelerator.device.type!r}: take engine 'generate' or 'continuous'"
+        )
+    if mode == "server" and dtype is not None:
+        raise ValueError(
+            f"engine_kwargs dtype is for mode 'colocate', got {dtype!r}: a server is started with "
+            "vllm serve --dtype"
+        )
+    floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    told = f"with --dtype float32 (mode {mode!r})"
+    if mode == "colocate":
+        told = "by rollout.engine_kwargs = {'dtype': 'float32'}"
+    if torch.float32 in floats and dtype is None and accelerator.mixed_precision != "bf16":
+        logger.warning(
+            "vLLM samples a float32 model in bfloat16 unless it is told otherwise, so completions "
+            "are not quite the student's: tell it %s, or load the student in bfloat16",
+            told,
+        )
+    logger.info(
+        "engine vllm: vLLM %s through TRL %s, mode %s, dtype %s",
+        _version("vllm"),
+        _version("trl"),
+        mode,
+        dtype or "as vLLM chooses",
+    )
+
+
+@contextmanager
+def _told(options: Mapping[str, Any]) -> Iterator[None]:
+    """Let TRL start vLLM with more options than it has arguments for."""
+    module = _module()
+    if not options:
+        yield
+        return
+    plain = module.LLM
+    module.LLM = partial(plain, **options)
+    try:
+        yield
+    finally:
+        module.LLM = plain
+
+
+def _check_loadable(llm: Any) -> None:
+    """Check that new weights can be loaded into a colocated vLLM.
+
+    On a CPU, vLLM packs the weights of linear layers when it loads them, and leaves empty ones
+    behind, which the first sync would fail at with a shape. Seen in vLLM 0.32.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    model = llm.llm_engine.model_executor.driver_worker.model_runner.model
+    empty = [name for name, parameter in model.named_parameters() if not parameter.numel()]
+    if empty:
+        raise ValueError(
+            f"vLLM has packed the weights of {len(empty)} layers for this device, such as "
+            f"{empty[0]!r}, and cannot be sent new ones: take engine 'generate' or 'continuous'"
+        )
 
 
 @contextmanager
@@ -71,13 +161,15 @@ class VLLMEngine:
 
     Args:
         sampling: its settings; generation_kwargs are fields of vLLM's `SamplingParams`.
-        engine_kwargs: arguments of TRL's `VLLMGeneration`: mode ("colocate" or "server"), ...
+        engine_kwargs: arguments of TRL's `VLLMGeneration`: mode ("colocate" or "server"), ...; and
+            dtype, such as "float32", of colocated vLLM.
         model: the student, not wrapped; for "colocate" its `name_or_path` must be loadable.
         accelerator: the trainer's.
         processing_class: the tokenizer.
 
     Raises:
         ImportError: vLLM is not installed.
+        ValueError: as `check_needs`; or vLLM cannot be sent weights on this device.
     """
 
     def __init__(
@@ -94,16 +186,22 @@ class VLLMEngine:
         self._end_ids = end_token_ids(self._model, sampling.eos_token_id)
         self._stale = True
         self._copies: dict[str, torch.Tensor] = {}
-        with kept_rng(accelerator.device):  # vLLM seeds torch when it starts
-            self._vllm = _trl()(
+        options = dict(engine_kwargs)
+        told = {DTYPE: options.pop(DTYPE)} if DTYPE in options else {}
+        mode = options.get("mode", "colocate")
+        check_needs(mode, told.get(DTYPE), accelerator, self._model)
+        with kept_rng(accelerator.device), _told(told):  # vLLM seeds torch when it starts
+            self._vllm = _module().VLLMGeneration(
                 model=self._model,
                 accelerator=accelerator,
                 processing_class=processing_class,
                 temperature=sampling.temperature,
                 max_completion_length=sampling.max_completion_length,
                 generation_kwargs={**sampling.generation_kwargs, "stop_token_ids": self._end_ids},
-                **engine_kwargs,
+                **options,
             )
+        if mode == "colocate":
+            _check_loadable(self._vllm.llm)
 
     def weights_changed(self) -> None:
         """Let the next sample send the weights first."""

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from hf_distill.data.sides import Side
+from hf_distill.data.sides import Side, unpacked
 from hf_distill.losses import DivergenceLoss
 from hf_distill.models import structure
 from hf_distill.models.signals import Signal
@@ -44,10 +44,6 @@ REPEATED = 0.25
 # Probabilities in float32 say no more about the rest than this.
 LEAST_TAIL = torch.finfo(torch.float32).eps
 NO_ENTRY = -1  # padding of ids
-CHOSEN = (
-    ": vLLM's completions give no log-probabilities of ids that the student chooses, a server of "
-    "hidden states serves every support (python -m hf_distill serve MODEL)"
-)
 
 
 class RemoteTeacher(Teacher):
@@ -154,7 +150,8 @@ class RemoteTeacher(Teacher):
                 raise ValueError(
                     f"a RemoteTeacher knows its own {self.top_k} best entries of a token, which "
                     f"serve the supports 'full' and 'teacher_topk' up to them, got "
-                    f"{spec.support!r} with top_k {spec.top_k}" + (CHOSEN if chosen else "")
+                    f"{spec.support!r} with top_k {spec.top_k}; a HiddenStateTeacher (python -m "
+                    "hf_distill serve) serves all of them"
                 )
 
     def prepare(self, accelerator: Accelerator, student: nn.Module, refusal: str | None) -> None:
@@ -334,21 +331,29 @@ def _largest_difference(first: Sequence[TopK], again: Sequence[TopK]) -> float:
 def top_k_columns(tokens: Sequence[TopK], top_k: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return ids [N, K] int64, log-probabilities [N, K], descending, log of the rest [N]; float64.
 
-    The rest of a token is 1 less its entries, but at most what entries as small as the least of
-    them can hold, and at least what float32 resolves; nothing if the entries are the whole
-    vocabulary.
+    See `log_rest` for the rest.
     """
     shape = (len(tokens), top_k)
     ids = torch.tensor([list(x) for x in tokens], dtype=torch.int64).view(shape)
     values = [list(x.values()) for x in tokens]
     log_probs = torch.tensor(values, dtype=torch.float64).view(shape)
+    return ids, log_probs, log_rest(log_probs, vocab)
+
+
+def log_rest(log_probs: Tensor, vocab: int) -> Tensor:
+    """Return the log of the mass [N] that most probable entries [N, K] leave to all others.
+
+    It is 1 less theirs, but at most what entries as small as the least of them can hold, and at
+    least what float32 resolves; nothing if the entries are the whole vocabulary.
+    """
     rest = (1.0 - log_probs.exp().sum(-1)).clamp_min(LEAST_TAIL)
-    most = (vocab - top_k) * log_probs.exp().amin(-1)
-    return ids, log_probs, torch.minimum(rest, most).log()
+    most = (vocab - log_probs.shape[-1]) * log_probs.exp().amin(-1)
+    return torch.minimum(rest, most).log()
 
 
 def _scored_rows(side: Side) -> list[tuple[list[int], list[int]]]:
     """Return (ids, places of the scored tokens in them) of each row that has any."""
+    side = unpacked(side)
     unsent = sorted(side.inputs.keys() - set(SENT))
     if unsent:
         raise ValueError(

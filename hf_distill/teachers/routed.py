@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from hf_distill.data.sides import TEACHER_ROUTE, Side, places
+from hf_distill.data.sides import TEACHER_ROUTE, Side, places, unpacked
 from hf_distill.models.pieces import will_lie_in_pieces
 from hf_distill.models.signals import Signal, join, without_padding
 from hf_distill.run import Run
@@ -124,6 +124,7 @@ class RoutedTeacher(Teacher):
         Raises:
             ValueError: the batch has no route, or one that is out of range.
         """
+        side = unpacked(side)  # rows of one sequence may ask several
         route = self._checked_route(side)
         row_of_token = places(side.predicts)[0]
         signals, tokens = [], []

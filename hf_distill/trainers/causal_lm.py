@@ -13,10 +13,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hf_distill.data import anchor_rows, sides, token_weights
+from hf_distill.data import anchor_rows, packed_rows, sides, token_weights
 from hf_distill.data.token_weights import KEY, TokenWeights, TokenWeightsConfig
 from hf_distill.losses import (
     Anchor,
+    Drift,
     Importance,
     LossSettings,
     Terms,
@@ -68,10 +69,10 @@ class CausalLM:
         self._unread = {self.label_name, *(x for x in given or () if x not in read)} - {LABELS}
         config = cast(TokenWeightsConfig, run.args.token_weights)
         around = config.by_class(), run.processing_class, config.reasoning
-        weigh = TokenWeights(*around, config.around_reasoning())
-        self.weighing = TokenWeighing(
-            weigh, config.entropy, vocab or vocab_size(run.language_model)
-        )
+        weigh = TokenWeights(*around, config.around_reasoning(), config.by_position())
+        size = vocab or vocab_size(run.language_model)
+        self.weighing = TokenWeighing(weigh, config.entropy, size, config.entropy_floor)
+        self._drift = config.drift
         check_anchor(settings.anchor_weight, hard_loss.replaces)
 
     def read(
@@ -120,6 +121,9 @@ class CausalLM:
         weights, counted = self._weights(batch, targets)
         batch.shares = weights
         tokens = Tokens(targets, weights, counted, self._importance(batch))
+        if training and self._drift > 0:
+            drift = Drift(self._drift, predicts, packed_rows.row_numbers(inputs))
+            tokens = tokens._replace(drift=drift)
         if not training or self.settings.anchor_weight == 0.0:
             return tokens
         if not anchor_rows.has_anchor(inputs):
@@ -231,7 +235,8 @@ class CausalLM:
 
 KEPT = f"{sides.TEACHER_PREFIX}weighed"  # in a batch; the prefix hides it from the student
 
-REASONING_SHARE, ENTROPY_FACTOR = "reasoning_share", "entropy_factor"
+REASONING_SHARE, POSITION_FACTOR = "reasoning_share", "position_factor"
+ENTROPY_FACTOR = "entropy_factor"
 
 
 @dataclass
@@ -260,21 +265,34 @@ class TokenWeighing:
         weigh: the weights of a batch without the teacher.
         entropy: a token counts 1 + entropy * H / ln V times, see `losses.entropy_share`.
         vocab: V of sparse signals, or None if it is not known.
+        entropy_floor: the least that it counts then.
+
+    Source:
+        With entropy < 0 it is the confidence gate of EGRSD (arXiv:2605.13255): unsure tokens count
+        less, and none counts nothing. That the weight falls in a straight line, and that ln V is
+        the unit of the entropy, are choices made here.
 
     Memory:
-        With entropy > 0 the signals of all micro-batches of a step are kept until each one's loss:
-        of N scored tokens [N, H] hidden states, or [N, V] logits of a teacher that is read by them,
-        or a sparse teacher's entries.
+        With an entropy other than 0 the signals of all micro-batches of a step are kept until each
+        one's loss: of N scored tokens [N, H] hidden states, or [N, V] logits of a teacher that is
+        read by them, or a sparse teacher's entries.
     """
 
-    def __init__(self, weigh: TokenWeights, entropy: float, vocab: int | None) -> None:
+    def __init__(
+        self, weigh: TokenWeights, entropy: float, vocab: int | None, entropy_floor: float = 0.1
+    ) -> None:
         self.weigh, self.entropy, self.vocab = weigh, entropy, vocab
+        self._floor = entropy_floor
 
     @property
     def names(self) -> tuple[str, ...]:
         """Return the names under which means are logged."""
-        reasoning = (REASONING_SHARE,) if self.weigh.reads_rows else ()
-        return (*reasoning, ENTROPY_FACTOR) if self.entropy > 0 else reasoning
+        asked = {
+            REASONING_SHARE: self.weigh.reads_rows,
+            POSITION_FACTOR: self.weigh.positions.active,
+            ENTROPY_FACTOR: self.entropy != 0,
+        }
+        return tuple(name for name, is_logged in asked.items() if is_logged)
 
     def ahead(
         self,
@@ -296,7 +314,7 @@ class TokenWeighing:
                 found.append(self.weigh(batch))
                 continue
             placed = place({name: value for name, value in batch.items() if name != KEPT})
-            weighed = self._weighed(placed, ask(placed) if self.entropy > 0 else None)
+            weighed = self._weighed(placed, ask(placed) if self.entropy != 0 else None)
             batch[KEPT] = weighed  # pyright: ignore[reportIndexIssue]
             found.append(weighed.weights)
         return found
@@ -308,7 +326,7 @@ class TokenWeighing:
 
     def weighs(self, batch: Mapping[str, Any]) -> bool:
         """Return whether some of a batch's tokens count more than others."""
-        return self.weigh.reads_texts or self.entropy > 0 or KEY in batch
+        return self.weigh.weighs_places or self.entropy != 0 or KEY in batch
 
     @staticmethod
     def was_asked(batch: Mapping[str, Any]) -> bool:
@@ -322,7 +340,7 @@ class TokenWeighing:
         signal = None if kept is None else kept.take()
         if signal is None:
             signal = ask()
-            kept = None if self.entropy > 0 else kept
+            kept = None if self.entropy != 0 else kept
         return self._weighed(batch, signal) if kept is None else kept, signal
 
     def _weighed(self, batch: Mapping[str, Any], signal: Signal | None) -> WeighedBatch:
@@ -332,8 +350,10 @@ class TokenWeighing:
         logged: dict[str, Tensor] = {}
         if inside is not None:
             logged[REASONING_SHARE] = sides.targets(inside, predicts).float()
+        if self.weigh.positions.active:
+            logged[POSITION_FACTOR] = sides.targets(self.weigh.positions(batch["labels"]), predicts)
         made = WeighedBatch(weights, logged, signal)
-        if signal is None or not self.entropy > 0:
+        if signal is None or self.entropy == 0:
             return made
         rows, columns = sides.places(predicts)
         factor = self._entropy_factor(signal, len(rows))
@@ -354,4 +374,5 @@ class TokenWeighing:
                 "token_weights.entropy needs the teacher's entropy at each of the student's "
                 f"{num_tokens} scored tokens, got {len(share)}"
             )
-        return (1.0 + self.entropy * share).float()
+        factor = 1.0 + self.entropy * share
+        return (factor if self.entropy > 0 else factor.clamp_min(self._floor)).float()

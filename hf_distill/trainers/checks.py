@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from hf_distill.data.cross_tokenizer_collator import find_cross_tokenizer_collator
 from hf_distill.data.hint_collator import HintCollator, find_hint_collator
 from hf_distill.data.hint_schedule import hint_schedule_of
 from hf_distill.data.token_weights import TokenWeightsConfig
@@ -92,6 +93,7 @@ def check_setup(run: Run) -> None:
         _check_same_rows(run, teacher)
         _check_heads("teacher", getattr(teacher, "model", None))
         _check_dense(run, teacher)
+        _check_drift(run, teacher)
         _check_temperature(run, teacher)
         teacher.check(run)
     if not run.is_classifier:
@@ -125,7 +127,7 @@ def check_hints(collator: HintCollator | None, teacher: Teacher) -> None:
     if collator is None or not isinstance(teacher, SelfTeacher):
         return
     collator.needs_hints = True
-    if not collator.hints:
+    if not (collator.hints or collator.has_own_view):
         logger.warning(
             "there are no hints, and the teacher is the student itself (%s), so both say the same "
             "and nothing is taught: give the HintCollator hints, or another model as teacher",
@@ -155,6 +157,18 @@ def _check_dense(run: Run, teacher: Teacher) -> None:
                 f"{'loss' if run.own_loss else 'divergence'}, a cache with the codec 'full', or a "
                 "teacher with logits or hidden states"
             )
+
+
+def _check_drift(run: Run, teacher: Teacher) -> None:
+    """Check that the teacher has a probability for each of the student's tokens."""
+    drift = cast(TokenWeightsConfig, run.args.token_weights).drift
+    other_tokens = find_cross_tokenizer_collator(run.collator) is not None
+    if drift > 0 and (other_tokens or not teacher.dense):
+        why = "another tokenizer" if other_tokens else "some entries of the vocabulary"
+        raise ValueError(
+            "token_weights.drift needs the teacher's probability of each token of the student, got "
+            f"{drift} and a {type(teacher).__name__} of {why}"
+        )
 
 
 def _named(run: Run, loss: Loss) -> str:

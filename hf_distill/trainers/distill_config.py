@@ -148,7 +148,8 @@ class DistillConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Says how much each token counts. The group has the fields special, number, "
-            "punctuation, space, word, entropy, reasoning and markers."
+            "punctuation, space, word, entropy, reasoning, markers, position, skip_first and "
+            "drift, and some that shape these."
         },
     )
     hidden_layers: list[Any] | str | None = field(

@@ -15,6 +15,7 @@ from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor
 from transformers.trainer_pt_utils import find_batch_size
 
+from hf_distill.data.packed_rows import row_numbers
 from hf_distill.monitoring.metrics import sum_dtype
 
 Part = tuple[Tensor, Tensor | int]
@@ -102,7 +103,8 @@ def rows_that_count(accelerator: Accelerator, inputs: Mapping[str, Any]) -> int 
     if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
         return None
     loader: Any = state.active_dataloader
-    num_rows = find_batch_size(inputs)
+    packed = row_numbers(inputs)
+    num_rows = find_batch_size(inputs) if packed is None else int(packed.max()) + 1
     usual = loader.total_batch_size // accelerator.num_processes
     cuts = isinstance(loader, DataLoaderDispatcher)  # the last batch into equal parts
     if num_rows is None or not (num_rows == usual or (cuts and num_rows < usual)):

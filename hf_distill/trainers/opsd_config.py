@@ -98,6 +98,22 @@ class OPSDConfig(DistillConfig):
         },
     )
 
+    forecast_rows: int = field(
+        default=0,
+        metadata={
+            "help": "The number of rows of the evaluation set, or without one of the training set, "
+            "that a forecast before the first step measures, see OPSDTrainer.forecast. With 0, "
+            "there is none. It requires on_policy."
+        },
+    )
+    forecast_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Measures the forecast again every so many steps, at least 1, so that it can "
+            "be held against what came. None measures it before the first step only."
+        },
+    )
+
     def check_values(self) -> None:
         """Check the values as `DistillConfig` does, and those of this class."""
         super().check_values()
@@ -117,6 +133,18 @@ class OPSDConfig(DistillConfig):
             )
         if self.log_completions < 0:
             raise ValueError(f"log_completions must not be negative, got {self.log_completions}")
+        if self.forecast_rows < 0:
+            raise ValueError(f"forecast_rows must be at least 0, got {self.forecast_rows}")
+        if self.forecast_rows and not self.on_policy:
+            raise ValueError(
+                f"forecast_rows {self.forecast_rows} > 0 needs on_policy: it samples completions"
+            )
+        if self.forecast_steps is not None and self.forecast_steps < 1:
+            raise ValueError(f"forecast_steps must be at least 1, got {self.forecast_steps}")
+        if self.forecast_steps is not None and not self.forecast_rows:
+            raise ValueError(
+                f"forecast_steps {self.forecast_steps} needs forecast_rows of at least 1, got 0"
+            )
         if self.log_completions and not self.on_policy:
             raise ValueError(
                 f"log_completions {self.log_completions} > 0 needs on_policy: else none are sampled"

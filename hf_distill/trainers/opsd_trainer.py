@@ -25,7 +25,8 @@ from hf_distill.run import Run
 from hf_distill.teachers import SelfTeacher, Teacher, as_teacher
 from hf_distill.trainers.causal_lm import BEHAVIOUR
 from hf_distill.trainers.checks import check_hints
-from hf_distill.trainers.distill_trainer import DistillTrainer
+from hf_distill.trainers.forecasting import ForecastCallback
+from hf_distill.trainers.forecasting_trainer import ForecastingTrainer
 from hf_distill.trainers.opsd_config import OPSDConfig
 from hf_distill.trainers.step_collation import shows_hints
 from hf_distill.trainers.unread_settings import unread_opsd_settings, warn_of_unread
@@ -36,7 +37,7 @@ ROLLOUT_FILE = "rollout-{rank}.json"
 NUM_CHECKED = 4  # rows of the check before training
 
 
-class OPSDTrainer(DistillTrainer):
+class OPSDTrainer(ForecastingTrainer):
     """Trains by on-policy self-distillation: student = model on the prompt, teacher = it hinted.
 
     Completions are sampled from the student once per optimizer step (or per `steps_per_rollout`
@@ -93,6 +94,12 @@ class OPSDTrainer(DistillTrainer):
                 f"data_collator must be a HintCollator, got {type(data_collator).__name__}"
             )
         self._check_rollout(args, environment)
+        if args.on_policy and data_collator.packing:
+            raise ValueError(
+                "packing is of completions from the data, whose rows are known before the batch is "
+                "made, got packing=True of the HintCollator and on_policy=True: set one of them to "
+                "False"
+            )
         self.hint_collator, self.environment = data_collator, environment
         self.rollouts: Rollouts | None = None
         warn_of_unread(unread_opsd_settings(args, environment is not None, teacher is None))
@@ -129,6 +136,9 @@ class OPSDTrainer(DistillTrainer):
     def _check_rollout(args: OPSDConfig, environment: Environment | None) -> None:
         if environment is not None and not args.on_policy:
             raise ValueError("an environment judges sampled completions, got on_policy=False")
+        only_failed = cast(RolloutConfig, args.rollout).only_failed
+        if args.on_policy and only_failed and environment is None:
+            raise ValueError("rollout.only_failed needs an environment that scores, got None")
         loader: Any = args.accelerator_config
         if args.on_policy and loader.dispatch_batches:
             raise ValueError(
@@ -156,6 +166,8 @@ class OPSDTrainer(DistillTrainer):
         self._resumed: dict[str, Any] | None = None
         self._has_shown_hints = False
         self.rollouts = self._make_rollouts(self.environment) if self.args.on_policy else None
+        if self.args.forecast_rows:
+            self._put_callback(ForecastCallback(self._log_forecast, self.args.forecast_steps))
 
     def _reads_rows(self) -> bool:
         return True  # also where the collator only makes prompts, before the rollout
@@ -217,7 +229,7 @@ class OPSDTrainer(DistillTrainer):
             self._has_shown_hints = True
             if inputs.get("teacher_input_ids") is None:
                 logger.info("rows have no hints: the teacher reads what the student reads")
-            elif self.args.process_index == 0:
+            elif self.args.process_index == 0 and not self.hint_collator.has_own_view:
                 warn_of_lost_context(inputs, self.hint_collator.tokenizer, NUM_CHECKED)
 
     def get_batch_samples(

@@ -66,17 +66,26 @@ class Batch:
         """Return [N] bool: which scored tokens stand in rows that count, or None for all."""
         if self.num_rows is None:
             return None
-        return places(self.student.predicts)[0] < self.num_rows
+        at, rows = places(self.student.predicts), self.student.rows
+        return (at[0] if rows is None else rows[at]) < self.num_rows
 
     def counted_labels(self, labels: Tensor) -> Tensor:
         """Return the labels [B, ...], ignored in rows that do not count."""
-        return ignore_rows_from(self.num_rows, labels)
+        return ignore_rows_from(self.num_rows, labels, self.student.rows)
 
 
-def ignore_rows_from(num_rows: int | None, labels: Tensor) -> Tensor:
-    """Return the labels [B, ...], ignored behind the first rows; None keeps all."""
+def ignore_rows_from(num_rows: int | None, labels: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Return the labels [B, ...], ignored behind the first rows; None keeps all.
+
+    Args:
+        num_rows: how many rows are kept.
+        labels: of the batch.
+        rows: [B, T] the row of each token, where sequences hold several.
+    """
     if num_rows is None:
         return labels
+    if rows is not None:
+        return labels.masked_fill(rows >= num_rows, IGNORE_INDEX)
     labels = labels.clone()
     labels[num_rows:] = IGNORE_INDEX
     return labels

@@ -90,6 +90,11 @@ def unread_settings(run: Run) -> list[str]:
     weights = cast(TokenWeightsConfig, args.token_weights)
     if "markers" in _changed(weights) and weights.around_reasoning() is None:
         found.append("token_weights.markers needs a token_weights.reasoning other than 1")
+    if "entropy_floor" in _changed(weights) and weights.entropy >= 0:
+        found.append("token_weights.entropy_floor needs a token_weights.entropy below 0")
+    for name in ("position_floor", "position_middle", "position_width"):
+        if name in _changed(weights) and weights.position == "none":
+            found.append(f"token_weights.{name} needs a token_weights.position")
     return [*found, *_of_hidden_layers(args), *_of_watchdog(run)]
 
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hf_distill.data import token_weights
+from hf_distill.data import packed_rows, token_weights
 from hf_distill.data.sides import IGNORE_INDEX, at_least_one_item
 from hf_distill.losses.hard_loss import ignores_count, probe_labels
 from hf_distill.models.structure import causal_lm, check_decoder, is_classifier, output_head
@@ -87,7 +87,8 @@ class ModelLoss:
                 f"{token_weights.KEY} need a teacher; without one the model computes the loss"
             )
         if evaluation.active and self.labelled(inputs) is not None:
-            labels = ignore_rows_from(evaluation.num_rows, inputs[self._label_name])
+            labels, rows = inputs[self._label_name], packed_rows.row_numbers(inputs)
+            labels = ignore_rows_from(evaluation.num_rows, labels, rows)
             inputs = {**inputs, self._label_name: labels}
             num_items = self.labelled(inputs)
         own = self.labelled(inputs)

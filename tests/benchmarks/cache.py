@@ -68,11 +68,15 @@ class Scheme:
 
 @dataclass
 class Said:
-    """What the teacher says: logits [N, V], the hidden states [N, H] and the head they are of."""
+    """What the teacher says: logits [N, V], hidden states [N, H] and their head; a sample [n, H].
+
+    The sample is of other tokens.
+    """
 
     logits: Tensor
     hidden: Tensor
     head: Tensor
+    sample: Tensor
 
 
 @dataclass
@@ -87,6 +91,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tables", nargs="+", default=["fidelity", "speed"])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=768)
+    parser.add_argument("--sample", type=int, default=2048, help="tokens for hidden_states")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 2.0])
     parser.add_argument("--only", nargs="+", help="names of schemes that contain one of these")
     parser.add_argument("--max-ratio", type=float, default=4.0, help="0: none")
@@ -122,16 +127,19 @@ def read_models(args: argparse.Namespace) -> tuple[Said, dict[str, Student]]:
         for line in file:
             strings = [value for value in json.loads(line).values() if isinstance(value, str)]
             ids += tokenizer("\n".join(strings))["input_ids"]
-            if len(ids) >= args.tokens:
+            if len(ids) >= args.tokens + args.sample:
                 break
-    rows = torch.tensor(ids[: args.tokens // ROW * ROW]).view(-1, ROW)
+    both = torch.tensor(ids[: (args.tokens + args.sample) // ROW * ROW]).view(-1, ROW)
+    rows, others = both[: args.tokens // ROW], both[args.tokens // ROW :]
     load = partial(AutoModelForCausalLM.from_pretrained, name, dtype=torch.float32)
-    hidden, head = hidden_and_head(load(), rows)
+    model = load()
+    hidden, head = hidden_and_head(model, rows)
+    sample, _ = hidden_and_head(model, others)
     students = {}
     for student, share in STUDENTS.items():
         states, weight = hidden_and_head(noisy(load(), share, args.seed + 1), rows)
         students[student] = Student(states @ weight.T, states)
-    return Said(hidden @ head.T, hidden, head), students
+    return Said(hidden @ head.T, hidden, head, sample), students
 
 
 def by_codec(codec: Codec, logits: Tensor, args: argparse.Namespace) -> Scheme:
@@ -160,15 +168,16 @@ def by_codec(codec: Codec, logits: Tensor, args: argparse.Namespace) -> Scheme:
 
 def by_hidden(codec: HiddenStates, said: Said) -> Scheme:
     """Hidden states, by their round trip; the head, which is stored once, is not counted."""
-    stored = StoredHead(Head(said.head), codec.rank)
+    stored = StoredHead(Head(said.head), codec, said.sample)
     with TemporaryDirectory() as folder:
         stored.write(Path(folder), True, "size")
-        stored.read_basis(Path(folder))
-        head = read_head(Path(folder, HEAD), stored.notes(), folder)
+        stored.read_extra(Path(folder))
+        head, sizes = read_head(Path(folder, HEAD), stored.notes(), codec, folder)
     lengths = [ROW] * (len(said.hidden) // ROW)
-    rows = codec.encode(stored.project(said.hidden), lengths, [(0, 0)] * len(lengths), 1)
+    rows = codec.encode(stored.stored_form(said.hidden), lengths, [(0, 0)] * len(lengths), 1)
     size = sum(array.nbytes for row in rows for array in row.values()) / len(said.hidden)
     read = codec.decode(rows, lengths, stored.width)
+    read = read if sizes is None else read * sizes
     return by_log_probs(size + POSITION_BYTES, read.float() @ head.weight.T)
 
 

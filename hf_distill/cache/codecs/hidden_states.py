@@ -28,7 +28,9 @@ class HiddenStates:
 
     A loss is computed from them as from a live teacher's: over the whole vocabulary, at every
     temperature, of every kind. A row of T tokens is `hidden_bf16` [T * H], or `hidden_int8` [T * H]
-    and `hidden_scale` [T]: what one step of a token's codes is.
+    and `hidden_scale` [T]: what one step of a token's codes is. For 8 bits each unit is divided by
+    its size over some rows of the data first, else the few that are large would leave the others
+    none.
 
     Entries of the vocabulary that the tokenizer does not have keep their logits.
 
@@ -36,8 +38,8 @@ class HiddenStates:
         format: "bf16" stores 16 bits per hidden unit, which is all of a teacher in bfloat16. "int8"
             stores 8, with a scale for each token.
         rank: the number of directions that are kept of the hidden states, those that move the
-            logits most: a truncated singular value decomposition of the head. None keeps the hidden
-            states as they are.
+            logits most: a truncated singular value decomposition of the logits that the head makes
+            of some rows of the data. None keeps all.
 
     Raises:
         ValueError: format is another, or rank is less than 1.

@@ -29,6 +29,9 @@ from tests.hf_distill.trainers import models
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
 
+FAST = ("gemma2", "phi")  # softcap, bias
+FAMILIES = [x if x in FAST else pytest.param(x, marks=pytest.mark.slow) for x in models.FAMILIES]
+
 FILES = ("head.safetensors", "row_hashes.bin", "config.json")
 
 
@@ -54,7 +57,7 @@ def apart(signal: Signal, model: nn.Module) -> float:
     return float((signal.dense().log_softmax(-1) - wanted).abs().max())
 
 
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_read_is_what_the_teacher_says(tmp_path: Path, family: str) -> None:
     """Scales, softcaps and biases behind the head are in it."""
     model, other = models.FAMILIES[family](1), models.FAMILIES[family](2)
@@ -134,6 +137,22 @@ def test_workers_carry_hidden_states_and_no_head(tmp_path: Path, teacher: Cached
     assert run(tmp_path, again, train_sampling_strategy="random") == alone
 
 
+def test_eight_bits_serve_units_of_all_sizes(tmp_path: Path) -> None:
+    """Some units are a hundred times as large as the others, and the head's weights as small."""
+    model = models.llama(1)
+    plain = apart(
+        cached(tmp_path / "a", model, HiddenStates("int8")).signal(model, a_side()), model
+    )
+    with torch.no_grad():
+        for unit in (3, 17):
+            model.model.norm.weight[unit] *= 100
+            model.lm_head.weight[:, unit] /= 100
+    other = apart(
+        cached(tmp_path / "b", model, HiddenStates("int8")).signal(model, a_side()), model
+    )
+    assert other < 4 * plain < 0.3
+
+
 def low_rank(model: nn.Module, rank: int) -> nn.Module:
     """A head whose rows differ in some directions only, about a row that all have in common."""
     with torch.no_grad():
@@ -156,7 +175,7 @@ def test_the_leading_directions_of_the_head_suffice_where_it_has_no_others(tmp_p
     assert sizes[0] < 0.55 * sizes[1]
 
 
-@pytest.mark.parametrize("rank", [None, 12])
+@pytest.mark.parametrize("rank", [pytest.param(None, marks=pytest.mark.slow), 12])
 def test_what_is_interrupted_goes_on_with_the_same_bytes(tmp_path: Path, rank: int | None) -> None:
     model, codec = models.llama(1), HiddenStates("int8", rank)
     cached(tmp_path / "straight", model, codec)
@@ -181,12 +200,13 @@ def test_a_lost_head_is_written_again_but_not_a_lost_basis(tmp_path: Path) -> No
         CachedTeacher(tmp_path / "a", verify="full")
     cached(tmp_path / "a", model, HiddenStates())
     assert (tmp_path / "a/head.safetensors").read_bytes() == before
-    cached(tmp_path / "b", model, HiddenStates(rank=7))
-    (tmp_path / "b/head.json").unlink()
-    with pytest.raises(CacheCorrupt, match="its shards are of the basis that was in it"):
-        cached(tmp_path / "b", model, HiddenStates(rank=7))
-    found = cached(tmp_path / "b", model, HiddenStates(rank=7), overwrite=True)
-    assert found.signal(model, a_side()).hidden.shape[1] == 7
+    for name, codec in (("basis", HiddenStates(rank=7)), ("sizes", HiddenStates("int8"))):
+        cached(tmp_path / name, model, codec)
+        (tmp_path / name / "head.json").unlink()
+        with pytest.raises(CacheCorrupt, match=f"its shards are of the {name} that was in it"):
+            cached(tmp_path / name, model, codec)
+        found = cached(tmp_path / name, model, codec, overwrite=True)
+        assert found.signal(model, a_side()).hidden.shape[1] == (codec.rank or 32)
 
 
 def test_a_damaged_head_is_found_where_it_is_read(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from hf_distill.cache import (
     CacheError,
     Full,
     HeadSamples,
+    HiddenStates,
     cache_teacher,
 )
 from hf_distill.cache.files import canonical
@@ -28,7 +29,10 @@ from metal_ops import DivergenceSpec, SparseTeacher
 from tests.hf_distill.trainers import models
 
 ROUNDS, EACH = 10, 100
-CODECS = (HeadSamples(top_k=8, top_p=0.9, num_samples=4), Full("int8"))
+CODECS = (
+    *(HeadSamples(top_k=8, top_p=0.9, num_samples=4), Full("int8")),
+    *(HiddenStates("int8"), HiddenStates(rank=9)),
+)
 SIZE = len(models.WORDS)  # of the tokenizer
 DATA = [
     row | {"input_ids": [x % SIZE for x in row["input_ids"]]} for row in models.rows(10, ignored=1)
@@ -55,6 +59,9 @@ def reading(path: Path, verify: str = "lazy") -> list[Any]:
     teacher.check_spec(DivergenceSpec("jsd", temperature=2.0), models.tokenizer())
     teacher.prepare(cast(Any, None), models.llama(), None)
     signal = teacher.signal(cast(Any, None), side())
+    if signal.head is not None:
+        head = signal.head
+        return [signal.hidden, head.weight, head.bias, head.logit_scale, head.softcap]
     return [signal.logits] if signal.sparse is None else flat(signal.sparse)
 
 
@@ -67,13 +74,14 @@ def same(one: list[Any], other: list[Any]) -> bool:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[Any]]]:
-    """Two caches, and what they say."""
+    """A cache of each codec, and what it says."""
     made = {}
-    for codec in CODECS:
-        path = tmp_path_factory.mktemp("whole") / codec.name
+    for number, codec in enumerate(CODECS):
+        name = f"{codec.name} {number}"
+        path = tmp_path_factory.mktemp("whole") / name
         given = {"data_collator": models.Pad(), "processing_class": models.tokenizer()}
         cache_teacher(models.llama(1), DATA, path, codec=codec, shard_rows=4, **given)
-        made[codec.name] = path, reading(path)
+        made[name] = path, reading(path)
     return made
 
 
@@ -219,7 +227,7 @@ def test_without_checksums_damage_does_no_harm_to_the_process(
 
 def assert_usable(codec: str, found: list[Any]) -> None:
     assert not any(x.isnan().any() for x in found if isinstance(x, Tensor))
-    if codec == "full":
+    if codec in ("full", "hidden_states"):
         return
     ids, log_probs, log_tail = found[:3]
     assert len(found) > len(SparseTeacher._fields)
@@ -232,7 +240,7 @@ def test_without_checksums_a_row_is_still_known_by_its_hash(
     tmp_path: Path, whole: dict[str, tuple[Path, list[Any]]]
 ) -> None:
     cache = tmp_path / "cache"
-    shutil.copytree(whole["full"][0], cache)
+    shutil.copytree(whole["full 1"][0], cache)
     path = cache / "shards/shard-00000.safetensors"
     content = bytearray(path.read_bytes())
     for row_hash in Shard(path, path.name).row_hashes():

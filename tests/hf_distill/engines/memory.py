@@ -247,6 +247,8 @@ def run(engine: str, changes: dict[str, Any], processes: int = 2) -> dict[str, A
 def planned(engine: str, changes: dict[str, Any], processes: int = 2) -> Plan:
     """The plan of the same training."""
     given = dict(changes)
+    if engine == "fsdp2-shard":
+        engine, given["shard_loss"] = "fsdp2", True
     kind = given.pop("teacher", "model")
     given = {k: v for k, v in given.items() if k in PlanSettings.__dataclass_fields__}
     config = LlamaConfig(**SIZES, tie_word_embeddings=changes.get("tie_word_embeddings", False))

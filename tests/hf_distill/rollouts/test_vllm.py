@@ -2,7 +2,10 @@
 
 import inspect
 import itertools
+import logging
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +22,7 @@ pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
 
 PROMPTS = [[5, 6, 7], [8], [20, 21]]
 REAL = vllm_generation.VLLMGeneration
+CHECK_NEEDS = vllm.check_needs
 
 
 class StandIn:
@@ -31,6 +35,9 @@ class StandIn:
     def __init__(self, **kwargs: Any) -> None:
         self.__signature__.bind(**kwargs)  # every argument exists, none is missing
         self.kwargs, self.events = kwargs, []
+        worker = SimpleNamespace(model_runner=SimpleNamespace(model=kwargs["model"]))
+        executor = SimpleNamespace(driver_worker=worker)
+        self.llm = SimpleNamespace(llm_engine=SimpleNamespace(model_executor=executor))
         self.tensor_parallel_size = kwargs.get("tensor_parallel_size", 1)
         torch.manual_seed(0)  # as vLLM does
         StandIn.made.append(self)
@@ -63,6 +70,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     StandIn.made, StandIn.script = [], None
     monkeypatch.setattr(vllm_generation, "VLLMGeneration", StandIn)
     monkeypatch.setattr(vllm, "is_vllm_available", lambda: True)
+    monkeypatch.setattr(vllm, "check_needs", lambda *_: None)  # it is tested by itself
 
 
 def sampling(**changes: Any) -> Sampling:
@@ -90,6 +98,82 @@ def engine(model: nn.Module, options: Any = None, **changes: Any) -> Any:
 def test_without_vllm_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     with pytest.raises(ImportError, match=r"engine 'vllm' needs vLLM: pip install 'trl\[vllm\]'"):
+        engine(models.llama())
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype", "device", "words"),
+    [
+        ("server", None, "cpu", "by NCCL, which needs a CUDA device for training, got 'cpu'"),
+        ("server", "float32", "cuda", "dtype is for mode 'colocate', got 'float32': .*--dtype"),
+    ],
+)
+def test_what_vllm_needs_is_said_before_it_starts(
+    mode: str, dtype: str | None, device: str, words: str
+) -> None:
+    accelerator: Any = SimpleNamespace(device=torch.device(device), mixed_precision="no")
+    with pytest.raises(ValueError, match=words):
+        CHECK_NEEDS(mode, dtype, accelerator, models.llama())
+
+
+@pytest.mark.parametrize(
+    ("weights", "mode", "dtype", "mixed_precision", "warns"),
+    [
+        (torch.float32, "colocate", None, "no", r"rollout.engine_kwargs = {'dtype': 'float32'}"),
+        (torch.float32, "server", None, "no", r"with --dtype float32 \(mode 'server'\)"),
+        (torch.float32, "colocate", "float32", "no", None),
+        (torch.float32, "colocate", None, "bf16", None),  # the student runs in it too
+        (torch.bfloat16, "colocate", None, "no", None),
+    ],
+)
+def test_a_float32_student_in_bfloat16_is_said(
+    weights: torch.dtype,
+    mode: str,
+    dtype: str | None,
+    mixed_precision: str,
+    warns: str | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    accelerator: Any = SimpleNamespace(device=torch.device("cuda"), mixed_precision=mixed_precision)
+    caplog.set_level(logging.INFO, "hf_distill")
+    CHECK_NEEDS(mode, dtype, accelerator, models.llama().to(weights))
+    *said, chosen = [record.getMessage() for record in caplog.records]
+    assert f"mode {mode}, dtype {dtype or 'as vLLM chooses'}" in chosen
+    assert len(said) == (warns is not None)
+    assert warns is None or re.search(warns, said[0])
+
+
+def test_the_dtype_is_given_to_vllm_and_not_to_trl(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+    plain = lambda **options: made.append(options)
+    monkeypatch.setattr(vllm_generation, "LLM", plain, raising=False)
+
+    class Starting(StandIn):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            vllm_generation.LLM(model="name")
+
+    monkeypatch.setattr(vllm_generation, "VLLMGeneration", Starting)
+    engine(models.llama(), {"dtype": "float32", "max_num_seqs": 3})
+    assert made == [{"model": "name", "dtype": "float32"}]
+    assert "dtype" not in StandIn.made[0].kwargs
+    assert StandIn.made[0].kwargs["max_num_seqs"] == 3
+    assert vllm_generation.LLM is plain
+
+
+def test_packed_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM 0.32 on a CPU leaves empty weights where it has packed them."""
+
+    class Packing(StandIn):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            model = models.copied(kwargs["model"])
+            model.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.empty(0))
+            self.llm.llm_engine.model_executor.driver_worker.model_runner.model = model
+
+    monkeypatch.setattr(vllm_generation, "VLLMGeneration", Packing)
+    message = "packed the weights of 1 layers for this device, such as 'model.layers.1.mlp.up_proj"
+    with pytest.raises(ValueError, match=message):
         engine(models.llama())
 
 

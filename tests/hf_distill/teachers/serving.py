@@ -4,7 +4,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -14,6 +14,12 @@ from torch import Tensor, nn
 
 Answer = dict[str, Any]
 DROP = 0  # the connection is closed without an answer
+
+
+def bad_request(message: str, param: str | None = None, value: int = 0) -> Answer:
+    if param is not None:
+        message += f" (parameter={param}, value={value})"
+    return {"message": message, "type": "BadRequestError", "param": param, "code": 400}
 
 
 class Server:
@@ -26,8 +32,8 @@ class Server:
     is what else it lists of its model, None for a server without a list.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model.eval()
+    def __init__(self, model: nn.Module, names: Sequence[str] = ("tiny", "m")) -> None:
+        self.model, self.names = model.eval(), tuple(names)
         self.url = ""
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
@@ -38,9 +44,8 @@ class Server:
         self.vocab_size: int = model.config.vocab_size
         self.max_model_len = 64
         self.max_logprobs = self.vocab_size
-        self.names = ("tiny", "m")
         self.card: dict[str, Any] | None = {"object": "model", "owned_by": "vllm", "parent": None}
-        self.card |= {"root": "/models/tiny"}
+        self.card |= {"root": f"/models/{self.names[0]}"}
         self.words: Callable[[int], str] = lambda i: f"<{i}>"
         self.connections: set[socket.socket] = set()
         self.under_way = self.most_under_way = 0
@@ -79,26 +84,38 @@ class Server:
             for i, (v, r) in entries.items()
         }
 
-    def refusal(self, asked: dict[str, Any]) -> str | None:
-        """What vLLM 0.32 says of a request that it does not take."""
+    def refusal(self, asked: dict[str, Any]) -> Answer | None:
+        """What vLLM 0.32 says of a request that it does not take, word by word.
+
+        `tests/hf_distill/servers/test_stand_in.py` compares it with what one has said.
+        """
         prompt, room = asked["prompt"], self.max_model_len - len(asked["prompt"])
+        if asked["model"] not in self.names:
+            known = ", ".join(self.names)
+            message = f"The model `{asked['model']}` does not exist. Valid aliases: {known}."
+            return {"message": message, "type": "NotFoundError", "param": "model", "code": 404}
+        if not prompt:
+            return bad_request("You must pass at least one prompt")
         if room == 0:
-            return "max_tokens must be at least 1, got 0. (parameter=max_tokens, value=0)"
+            return bad_request("max_tokens must be at least 1, got 0.", "max_tokens", 0)
         if room < 0:
-            return (
+            return bad_request(
                 f"This model's maximum context length is {self.max_model_len} tokens. However, "
-                f"your request has {len(prompt)} input tokens. Please reduce the length of the "
-                "input messages."
+                f"your prompt contains {len(prompt)} input tokens, which exceeds this limit even "
+                "without any output tokens. Please reduce the length of the input prompt.",
+                "input_tokens",
+                len(prompt),
             )
         if max(prompt) >= self.vocab_size:
-            return f"Token id {max(prompt)} is out of vocabulary"
-        for kind in ("prompt_logprobs", "logprobs"):
-            asked_for = asked.get(kind) or 0
-            if asked_for > self.max_logprobs:
-                words = "prompt" if kind == "prompt_logprobs" else "sample"
-                return (
-                    f"Requested {words} logprobs of {asked_for}, which is greater than max "
-                    f"allowed: {self.max_logprobs} (parameter={kind}, value={asked_for})"
+            return bad_request(f"Token id {max(prompt)} is out of vocabulary")
+        for kind, words in (("prompt_logprobs", "prompt"), ("logprobs", "sample")):
+            number = asked.get(kind) or 0
+            if number > self.max_logprobs:
+                return bad_request(
+                    f"Requested {words} logprobs of {number}, which is greater than max allowed: "
+                    f"{self.max_logprobs}",
+                    kind,
+                    number,
                 )
         return None
 
@@ -116,8 +133,7 @@ class Server:
             return 200, fault
         refusal = self.refusal(asked)
         if refusal is not None:
-            error = {"message": refusal, "type": "BadRequestError", "param": None, "code": 400}
-            return 400, json.dumps({"error": error})
+            return refusal["code"], json.dumps({"error": refusal})
         if self.barrier is not None:
             self.barrier.wait(timeout=10)
         with self._lock:
@@ -212,9 +228,9 @@ def listening(state: Server, port: int = 0) -> Iterator[Server]:
         thread.join()
 
 
-def serving(model: nn.Module, port: int = 0) -> Any:
+def serving(model: nn.Module, port: int = 0, names: Sequence[str] = ("tiny", "m")) -> Any:
     """A server with a model, listening as `listening` says."""
-    return listening(Server(model), port)
+    return listening(Server(model, names), port)
 
 
 def edit(**fields: Any) -> Callable[[Answer], None]:

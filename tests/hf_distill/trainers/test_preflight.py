@@ -13,6 +13,7 @@ from torch import nn
 
 from hf_distill import Hint, HintCollator, OPSDConfig, OPSDTrainer
 from hf_distill.data.batches import TokenRow
+from hf_distill.data.teacher_view import TeacherView
 from hf_distill.monitoring.preflight import EmptyHintError, find_lost_context
 from hf_distill.teachers import initial_adapters
 from hf_distill.teachers.held_values import HeldValues
@@ -147,11 +148,12 @@ class Thinks(HintCollator):
 
     def _fit(self, prompt: Any, student: TokenRow, hints: Any, teacher: Any) -> Any:
         def other(hints: Any) -> TokenRow:
-            kept, self.chat_template_kwargs = self.chat_template_kwargs, {"think": True}
+            kept = self.chat_template_kwargs, self.view
+            self.chat_template_kwargs, self.view = {"think": True}, TeacherView({"think": True})
             try:
                 return teacher(hints)
             finally:
-                self.chat_template_kwargs = kept
+                self.chat_template_kwargs, self.view = kept
 
         return super()._fit(prompt, student, hints, other)
 

@@ -171,9 +171,6 @@ def test_what_a_cache_does_not_know_is_refused(
 )
 def test_what_a_server_does_not_say_is_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
     teacher = RemoteTeacher("http://127.0.0.1:1", "teacher", top_k=8)
-    message = "its own 8 best entries of a token, which serve"
-    with pytest.raises(ValueError, match=message) as caught:
+    words = r"its own 8 best entries of a token, .*\(python -m hf_distill serve\) serves all of"
+    with pytest.raises(ValueError, match=words):
         distill(tmp_path, None, teacher=teacher, temperature=1.0, **settings)
-    # more of the teacher's own entries are a matter of its top_k
-    chosen = settings["support"] != "teacher_topk"
-    assert ("(python -m hf_distill serve MODEL)" in str(caught.value)) == chosen

@@ -266,7 +266,7 @@ def test_class_weights_need_a_tokenizer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["space", "entropy", "reasoning"])
+@pytest.mark.parametrize("name", ["space", "drift", "reasoning"])
 def test_weights_of_the_settings_are_checked(value: float, name: str) -> None:
     message = rf"token_weights.{name} must be at least 0 and finite, got {value}"
     with pytest.raises(ValueError, match=message):

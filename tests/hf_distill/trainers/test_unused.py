@@ -110,6 +110,19 @@ def test_what_is_not_read_is_said(
         ({"reasoning": 0.5}, []),
         ({"reasoning": 0.5, "markers": ["a", "b"]}, []),
         ({"reasoning": 1.0, "markers": ["<think>", "</think>"]}, []),
+        ({"entropy": -1.0, "entropy_floor": 0.2}, []),
+        (
+            {"entropy": 1.0, "entropy_floor": 0.2},
+            ["token_weights.entropy_floor needs a token_weights.entropy below 0"],
+        ),
+        ({"position": "early", "position_floor": 0.2, "position_width": 0.2}, []),
+        (
+            {"skip_first": 2, "position_floor": 0.2, "position_middle": 0.2},
+            [
+                "token_weights.position_floor needs a token_weights.position",
+                "token_weights.position_middle needs a token_weights.position",
+            ],
+        ),
         (
             {"entropy": 1.0, "markers": ["a", "b"]},
             ["token_weights.markers needs a token_weights.reasoning other than 1"],
@@ -252,8 +265,8 @@ def test_every_field_has_a_reader_that_is_known() -> None:
     plain = {x.name for x in dataclasses.fields(TrainingArguments)}
     found = {x.name for x in dataclasses.fields(OPSDConfig)} - plain
     always = {"alpha", "on_policy", "token_weights"}  # token_weights without a teacher: an error
-    # without on_policy; without FSDP 2 or a teacher
-    errors = {"anchor_weight", "log_completions", "shard_loss"}
+    # without on_policy; without FSDP 2 or a teacher; without forecast_rows
+    errors = {"anchor_weight", "log_completions", "forecast_rows", "shard_loss", "forecast_steps"}
     of_opsd = {"teacher", "self_teacher", "rollout", "max_completion_length"}
     assert found == {*OF_TEACHER, *always, *errors, *of_opsd}
 
