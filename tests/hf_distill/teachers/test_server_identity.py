@@ -170,7 +170,8 @@ def test_entries_that_change_places_are_compared() -> None:
     one = Fingerprint([1, 2], [{5: -1.0, 6: -2.0}])
     assert one.apart(Fingerprint([1, 2], [{6: -2.0, 5: -1.0}])) == 0
     # 6 is at most -2.1 there, 7 at most -2 here
-    assert one.apart(Fingerprint([1, 2], [{5: -1.0, 7: -2.1}])) == pytest.approx(0.1 / 3)
+    two = Fingerprint([1, 2], [{5: -1.0, 7: -2.1}])
+    assert one.apart(two) == two.apart(one) == pytest.approx(0.1 / 3)
     assert one.apart(Fingerprint([1, 3], [{5: -1.0, 6: -2.0}])) == math.inf
     assert Fingerprint([1, 2], [{5: -1.0}]).step is None
     assert same_name("/models/tiny", "org/tiny")
