@@ -1,7 +1,7 @@
 """A client of a hidden-state server: it outlives restarts, and takes no answer that is not whole.
 
 A request is sent again after a failed connection, an answer that has been cut off, a timeout and
-the statuses of `RETRIED`, for as long as the caller's patience lasts. An answer bears the sha256 of
+the statuses of `RETRIED`, for `max_wait` seconds. An answer bears the sha256 of
 its bytes and of the request's, and names the teacher: another one behind the same address is an
 error, and never trained on.
 
@@ -9,10 +9,7 @@ Shapes: N asked outputs of all rows, H hidden.
 """
 
 import json
-import logging
-import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import httpx2
 import torch
@@ -20,15 +17,12 @@ from torch import Tensor
 
 from hf_distill.teachers import hidden_protocol as protocol
 from hf_distill.teachers.hidden_protocol import About, ProtocolError, Row
-from hf_distill.teachers.server_requests import RemoteTeacherError
+from hf_distill.teachers.server_requests import RemoteTeacherError, Retries, ServerRequests
 from hf_distill.teachers.vllm_refusals import SHOWN, reason_in
 from metal_ops import Head
 
-logger = logging.getLogger(__name__)
-
-RETRIED = (429, 502, 503, 504)
-LONGEST = 10.0  # seconds between two tries
-SAID_AGAIN = 30.0  # seconds between log lines while it waits
+RETRIED = (429, 502, 503, 504)  # 500 is a model that fails, and would fail again
+REQUESTS = 4  # under way at a time
 
 
 class HiddenClient:
@@ -37,22 +31,21 @@ class HiddenClient:
     Args:
         url: of the server, such as "http://127.0.0.1:8077".
         timeout: seconds without an answer after which a request has failed.
-        patience: seconds for which a request that has failed is sent again.
+        max_wait: seconds for which a request that has failed is sent again.
         backoff: seconds before it is sent again for the first time; doubled each time.
         api_key: sent as a bearer token, or None.
     """
 
     def __init__(
-        self, url: str, timeout: float, patience: float, backoff: float, api_key: str | None
+        self, url: str, timeout: float, max_wait: float, backoff: float, api_key: str | None
     ) -> None:
         self.url = url.rstrip("/")
-        self.timeout, self.patience, self.backoff = timeout, patience, backoff
-        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._client = httpx2.Client(timeout=timeout, headers=headers)
+        retries = Retries(backoff, max_wait)
+        self._requests = ServerRequests(timeout, retries, api_key, REQUESTS, RETRIED)
 
     def close(self) -> None:
         """Close the connections."""
-        self._client.close()
+        self._requests.close()
 
     def about(self) -> About:
         """Ask the server what it is.
@@ -86,7 +79,7 @@ class HiddenClient:
         Raises:
             RemoteTeacherError: the server fails, is another teacher now, or a row is too large.
         """
-        found = [self._asked(part, about) for part in _requests(rows, about)]
+        found = [self._asked(part, about) for part in _cut(rows, about)]
         empty = torch.empty(0, about.shape[1], dtype=protocol.DTYPES[about.dtype])
         return torch.cat([empty, *found])
 
@@ -100,29 +93,9 @@ class HiddenClient:
             raise self._error(protocol.ASK, str(error)) from error
 
     def _sent(self, method: str, path: str, body: bytes | None = None) -> bytes:
-        """Return the body of an answer of status 200, after as long as patience lasts."""
-        headers = {} if body is None else {"Content-Type": protocol.CONTENT_TYPE}
-        began, said, pause = time.monotonic(), -float("inf"), self.backoff
-        while True:
-            try:
-                response = self._client.request(
-                    method, self.url + path, content=body, headers=headers
-                )
-                if response.status_code not in RETRIED:
-                    return self._whole(response, path)
-                fault, wait = f"status {response.status_code}", _asked_wait(response)
-            except httpx2.TransportError as error:
-                fault, wait = str(error) or type(error).__name__, 0.0
-            waited = time.monotonic() - began
-            if waited >= self.patience:
-                raise self._error(path, f"no answer in {waited:.0f} s: {fault}")
-            if waited - said >= SAID_AGAIN:
-                said = waited
-                logger.warning(
-                    "%s: %s; asking again for up to %.0f s", self.url, fault, self.patience - waited
-                )
-            time.sleep(min(max(pause, wait), LONGEST, max(self.patience - waited, 0.0)))
-            pause *= 2
+        """Return the body of an answer of status 200."""
+        response = self._requests.send(method, self.url + path, body, protocol.CONTENT_TYPE)
+        return self._whole(response, path)
 
     def _whole(self, response: httpx2.Response, path: str) -> bytes:
         """Return the body of an answer that is what the server has sent."""
@@ -140,13 +113,7 @@ class HiddenClient:
         return RemoteTeacherError(f"{self.url}{path}: {rule}")
 
 
-def _asked_wait(response: httpx2.Response) -> float:
-    """Return the seconds that a server asks to wait."""
-    text: Any = response.headers.get("Retry-After", "")
-    return float(text) if text.isascii() and text.isdigit() else 0.0
-
-
-def _requests(rows: Sequence[Row], about: About) -> Iterator[list[Row]]:
+def _cut(rows: Sequence[Row], about: About) -> Iterator[list[Row]]:
     """Yield rows, as many at a time as one request may ask for.
 
     Raises:

@@ -46,10 +46,10 @@ class HiddenStateTeacher(Teacher):
         url: the URL of the server, such as "http://127.0.0.1:8077".
         timeout: the number of seconds without an answer after which a request has failed, greater
             than 0.
-        patience: the number of seconds for which a failed request is sent again, at least 0: the
+        max_wait: the number of seconds for which a failed request is sent again, at least 0: the
             time that a server has to come back.
         backoff: the number of seconds before a request is sent again for the first time, at least
-            0. It doubles each time, up to 10 seconds.
+            0. It doubles each time, up to 15 seconds.
         api_key_env: the environment variable that contains the server's token. None means that
             there is no token.
 
@@ -67,19 +67,19 @@ class HiddenStateTeacher(Teacher):
         url: str,
         *,
         timeout: float = 300.0,
-        patience: float = 600.0,
+        max_wait: float = 600.0,
         backoff: float = 0.5,
         api_key_env: str | None = None,
     ) -> None:
-        if not timeout > 0 or not patience >= 0 or not backoff >= 0:
+        if not timeout > 0 or not max_wait >= 0 or not backoff >= 0:
             raise ValueError(
-                "timeout must be positive, patience and backoff not negative, got "
-                f"{timeout}, {patience} and {backoff}"
+                "timeout must be positive, max_wait and backoff not negative, got "
+                f"{timeout}, {max_wait} and {backoff}"
             )
         key = None if api_key_env is None else os.environ.get(api_key_env)
         if api_key_env is not None and not key:
             raise ValueError(f"the environment variable {api_key_env} must hold the server's token")
-        self._client = HiddenClient(url, timeout, patience, backoff, key)
+        self._client = HiddenClient(url, timeout, max_wait, backoff, key)
         self._about: About | None = None
         self._head: Head | None = None
         self._heads: dict[torch.device, Head] = {}

@@ -4,7 +4,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -63,6 +63,7 @@ class ServerRequests:
         retries: when it is sent again.
         api_key: sent as a bearer token, or None.
         max_requests: requests that are under way at a time.
+        retried: statuses after which a request is sent again.
 
     Attributes:
         interruptions: how often the server was away: no connection, or a status of `AWAY`. Who was
@@ -70,9 +71,15 @@ class ServerRequests:
     """
 
     def __init__(
-        self, timeout: float, retries: Retries, api_key: str | None, max_requests: int
+        self,
+        timeout: float,
+        retries: Retries,
+        api_key: str | None,
+        max_requests: int,
+        retried: Collection[int] = RETRIED,
     ) -> None:
         self.timeout = timeout
+        self._retried = retried
         self.retries = retries
         self.interruptions = 0
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
@@ -95,16 +102,28 @@ class ServerRequests:
         """End the requests that wait for the server: they fail now."""
         self._given_up.set()
 
-    def send(self, method: str, url: str, body: Mapping[str, Any] | None = None) -> httpx2.Response:
-        """Return the server's answer, whose status is none of `RETRIED`.
+    def send(
+        self,
+        method: str,
+        url: str,
+        body: Mapping[str, Any] | bytes | None = None,
+        content_type: str = "application/json",
+    ) -> httpx2.Response:
+        """Return the server's answer, whose status is none of those that are retried.
+
+        Args:
+            method: of HTTP.
+            url: of the request.
+            body: for JSON, or bytes of another type.
+            content_type: of the body.
 
         Raises:
             RemoteTeacherError: every try has failed.
         """
-        content = None if body is None else json.dumps(body).encode()
+        content = json.dumps(body).encode() if isinstance(body, Mapping) else body
         began, failed = 0.0, 0
         while True:
-            answer, failure = self._try(method, url, content)
+            answer, failure = self._try(method, url, content, content_type)
             if answer is not None:
                 if failed:
                     waited = time.monotonic() - began
@@ -124,10 +143,10 @@ class ServerRequests:
             self._given_up.wait(pause)
 
     def _try(
-        self, method: str, url: str, content: bytes | None
+        self, method: str, url: str, content: bytes | None, content_type: str
     ) -> tuple[httpx2.Response | None, str]:
         """Return an answer, or None and what has failed."""
-        headers = {} if content is None else {"Content-Type": "application/json"}
+        headers = {} if content is None else {"Content-Type": content_type}
         try:
             with self._slots:
                 answer = self._client.request(method, url, content=content, headers=headers)
@@ -138,7 +157,7 @@ class ServerRequests:
             return None, f"no connection: {error}"
         if answer.status_code in AWAY:
             self._count_interruption()
-        if answer.status_code not in RETRIED:
+        if answer.status_code not in self._retried:
             return answer, ""
         return None, f"status {answer.status_code}, body {shown(answer.text)!r}"
 

@@ -47,7 +47,7 @@ def asking() -> Iterator[Ask]:
     made = []
 
     def make(server: HiddenStateServer, **changes: Any) -> HiddenStateTeacher:
-        changes = {"timeout": 20.0, "patience": 0.0, "backoff": 0.01} | changes
+        changes = {"timeout": 20.0, "max_wait": 0.0, "backoff": 0.01} | changes
         made.append(HiddenStateTeacher(server.url, **changes))
         return made[-1]
 

@@ -95,7 +95,7 @@ def victim() -> Victim:
 
 
 def train(folder: Path, url: str) -> tuple[list[float], dict[str, Tensor]]:
-    teacher = HiddenStateTeacher(url, patience=120.0, backoff=0.02, timeout=20.0)
+    teacher = HiddenStateTeacher(url, max_wait=120.0, backoff=0.02, timeout=20.0)
     config = DistillConfig(**models.options(folder, divergence="jsd", max_steps=STEPS))
     trainer = DistillTrainer(models.llama(), config, models.Pad(), models.rows(), teacher=teacher)
     trainer.train()
@@ -121,7 +121,7 @@ def test_a_cache_over_twenty_kills(tmp_path: Path, victim: Victim) -> None:
     given: dict[str, Any] = {"data_collator": models.Pad(), "batch_size": 2, "shard_rows": 4}
     given["codec"] = HiddenStates("int8")
     rows = models.rows(80)
-    teacher = HiddenStateTeacher(victim.url, patience=120.0, backoff=0.02, timeout=20.0)
+    teacher = HiddenStateTeacher(victim.url, max_wait=120.0, backoff=0.02, timeout=20.0)
     with victim.killed():
         cache_teacher(teacher, rows, tmp_path / "killed", **given)
     assert victim.kills == KILLS

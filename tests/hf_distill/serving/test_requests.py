@@ -248,7 +248,7 @@ def test_a_full_queue_says_when_to_come_back(asking: Ask, monkeypatch: pytest.Mo
         return answer(self, rows)
 
     with serving(max_waiting=1) as made:
-        teacher = asking(made, patience=20.0)
+        teacher = asking(made, max_wait=20.0)
         _ = teacher.about
         monkeypatch.setattr(HiddenModel, "answer", held)
         found: list[Any] = []

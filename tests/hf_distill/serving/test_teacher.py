@@ -230,7 +230,7 @@ def test_a_teacher_of_another_tokenizer(tmp_path: Path, asking: Ask) -> None:
 def test_another_teacher_behind_the_address_is_an_error(asking: Ask) -> None:
     side, _ = a_side()
     with serving() as first:
-        teacher, port = prepared(asking(first, patience=20.0), models.llama()), first.server_port
+        teacher, port = prepared(asking(first, max_wait=20.0), models.llama()), first.server_port
         own = teacher.signal(models.llama(), side).hidden
     with serving(port=port):  # the same one, again
         assert torch.equal(teacher.signal(models.llama(), side).hidden, own)
@@ -246,7 +246,7 @@ def test_a_server_that_comes_back_is_waited_for(
 ) -> None:
     side, _ = a_side()
     with serving() as first:
-        teacher, port = prepared(asking(first, patience=30.0), models.llama()), first.server_port
+        teacher, port = prepared(asking(first, max_wait=30.0), models.llama()), first.server_port
         own = teacher.signal(models.llama(), side).hidden
     found: list[Tensor] = []
     waiting = threading.Thread(
@@ -254,21 +254,21 @@ def test_a_server_that_comes_back_is_waited_for(
     )
     with caplog.at_level("WARNING", "hf_distill"):
         waiting.start()
-        while "asking again" not in caplog.text:
+        while "trying again" not in caplog.text:
             assert waiting.is_alive()
             waiting.join(0.01)
         with serving(port=port):
             waiting.join(30)
     assert torch.equal(found[0], own)
-    impatient = asking(first, patience=0.05)
-    with pytest.raises(RemoteTeacherError, match=r"no answer in 0 s: .*onnect"):
+    impatient = asking(first, max_wait=0.05)
+    with pytest.raises(RemoteTeacherError, match=r"no connection: .* in 0 s"):
         _ = impatient.about
 
 
 def test_arguments_out_of_range(monkeypatch: pytest.MonkeyPatch, server: HiddenStateServer) -> None:
     from hf_distill import HiddenStateTeacher  # noqa: PLC0415
 
-    for given in ({"timeout": 0.0}, {"patience": -1.0}, {"backoff": -1.0}):
+    for given in ({"timeout": 0.0}, {"max_wait": -1.0}, {"backoff": -1.0}):
         with pytest.raises(ValueError, match="timeout must be positive"):
             HiddenStateTeacher(server.url, **given)
     monkeypatch.delenv("NO_TOKEN", raising=False)
