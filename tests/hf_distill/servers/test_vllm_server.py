@@ -87,6 +87,18 @@ def test_log_probs_are_those_of_transformers(
     assert (got.log_probs - elsewhere).abs().mean() > FAR
 
 
+def test_a_row_of_the_whole_length(smollm2: Path, remote: RemoteTeacher, local: Any) -> None:
+    """Its last position comes from the token that the server generates."""
+    remote.start(local.config.vocab_size)
+    ids = texts.ids(smollm2)[:MAX_MODEL_LEN]
+    got = remote.top_log_probs(ids)
+    with torch.no_grad():
+        want = local(input_ids=torch.tensor([ids])).logits[0, -2].log_softmax(-1)
+    assert len(got) == MAX_MODEL_LEN - 1
+    last = torch.tensor(list(got[-1].values()))
+    torch.testing.assert_close(last, want.topk(MAX_LOGPROBS).values, rtol=0, atol=APART)
+
+
 def test_equal_requests_get_equal_answers(smollm2: Path, remote: RemoteTeacher) -> None:
     remote.start(49152)
     ids = texts.rows(smollm2)[2]["input_ids"]
@@ -127,7 +139,7 @@ def test_training_through_it_is_that_from_caches(
 @pytest.mark.parametrize(
     ("row", "top_k", "words"),
     [
-        ([5] * (MAX_MODEL_LEN + 1), 2, f"(context length is|max_model_len of) {MAX_MODEL_LEN}"),
+        ([5] * (MAX_MODEL_LEN + 1), 2, f"{MAX_MODEL_LEN + 1} tokens is longer than the server"),
         ([5, 49152, 6], 2, "Token id 49152 is out of vocabulary"),
         ([5, 6, 7], 21, "logprobs of 21, .* max allowed: 20 .*must allow --max-logprobs 21"),
     ],
