@@ -188,6 +188,15 @@ class DistillConfig(TrainingArguments):
             "the head. It takes less memory where heads are large, and needs FSDP 2."
         },
     )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "The most tokens of a batch on a device in training, at least 1. Batches are "
+            "filled until per_device_train_batch_size rows or so many tokens: of packed rows all "
+            "together, of padded ones with the padding, on the longer of both sides. None means no "
+            "limit."
+        },
+    )
     taid: TaidConfig | str | dict[str, Any] | None = field(
         default=None,
         metadata={
@@ -230,6 +239,10 @@ class DistillConfig(TrainingArguments):
         self.hidden = as_group("hidden", HiddenConfig, self.hidden)
         self.hidden_layers = parse_layers(self.hidden_layers)
         self.watchdog = as_group("watchdog", WatchdogConfig, self.watchdog)
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
+            raise ValueError(
+                f"max_tokens_per_batch must be at least 1, got {self.max_tokens_per_batch}"
+            )
         self.taid = as_optional_group("taid", TaidConfig, self.taid)
         if self.taid is not None and config_schedules.bounds(self, "alpha")[1] == 0:
             raise ValueError(f"taid is a soft loss and needs alpha > 0, got {self.alpha}")

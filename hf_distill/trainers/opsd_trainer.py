@@ -134,6 +134,11 @@ class OPSDTrainer(ForecastingTrainer):
 
     @staticmethod
     def _check_rollout(args: OPSDConfig, environment: Environment | None) -> None:
+        if args.on_policy and args.max_tokens_per_batch is not None:
+            raise ValueError(
+                "max_tokens_per_batch needs completions whose lengths are known before they are "
+                f"sampled, got {args.max_tokens_per_batch} and on_policy=True"
+            )
         if environment is not None and not args.on_policy:
             raise ValueError("an environment judges sampled completions, got on_policy=False")
         only_failed = cast(RolloutConfig, args.rollout).only_failed

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
@@ -24,6 +25,7 @@ from hf_distill.data.turn_ends import tell_end_tokens
 from hf_distill.models.structure import causal_lm, generation_end_ids
 from hf_distill.monitoring.metrics import ShareMeter
 from hf_distill.trainers.restarts import RestartingTrainer
+from hf_distill.trainers.token_loader import check_token_budget, measured, token_loader
 
 ROWS = "rows_to_collate"  # the only key of a batch that is not made yet
 
@@ -184,6 +186,7 @@ class StepCollatingTrainer(RestartingTrainer):
         self._hinting = StepCollation(args.seed)
         self._wrapped: tuple[Any, Any] = None, None  # a collator, and the one around it
         self._has_default_collator = data_collator is None
+        self._lengths: tuple[Any, Sequence[int], bool] | None = None  # of the data, once measured
         super().__init__(model, args, defer_collator(data_collator, args), *others, **kwargs)
         self._tell_end_tokens(generation_end_ids(causal_lm(cast(nn.Module, self.model))))
 
@@ -227,7 +230,28 @@ class StepCollatingTrainer(RestartingTrainer):
                 f"train_dataset must have rows, got a {type(dataset).__name__} of none"
             )
         self._check_columns(dataset, description)
+        if description == "Training" and getattr(self.args, "max_tokens_per_batch", None):
+            return self._token_loader(dataset)
         return super()._get_dataloader(dataset, description, *args, **kwargs)
+
+    def _token_loader(self, dataset: Any) -> Any:
+        """Make the loader of the training where batches are filled up to a number of tokens."""
+        check_token_budget(dataset, given_collator(self.data_collator), self.args)
+        given, collate = dataset, self.data_collator
+        if isinstance(dataset, Dataset):
+            dataset = self._remove_unused_columns(dataset, "Training")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, "Training")
+        if self._lengths is None or self._lengths[0] is not given:
+            alone = collate
+            if isinstance(collate, DeferredCollator):  # measured with all hints
+                alone = collator_at_step(collate.collator, 0, None)
+            column = self.args.length_column_name
+            self._lengths = given, *measured(given, dataset, alone, column)
+        _, lengths, packed = self._lengths
+        num_ranks = self.accelerator.num_processes // self.get_tp_size()
+        about = lengths, packed, self.args, self._train_batch_size, num_ranks
+        return self.accelerator.prepare(token_loader(dataset, collate, *about))
 
     def _check_columns(self, dataset: Any, description: str) -> None:
         """Check that the model and the collator see something of the rows.
