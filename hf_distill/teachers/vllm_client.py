@@ -98,7 +98,8 @@ class Completions:
             try:
                 return self._of_prompt(ids)
             except Refused as refused:
-                if refused.cause != "too_long" or longest is not None or len(ids) < 2:
+                # the limit may be unknown, or lower since the server was started again
+                if refused.cause != "too_long" or len(ids) < 2:
                     raise
         return self._of_prompt(ids[:-1], and_next=True)
 

@@ -145,7 +145,7 @@ def test_rows_that_wait_give_up_with_a_row_that_is_refused(server: Server, remot
 
 def test_requests_under_way_are_bounded(server: Server, remote: Ask) -> None:
     teacher = prepared(remote(4, num_threads=2), models.llama())
-    server.change = lambda _: time.sleep(0.02)
+    server.barrier = threading.Barrier(2)  # each waits for another one
     rows = IDS.repeat(6, 1).tolist()
     threads = [threading.Thread(target=teacher.top_log_probs, args=(row,)) for row in rows]
     for thread in threads:
