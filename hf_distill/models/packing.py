@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hf_distill.data.packed_rows import BOUNDS, may_be_packed
 from hf_distill.data.sides import Side
+from hf_distill.models import packed_attention  # noqa: F401 - registers "packed_sdpa"
 from hf_distill.models.causality import logits_of
 from hf_distill.models.position_trials import LENIENT, Said, Spy, synthetic_row
 from hf_distill.models.probe_rows import ProbeRow

@@ -122,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", required=True)
     parser.add_argument("--model")
-    parser.add_argument("--attn", default="sdpa")
+    parser.add_argument("--attn", default="packed_sdpa")
     for name, value in (("batch", 16), ("steps", 6), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=value)
     given = parser.parse_args()

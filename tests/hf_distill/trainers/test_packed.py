@@ -82,6 +82,8 @@ def gradients(run: DistillTrainer) -> dict[str, Tensor]:
     [
         ("llama", {}),
         ("llama", {"attention": "eager"}),
+        ("llama", {"attention": "packed_sdpa"}),
+        ("mistral", {"attention": "packed_sdpa"}),
         ("llama", {"label_smoothing_factor": 0.1}),  # reads whole logits
         ("llama", {"hidden_layers": "uniform", "hidden_weight": 0.5}),
         ("llama", {"token_weights": {"reasoning": 3.0, "markers": ["think", "done"]}}),
@@ -144,7 +146,13 @@ def side(rows: list[dict[str, list[int]]], **changes: Any) -> Side:
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("family", "attention"),
-    [("llama", "sdpa"), ("llama", "eager"), ("mistral", "sdpa"), ("gemma2", "eager")],
+    [
+        ("llama", "sdpa"),
+        ("llama", "eager"),
+        ("llama", "packed_sdpa"),
+        ("mistral", "sdpa"),
+        ("gemma2", "eager"),
+    ],
 )
 def test_no_other_row_hears_a_change(family: str, attention: str) -> None:
     model = FAMILIES[family](0)
