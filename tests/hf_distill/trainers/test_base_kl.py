@@ -135,6 +135,7 @@ def test_the_base_needs_no_forward_of_its_own(
     assert seen == expected
 
 
+@pytest.mark.slow
 def test_accumulation_does_not_change_the_step(tmp_path: Path) -> None:
     found = []
     for size, steps in ((8, 1), (2, 4)):

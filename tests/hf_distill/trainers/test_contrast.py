@@ -147,6 +147,7 @@ def test_the_teacher_reads_both_contexts_at_once(
     assert seen == expected
 
 
+@pytest.mark.slow
 def test_logits_and_hidden_states_have_the_same_loss(tmp_path: Path) -> None:
     for kind in ("weight", "target"):
         hidden = loss_of(make(tmp_path, kind=kind), problems()[:4]).item()
@@ -154,6 +155,7 @@ def test_logits_and_hidden_states_have_the_same_loss(tmp_path: Path) -> None:
         assert loss_of(smoothed, problems()[:4]).item() == pytest.approx(hidden, rel=SUM_ERROR)
 
 
+@pytest.mark.slow
 def test_the_share_follows_a_schedule(tmp_path: Path) -> None:
     """From the plain loss to the contrast; an evaluation has the last value."""
     trainer = make(tmp_path, contrast_weight="linear:0.0->1.0@2", max_steps=3, learning_rate=0.0)
@@ -169,7 +171,15 @@ def test_the_share_follows_a_schedule(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_loss"] == fixed.evaluate()["eval_loss"]
 
 
-@pytest.mark.parametrize("source", ["other_row", "corrupted_number", "reference", "sibling"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "other_row",
+        pytest.param("corrupted_number", marks=pytest.mark.slow),
+        pytest.param("reference", marks=pytest.mark.slow),
+        "sibling",
+    ],
+)
 def test_sources_in_rollouts(tmp_path: Path, source: str) -> None:
     """Both contexts end in what was sampled; evaluations too."""
     rollout = {"num_completions": 2}
