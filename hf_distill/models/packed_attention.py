@@ -66,15 +66,11 @@ def packed_sdpa(
     square = mask is not None and mask.shape == (1, 1, length, length)
     if mask is None or not square or mask.dtype != torch.bool:
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-    parts = [
-        sdpa_attention_forward(
-            module,
-            *(x[:, :, first:end] for x in (query, key, value)),
-            mask[:, :, first:end, first:end],
-            **kwargs,
-        )[0]
-        for first, end in blocks_of(mask)
-    ]
+    parts = []
+    for first, end in blocks_of(mask):
+        q, k, v = (x[:, :, first:end] for x in (query, key, value))
+        block = mask[:, :, first:end, first:end]
+        parts.append(sdpa_attention_forward(module, q, k, v, block, **kwargs)[0])
     return torch.cat(parts, dim=1), None
 
 
