@@ -133,7 +133,11 @@ class HiddenStateServer(ThreadingHTTPServer):
         """Do as the class does, for so many connections at a time."""
         if self._slots.acquire(blocking=False):
             self._open.add(request)
-            super().process_request(request, client_address)
+            try:
+                super().process_request(request, client_address)
+            except BaseException:  # no thread could be started
+                self._let_go(request)
+                raise
             return
         text = f"HTTP/1.1 503 Busy\r\nRetry-After: {RETRY_AFTER}\r\nContent-Length: 0\r\n"
         with suppress(OSError):  # who asked may have gone
@@ -146,8 +150,11 @@ class HiddenStateServer(ThreadingHTTPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._open.discard(request)
-            self._slots.release()
+            self._let_go(request)
+
+    def _let_go(self, request: Any) -> None:
+        self._open.discard(request)
+        self._slots.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what a connection ended with; others go on."""
@@ -209,6 +216,8 @@ class Handler(BaseHTTPRequestHandler):
         self._respond(self._post)
 
     def _get(self) -> tuple[bytes, str]:
+        if self._sizes() not in ([], ["0"]):
+            raise Refused(400, "a GET must have no body: it would be read as the next request")
         if self.path == protocol.ASK:
             return json.dumps(self.server.about.to_json()).encode(), "application/json"
         if self.path == protocol.HEAD:
@@ -236,10 +245,18 @@ class Handler(BaseHTTPRequestHandler):
             protocol.CONTENT_TYPE
         )
 
+    def _sizes(self) -> list[str]:
+        """Return what the headers say of the body's size: one Content-Length, or something else."""
+        return [
+            *(self.headers.get_all("Content-Length") or []),
+            *(self.headers.get_all("Transfer-Encoding") or []),
+        ]
+
     def _body(self) -> bytes:
-        length, most = self.headers.get("Content-Length"), self.server.about.limits.bytes
-        if self.headers.get("Transfer-Encoding") is not None or length is None:
-            raise Refused(411, "a request must have a Content-Length, and no Transfer-Encoding")
+        sizes, most = self._sizes(), self.server.about.limits.bytes
+        if len(sizes) != 1 or self.headers.get("Transfer-Encoding") is not None:
+            raise Refused(411, "a request must have one Content-Length, and no Transfer-Encoding")
+        (length,) = sizes
         if not (length.isascii() and length.isdigit()) or len(length) > len(str(most)):
             raise Refused(413, f"Content-Length must be a number up to {most}")
         if int(length) > most:

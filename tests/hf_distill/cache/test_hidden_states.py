@@ -24,6 +24,7 @@ from hf_distill.cache.inspect import describe, measure
 from hf_distill.cache.reader import CacheReader
 from hf_distill.data.sides import Side, predicts_from_labels
 from hf_distill.models.signals import Signal
+from tests import processes
 from tests.hf_distill.cache import caches
 from tests.hf_distill.trainers import models
 
@@ -189,6 +190,22 @@ def test_what_is_interrupted_goes_on_with_the_same_bytes(tmp_path: Path, rank: i
     assert caches.contents(cache) == caches.contents(tmp_path / "straight")
     for name in FILES:
         assert (cache / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def _write_as_a_rank(cache: Path) -> None:
+    cached(cache, models.llama(1), HiddenStates("int8", 12))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_use_one_basis(tmp_path: Path) -> None:
+    processes.run(2, tmp_path / "ranks", _write_as_a_rank, tmp_path / "two")
+    cached(tmp_path / "one", models.llama(1), HiddenStates("int8", 12))
+    assert caches.contents(tmp_path / "two") == caches.contents(tmp_path / "one")
+    for name in FILES:
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    sidecars = (tmp_path / "two").glob("shards/*.json")
+    assert {json.loads(x.read_bytes())["written_by"]["rank"] for x in sidecars} == {0, 1}
 
 
 def test_a_lost_head_is_written_again_but_not_a_lost_basis(tmp_path: Path) -> None:

@@ -149,6 +149,9 @@ def test_a_request_that_breaks_a_rule(shared: HiddenStateServer) -> None:
     for text, status in (
         (head(KIND), 411),
         (head(KIND, "Transfer-Encoding: chunked", "Content-Length: 4"), 411),
+        (head(KIND, "Content-Length: 4", "Content-Length: 5"), 411),
+        (head(KIND, "Content-Length: 4").replace(b"POST", b"GET") + b"more", 400),
+        (head(KIND, "Transfer-Encoding: chunked").replace(b"POST", b"GET"), 400),
         (head(KIND, "Content-Length: -1"), 413),
         (head(KIND, "Content-Length: 1e3"), 413),
         (head(KIND, f"Content-Length: {'9' * 5000}"), 413),
