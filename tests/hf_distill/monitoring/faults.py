@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_distill import DistillConfig, DistillTrainer, HintCollator, OPSDConfig, OPSDTrainer
+from hf_distill.data.hinted_rows import AllHints
 from hf_distill.teachers import SelfTeacher, UpdateTeacher
 from tests.hf_distill.trainers import models
 
@@ -83,8 +84,8 @@ def the_same_teacher(folder: Path) -> DistillTrainer:
 class Forgetful(HintCollator):
     """Its teacher gets no hint."""
 
-    def _rendered(self, row: Any) -> list[Any]:
-        return []
+    def _all_hints(self, row: Any, place: Any) -> AllHints:
+        return AllHints([], [])
 
 
 def lost_hint(folder: Path) -> OPSDTrainer:
