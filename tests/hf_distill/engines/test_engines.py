@@ -92,7 +92,7 @@ def run_of(**changes: Any) -> Any:
     """Enough of a run for the checks that come first."""
     args = {"n_gpu": 1, "use_cpu": False, "fsdp": None, "deepspeed": None}
     own = {"num_copies": 1, "num_parts": 1, "teachers": [], "is_classifier": True}
-    own |= {"student": nn.Identity(), "collator": None}
+    own |= {"student": nn.Identity(), "teacher": None, "collator": None}
     given = {name: changes.pop(name) for name in tuple(changes) if name in args}
     kind = changes.pop("kind", DistributedType.MULTI_CPU)
     accelerator = SimpleNamespace(distributed_type=kind, num_processes=2, is_fsdp2=True)
