@@ -173,7 +173,8 @@ class ArrayLogProbs:
     def _read(self, row: int) -> TopKRow:
         """Return all entries of a row of the table."""
         if TEMPERATURE in self._table.columns:
-            said = float(self._table.value(row, TEMPERATURE))
+            with self._lock:
+                said = float(self._table.value(row, TEMPERATURE))
             self._check(row, said == 1.0, f"log-probabilities at temperature 1, got {said:g}")
         ids = self._value(row, "top_ids").astype(np.int64)
         name = "log_probs" if "log_probs" in self._names else "logits"

@@ -47,6 +47,15 @@ class CachedHead:
         hidden = hidden if sizes is None else hidden * sizes
         return Signal(hidden=hidden.to(head.weight.dtype), head=head)
 
+    def hidden(self, stored: Tensor) -> Tensor:
+        """Return the hidden states [N, R] of what is stored, float32, on the CPU.
+
+        Raises:
+            CacheCorrupt: the head's file is not what was written.
+        """
+        sizes = self._on(torch.device("cpu"))[1]
+        return stored.float() if sizes is None else stored.float() * sizes
+
     def _on(self, device: torch.device) -> tuple[Head, Tensor | None]:
         if device not in self._heads:
             path = self._reader.head_file()

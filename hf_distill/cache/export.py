@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_distill.cache import fingerprints
+from hf_distill.cache.codecs import HiddenStates
 from hf_distill.cache.columns import HIDDEN, named_columns
 from hf_distill.cache.errors import CacheError, RowMismatch
 from hf_distill.cache.files import TMP, sync_folder
@@ -46,6 +47,7 @@ NAMES = {
 }
 """Columns of a sparse teacher, see `columns`."""
 FULL = "log_probs"
+COORDINATES = "coordinates"  # of hidden states, on the basis beside the head
 TOKEN = pa.int32()
 
 
@@ -99,7 +101,7 @@ class Exporter:
             self._write(path, parts)
             for part in parts.glob("*.parquet*"):
                 part.unlink()
-        shutil.rmtree(parts, ignore_errors=True)
+            shutil.rmtree(parts, ignore_errors=True)  # nobody else may have begun there
         return sum(shard.tokens for shard in self._manifest.shards)
 
     def _write(self, path: Path, parts: Path) -> None:
@@ -148,13 +150,20 @@ class Exporter:
         """Return what is stored of a row's tokens by column, [n] or [n, K]; of none, no tokens."""
         found = self._teacher.decoded([] if row is None else [row])
         if isinstance(found, Tensor):
-            name = HIDDEN if self._teacher.codec.of_hidden else FULL
-            return {name: found.float().numpy()}
+            return self._dense(found)
         columns = {NAMES[name]: x.numpy() for name, x in named_columns(found)}
         if not self._has_head():
             columns = {k: x for k, x in columns.items() if not k.startswith("top_")}
         entropy = np.zeros(0) if row is None else row.arrays["entropy"]
         return columns | {"entropy": entropy.astype(np.float32)}
+
+    def _dense(self, found: Tensor) -> dict[str, np.ndarray]:
+        """Return hidden states, or their coordinates on a basis, or log-probabilities."""
+        codec = self._teacher.codec
+        if not isinstance(codec, HiddenStates):
+            return {FULL: found.float().numpy()}
+        name = HIDDEN if codec.rank is None else COORDINATES
+        return {name: self._teacher.hidden(found).numpy()}
 
     def _has_head(self) -> bool:
         return getattr(self._teacher.codec, "top_k", 0) > 0

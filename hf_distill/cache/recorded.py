@@ -75,15 +75,18 @@ class RecordedLogProbs:
         """Find every answer's row; returns the sha256 of all lines."""
         digest, size = hashlib.sha256(), os.fstat(self._file.fileno()).st_size
         self._file.seek(0)
+        rows: dict[int, int] = {}
         with tqdm(desc="index", unit="B", unit_scale=True, total=size) as bar:
             for number, (start, line) in enumerate(_lines(self._file), 1):
                 for choice, answer in enumerate(self._parsed(line, number)):
                     self._places.append(_Place(number, start, len(line), choice))
-                    for length in answer.lengths:
-                        row_hash = fingerprints.row_hash(answer.ids[:length])
-                        self._by_hash[row_hash] = len(self._places) - 1
+                    row, *others = map(answer.ids.__getitem__, map(slice, answer.lengths))
+                    self._by_hash[fingerprints.row_hash(row)] = len(self._places) - 1
+                    for other in others:  # unless an answer is of that row itself
+                        rows.setdefault(fingerprints.row_hash(other), len(self._places) - 1)
                 digest.update(line)
                 bar.update(len(line))
+        self._by_hash = rows | self._by_hash
         return digest.hexdigest()
 
     def _parsed(self, line: bytes, number: int) -> list[Answer]:

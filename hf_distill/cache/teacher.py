@@ -304,6 +304,11 @@ class CachedTeacher(Teacher):
             numbers = [row.row for row in rows]
             raise CacheCorrupt(f"{self.reader.path}, rows {numbers}: {error}") from error
 
+    def hidden(self, stored: Tensor) -> Tensor:
+        """Return hidden states of what is stored of tokens, of a cache that has them; [N, R]."""
+        assert self._head is not None
+        return self._head.hidden(stored)
+
     def columns(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return what a loader puts into a batch, see `pad_tokens`; nothing of whole logits."""
         if not self._travels:

@@ -174,7 +174,7 @@ class HintCollator(HintedRows):
     def _batch(self, made: Sequence[RenderedSides]) -> dict[str, Tensor]:
         students, teachers = [x.student for x in made], [x.teacher for x in made]
         hinted = self.needs_hints or any(x.hints or x.dropped for x in made)
-        if not self.has_own_view and not (self.hints and hinted):
+        if not self.has_own_view and not (self.hints and hinted) and self.contrast is None:
             teachers = None  # both sides read the same
         if self.packing:
             return self._with_count(batches.pack_rows(students, teachers), made)

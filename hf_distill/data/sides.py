@@ -176,6 +176,7 @@ def teacher_side(batch: Mapping[str, Any], student: Side) -> Side:
     inputs = {name: value for name, value in named.items() if value is not None}
     predicts = predicts_from_index(batch["teacher_completion_index"], ids.shape[1])
     rows = packed_rows.row_numbers(inputs)
+    inputs = inputs if rows is None else packed_rows.without_mask(inputs)
     return Side(inputs, predicts, route, stored, rows=rows)
 
 

@@ -274,13 +274,14 @@ class TokenWeights:
             self._table = self._table.to(labels.device)
             weights = weights * self._table[labels.clamp(0, len(self._table) - 1)]
         if self.positions.active:
-            weights = weights * self._by_position(batch, labels)
+            weights = weights * self.by_position(batch, labels)
         inside = self.in_reasoning(batch) if in_reasoning is None else in_reasoning
         if inside is None:
             return weights
         return torch.where(inside, weights * self._reasoning, weights)
 
-    def _by_position(self, batch: Mapping[str, Any], labels: Tensor) -> Tensor:
+    def by_position(self, batch: Mapping[str, Any], labels: Tensor) -> Tensor:
+        """Return [B, T] float32 factors of places, those of each row of a packed sequence."""
         rows = packed_rows.row_numbers(batch)
         if rows is None:
             return self.positions(labels)

@@ -64,7 +64,8 @@ def packed_sdpa(
     """
     mask, length = attention_mask, query.shape[2]
     square = mask is not None and mask.shape == (1, 1, length, length)
-    if mask is None or not square or mask.dtype != torch.bool:
+    whole = kwargs.get("position_bias") is not None  # of all tokens with all
+    if mask is None or not square or whole or mask.dtype != torch.bool:
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     parts = []
     for first, end in blocks_of(mask):

@@ -67,6 +67,11 @@ def run(options: argparse.Namespace) -> int:
     if options.revision is not None:
         given["revision"] = options.revision
     try:
+        if options.quantization is not None and options.device is not None:
+            raise ValueError(
+                "a quantized model is placed by its library: leave out --device (and choose with "
+                f"CUDA_VISIBLE_DEVICES), got {options.device}"
+            )
         token = read_token(options)
         teacher = ModelTeacher(options.model, **given)
         found = torch.accelerator.current_accelerator() or torch.device("cpu")

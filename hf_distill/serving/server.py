@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 IDLE = 60.0  # seconds that a connection may be silent
 CONNECTIONS = 64  # at a time
+SENT_BYTES = 2**20  # at a time
 ANSWER_BYTES = 2**28  # of hidden states in an answer, at most
 RETRY_AFTER = 1  # seconds
 LENGTH = 8192  # tokens of a row, where a model names no limit
@@ -96,7 +97,9 @@ class HiddenStateServer(ThreadingHTTPServer):
         revision: str | None = None,
     ) -> None:
         given = {"max_rows": max_rows, "max_tokens": max_tokens, "max_waiting": max_waiting}
-        for name, value in (given | {"batch_tokens": batch_tokens}).items():
+        given |= {"batch_tokens": batch_tokens}
+        given |= {} if max_length is None else {"max_length": max_length}
+        for name, value in given.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if token is not None and not (token.isascii() and token.isprintable() and token.strip()):
@@ -297,7 +300,8 @@ class Handler(BaseHTTPRequestHandler):
             for name, value in (sizes | headers).items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(body)
+            for start in range(0, len(body), SENT_BYTES):  # each has the time of IDLE
+                self.wfile.write(memoryview(body)[start : start + SENT_BYTES])
         except OSError:
             self.close_connection = True
 

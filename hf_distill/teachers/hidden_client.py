@@ -10,6 +10,7 @@ Shapes: N asked outputs of all rows, H hidden.
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import httpx2
 import torch
@@ -46,6 +47,15 @@ class HiddenClient:
     def close(self) -> None:
         """Close the connections."""
         self._requests.close()
+
+    @contextmanager
+    def giving_up(self) -> Iterator[None]:
+        """Inside the block requests that wait for the server fail."""
+        self._requests.give_up()
+        try:
+            yield
+        finally:
+            self._requests.begin()
 
     def about(self) -> About:
         """Ask the server what it is.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
 from hf_distill.data.cross_tokenizer_collator import find_cross_tokenizer_collator
-from hf_distill.data.sides import Side, student_side, teacher_side
+from hf_distill.data.sides import Side, student_side, teacher_side, unpacked
 from hf_distill.losses import CrossTokenizerLoss
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import vocab_size
@@ -109,11 +109,17 @@ class HiddenStateTeacher(Teacher):
 
     def close(self) -> None:
         """Forget what was asked for, and close the connections."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-            self._pool = None
-        self._asked.clear()
+        self._forget()
         self._client.close()
+
+    def _forget(self) -> None:
+        """Forget what was asked for; a request that waits for the server fails now."""
+        self._asked.clear()
+        if self._pool is None:
+            return
+        with self._client.giving_up():
+            self._pool.shutdown(cancel_futures=True)
+        self._pool = None
 
     def check(self, run: Run) -> None:
         """Check that the server's model has the tokenizer of its rows.
@@ -213,7 +219,11 @@ class HiddenStateTeacher(Teacher):
             return self._client.hidden(rows, self.about)
         while (oldest := next(iter(self._asked))) != key:  # of a step that was not taken
             self._asked.pop(oldest).cancel()
-        return self._asked.pop(key).result()
+        try:
+            return self._asked.pop(key).result()
+        except BaseException:  # what is asked ahead would wait for the server as long, at the exit
+            self._forget()
+            raise
 
     def ask_ahead(self, rows: Sequence[Row]) -> None:
         """Ask for rows in another thread; `ask` for the same rows then waits for their answer."""
@@ -271,6 +281,7 @@ def rows_of(side: Side) -> list[Row]:
     Raises:
         ValueError: the side has other inputs, or scores the first token of a row.
     """
+    side = unpacked(side)
     unsent = sorted(side.inputs.keys() - set(SENT))
     if unsent:
         raise ValueError(

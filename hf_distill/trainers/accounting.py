@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -141,12 +142,16 @@ class AccountingTrainer(StepCollatingTrainer):
                 f"{'none' if self.teacher is None else 'a classifier'}"
             )
         size = self.args.per_device_eval_batch_size
+        if isinstance(dataset, Dataset):
+            dataset = self._remove_unused_columns(dataset, "forgetting")
         self._forgetting = Forgetting(dataset, self._collate_references, size)
 
     def _collate_references(self, rows: Sequence[Any]) -> dict[str, Tensor]:
         """Make a batch of rows with the data's own completions, or of what the collator reads."""
-        collator = hint_collator_behind(given_collator(self.data_collator))
-        return self.data_collator(rows) if collator is None else collator.references(rows)
+        given = given_collator(self._wrapped[0] or self.data_collator)  # no teacher is asked
+        collator = hint_collator_behind(given)
+        batch = given(rows) if collator is None else collator.references(rows)
+        return self._with_labels(batch)
 
     def _measure_forgetting(self) -> dict[str, float]:
         """Return what is left of what the student knew; every process must call it."""

@@ -353,7 +353,8 @@ class TokenWeighing:
         if inside is not None:
             logged[REASONING_SHARE] = sides.targets(inside, predicts).float()
         if self.weigh.positions.active:
-            logged[POSITION_FACTOR] = sides.targets(self.weigh.positions(batch["labels"]), predicts)
+            factors = self.weigh.by_position(batch, batch["labels"])
+            logged[POSITION_FACTOR] = sides.targets(factors, predicts)
         made = WeighedBatch(weights, logged, signal)
         if signal is None or self.entropy == 0:
             return made

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
+import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -51,6 +52,7 @@ class Forecaster:
         engine: samples.
         environment: judges completions by "score", or None.
         read: what both sides say of a batch, and seconds of student and teacher.
+        route: the number of a row's teacher, or None where there is one teacher.
         score: judges a completion, or None; takes the environment's place.
         batch_size: rows that are measured together.
     """
@@ -60,6 +62,7 @@ class Forecaster:
     engine: rollouts.Engine
     environment: Environment | None
     read: Callable[[dict[str, Any], dict[str, float]], Said]
+    route: Callable[[Row], int] | None
     score: Score | None
     batch_size: int
 
@@ -67,30 +70,32 @@ class Forecaster:
         """Return the forecast of some rows. Every process must call it with the same rows."""
         args, accelerator = self.run.args, self.run.accelerator
         here = list(rows)[accelerator.process_index :: accelerator.num_processes]
+        count, most = len(here), -(-len(rows) // accelerator.num_processes)
+        here += list(rows[:1]) * (most - count)  # an engine may need all processes to sample
         seconds: dict[str, float] = {}
         found: list[ForecastRow] = []
         with tqdm(desc="forecast", total=len(here), disable=not accelerator.is_main_process) as bar:
             for start in range(0, len(here), self.batch_size):
                 batch = here[start : start + self.batch_size]
-                found += self._measured(batch, start, seconds)
+                following = here[(start + len(batch)) % len(here)]
+                found += self._measured(batch, start, following, seconds)
                 bar.update(len(batch))
-        every = cast("list[ForecastRow]", gather_object(found))
-        if len(every) > len(found):
-            seconds = {k: v * len(every) / max(1, len(found)) for k, v in seconds.items()}
+        seconds = {k: v * len(rows) / len(found) for k, v in seconds.items()}
+        every = cast("list[ForecastRow]", gather_object(found[:count]))
         classes = token_classes(self.collator.tokenizer, vocab_size(self.run.language_model))
         step_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
         return make_forecast(every, classes.tolist(), seconds, step_rows)
 
     def _measured(
-        self, rows: Sequence[Row], start: int, seconds: dict[str, float]
+        self, rows: Sequence[Row], start: int, following: Row, seconds: dict[str, float]
     ) -> list[ForecastRow]:
         contexts = unpad(*self._prompts(rows))
         with timed(seconds, "sample"):
             unaided = self._played(rows, contexts, start)
         batch, hints = self.collator.from_episodes(unaided)
-        said = self._said(batch, seconds)
+        said = self._said(batch, rows, seconds)
         hinted = self._played(rows, _teacher_contexts(batch, contexts), start)
-        wrong = self._wrong(unaided, hints)
+        wrong = self._wrong(unaided, hints, following)
         references = self._references(rows)
         made = []
         for i, episode in enumerate(unaided):
@@ -99,7 +104,7 @@ class Forecaster:
             signal, ratio = said[i]
             made.append(
                 ForecastRow(
-                    has_hint=bool(hints[i]),
+                    has_hint=bool(hints[i]) or self.collator.has_own_view,
                     scores=None if None in scores else cast("tuple[float, float]", scores),
                     reference=references[i],
                     lengths=(len(before.completions[0]), len(after.completions[0])),
@@ -141,10 +146,10 @@ class Forecaster:
         return None if found is None else float(found)
 
     def _said(
-        self, batch: dict[str, Any], seconds: dict[str, float]
+        self, batch: dict[str, Any], rows: Sequence[Row], seconds: dict[str, float]
     ) -> list[tuple[list[float], list[float]]]:
         """Return of each row of a batch the signal and the log-ratio of its tokens."""
-        said = self.read(batch, seconds)
+        said = self.read(self._routed(batch, rows), seconds)
         ratio = (said.teacher - said.student).tolist()
         signal = said.signal.tolist()
         counts = (batch["labels"][:, 1:] != sides.IGNORE_INDEX).sum(1).tolist()
@@ -154,22 +159,30 @@ class Forecaster:
             at += count
         return made
 
+    def _routed(self, batch: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+        if self.route is None:
+            return batch
+        return {**batch, sides.TEACHER_ROUTE: torch.tensor([self.route(row) for row in rows])}
+
     def _wrong(
-        self, episodes: Sequence[Episode], hints: Sequence[Sequence[str]]
+        self, episodes: Sequence[Episode], hints: Sequence[Sequence[str]], following: Row
     ) -> list[list[float] | None]:
-        """Return the log-ratios with the hint of the next row, where it is another one."""
-        shifted = [*range(1, len(episodes)), 0]
+        """Return the log-ratios with the hint of the next row, where it is another one.
+
+        The row behind the last is `following`, whose hint reads the last one's own attempt.
+        """
+        others = [x.seen() for x in episodes[1:]] + [{**episodes[-1].seen(), **following}]
         collator = copy.copy(self.collator)
         collator.hints = tuple(replace(x, text=_others(x)) for x in self.collator.hints)
-        others = [
-            replace(episode, row={**episode.row, OTHER: episodes[j].seen()})
-            for episode, j in zip(episodes, shifted, strict=True)
+        changed = [
+            replace(episode, row={**episode.row, OTHER: other})
+            for episode, other in zip(episodes, others, strict=True)
         ]
-        batch, told = collator.from_episodes(others)
+        batch, told = collator.from_episodes(changed)
         known = [list(x) != list(y) for x, y in zip(told, hints, strict=True)]
         if not any(known):
             return [None] * len(episodes)
-        ratios = [ratio for _, ratio in self._said(batch, {})]
+        ratios = [ratio for _, ratio in self._said(batch, [x.row for x in episodes], {})]
         return [ratio if use else None for ratio, use in zip(ratios, known, strict=True)]
 
     def _references(self, rows: Sequence[Row]) -> list[tuple[float, float] | None]:
@@ -179,7 +192,7 @@ class Forecaster:
         if judged or any(row.get(column) is None for row in rows):
             return [None] * len(rows)
         batch = self.collator(rows)
-        said = self.read(batch, {})
+        said = self.read(self._routed(batch, rows), {})
         made, at = [], 0
         for count in (batch["labels"][:, 1:] != sides.IGNORE_INDEX).sum(1).tolist():
             of_row = slice(at, at + count)

@@ -57,6 +57,7 @@ class ForecastingTrainer(DistillTrainer):
                 "one device (python -m hf_distill forecast)"
             )
         given = rows if rows is not None else self.eval_dataset or self.train_dataset
+        given = next(iter(given.values()), None) if isinstance(given, dict) else given
         chosen = list(islice(cast(Any, given) or (), num_rows))
         if not chosen:
             raise ValueError(f"a forecast needs at least one row, got num_rows {num_rows}")
@@ -67,6 +68,7 @@ class ForecastingTrainer(DistillTrainer):
             self.rollouts.engine,
             self.environment,
             self._said_of,
+            self._run.teacher.route,
             score,
             self.args.per_device_eval_batch_size,
         )

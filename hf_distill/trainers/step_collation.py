@@ -21,11 +21,17 @@ from hf_distill.data.hint_schedule import collator_at_step, hint_schedule_of
 from hf_distill.data.hints import Row
 from hf_distill.data.rendering import DROPPED, TRUNCATED
 from hf_distill.data.sides import UNCONTRASTED
+from hf_distill.data.token_batches import TokenBatchSampler
 from hf_distill.data.turn_ends import tell_end_tokens
 from hf_distill.models.structure import causal_lm, generation_end_ids
 from hf_distill.monitoring.metrics import ShareMeter
 from hf_distill.trainers.restarts import RestartingTrainer
-from hf_distill.trainers.token_loader import check_token_budget, measured, token_loader
+from hf_distill.trainers.token_loader import (
+    EpochCallback,
+    check_token_budget,
+    measured,
+    token_loader,
+)
 
 ROWS = "rows_to_collate"  # the only key of a batch that is not made yet
 
@@ -237,21 +243,28 @@ class StepCollatingTrainer(RestartingTrainer):
     def _token_loader(self, dataset: Any) -> Any:
         """Make the loader of the training where batches are filled up to a number of tokens."""
         check_token_budget(dataset, given_collator(self.data_collator), self.args)
-        given, collate = dataset, self.data_collator
+        given, collate, alone = dataset, self.data_collator, self._collator_alone()
         if isinstance(dataset, Dataset):
             dataset = self._remove_unused_columns(dataset, "Training")
         else:
-            collate = self._get_collator_with_removed_columns(collate, "Training")
+            without = self._get_collator_with_removed_columns
+            collate, alone = (without(x, "Training") for x in (collate, alone))
         if self._lengths is None or self._lengths[0] is not given:
-            alone = collate
-            if isinstance(collate, DeferredCollator):  # measured with all hints
-                alone = collator_at_step(collate.collator, 0, None)
             column = self.args.length_column_name
             self._lengths = given, *measured(given, dataset, alone, column)
         _, lengths, packed = self._lengths
         num_ranks = self.accelerator.num_processes // self.get_tp_size()
         about = lengths, packed, self.args, self._train_batch_size, num_ranks
-        return self.accelerator.prepare(token_loader(dataset, collate, *about))
+        loader = token_loader(dataset, collate, *about)
+        self._put_callback(EpochCallback(cast(TokenBatchSampler, loader.batch_sampler)))
+        return self.accelerator.prepare(loader)
+
+    def _collator_alone(self) -> Any:
+        """Return what rows are measured with: the given collator, without what asks a teacher."""
+        collator = self._wrapped[0] or self.data_collator
+        if isinstance(collator, DeferredCollator):  # measured with all hints
+            return collator_at_step(collator.collator, 0, None)
+        return collator
 
     def _check_columns(self, dataset: Any, description: str) -> None:
         """Check that the model and the collator see something of the rows.

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length, seed_worker
 
 from hf_distill.data.hint_schedule import hint_schedule_of
@@ -13,7 +13,23 @@ from hf_distill.data.token_batches import TokenBatchSampler, packs, row_lengths
 
 STRATEGIES = ("random", "sequential")
 LOADER = ("num_workers", "pin_memory", "persistent_workers", "multiprocessing_context")
+EPOCH_ROUNDING = 1e-6  # of a sum of shares of an epoch
 LOADER = (*LOADER, "prefetch_factor", "in_order")  # arguments that are settings too
+
+
+class EpochCallback(TrainerCallback):
+    """Tells the sampler of token batches its epoch, which a resumed run of several processes hides.
+
+    Args:
+        sampler: of the batches.
+    """
+
+    def __init__(self, sampler: TokenBatchSampler) -> None:
+        self._sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Set the epoch; of a run that is resumed inside of one it is that one."""
+        self._sampler.sampler.set_epoch(int((state.epoch or 0) + EPOCH_ROUNDING))
 
 
 def check_token_budget(dataset: Any, collator: Any, args: TrainingArguments) -> None:

@@ -30,11 +30,18 @@ class Views:
         self._joins = run.args.hidden_layers is None  # states are of one context
         self._has_said = False
 
-    def signal(self, model: nn.Module, batch: Batch) -> Signal:
-        """Return what the teacher says of the batch, with what it says behind other contexts."""
+    def signal(self, model: nn.Module, batch: Batch, training: bool) -> Signal:
+        """Return what the teacher says of the batch, with what it says behind other contexts.
+
+        Args:
+            model: the student.
+            batch: read by the task.
+            training: whether it is no evaluation. The model's own mode does not tell: a step's
+                batches may be asked about before it is set.
+        """
         contexts = [batch.teacher] if batch.contrast is None else [batch.teacher, batch.contrast]
         # the student's own context, which the base reads as well
-        stays = self.base_kl_weight > 0 and model.training
+        stays = self.base_kl_weight > 0 and training
         reads_own = stays and batch.teacher is not batch.student
         found = self._each(model, [*contexts, batch.student] if reads_own else contexts)
         first = found[0]

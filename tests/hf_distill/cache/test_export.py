@@ -33,7 +33,12 @@ CODECS = {
     "sampled": Sampled(num_samples=9),
     "full": Full(),
     "hidden": HiddenStates(),
+    "int8": HiddenStates("int8"),
+    "rank": HiddenStates("int8", rank=8),
 }
+
+
+HIDDEN = ("hidden", "int8", "rank")
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +65,12 @@ def values_of(folder: Path, name: str, number: int) -> dict[str, np.ndarray]:
     """What a reader gives of a row, by the exporter's names."""
     teacher = CachedTeacher(folder / name)
     row = teacher.reader.row(number)
-    if name == "hidden":
-        width = models.SIZES["hidden_size"]
-        found = teacher.codec.decode([row.arrays], [len(row.positions)], width)
-        return {"hidden": found.float().numpy()}
+    if name in HIDDEN:
+        device = torch.device("cpu")
+        hidden = teacher._signal(teacher.decoded([row]), device).hidden  # that losses are given
+        assert hidden is not None
+        assert hidden.shape[1] == (8 if name == "rank" else models.SIZES["hidden_size"])
+        return {"coordinates" if name == "rank" else "hidden": hidden.float().numpy()}
     found = teacher.codec.decode([row.arrays], [len(row.positions)], models.VOCAB)
     if isinstance(found, torch.Tensor):
         return {"log_probs": found.numpy()}
@@ -79,7 +86,7 @@ def test_values_are_those_of_a_reader(folder: Path, tmp_path: Path, name: str) -
     about = json.loads(table.schema.metadata[b"hf_distill"])
     assert about["codec"] == CachedTeacher(folder / name).manifest.config["codec"]
     made = {"row", "row_hash", "input_ids", "labels", "positions", "temperature"}
-    made |= set() if name in ("full", "hidden") else {"entropy"}
+    made |= set() if name in ("full", *HIDDEN) else {"entropy"}
     assert set(table.column_names) == made | set(values_of(folder, name, 0))
     assert [x["row"] for x in table.to_pylist()] == list(range(len(ROWS)))
     for i, row in enumerate(table.to_pylist()):

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from hf_distill import DistillConfig, DistillTrainer, ModelTeacher, RemoteTeacherError
 from hf_distill.cache import HeadSamples, HiddenStates, cache_teacher
-from hf_distill.data.sides import Side, predicts_from_labels
+from hf_distill.data.packed_rows import row_numbers
+from hf_distill.data.sides import Side, predicts_from_labels, teacher_side
 from hf_distill.losses import CrossTokenizerLoss, DivergenceLoss, TaidLoss, Tokens
 from hf_distill.models.forward import Reader
 from hf_distill.models.signals import Signal
@@ -265,6 +266,13 @@ def test_a_server_that_comes_back_is_waited_for(
         _ = impatient.about
 
 
+def test_packed_rows_are_asked_one_by_one() -> None:
+    ids, predicts = torch.arange(3, 10)[None], torch.tensor([[0, 1, 0, 0, 0, 1, 0]]).bool()
+    inputs = {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]])}
+    found = rows_of(teacher_side({}, Side(inputs, predicts, rows=row_numbers(inputs))))
+    assert [(list(x.ids), list(x.outputs)) for x in found] == [([3, 4], [1]), ([6, 7, 8], [2])]
+
+
 def test_arguments_out_of_range(monkeypatch: pytest.MonkeyPatch, server: HiddenStateServer) -> None:
     from hf_distill import HiddenStateTeacher  # noqa: PLC0415
 
@@ -274,7 +282,10 @@ def test_arguments_out_of_range(monkeypatch: pytest.MonkeyPatch, server: HiddenS
     monkeypatch.delenv("NO_TOKEN", raising=False)
     with pytest.raises(ValueError, match="NO_TOKEN must hold the server's token"):
         HiddenStateTeacher(server.url, api_key_env="NO_TOKEN")
-    batch = {"input_ids": torch.ones(1, 4, dtype=torch.long), "position_ids": torch.arange(4)[None]}
-    with pytest.raises(ValueError, match="the batch has 'position_ids' too"):
+    batch = {
+        "input_ids": torch.ones(1, 4, dtype=torch.long),
+        "token_type_ids": torch.arange(4)[None],
+    }
+    with pytest.raises(ValueError, match="the batch has 'token_type_ids' too"):
         rows_of(Side(batch, torch.ones(1, 4, dtype=torch.bool)))
     assert json.dumps(server.about.to_json())

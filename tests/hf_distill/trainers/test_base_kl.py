@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 
 from hf_distill import DistillConfig, DistillTrainer, HintCollator, OPSDConfig, OPSDTrainer
@@ -77,9 +78,19 @@ def test_the_loss_is_that_of_the_formula(tmp_path: Path, smoothing: float) -> No
     assert step_loss(trainer, batch) == pytest.approx(jsd + WEIGHT * kl, rel=SUM_ERROR)
     assert kl > 0.01
     assert trainer._read_metrics(training=True)["base_kl"] == pytest.approx(kl, rel=SUM_ERROR)
-    with torch.no_grad():  # an evaluation is without
-        loss = trainer.compute_loss(trainer.model.eval(), batch).item()
-    assert loss == pytest.approx(jsd, rel=SUM_ERROR)
+    found = trainer.evaluate(rows()[:4])  # an evaluation is without
+    assert found["eval_loss"] == pytest.approx(jsd, rel=SUM_ERROR)
+
+
+def test_steps_whose_teacher_is_asked_beforehand_have_it(tmp_path: Path) -> None:
+    """Weights of entropies ask before the mode is set: that of the start is "eval"."""
+    given = {"token_weights": {"entropy": 1.0}, "eval_on_start": True, "max_steps": 2}
+    trainer = make(tmp_path, **given, eval_strategy="steps", eval_steps=1)
+    trainer.model.eval()
+    trainer.train()
+    logs = trainer.state.log_history
+    assert ["base_kl" in x for x in logs if "loss" in x] == [True, True]
+    assert not any("eval_base_kl" in x for x in logs)
 
 
 def gradient(trainer: OPSDTrainer, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -192,7 +203,7 @@ def test_rows_of_a_collator_without_hints(tmp_path: Path) -> None:
         models.rows(),
         models.rows(4),
         teacher=models.llama(1),
-        forgetting_dataset=models.rows(6, seed=1),
+        forgetting_dataset=Dataset.from_list([{**x, "text": "1"} for x in models.rows(6, seed=1)]),
     )
     metrics = trainer.evaluate()
     other = trainer.evaluate(models.rows(6, seed=1))

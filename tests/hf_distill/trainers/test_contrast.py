@@ -231,6 +231,16 @@ def test_a_row_whose_contrast_scores_other_tokens_is_an_error(tmp_path: Path) ->
         make(tmp_path, collate=broken).train()
 
 
+def test_batches_without_hints_have_the_same_keys() -> None:
+    """Processes count alike what had no wrong hint."""
+    collator = HintCollator(models.tokenizer(), contrast="wrong")
+    bare = [{k: v for k, v in row.items() if k != "hint"} for row in problems(2)]
+    batch, hinted = collator(bare), collator(problems(2))
+    assert batch.keys() == hinted.keys()
+    assert batch["teacher_input_ids"].tolist() == batch["input_ids"].tolist()
+    assert bool(batch[UNCONTRASTED].all())
+
+
 def test_students_are_not_shown_the_contrast(tmp_path: Path) -> None:
     trainer = make(tmp_path)
     batch = trainer.task.read(trainer.data_collator(problems()[:4]), None, 1)

@@ -68,8 +68,6 @@ def test_what_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chat:
     assert len({call[2] for call in calls}) == 2
     own = [x for call in calls[::2] for x in call[1]]
     aided = [x for call in calls[1::2] for x in call[1]]
-    # batches of two: the row beside it is the other one, the third is alone
-    wrong = [hinted[1][:], hinted[0][:], None]
     for i, row in enumerate(found.rollouts):
         assert row.ids == own[i]
         assert row.lengths == (len(own[i]), len(aided[i]))
@@ -82,11 +80,8 @@ def test_what_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chat:
         signal = torch.tensor(row.signal).double()
         torch.testing.assert_close(signal, jsd(student, teacher), rtol=1e-4, atol=1e-6)
         assert float(signal.mean()) > 1e-3  # the hint says something
-        if wrong[i] is None:
-            assert row.wrong_ratio is None
-            continue
-        text = data[i]["prompt"], data[1 - i]["hint"]
-        other = collator._contexts({**data[i], "prompt": text[0], "hint": text[1]}).teacher.ids
+        hint = data[(i + 1) % 3]["hint"]  # of the next row, in this batch or not
+        other = collator._contexts({**data[i], "hint": hint}).teacher.ids
         moved = of_tokens(log_probs(model, other, own[i]), own[i]) - of_tokens(student, own[i])
         assert row.wrong_ratio is not None
         torch.testing.assert_close(torch.tensor(row.wrong_ratio).double(), moved, rtol=0, atol=2e-5)
@@ -124,6 +119,12 @@ def test_an_environment_judges_both(tmp_path: Path) -> None:
     assert len(seen) == 4
     assert found.unaided == pytest.approx(sum(map(len, seen[:2])) / 200)
     assert found.hinted == pytest.approx(sum(map(len, seen[2:])) / 200)
+
+
+def test_rows_of_a_dict_of_evaluations(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.eval_dataset = {"first": models.problems(3), "second": models.problems(1)}
+    assert run.forecast(num_rows=9).rows == 3
 
 
 def test_one_hint_for_all_rows_has_no_content_share(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import logging
 from itertools import chain, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import DataCollatorWithFlattening
 
 from hf_distill import DistillConfig, DistillTrainer, HintCollator, OPSDConfig, OPSDTrainer
 from hf_distill.data.token_batches import TokenBatchSampler
+from hf_distill.trainers.token_loader import EpochCallback
 from tests.hf_distill.trainers import models
 
 ROWS = models.rows(19)
@@ -58,6 +60,15 @@ def test_each_epoch_has_the_batches_in_another_order() -> None:
     in_order = sampler(shuffle=False)
     in_order.sampler.set_epoch(1)
     assert [i for batch in in_order for i in batch] == list(range(len(ROWS)))
+
+
+@pytest.mark.parametrize(("told", "epoch"), [(None, 0), (0.9, 0), (1.0, 1), (2.9999999, 3)])
+def test_a_callback_says_the_epoch(told: float | None, epoch: int) -> None:
+    """Accelerate does not reach the sampler of several processes that skip batches."""
+    batches = sampler()
+    state: Any = SimpleNamespace(epoch=told)
+    EpochCallback(batches).on_epoch_begin(None, state, None)
+    assert batches.sampler.epoch == epoch
 
 
 def test_drop_last_leaves_out_what_not_all_processes_have() -> None:
