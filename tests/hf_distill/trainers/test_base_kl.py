@@ -194,12 +194,20 @@ def test_what_is_forgotten_is_measured_on_other_rows(tmp_path: Path) -> None:
     assert logged == [before, after["eval_forgetting_hard"]][-len(logged) :]
 
 
+class OnlyTokens(models.Pad):
+    """Fails at text, as a collator does that makes a tensor of each column."""
+
+    def __call__(self, batch: Any) -> dict[str, Tensor]:
+        assert not any("text" in row for row in batch)
+        return super().__call__(batch)
+
+
 def test_rows_of_a_collator_without_hints(tmp_path: Path) -> None:
     args = DistillConfig(**models.options(tmp_path))
     trainer = DistillTrainer(
         models.llama(),
         args,
-        models.Pad(),
+        OnlyTokens(),
         models.rows(),
         models.rows(4),
         teacher=models.llama(1),
