@@ -231,7 +231,12 @@ def _column(values: list[np.ndarray], kind: pa.DataType) -> pa.Array:
         inner = pa.array(np.concatenate(values), kind.value_type)
         return pa.ListArray.from_arrays(offsets, inner)
     widths = np.concatenate([np.full(len(x), x.shape[1]) for x in values])
-    ends = np.concatenate([[0], np.cumsum(widths)]).astype(np.int32)
+    ends = np.concatenate([[0], np.cumsum(widths)])
+    if ends[-1] > np.iinfo(np.int32).max:
+        raise CacheError(
+            f"a row's lists must have at most 2^31 - 1 entries in parquet, got {ends[-1]}"
+        )
+    ends = ends.astype(np.int32)
     flat = pa.array(np.concatenate([x.reshape(-1) for x in values]), kind.value_type.value_type)
     return pa.ListArray.from_arrays(offsets, pa.ListArray.from_arrays(ends, flat))
 

@@ -102,6 +102,7 @@ class NpzTable:
     def __init__(self, files: Sequence[Path], ids: Sequence[str]) -> None:
         self._files, self._open = files, -1
         self._arrays: dict[str, np.ndarray] = {}
+        names: Sequence[str] = ()
         self._places: list[tuple[int, int]] = []  # of each row: the file, and the row in it
         for number, _ in enumerate(tqdm(files, desc="files", unit="file")):
             arrays = self._load(number)
@@ -113,6 +114,12 @@ class NpzTable:
                 )
             rows = 1 if arrays[name].ndim == 1 else len(arrays[name])
             self._single = arrays[name].ndim == 1
+            if number and sorted(arrays) != sorted(names):
+                raise ValueError(
+                    f"all files must have the arrays {sorted(names)} of {files[0]}, "
+                    f"{files[number]} has {sorted(arrays)}"
+                )
+            names = tuple(arrays)
             self._places += [(number, -1 if self._single else i) for i in range(rows)]
         self.columns: Sequence[str] = list(self._arrays)
 
@@ -136,7 +143,7 @@ class NpzTable:
         """See `Table.value`."""
         file, index = self._places[row]
         values = self._load(file)[column]
-        return values if index < 0 else values[index]
+        return values if index < 0 or values.ndim == 0 else values[index]
 
     def sha256(self) -> str:
         """See `Table.sha256`."""

@@ -40,6 +40,8 @@ class HiddenClient:
     def __init__(
         self, url: str, timeout: float, max_wait: float, backoff: float, api_key: str | None
     ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"the url must begin with http:// or https://, got {url!r}")
         self.url = url.rstrip("/")
         retries = Retries(backoff, max_wait)
         self._requests = ServerRequests(timeout, retries, api_key, REQUESTS, RETRIED)

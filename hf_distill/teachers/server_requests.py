@@ -66,8 +66,8 @@ class ServerRequests:
         retried: statuses after which a request is sent again.
 
     Attributes:
-        interruptions: how often the server was away: no connection, or a status of `AWAY`. Who was
-            asked before one may be another afterwards.
+        interruptions: how often the server was away: no connection, no answer in time, or a status
+            of `AWAY`. Who was asked before one may be another afterwards.
     """
 
     def __init__(
@@ -151,6 +151,7 @@ class ServerRequests:
             with self._slots:
                 answer = self._client.request(method, url, content=content, headers=headers)
         except httpx2.TimeoutException:
+            self._count_interruption()
             return None, f"no answer within {self.timeout:g} s"
         except httpx2.TransportError as error:
             self._count_interruption()

@@ -247,6 +247,12 @@ def test_arguments_and_files_that_are_wrong(tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", tokens=np.zeros(3))
     with pytest.raises(ValueError, match=r"other\.npz must have an array \[T\] or \[R, T\]"):
         ArrayLogProbs(tmp_path / "other.npz", 1, "a model")
+    several = tmp_path / "several"
+    several.mkdir()
+    for i, more in enumerate(({}, {"labels": np.zeros(3)})):
+        np.savez(several / f"{i}.npz", input_ids=np.arange(3), **more)
+    with pytest.raises(ValueError, match=r"all files must have the arrays \['input_ids'\] of"):
+        ArrayLogProbs(several, 1, "a model")
     source = ArrayLogProbs(path, TOP_K, "a model")
     with pytest.raises(ValueError, match=r"no row of 2 tokens that begin \[1, 2\]"):
         source.top_columns([1, 2], np.array([1]))

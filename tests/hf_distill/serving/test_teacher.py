@@ -279,6 +279,8 @@ def test_arguments_out_of_range(monkeypatch: pytest.MonkeyPatch, server: HiddenS
     for given in ({"timeout": 0.0}, {"max_wait": -1.0}, {"backoff": -1.0}):
         with pytest.raises(ValueError, match="timeout must be positive"):
             HiddenStateTeacher(server.url, **given)
+    with pytest.raises(ValueError, match="must begin with http:// or https://, got 'localhost:1'"):
+        HiddenStateTeacher("localhost:1")
     monkeypatch.delenv("NO_TOKEN", raising=False)
     with pytest.raises(ValueError, match="NO_TOKEN must hold the server's token"):
         HiddenStateTeacher(server.url, api_key_env="NO_TOKEN")
