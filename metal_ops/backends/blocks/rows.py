@@ -27,6 +27,16 @@ class HardTerm(NamedTuple):
     share: Tensor  # [N] float32, 0 for rows without
 
 
+class Wanted(NamedTuple):
+    """Says what sums over some columns of rows are taken for."""
+
+    stats: bool  # entropies and agreement too; else they may be zeros
+    gradient: (
+        bool  # the teacher's logits may be overwritten by what `backward` takes in their place
+    )
+    exact: bool = False  # by `terms`, where otherwise a short path may do
+
+
 class RowGradients(Protocol):
     """Is what kernels of whole rows and of some of their columns have in common."""
 

@@ -32,6 +32,7 @@ from metal_ops.backends.blocks.rows import (
     Q_ENTROPY,
     HardTerm,
     RowGradients,
+    Wanted,
     accumulator,
     clip_tokens,
 )
@@ -56,12 +57,24 @@ class SplitKernels(RowGradients, Protocol):
         ...
 
     def sums(
-        self, student: Tensor, teacher: Tensor, normalisers: Tensor, spec: DivergenceSpec
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        normalisers: Tensor,
+        spec: DivergenceSpec,
+        wanted: Wanted,
     ) -> Tensor:
         """Return [NUM_VALUES or more, N] of these columns, before token clips and scaling.
 
         As `kernels.Kernels.forward`, but for the normalisers [4, N], which are those of whole rows.
         So are the two log-sums that are returned.
+        """
+        ...
+
+    def again(self, values: Tensor, normalisers: Tensor, spec: DivergenceSpec) -> Tensor | None:
+        """Return the rows [n] whose sums, now of whole rows, must be taken again, exactly.
+
+        The same rows on all processes: sums over these are the same to the last bit on each.
         """
         ...
 
@@ -133,12 +146,33 @@ def _whole_rows(
     return normalisers, every[:, 4:].logsumexp(0)[0] if wants_hard else own[0]
 
 
-def _own_sums(
-    kernels: SplitKernels, pair: tuple[Tensor, Tensor], normalisers: Tensor, spec: DivergenceSpec
-) -> Tensor:
+def _sums(
+    kernels: SplitKernels,
+    pair: tuple[Tensor, Tensor],
+    normalisers: Tensor,
+    spec: DivergenceSpec,
+    wanted: Wanted,
+    group: dist.ProcessGroup,
+    at_labels: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return values of whole rows, and `at_labels` [n] summed over processes, in one exchange."""
     if pair[0].shape[-1]:
-        return kernels.sums(*pair, normalisers, spec)
-    return normalisers.new_zeros(NUM_VALUES, normalisers.shape[1])
+        values = kernels.sums(*pair, normalisers, spec, wanted)
+    else:
+        values = normalisers.new_zeros(NUM_VALUES, normalisers.shape[1])
+    sums = values[list(SUMMED)]
+    if at_labels is not None:
+        sums = torch.cat([sums, at_labels[None]])
+    dist.all_reduce(sums, group=group)
+    values[list(SUMMED)] = sums[: len(SUMMED)]
+    values[AGREEMENT : CLIPPED + 1].clamp_(max=1)
+    again = None if wanted.exact else kernels.again(values, normalisers, spec)
+    if again is not None:
+        few, given = (pair[0][again], pair[1][again]), normalisers[:, again]
+        exactly = Wanted(wanted.stats, False, exact=True)
+        redone, _ = _sums(kernels, few, given, spec, exactly, group, None)
+        values[:, again] = redone
+    return values, None if at_labels is None else sums[-1]
 
 
 def _at_labels(logits: Tensor, labels: Tensor, like: Tensor) -> Tensor:
@@ -154,7 +188,7 @@ def _at_labels(logits: Tensor, labels: Tensor, like: Tensor) -> Tensor:
 def _make_block_loss(
     kernels: SplitKernels, place: Place, settings: LossSettings, tokens: int
 ) -> tuple[int, BlockLoss]:
-    """Take a whole chunk at a time: processes exchange twice a chunk."""
+    """Take a whole chunk at a time: processes exchange twice a chunk, or three times."""
     heads, spec, want_grad, want_stats = settings
 
     def block_loss(logits: tuple[Tensor, Tensor], weight: Tensor, hard: HardLabels) -> Tensor:
@@ -164,14 +198,10 @@ def _make_block_loss(
         normalisers, log_sum = _whole_rows(
             kernels, pair, spec, hard.labels is not None, place.group
         )
-        values = _own_sums(kernels, pair, normalisers, spec)
         labels = None if hard.labels is None else hard.labels - place.first
-        sums = values[list(SUMMED)]
-        if labels is not None:
-            sums = torch.cat([sums, _at_labels(pair[0], labels, values[0])[None]])
-        dist.all_reduce(sums, group=place.group)
-        values[list(SUMMED)] = sums[: len(SUMMED)]
-        values[AGREEMENT : CLIPPED + 1].clamp_(max=1)
+        own = None if labels is None else _at_labels(pair[0], labels, log_sum)
+        wanted = Wanted(want_stats, want_grad)
+        values, at_labels = _sums(kernels, pair, normalisers, spec, wanted, place.group, own)
         soft, shrink, clipped = clip_tokens(values[LOSS], spec)
         if want_grad and pair[0].shape[-1]:
             factor = weight * (hard.alpha * spec.scale / spec.temperature)
@@ -183,7 +213,10 @@ def _make_block_loss(
             kernels.backward(*pair, factor, values, spec, term, out)
             if out is not logits[0]:
                 heads[0].unfinish(out, student, logits[0])
-        both = [soft * spec.scale, torch.zeros_like(soft) if labels is None else log_sum - sums[-1]]
+        both = [
+            soft * spec.scale,
+            torch.zeros_like(soft) if at_labels is None else log_sum - at_labels,
+        ]
         if want_stats:
             both += [*values[Q_ENTROPY:CLIPPED], values[CLIPPED] if clipped is None else clipped]
         return torch.stack([x.to(soft.dtype) for x in both])

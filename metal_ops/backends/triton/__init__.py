@@ -18,6 +18,7 @@ from torch import Tensor
 
 from metal_ops.backends import kernels
 from metal_ops.backends.blocks import split
+from metal_ops.backends.blocks.rows import Wanted
 from metal_ops.backends.errors import KernelError
 from metal_ops.backends.kernels import HardTerm
 from metal_ops.spec import DivergenceSpec
@@ -153,10 +154,19 @@ class _Triton:
         return self._forward(student, teacher, weights.contiguous(), None, spec)
 
     def sums(
-        self, student: Tensor, teacher: Tensor, normalisers: Tensor, spec: DivergenceSpec
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        normalisers: Tensor,
+        spec: DivergenceSpec,
+        wanted: Wanted,
     ) -> Tensor:
+        # always exact and with statistics, which cost no pass; logits are left as they are
         ones = torch.ones_like(normalisers[0])
         return self._forward(student, teacher, ones, normalisers.contiguous(), spec)
+
+    def again(self, values: Tensor, normalisers: Tensor, spec: DivergenceSpec) -> Tensor | None:
+        return None
 
     def normalisers(self, student: Tensor, teacher: Tensor, spec: DivergenceSpec) -> Tensor:
         ones = student.new_ones(len(student), dtype=torch.float32)

@@ -10,7 +10,7 @@ from torch import Tensor
 from metal_ops import DivergenceSpec
 from metal_ops.backends import kernels
 from metal_ops.backends.blocks import split
-from metal_ops.backends.blocks.rows import HardTerm
+from metal_ops.backends.blocks.rows import HardTerm, Wanted
 from metal_ops.backends.blocks.split import SplitKernels
 from tests.metal_ops.ops.torch_kernels import Torch
 
@@ -39,11 +39,26 @@ class Parts(Torch):
             split.join_normalisers(own[:, k], own[:, k + 1], 1 / spec.temperature) for k in (0, 2)
         )
         normalisers = torch.stack([x for pair in pairs for x in pair])
-        values = [self.own.sums(*part, normalisers, spec) for part in parts]
+        whole = self._sums(parts, normalisers, spec, Wanted(True, False))
+        whole[: kernels.NUM_VALUES, weights == 0] = 0.0
+        return whole
+
+    def _sums(
+        self,
+        parts: list[tuple[Tensor, Tensor]],
+        normalisers: Tensor,
+        spec: DivergenceSpec,
+        wanted: Wanted,
+    ) -> Tensor:
+        values = [self.own.sums(*part, normalisers, spec, wanted) for part in parts]
         whole = values[0].clone()
         whole[SUMMED] = torch.stack([x[SUMMED] for x in values]).sum(0)
         whole[kernels.AGREEMENT : kernels.CLIPPED + 1].clamp_(max=1)
-        whole[: kernels.NUM_VALUES, weights == 0] = 0.0
+        again = None if wanted.exact else self.own.again(whole, normalisers, spec)
+        if again is not None:
+            few = [(x[again], y[again]) for x, y in parts]
+            exactly = wanted._replace(exact=True)
+            whole[:, again] = self._sums(few, normalisers[:, again], spec, exactly)
         return whole
 
     def backward(

@@ -34,6 +34,7 @@ class _Columns:
     normalisers = staticmethod(_moved(triton.KERNELS.normalisers))
     log_sum = staticmethod(_moved(triton.KERNELS.log_sum))
     sums = staticmethod(_moved(triton.KERNELS.sums))
+    again = staticmethod(triton.KERNELS.again)
 
     def backward(self, *args: Any) -> None:
         *given, out = args
