@@ -19,6 +19,7 @@ from hf_distill.data.hints import Row
 from hf_distill.data.token_weights import KEY
 from hf_distill.models.structure import causal_lm, is_sharded, unwrap
 from hf_distill.monitoring.completion_table import COLUMNS, CompletionTable
+from hf_distill.monitoring.faults import PREFIX_NAME
 from hf_distill.monitoring.metrics import CompletionMeter, HintOverlapMeter, ShareMeter
 from hf_distill.rollouts.config import RolloutConfig
 from hf_distill.rollouts.environments import Environment, has_failed, play, share_siblings
@@ -92,6 +93,7 @@ class Rollouts:
         self._sampled = ShareMeter("on_policy")
         self._failed = ShareMeter("failed")
         self._overlap = HintOverlapMeter()
+        self._prefix: int | None = None  # of the last completions that were cut, since the last log
 
     def first_step(self, step: int) -> int:
         """Return the step whose completions a step is taken on."""
@@ -177,8 +179,11 @@ class Rollouts:
         # large odd multipliers keep steps and processes of neighbouring seeds apart
         seed = (self.args.seed * 1_000_003 + step) * 65_537 + self.args.process_index
 
+        longest = self._prefix_at(step) if training else None
+        limit = {} if longest is None else {"max_new_tokens": longest}
+
         def sample(prompts: Sequence[Sequence[int]], turn: int) -> list[list[int]]:
-            completions = self.engine.sample(model, prompts, seed + (turn << 50))
+            completions = self.engine.sample(model, prompts, seed + (turn << 50), **limit)
             self._completions[training].add(completions, end_ids)
             return completions
 
@@ -196,6 +201,14 @@ class Rollouts:
         for batch in episodes if training else []:
             share_siblings(batch)
         return episodes
+
+    def _prefix_at(self, step: int) -> int | None:
+        """Return to how many tokens a step's completions are cut; None lets them end."""
+        found = self.config.prefix_at(self.first_step(step))
+        if found is None or found >= self.args.max_completion_length:
+            return None
+        self._prefix = found
+        return found
 
     def _any_process(self, goes_on: bool) -> bool:
         """Return whether some process goes on; all must ask it."""
@@ -303,6 +316,8 @@ class Rollouts:
             metrics |= self._overlap.read(self.accelerator)
         if training and self.config.only_failed:
             metrics |= self._failed.read(self.accelerator)
+        if training and self._prefix is not None:
+            metrics[PREFIX_NAME], self._prefix = self._prefix, None
         if training and self.config.on_policy_fraction < 1.0:
             metrics |= self._sampled.read(self.accelerator)
         return metrics
