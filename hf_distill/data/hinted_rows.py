@@ -48,15 +48,15 @@ TeacherSide = Callable[[TeacherView, Sequence[PlacedHint]], TokenRow]
 
 
 class AllHints(NamedTuple):
-    """Holds a row's hints, and the wrong ones of its contrast."""
+    """Holds a row's hints, and the wrong ones of each of its contexts that has its own."""
 
     right: list[PlacedHint]
-    wrong: list[PlacedHint]
+    wrong: list[list[PlacedHint]]
 
     def check_before(self, reply: int) -> None:
-        """Check both, see `hints.check_before`."""
-        check_before(self.right, reply)
-        check_before(self.wrong, reply)
+        """Check all, see `hints.check_before`."""
+        for hints in (self.right, *self.wrong):
+            check_before(hints, reply)
 
 
 class HintedRows(PromptIds):
@@ -64,7 +64,7 @@ class HintedRows(PromptIds):
 
     hints: tuple[Hint, ...]
     view: TeacherView
-    contrast: Contrast | None
+    contrasts: tuple[Contrast, ...]
     needs_hints: bool
     scored: str
     truncation: str
@@ -82,7 +82,7 @@ class HintedRows(PromptIds):
 
     @property
     def _shows_reference(self) -> bool:
-        return self.contrast is not None and self.contrast.source == "reference"
+        return "reference" in {x.source for x in self.contrasts}
 
     @property
     def _teacher_chat(self) -> ChatIds:
@@ -113,9 +113,16 @@ class HintedRows(PromptIds):
         """Return the row's hints, and the wrong ones of its own contrast."""
         if not self.needs_hints and not row_columns.may_mean(row, DEFAULT_HINT):
             return AllHints([], [])
-        wrong = () if self.contrast is None else self.contrast.hints
-        rendered = ([(x, x.render(row)) for x in hints] for hints in (self.hints, wrong))
-        return AllHints(*([place(x, t) for x, t in pairs if t is not None] for pairs in rendered))
+
+        def placed(hints: Sequence[Hint], seen: Row) -> list[PlacedHint]:
+            pairs = [(x, x.render(seen)) for x in hints]
+            return [place(x, text) for x, text in pairs if text is not None]
+
+        right, wrong = placed(self.hints, row), []
+        for contrast in self.contrasts:
+            found = [placed(contrast.hints, seen) for seen in contrast.views(row)]
+            wrong += [x for i, x in enumerate(found) if x and x not in found[:i]]
+        return AllHints(right, wrong)
 
     def _placed(self, row: Row, messages: Messages, num_prompt: int) -> AllHints:
         return self._all_hints(row, lambda x, t: place_hint(x, row, t, messages, num_prompt))
@@ -221,23 +228,20 @@ class HintedRows(PromptIds):
         """Make the rows of all sides, with hints short enough for their budget."""
         teacher = partial(side, self.view)
         made = self._fit(prompt, student, hints.right, teacher)
-        if self.contrast is None or made.dropped or not hints.right:
+        if not self.contrasts or made.dropped or not hints.right:
             return made
-        if self.contrast.source == "hint":
-            if not hints.wrong:
-                return made
-            return made._replace(contrast=self._fit(prompt, student, hints.wrong, teacher).teacher)
+        wrong = [self._fit(prompt, student, x, teacher).teacher for x in hints.wrong]
 
         def again(texts: Sequence[str], view: TeacherView = self.view) -> TokenRow:
             pairs = zip(hints.right, texts, strict=True)
             return side(view, [x._replace(text=text) for x, text in pairs])
 
-        if self.contrast.source == "other_row":
-            return made._replace(again=again)
-        if self._shows_reference:
-            return made._replace(contrast=again(made.hints, replace(self.view, sees="reference")))
-        wrong = corrupted(made.hints)
-        return made if wrong is None else made._replace(contrast=again(wrong))
+        for contrast in self.contrasts:
+            if contrast.source == "reference":
+                wrong.append(again(made.hints, replace(self.view, sees="reference")))
+            elif contrast.source == "corrupted_number":
+                wrong += [again(texts) for texts in corrupted(made.hints, contrast.number)]
+        return made._replace(contrasts=wrong, again=again)
 
     def _fit(
         self,

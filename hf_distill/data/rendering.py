@@ -21,8 +21,8 @@ Result = TypeVar("Result")
 class RenderedSides(NamedTuple):
     """Holds both sides of a row.
 
-    contrast: the teacher's side with a wrong hint, or None if there is none. again: the teacher's
-    side with other texts in the places of its hints.
+    contrasts: the teacher's side with each wrong hint. again: the teacher's side with other texts
+    in the places of its hints.
     """
 
     student: TokenRow
@@ -30,7 +30,7 @@ class RenderedSides(NamedTuple):
     truncated: bool  # whether hints were
     hints: Sequence[str] = ()  # as they stand in the teacher's row
     dropped: bool = False  # whether they were left out, all of them
-    contrast: TokenRow | None = None
+    contrasts: Sequence[TokenRow] = ()
     again: Callable[[Sequence[str]], TokenRow] | None = None
 
     def without_hints(self) -> "RenderedSides":
@@ -39,11 +39,11 @@ class RenderedSides(NamedTuple):
 
     def each(self, change: Callable[[TokenRow], TokenRow]) -> "RenderedSides":
         """Change the rows of all sides in the same way."""
-        contrast, again = self.contrast, self.again
+        again = self.again
         return self._replace(
             student=change(self.student),
             teacher=change(self.teacher),
-            contrast=None if contrast is None else change(contrast),
+            contrasts=[change(x) for x in self.contrasts],
             again=None if again is None else lambda texts: change(again(texts)),
         )
 

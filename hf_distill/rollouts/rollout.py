@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_distill import rollouts
 from hf_distill.data import alignment, sides
 from hf_distill.data.batches import unpad
-from hf_distill.data.episodes import Episode
+from hf_distill.data.episodes import FAILED_SIBLINGS, Episode
 from hf_distill.data.hint_collator import HintCollator
 from hf_distill.data.hints import Row
 from hf_distill.data.token_weights import KEY
@@ -223,8 +223,8 @@ class Rollouts:
         alignment.assert_completions(batch, [episode.completions for episode in episodes])
         limit = getattr(getattr(causal_lm(model), "config", None), "max_position_embeddings", None)
         mask = batch.get("teacher_attention_mask", batch["attention_mask"])
-        other = batch.get(f"{sides.CONTRAST_PREFIX}attention_mask", mask)
-        lengths = torch.maximum(mask.sum(1), other.sum(1)).tolist()
+        others = [x["teacher_attention_mask"].sum(1) for x in sides.contrast_batches(batch)]
+        lengths = torch.stack([mask.sum(1), *others]).amax(0).tolist()
         for i, length in enumerate(lengths):
             if limit is not None and length > limit:
                 written = sum(map(len, episodes[i].completions))
@@ -296,6 +296,7 @@ class Rollouts:
         ids = [row for _, row in sorted(zip(order, made, strict=True))]
         starts = [len(episode.context) for episode in flat]
         names = list(dict.fromkeys(name for episode in flat for name in episode.columns))
+        names = [name for name in names if name != FAILED_SIBLINGS]  # each has a row of its own
         table.add(
             step,
             [row[:start] for row, start in zip(ids, starts, strict=True)],
