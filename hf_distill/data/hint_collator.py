@@ -21,10 +21,11 @@ from hf_distill.data.contrast import (
     with_other_rows,
 )
 from hf_distill.data.episodes import Episode
+from hf_distill.data.hint_masking import HintMasking
 from hf_distill.data.hint_schedule import HintSchedule, Value
 from hf_distill.data.hinted_rows import DEFAULT_HINT, PROMPT, HintedRows
 from hf_distill.data.hints import Row
-from hf_distill.data.rendering import DROPPED, TRUNCATED, RenderedSides
+from hf_distill.data.rendering import DROPPED, MASKED, TRUNCATED, RenderedSides
 from hf_distill.data.teacher_view import TeacherView
 
 SHOWN_TOKENS = 8
@@ -75,6 +76,8 @@ class HintCollator(HintedRows):
         contrast: a wrong hint, of a second context that the teacher reads as well: a `Contrast`,
             or what `hint` may be. Several `Contrast` objects are as many contexts. See
             `ContrastConfig` for what is made of them. None means no second context.
+        hint_masking: hides parts of the hints, right and wrong ones, by what the completion has of
+            them. None hides nothing.
 
     Raises:
         ValueError: an argument is unknown or out of range. When a batch is made: a column is
@@ -104,6 +107,7 @@ class HintCollator(HintedRows):
         teacher_sees: str = "prompt",
         packing: bool = False,
         contrast: Contrast | Hints | Sequence[Contrast] | None = None,
+        hint_masking: HintMasking | None = None,
     ) -> None:
         for name, value, choices in (
             ("scored", scored, SCORED),
@@ -122,6 +126,9 @@ class HintCollator(HintedRows):
             raise ValueError(f"a contrast needs hints that it is the contrast of, got {contrast!r}")
         if self.contrasts and packing:
             raise ValueError("packed batches have one context of the teacher: no contrast, got one")
+        if hint_masking is not None and not self.hints:
+            raise ValueError(f"hint_masking needs hints to mask, got none and {hint_masking!r}")
+        self.hint_masking = hint_masking
         self._was_given_hints = bool(self.hints)
         self.scored, self.truncation, self.packing = scored, truncation, packing
         self.prompt_column = prompt_column
@@ -271,6 +278,8 @@ class HintCollator(HintedRows):
     ) -> dict[str, Tensor]:
         if self.truncation == "hint":
             batch[TRUNCATED] = torch.tensor([x.truncated for x in made])
+        if self.hint_masking is not None:
+            batch[MASKED] = torch.tensor([x.masked for x in made])
         if self._leaves_out or self._draw is not None:
             batch[DROPPED] = torch.tensor([x.dropped for x in made])
         return batch

@@ -12,6 +12,7 @@ SHOWN_CHARACTERS = 60  # of a prompt in an error
 
 # [B] bool, in batches of a collator that shortens hints, and of one that leaves them out
 TRUNCATED, DROPPED = "teacher_hint_truncated", "teacher_hint_dropped"
+MASKED = "teacher_hint_masked"  # and of one that hides parts of them
 
 
 Given = TypeVar("Given")
@@ -32,6 +33,7 @@ class RenderedSides(NamedTuple):
     dropped: bool = False  # whether they were left out, all of them
     contrasts: Sequence[TokenRow] = ()
     again: Callable[[Sequence[str]], TokenRow] | None = None
+    masked: bool = False  # whether a part of the hints is hidden, see `HintMasking`
 
     def without_hints(self) -> "RenderedSides":
         """Score the same tokens, and let the teacher read what the student reads."""

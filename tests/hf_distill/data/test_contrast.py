@@ -186,6 +186,16 @@ def test_a_list_of_texts_is_a_wrong_hint_in_each_context() -> None:
     assert wrong_texts(Contrast(hint="Hint : {one}", number=2), given)[0] == [["4"]] * 4
 
 
+def test_a_row_is_uncontrasted_where_all_its_contexts_are_the_right_one() -> None:
+    given = [
+        row(CHAT, "3") | {"hint": "Hint : 3", "wrongs": x}
+        for x in (["Hint : 3", "Hint : 4"], ["Hint : 3"], ["Hint : 4", "Hint : 3"])
+    ]
+    batch = wrong_texts(Contrast(hint="wrongs", number=2), given)[1]
+    assert batch[CONTRAST_SAME].tolist() == [[True, False], [True, True], [False, True]]
+    assert batch[UNCONTRASTED].tolist() == [False, True, False]
+
+
 def test_several_contrasts_are_as_many_contexts() -> None:
     """Hints of a context of their own first, then those made of the right ones."""
     given = [row(CHAT, "3") | {"hint": f"Hint : {x}", "wrong": "Hint : 9"} for x in (3, 5)]

@@ -1,5 +1,6 @@
 """Training with several wrong hints: formulas, forwards, memory, rows that have fewer."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,32 @@ def test_equal_hints_teach_nothing(tmp_path: Path, kind: str, changes: Any) -> N
     loss.backward()
     assert loss.item() == 0.0
     assert all(p.grad is None or not p.grad.any() for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("changes", [{}, LOGITS])
+def test_equal_contexts_are_the_same_whatever_the_rounding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: Any
+) -> None:
+    """A forward of other rows may round otherwise; here each adds noise of its own."""
+    same = [Contrast(hint="hint"), Contrast(hint=Hint("again", optional=True))]
+    trainer = make(tmp_path, same, **changes)
+    rows = [x | {"again": x["hint"] if i % 2 else None} for i, x in enumerate(problems())]
+    loss_of(trainer, rows)
+    ask = trainer._views._asked
+
+    def noisy(*args: Any) -> Signal:
+        signal = ask(*args)
+        name = "logits" if changes else "hidden"
+        said = getattr(signal, name)
+        return replace(signal, **{name: said + 0.1 * torch.randn_like(said)})
+
+    monkeypatch.setattr(trainer._views, "_asked", noisy)
+    batch = trainer._read(trainer.model, trainer.data_collator(rows), None, False)
+    signal = trainer._signal(trainer.model, batch)
+    assert len(signal.contrasts) == (1 if changes else 2)
+    for each in signal.contrasts:
+        there = slice(None) if each.absent is None else ~each.absent
+        assert torch.equal(each.dense()[there], signal.dense()[there])
 
 
 @pytest.mark.parametrize(
