@@ -5,6 +5,7 @@ from hf_distill.data.contrast import Contrast
 from hf_distill.data.cross_tokenizer_collator import CrossTokenizerCollator
 from hf_distill.data.episodes import Attempt, Episode
 from hf_distill.data.hint_collator import HintCollator
+from hf_distill.data.hint_masking import HintMasking
 from hf_distill.data.hints import Hint
 from hf_distill.data.sides import Side, student_side, teacher_side
 from hf_distill.data.token_weights import TokenWeightsConfig
@@ -16,6 +17,7 @@ __all__ = [
     "Episode",
     "Hint",
     "HintCollator",
+    "HintMasking",
     "Side",
     "TokenWeightsConfig",
     "build_batch",

@@ -4,6 +4,7 @@ Shapes: B rows, T positions, C completion tokens of the longest row, N scored to
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -129,8 +130,8 @@ def _sides(batch: Mapping[str, Any]) -> tuple[_Rows, _Rows]:
 
 def _views(batch: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """Return the batch by each context of the teacher, with the words for it in an error."""
-    contrast = sides.contrast_batch(batch)
-    return [("", batch), *([] if contrast is None else [("in the contrast, ", contrast)])]
+    words = (f"in contrast {i + 1}, " if i else "in the contrast, " for i in count())
+    return [("", batch), *zip(words, sides.contrast_batches(batch), strict=False)]
 
 
 def _broken(batch: Mapping[str, Any], end_ids: Sequence[int]) -> dict[str, Tensor]:

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from hf_distill.data.alignment import assert_aligned
 from hf_distill.data.sides import (
+    CONTRAST_NAMES,
     CONTRAST_PREFIX,
     IGNORE_INDEX,
     INDEX_MAPS,
     NO_TOKEN,
     TEACHER_PREFIX,
+    contrast_prefix,
     predicts_from_index,
 )
 
@@ -153,15 +155,14 @@ def pack_rows(student: Sequence[TokenRow], teacher: Sequence[TokenRow] | None) -
 
 
 def build_contrast(
-    batch: Mapping[str, Tensor], rows: Sequence[TokenRow], pad_token_id: int
+    batch: Mapping[str, Tensor], rows: Sequence[TokenRow], pad_token_id: int, number: int = 0
 ) -> dict[str, Tensor]:
-    """Return the keys of the teacher's second context, whose rows score the batch's tokens.
+    """Return the keys of the teacher's contrast `number`, whose rows score the batch's tokens.
 
     Raises:
         AlignmentError: the scored tokens of a row are not the batch's.
     """
     ids, mask, index = _rows(rows, pad_token_id)
-    made = {"input_ids": ids, "attention_mask": mask, "completion_index": index}
-    made = {f"{CONTRAST_PREFIX}{name}": value for name, value in made.items()}
-    assert_aligned({**batch, **made})
-    return made
+    pairs = list(zip(CONTRAST_NAMES, (ids, mask, index), strict=True))
+    assert_aligned({**batch, **{f"{CONTRAST_PREFIX}{name}": value for name, value in pairs}})
+    return {f"{contrast_prefix(number)}{name}": value for name, value in pairs}

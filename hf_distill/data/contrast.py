@@ -1,13 +1,18 @@
-"""A wrong hint beside the right one: where it comes from, and rows that have none."""
+"""Wrong hints beside the right one: where they come from, and rows that have none."""
 
 import random
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from hf_distill.data.batches import TokenRow
+import torch
+from torch import Tensor
+
+from hf_distill.data import batches
 from hf_distill.data.hints import Hint, Row
 from hf_distill.data.rendering import RenderedSides
+from hf_distill.data.sides import CONTRAST_ABSENT, CONTRAST_SAME, UNCONTRASTED
 
 SOURCES = ("hint", "other_row", "corrupted_number", "reference")
 Hints = Hint | str | Callable[[Row], str | None] | Sequence[Hint]
@@ -16,7 +21,7 @@ _NUMBER = re.compile(r"\d+")
 
 @dataclass(frozen=True)
 class Contrast:
-    """Says what the teacher reads in its second context, whose effect is taken off the first's.
+    """Says what the teacher reads in other contexts, whose effect is taken off the first's.
 
     Args:
         source: "hint" is a hint of its own, see `hint`. "other_row" puts the hints of another row
@@ -25,13 +30,19 @@ class Contrast:
             alone, without the question.
         hint: of the source "hint": a `Hint`, or its text (a column, a template or a function of
             the row), or several.
+        number: how many wrong contexts this makes, K, at least 1: of K other rows, or with K other
+            digits. With the source "hint", a column that holds a list of texts is one of them in
+            each context, such as failed_siblings after a rollout. Rows may have fewer. "reference"
+            has one.
 
     Raises:
-        ValueError: the source is unknown, or a hint is given for another source or missing.
+        ValueError: the source is unknown, or a hint is given for another source or missing, or the
+            number is out of range.
     """
 
     source: str = "hint"
     hint: Hints | None = None
+    number: int = 1
 
     def __post_init__(self) -> None:
         """Check the source."""
@@ -42,11 +53,61 @@ class Contrast:
                 f"a contrast needs a hint with the source 'hint' only, got {self.source!r} and "
                 f"{self.hint!r}"
             )
+        if self.number < 1 or (self.source == "reference" and self.number > 1):
+            most = ", and is 1 for the source 'reference'" if self.source == "reference" else ""
+            raise ValueError(f"a contrast's number must be at least 1{most}, got {self.number}")
+
+    def views(self, row: Row) -> list[Row]:
+        """Return the row as the hints of each of its contexts read it."""
+        if self.number == 1:
+            return [row]
+        return [_entry(row, i) for i in range(self.number)]
 
     @property
     def hints(self) -> tuple[Hint, ...]:
         """Return the hints of the source "hint"."""
-        return as_hints(() if self.hint is None else self.hint)
+        found = as_hints(() if self.hint is None else self.hint)
+        return found if self.number == 1 else tuple(replace(x, optional=True) for x in found)
+
+
+def _entry(row: Row, number: int) -> Row:
+    """Return the row with one text in place of each list of texts, None where it is shorter."""
+
+    def one(value: Any) -> Any:
+        if not (isinstance(value, list) and all(isinstance(x, str) for x in value)):
+            return value
+        return value[number] if number < len(value) else None
+
+    return {name: one(value) for name, value in row.items()}
+
+
+def as_contrasts(given: "Contrast | Hints | Sequence[Contrast] | None") -> tuple[Contrast, ...]:
+    """Return what is given for contrasts as `Contrast` objects.
+
+    Raises:
+        ValueError: some of a list are hints, or two have the same source of their own.
+    """
+    if given is None:
+        return ()
+    if isinstance(given, Contrast):
+        return (given,)
+    several: Any = [] if isinstance(given, Hint | str) or callable(given) else list(given)
+    made = tuple(x for x in several if isinstance(x, Contrast))
+    if not made:
+        return (Contrast(hint=given),)  # pyright: ignore[reportArgumentType]
+    if len(made) < len(several):
+        raise ValueError(
+            "several contrasts must all be Contrast objects, each with a context of its own, or "
+            f"all be hints of one context, got {several!r}"
+        )
+    named = [x.source for x in made if x.source != "hint"]
+    twice = sorted({x for x in named if named.count(x) > 1})
+    if twice:
+        raise ValueError(
+            f"of several contrasts only the source 'hint' may come twice, got {twice[0]!r} "
+            f"{named.count(twice[0])} times: set its number"
+        )
+    return made
 
 
 def as_hints(hint: Hints) -> tuple[Hint, ...]:
@@ -55,45 +116,80 @@ def as_hints(hint: Hints) -> tuple[Hint, ...]:
     return tuple(x if isinstance(x, Hint) else Hint(x) for x in several)
 
 
-def corrupted(texts: Sequence[str]) -> list[str] | None:
-    """Return texts in which their last number has become another; None if they have no number.
+def corrupted(texts: Sequence[str], number: int = 1) -> list[list[str]]:
+    """Return texts in which their last number has become another, `number` times or fewer.
 
     One digit changes, so that the number keeps its length, and everywhere where the number stands
-    by itself. Which digit follows from the texts.
+    by itself. Which digits follows from the texts. Without a number there is none.
     """
     numbers = [x for text in texts for x in _NUMBER.findall(text)]
     if not numbers:
-        return None
+        return []
     old, draw = numbers[-1], random.Random("\n".join(texts))
     at = draw.randrange(len(old))
-    lowest = "1" if at == 0 and len(old) > 1 else "0"
-    digit = draw.choice([x for x in "0123456789" if x >= lowest and x != old[at]])
-    new = f"{old[:at]}{digit}{old[at + 1 :]}"
-    return [_NUMBER.sub(lambda m: new if m.group() == old else m.group(), text) for text in texts]
+    found = [draw.choice(_with_digit(old, at))]
+    if number > 1:
+        others = [x for i in range(len(old)) for x in _with_digit(old, i) if x != found[0]]
+        draw.shuffle(others)
+        found += others[: number - 1]
+    return [
+        [_NUMBER.sub(lambda m, new=new: new if m.group() == old else m.group(), x) for x in texts]
+        for new in found
+    ]
 
 
-def with_other_rows(made: Sequence[RenderedSides]) -> list[RenderedSides]:
-    """Give each row of a batch the hints of the next one whose hints are others, as its contrast.
+def _with_digit(number: str, at: int) -> list[str]:
+    """Return the numbers of the same length that differ in one digit."""
+    lowest = "1" if at == 0 and len(number) > 1 else "0"
+    digits = [x for x in "0123456789" if x >= lowest and x != number[at]]
+    return [f"{number[:at]}{x}{number[at + 1 :]}" for x in digits]
+
+
+def with_other_rows(made: Sequence[RenderedSides], number: int = 1) -> list[RenderedSides]:
+    """Give each row of a batch the hints of the next ones whose hints are others, as contrasts.
 
     A row without such a neighbour, or without hints, stays without.
+
+    Args:
+        made: the rows.
+        number: the most contrasts of a row. The hints of two rows that are the same give one.
     """
     found = []
     for i, row in enumerate(made):
-        others = [*made[i + 1 :], *made[:i]]
-        theirs = [x.hints for x in others if x.hints and list(x.hints) != list(row.hints)]
-        fitting = next((x for x in theirs if len(x) == len(row.hints)), None)
+        fitting = [list(x.hints) for x in (*made[i + 1 :], *made[:i]) if x.hints]
+        fitting = [x for x in fitting if x != list(row.hints) and len(x) == len(row.hints)]
+        fitting = [x for j, x in enumerate(fitting) if x not in fitting[:j]][:number]
         again = row.again if row.hints and not row.dropped else None
-        found.append(
-            row if fitting is None or again is None else row._replace(contrast=again(fitting))
-        )
+        others = [] if again is None else [again(x) for x in fitting]
+        found.append(row._replace(contrasts=[*row.contrasts, *others]))
     return found
 
 
-def contrast_rows(made: Sequence[RenderedSides]) -> tuple[list[TokenRow], list[bool]]:
-    """Return the rows of the second context, and which of them are those of the first.
+def contrast_columns(
+    batch: Mapping[str, Tensor], made: Sequence[RenderedSides], number: int, pad_token_id: int
+) -> dict[str, Tensor]:
+    """Return the keys of the teacher's contexts with wrong hints, the same for all batches.
 
-    A row without a wrong hint has the teacher's own row, from which nothing is learnt.
+    A row without a wrong hint has the teacher's own row as its first, from which nothing is learnt.
+
+    Args:
+        batch: of the rows.
+        made: the rows.
+        number: of contexts, K.
+        pad_token_id: of the tokenizer.
+
+    Raises:
+        AlignmentError: the scored tokens of a row are not the batch's.
     """
-    rows = [x.teacher if x.contrast is None else x.contrast for x in made]
-    same = [list(row.ids) == list(x.teacher.ids) for row, x in zip(rows, made, strict=True)]
-    return rows, same
+    found: dict[str, Tensor] = {}
+    same, absent = [], []
+    for k in range(number):
+        rows = [x.contrasts[k] if k < len(x.contrasts) else x.teacher for x in made]
+        found |= batches.build_contrast(batch, rows, pad_token_id, k)
+        pairs = list(zip(rows, made, strict=True))
+        same.append([list(row.ids) == list(x.teacher.ids) for row, x in pairs])
+        absent.append([k >= max(1, len(x.contrasts)) for x in made])
+    flags = torch.tensor(same).T.reshape(-1, number)
+    if number > 1:
+        found |= {CONTRAST_SAME: flags, CONTRAST_ABSENT: torch.tensor(absent).T.contiguous()}
+    return found | {UNCONTRASTED: flags.all(1)}

@@ -7,7 +7,8 @@ from hf_distill.data.chat import Dialogue, join_dialogue
 from hf_distill.data.hints import Messages, Prompt, Row
 
 # Columns that a hint can read after the rollout, besides the row's and the environment's
-ROLLOUT_COLUMNS = ("attempt", "dialogue", "sibling", "failed_sibling")
+FAILED_SIBLINGS = "failed_siblings"
+ROLLOUT_COLUMNS = ("attempt", "dialogue", "sibling", "failed_sibling", FAILED_SIBLINGS)
 
 
 @dataclass(frozen=True)

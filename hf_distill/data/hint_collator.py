@@ -12,13 +12,20 @@ from transformers import PreTrainedTokenizerBase
 from hf_distill.data import batches, rendering
 from hf_distill.data.batches import TokenRow
 from hf_distill.data.chat import SCORED, join_replies
-from hf_distill.data.contrast import Contrast, Hints, as_hints, contrast_rows, with_other_rows
+from hf_distill.data.contrast import (
+    Contrast,
+    Hints,
+    as_contrasts,
+    as_hints,
+    contrast_columns,
+    with_other_rows,
+)
 from hf_distill.data.episodes import Episode
+from hf_distill.data.hint_masking import HintMasking
 from hf_distill.data.hint_schedule import HintSchedule, Value
 from hf_distill.data.hinted_rows import DEFAULT_HINT, PROMPT, HintedRows
 from hf_distill.data.hints import Row
-from hf_distill.data.rendering import DROPPED, TRUNCATED, RenderedSides
-from hf_distill.data.sides import UNCONTRASTED
+from hf_distill.data.rendering import DROPPED, MASKED, TRUNCATED, RenderedSides
 from hf_distill.data.teacher_view import TeacherView
 
 SHOWN_TOKENS = 8
@@ -67,8 +74,10 @@ class HintCollator(HintedRows):
         packing: whether a batch is one sequence of all student rows, and one of all teacher rows,
             without padding. Each row is read as it is alone, see `packed_rows`.
         contrast: a wrong hint, of a second context that the teacher reads as well: a `Contrast`,
-            or what `hint` may be. See `ContrastConfig` for what is made of the two. None means no
-            second context.
+            or what `hint` may be. Several `Contrast` objects are as many contexts. See
+            `ContrastConfig` for what is made of them. None means no second context.
+        hint_masking: hides parts of the hints, right and wrong ones, by what the completion has of
+            them. None hides nothing.
 
     Raises:
         ValueError: an argument is unknown or out of range. When a batch is made: a column is
@@ -97,7 +106,8 @@ class HintCollator(HintedRows):
         teacher_system_prompt: str | None = None,
         teacher_sees: str = "prompt",
         packing: bool = False,
-        contrast: Contrast | Hints | None = None,
+        contrast: Contrast | Hints | Sequence[Contrast] | None = None,
+        hint_masking: HintMasking | None = None,
     ) -> None:
         for name, value, choices in (
             ("scored", scored, SCORED),
@@ -111,13 +121,14 @@ class HintCollator(HintedRows):
         self.view = TeacherView(own, teacher_system_prompt, teacher_sees)
         self.needs_hints, hint = hint is not None, DEFAULT_HINT if hint is None else hint
         self.hints = as_hints(hint)
-        self.contrast = (
-            contrast if isinstance(contrast, Contrast | None) else Contrast(hint=contrast)
-        )
-        if self.contrast is not None and not self.hints:
+        self.contrasts = as_contrasts(contrast)
+        if self.contrasts and not self.hints:
             raise ValueError(f"a contrast needs hints that it is the contrast of, got {contrast!r}")
-        if self.contrast is not None and packing:
+        if self.contrasts and packing:
             raise ValueError("packed batches have one context of the teacher: no contrast, got one")
+        if hint_masking is not None and not self.hints:
+            raise ValueError(f"hint_masking needs hints to mask, got none and {hint_masking!r}")
+        self.hint_masking = hint_masking
         self._was_given_hints = bool(self.hints)
         self.scored, self.truncation, self.packing = scored, truncation, packing
         self.prompt_column = prompt_column
@@ -168,21 +179,22 @@ class HintCollator(HintedRows):
         if self._draw is not None:
             dropped = self._draw([each.student.ids for each in made])
             made = [x.without_hints() if drop else x for x, drop in zip(made, dropped, strict=True)]
-        other = self.contrast is not None and self.contrast.source == "other_row"
-        return with_other_rows(made) if other else made
+        for contrast in self.contrasts:
+            if contrast.source == "other_row":
+                made = with_other_rows(made, contrast.number)
+        return made
 
     def _batch(self, made: Sequence[RenderedSides]) -> dict[str, Tensor]:
         students, teachers = [x.student for x in made], [x.teacher for x in made]
         hinted = self.needs_hints or any(x.hints or x.dropped for x in made)
-        if not self.has_own_view and not (self.hints and hinted) and self.contrast is None:
+        if not self.has_own_view and not (self.hints and hinted) and not self.contrasts:
             teachers = None  # both sides read the same
         if self.packing:
             return self._with_count(batches.pack_rows(students, teachers), made)
         batch = batches.build_rows(students, teachers, self.pad_token_id)
-        if self.contrast is not None and teachers is not None:
-            rows, same = contrast_rows(made)
-            batch |= batches.build_contrast(batch, rows, self.pad_token_id)
-            batch[UNCONTRASTED] = torch.tensor(same)
+        if self.contrasts and teachers is not None:
+            number = sum(x.number for x in self.contrasts)
+            batch |= contrast_columns(batch, made, number, self.pad_token_id)
         return self._with_count(batch, made)
 
     def prompts(self, rows: Sequence[Row]) -> dict[str, Any]:
@@ -247,7 +259,7 @@ class HintCollator(HintedRows):
     def _without_hints(self) -> "HintCollator":
         bare = copy.copy(self)
         bare.hints, bare.scored, bare.hint_plan, bare.packing = (), "all", None, False
-        bare.view, bare.contrast = TeacherView(bare.chat_template_kwargs), None
+        bare.view, bare.contrasts = TeacherView(bare.chat_template_kwargs), ()
         return bare
 
     def references(self, rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -266,6 +278,8 @@ class HintCollator(HintedRows):
     ) -> dict[str, Tensor]:
         if self.truncation == "hint":
             batch[TRUNCATED] = torch.tensor([x.truncated for x in made])
+        if self.hint_masking is not None:
+            batch[MASKED] = torch.tensor([x.masked for x in made])
         if self._leaves_out or self._draw is not None:
             batch[DROPPED] = torch.tensor([x.dropped for x in made])
         return batch

@@ -24,6 +24,7 @@ from hf_distill.data.dialogues import (
     written_row,
 )
 from hf_distill.data.episodes import Episode
+from hf_distill.data.hint_masking import HintMasking
 from hf_distill.data.hints import (
     Hint,
     Messages,
@@ -47,16 +48,25 @@ TeacherSide = Callable[[TeacherView, Sequence[PlacedHint]], TokenRow]
 """Makes the teacher's row, as a view shows it, with some hints."""
 
 
+def _text(message: dict[str, Any]) -> str:
+    """Return a reply's text; other messages of a completion are not the student's, and have none."""
+    content = message.get("content") if message["role"] == "assistant" else ""
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text") or "" for part in content or [])
+
+
 class AllHints(NamedTuple):
-    """Holds a row's hints, and the wrong ones of its contrast."""
+    """Holds a row's hints, and the wrong ones of each of its contexts that has its own."""
 
     right: list[PlacedHint]
-    wrong: list[PlacedHint]
+    wrong: list[list[PlacedHint]]
+    masked: bool = False
 
     def check_before(self, reply: int) -> None:
-        """Check both, see `hints.check_before`."""
-        check_before(self.right, reply)
-        check_before(self.wrong, reply)
+        """Check all, see `hints.check_before`."""
+        for hints in (self.right, *self.wrong):
+            check_before(hints, reply)
 
 
 class HintedRows(PromptIds):
@@ -64,7 +74,8 @@ class HintedRows(PromptIds):
 
     hints: tuple[Hint, ...]
     view: TeacherView
-    contrast: Contrast | None
+    contrasts: tuple[Contrast, ...]
+    hint_masking: HintMasking | None
     needs_hints: bool
     scored: str
     truncation: str
@@ -82,7 +93,7 @@ class HintedRows(PromptIds):
 
     @property
     def _shows_reference(self) -> bool:
-        return self.contrast is not None and self.contrast.source == "reference"
+        return "reference" in {x.source for x in self.contrasts}
 
     @property
     def _teacher_chat(self) -> ChatIds:
@@ -109,16 +120,47 @@ class HintedRows(PromptIds):
             self._told_columns.add(column)
             logger.warning(row_columns.warning_of_begun(column))
 
-    def _all_hints(self, row: Row, place: Callable[[Hint, str], PlacedHint]) -> AllHints:
-        """Return the row's hints, and the wrong ones of its own contrast."""
+    def _all_hints(
+        self, row: Row, completion: str | None, place: Callable[[Hint, str], PlacedHint]
+    ) -> AllHints:
+        """Return the row's hints, and the wrong ones, as far as the teacher may see them."""
         if not self.needs_hints and not row_columns.may_mean(row, DEFAULT_HINT):
             return AllHints([], [])
-        wrong = () if self.contrast is None else self.contrast.hints
-        rendered = ([(x, x.render(row)) for x in hints] for hints in (self.hints, wrong))
-        return AllHints(*([place(x, t) for x, t in pairs if t is not None] for pairs in rendered))
 
-    def _placed(self, row: Row, messages: Messages, num_prompt: int) -> AllHints:
-        return self._all_hints(row, lambda x, t: place_hint(x, row, t, messages, num_prompt))
+        def placed(hints: Sequence[Hint], seen: Row) -> list[PlacedHint]:
+            pairs = [(x, x.render(seen)) for x in hints]
+            return [place(x, text) for x, text in pairs if text is not None]
+
+        right, wrong = placed(self.hints, row), list[list[PlacedHint]]()
+        for contrast in self.contrasts:
+            found = [placed(contrast.hints, seen) for seen in contrast.views(row)]
+            wrong += [x for i, x in enumerate(found) if x and x not in found[:i]]
+        return self._masked(right, wrong, completion)
+
+    def _masked(
+        self, right: list[PlacedHint], wrong: list[list[PlacedHint]], completion: str | None
+    ) -> AllHints:
+        masking = self.hint_masking
+        if masking is None or not right:
+            return AllHints(right, wrong)
+        if completion is None:
+            raise ValueError(
+                "hint_masking needs a completion to compare the hints with, and a context that is "
+                "still to be completed has none"
+            )
+
+        def seen(hints: list[PlacedHint]) -> list[PlacedHint]:
+            return [x._replace(text=masking(x.text, completion)) for x in hints]
+
+        shown = seen(right)
+        return AllHints(shown, [seen(x) for x in wrong], masked=shown != right)
+
+    def _placed(
+        self, row: Row, messages: Messages, num_prompt: int, completion: str | None
+    ) -> AllHints:
+        return self._all_hints(
+            row, completion, lambda x, t: place_hint(x, row, t, messages, num_prompt)
+        )
 
     def _prompt(self, row: Row, sampled: bool = False) -> list[int]:
         """Return the student's context."""
@@ -127,7 +169,7 @@ class HintedRows(PromptIds):
         rendering.check_length(prompt, "prompt", len(ids), self.max_prompt_length)
         return ids
 
-    def _contexts(self, row: Row) -> RenderedSides:
+    def _contexts(self, row: Row, completion: str | None = None) -> RenderedSides:
         """Make both contexts; nothing is scored yet."""
         prompt, ids = self._column(row, "prompt_column"), self._prompt(row)
         begun = begins_reply(prompt)
@@ -140,9 +182,9 @@ class HintedRows(PromptIds):
             return TokenRow(self.context_ids(start + view.text(prompt[len(start) :], hints)), [])
 
         if isinstance(prompt, str):
-            hints = self._all_hints(row, lambda hint, text: PlacedHint(hint, text, 0))
+            hints = self._all_hints(row, completion, lambda hint, text: PlacedHint(hint, text, 0))
         else:
-            hints = self._placed(row, prompt, len(prompt) - begun)
+            hints = self._placed(row, prompt, len(prompt) - begun, completion)
             hints.check_before(len(prompt) - begun)
         return self._made(prompt, TokenRow(ids, []), hints, side)
 
@@ -154,28 +196,28 @@ class HintedRows(PromptIds):
             raise ValueError(f"the completion must not be empty, got {completion!r}")
         if not isinstance(completion, str):
             return self._dialogue(row, prompt, completion)
-        made = self._contexts(row)
+        made = self._contexts(row, completion)
         ids = self._text_ids(completion, prompt, made.student.ids)
         rendering.check_length(prompt, "completion", len(ids), self.max_completion_length)
         return made.each(lambda side: batches.append_completion(side.ids, ids))
 
     def _episode(self, episode: Episode) -> RenderedSides:
         """Make both rows, from a dialogue that the student has written."""
-        row, prompt = episode.seen(), episode.prompt
+        row, prompt, written = episode.seen(), episode.prompt, "\n".join(episode.texts)
         if isinstance(prompt, str):
-            made, ids = self._contexts(row), episode.completions[0]
+            made, ids = self._contexts(row, written), episode.completions[0]
             made = made.each(lambda side: batches.append_completion(side.ids, ids))
             if self.scored != "all" and not made.hints and not made.dropped:
                 made = made.each(lambda side: side._replace(scored=[]))
             return made
         dialogue, replies = episode.dialogue, episode.replies()
         messages, num_prompt = dialogue.messages, dialogue.num_prompt
-        hints = self._placed(row, messages, num_prompt)
+        hints = self._placed(row, messages, num_prompt, written)
         hints.check_before(replies[-1])
         scored = scored_messages(messages, num_prompt, hints.right, self.scored)
-        written = dialogue, replies, episode.completions, scored
-        student = written_row(*written, self._chat)([])
-        return self._made(prompt, student, hints, self._written_side(*written))
+        made = dialogue, replies, episode.completions, scored
+        student = written_row(*made, self._chat)([])
+        return self._made(prompt, student, hints, self._written_side(*made))
 
     def _written_side(self, *written: Any) -> TeacherSide:
         """Return what makes the teacher's row of replies that are ids, see `written_row`."""
@@ -190,7 +232,8 @@ class HintedRows(PromptIds):
             )
         dialogue, chat = join_dialogue(prompt, completion), self._chat
         messages, begun = dialogue.messages, dialogue.begun is not None
-        hints = self._placed(row, messages, dialogue.num_prompt)
+        shown = "\n".join(map(_text, completion))
+        hints = self._placed(row, messages, dialogue.num_prompt, shown)
         replies = scored_messages(messages, dialogue.num_prompt, hints.right, self.scored)
         if not replies:
             raise ValueError(
@@ -221,23 +264,21 @@ class HintedRows(PromptIds):
         """Make the rows of all sides, with hints short enough for their budget."""
         teacher = partial(side, self.view)
         made = self._fit(prompt, student, hints.right, teacher)
-        if self.contrast is None or made.dropped or not hints.right:
+        made = made._replace(masked=hints.masked and not made.dropped)
+        if not self.contrasts or made.dropped or not hints.right:
             return made
-        if self.contrast.source == "hint":
-            if not hints.wrong:
-                return made
-            return made._replace(contrast=self._fit(prompt, student, hints.wrong, teacher).teacher)
+        wrong = [self._fit(prompt, student, x, teacher).teacher for x in hints.wrong]
 
         def again(texts: Sequence[str], view: TeacherView = self.view) -> TokenRow:
             pairs = zip(hints.right, texts, strict=True)
             return side(view, [x._replace(text=text) for x, text in pairs])
 
-        if self.contrast.source == "other_row":
-            return made._replace(again=again)
-        if self._shows_reference:
-            return made._replace(contrast=again(made.hints, replace(self.view, sees="reference")))
-        wrong = corrupted(made.hints)
-        return made if wrong is None else made._replace(contrast=again(wrong))
+        for contrast in self.contrasts:
+            if contrast.source == "reference":
+                wrong.append(again(made.hints, replace(self.view, sees="reference")))
+            elif contrast.source == "corrupted_number":
+                wrong += [again(texts) for texts in corrupted(made.hints, contrast.number)]
+        return made._replace(contrasts=wrong, again=again)
 
     def _fit(
         self,

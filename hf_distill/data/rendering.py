@@ -12,6 +12,7 @@ SHOWN_CHARACTERS = 60  # of a prompt in an error
 
 # [B] bool, in batches of a collator that shortens hints, and of one that leaves them out
 TRUNCATED, DROPPED = "teacher_hint_truncated", "teacher_hint_dropped"
+MASKED = "teacher_hint_masked"  # and of one that hides parts of them
 
 
 Given = TypeVar("Given")
@@ -21,8 +22,8 @@ Result = TypeVar("Result")
 class RenderedSides(NamedTuple):
     """Holds both sides of a row.
 
-    contrast: the teacher's side with a wrong hint, or None if there is none. again: the teacher's
-    side with other texts in the places of its hints.
+    contrasts: the teacher's side with each wrong hint. again: the teacher's side with other texts
+    in the places of its hints.
     """
 
     student: TokenRow
@@ -30,8 +31,9 @@ class RenderedSides(NamedTuple):
     truncated: bool  # whether hints were
     hints: Sequence[str] = ()  # as they stand in the teacher's row
     dropped: bool = False  # whether they were left out, all of them
-    contrast: TokenRow | None = None
+    contrasts: Sequence[TokenRow] = ()
     again: Callable[[Sequence[str]], TokenRow] | None = None
+    masked: bool = False  # whether a part of the hints is hidden, see `HintMasking`
 
     def without_hints(self) -> "RenderedSides":
         """Score the same tokens, and let the teacher read what the student reads."""
@@ -39,11 +41,11 @@ class RenderedSides(NamedTuple):
 
     def each(self, change: Callable[[TokenRow], TokenRow]) -> "RenderedSides":
         """Change the rows of all sides in the same way."""
-        contrast, again = self.contrast, self.again
+        again = self.again
         return self._replace(
             student=change(self.student),
             teacher=change(self.teacher),
-            contrast=None if contrast is None else change(contrast),
+            contrasts=[change(x) for x in self.contrasts],
             again=None if again is None else lambda texts: change(again(texts)),
         )
 

@@ -26,7 +26,12 @@ TEACHER_STORED = "teacher_stored"
 
 CONTRAST_PREFIX = "teacher_contrast_"  # of the teacher's second context
 
+CONTRAST_NAMES = ("input_ids", "attention_mask", "completion_index")
+
 UNCONTRASTED = "teacher_uncontrasted"  # [B] bool: rows whose second context is the first
+
+# [B, K] bool, of K > 1 wrong hints: which contexts are the first, and which a row has not
+CONTRAST_SAME, CONTRAST_ABSENT = "teacher_contrast_same", "teacher_contrast_absent"
 
 ANCHOR_PREFIX = "anchor_"
 
@@ -180,14 +185,19 @@ def teacher_side(batch: Mapping[str, Any], student: Side) -> Side:
     return Side(inputs, predicts, route, stored, rows=rows)
 
 
-def contrast_batch(batch: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the batch with the teacher's second context in place of the first; None without."""
-    if batch.get(f"{CONTRAST_PREFIX}input_ids") is None:
-        return None
-    names = ("input_ids", "attention_mask", "completion_index")
-    others = {f"{TEACHER_PREFIX}{x}": batch.get(f"{CONTRAST_PREFIX}{x}") for x in names}
+def contrast_prefix(number: int) -> str:
+    """Return what names of the teacher's context with wrong hint `number`, from 0, begin with."""
+    return f"{CONTRAST_PREFIX}{number + 1}_" if number else CONTRAST_PREFIX
+
+
+def contrast_batches(batch: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the batch with each of the teacher's contrasts in place of its own context."""
     kept = {name: x for name, x in batch.items() if not name.startswith(CONTRAST_PREFIX)}
-    return {**kept, **others}
+    found: list[Mapping[str, Any]] = []
+    while batch.get(f"{contrast_prefix(len(found))}input_ids") is not None:
+        prefix, names = contrast_prefix(len(found)), CONTRAST_NAMES
+        found.append({**kept, **{f"{TEACHER_PREFIX}{x}": batch.get(f"{prefix}{x}") for x in names}})
+    return found
 
 
 def stacked(sides: Sequence[Side]) -> Side | None:

@@ -11,6 +11,7 @@ from hf_distill.losses import chunks
 from hf_distill.losses.base import Loss, Terms, Tokens
 from hf_distill.losses.chunks import at_least_float32
 from hf_distill.losses.divergence import DivergenceLoss
+from hf_distill.losses.log_mean import LogMean
 from hf_distill.models.signals import Signal
 
 CONTRAST_NAME = "contrast_factor"
@@ -85,7 +86,9 @@ def contrast_factors(weights: ContrastWeights, teacher: Signal, targets: Tensor)
     """Return 1 - share + share * g of each token, with g = tanh(abs(e) / scale).
 
     e = log p(y | right hint) - log p(y | wrong hint) at temperature 1, and g is 0 up to the
-    threshold. Where the two hints say the same, nothing is left of a token at share 1.
+    threshold. Of K wrong hints it is the mean of the probabilities, p(y | wrong) =
+    1/K sum_k p(y | wrong hint k), over those that the token's row has. Where the hints say the
+    same, nothing is left of a token at share 1.
 
     Args:
         weights: the share, scale and threshold.
@@ -96,13 +99,16 @@ def contrast_factors(weights: ContrastWeights, teacher: Signal, targets: Tensor)
         [N] float32 (float64 for float64 signals), in [0, 1].
 
     Source:
-        e, its tanh and the threshold are those of RLCSD (arXiv:2606.11709, and the README and
-        settings of its release), for one wrong hint. RLCSD adds them, with their sign, to the
-        advantage of a sampled token; that their size weighs a token of a divergence is a use of
-        them made here.
+        e, its mean over K wrong hints, its tanh and the threshold are those of RLCSD
+        (arXiv:2606.11709, and the README and settings of its release). RLCSD adds them, with their
+        sign, to the advantage of a sampled token; that their size weighs a token of a divergence is
+        a use of them made here.
     """
     assert teacher.contrast is not None
-    right, wrong = (chunks.log_probs(x, targets) for x in (teacher, teacher.contrast))
+    right, mean = chunks.log_probs(teacher, targets), LogMean()
+    for each in teacher.contrasts:
+        mean.add(chunks.log_probs(each, targets), each.absent)
+    wrong = mean.value()
     # both may exclude the token, which is no difference
     apart = torch.where(right == wrong, 0.0, right - wrong).abs().clamp(max=MOST_NATS)
     found = torch.tanh(apart / weights.config.scale)
@@ -126,7 +132,8 @@ def contrast_target(
     Args:
         logits: [n, V], the student's.
         right: [n, V], the teacher's with the right hint.
-        wrong: [n, V], the teacher's with the wrong one.
+        wrong: [n, V], the teacher's with the wrong one; of several the log of the mean probability,
+            beside log-probabilities for the right one.
         share: in [0, 1].
         config: strength and bound.
 
@@ -148,6 +155,18 @@ def contrast_target(
     if share == 1.0:
         return own + gap
     return (1 - share) * one + share * (own + gap)
+
+
+@torch.no_grad()
+def _both(teacher: Signal) -> tuple[Tensor, Tensor]:
+    """Return what the teacher says behind the right hint and behind the wrong ones, [n, V] each."""
+    first, *others = teacher.contrasts
+    if not others:
+        return teacher.dense(), first.dense()
+    mean = LogMean()
+    for each in (first, *others):  # one after the other: their logits are not there at once
+        mean.add(at_least_float32(each.dense()).log_softmax(-1), each.absent)
+    return at_least_float32(teacher.dense()).log_softmax(-1), mean.value()
 
 
 @dataclass(frozen=True)
@@ -179,7 +198,5 @@ class ContrastLoss(DivergenceLoss):
         """Compute the divergence of n tokens from their targets."""
         if teacher.contrast is None or self.share == 0.0:
             return super().soft(logits, teacher, tokens)
-        with torch.no_grad():
-            said = teacher.dense(), teacher.contrast.dense()
-        target = contrast_target(logits.detach(), *said, self.share, self.config)
+        target = contrast_target(logits.detach(), *_both(teacher), self.share, self.config)
         return super().soft(logits, Signal(logits=target), tokens)

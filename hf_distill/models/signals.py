@@ -47,6 +47,8 @@ class Signal:
 
     `contrast` and `base` are what the same teacher, or the student before training, says of the
     tokens behind another context: behind a wrong hint, and behind the student's own.
+    `more_contrasts` are those behind further wrong hints; `absent` [N] bool of one of them are the
+    tokens of rows that have no such hint.
     """
 
     logits: Tensor | None = None
@@ -61,13 +63,21 @@ class Signal:
     experts: Experts | None = None
     contrast: "Signal | None" = None
     base: "Signal | None" = None
+    more_contrasts: "tuple[Signal, ...]" = ()
+    absent: Tensor | None = None
 
     def each(self, change: Callable[["Signal"], "Signal"]) -> "Signal":
         """Change the signal, and what it says behind other contexts, in the same way."""
         if self.contrast is None and self.base is None:
             return change(self)
         contrast, base = (None if x is None else change(x) for x in (self.contrast, self.base))
-        return replace(change(self), contrast=contrast, base=base)
+        more = tuple(change(x) for x in self.more_contrasts)
+        return replace(change(self), contrast=contrast, base=base, more_contrasts=more)
+
+    @property
+    def contrasts(self) -> "list[Signal]":
+        """Return what is said behind all wrong hints."""
+        return [] if self.contrast is None else [self.contrast, *self.more_contrasts]
 
     def __len__(self) -> int:
         """Return the number of rows: N, or how many of the N tokens it is about."""
@@ -130,6 +140,7 @@ class Signal:
             logits=None if self.logits is None else self.logits[index],
             hidden=None if self.hidden is None else self.hidden[index],
             paired=None if self.paired is None else self.paired[at],
+            absent=None if self.absent is None else self.absent[index],
         )
 
     def split(self, sizes: Sequence[int]) -> list["Signal"]:

@@ -230,6 +230,8 @@ CHECKS = (
 )  # fmt: skip
 
 AGAINST_START = {check.metric for check in CHECKS if check.limit not in WITHOUT_START}
+LENGTHS = {"completion_length", "completion_ended"}  # say nothing where completions are cut
+PREFIX_NAME = "prefix_tokens"  # logged where they are
 ENTROPIES = {"student_entropy", "teacher_entropy"}
 SETTLED = {"dead_signal", "ema_still", "ema_same"}  # may hold in the first logs
 

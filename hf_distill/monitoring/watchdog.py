@@ -17,6 +17,8 @@ from hf_distill.monitoring.faults import (
     BOUNDS,
     CHECKS,
     ENTROPIES,
+    LENGTHS,
+    PREFIX_NAME,
     SETTLED,
     WITHOUT_START,
     Check,
@@ -55,8 +57,9 @@ class Watchdog(TrainerCallback, ExportableState):
     A metric is compared with a fixed limit, or with its own start, the median of the first logs;
     then the median of the last logs counts, so that one noisy log is no fault. Of completion_ended
     it is the share of all completions of these logs, and a fall that four standard errors explain
-    is no fault. While a fault holds, the log has `watchdog_<fault>`: how many times the metric is
-    beyond its limit, from 1 to 10.
+    is no fault. Neither it nor completion_length is read while a prefix cuts completions. While a
+    fault holds, the log has `watchdog_<fault>`: how many times the metric is beyond its limit, from
+    1 to 10.
     `DistillTrainer` adds a watchdog by itself, see `DistillConfig.watchdog`. Starts and reports are
     in the checkpoint.
 
@@ -161,7 +164,8 @@ class Watchdog(TrainerCallback, ExportableState):
 
     def _keep(self, logs: Mapping[str, float]) -> None:
         self.num_logs += 1
-        for metric in AGAINST_START & logs.keys():
+        kept = AGAINST_START - LENGTHS if PREFIX_NAME in logs else AGAINST_START
+        for metric in kept & logs.keys():
             entry = [logs[metric], logs.get("completions", 1)]
             first = self.first.setdefault(metric, [])
             if len(first) < self.window:
@@ -228,6 +232,8 @@ class Watchdog(TrainerCallback, ExportableState):
         return teacher_gap > max(exact, (scene.ln_vocab - student) / 2)
 
     def _applies(self, check: Check, logs: Mapping[str, float], scene: Scene) -> bool:
+        if PREFIX_NAME in logs and check.metric in LENGTHS:
+            return False
         if check.fault == "zero_gradient":
             return abs(logs.get("soft", 0.0)) > (self.limits.dead_signal or 0.0)
         if check.fault == "teacher_uniform":

@@ -1,9 +1,13 @@
 """The settings of rollouts."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from hf_distill.rollouts.engines import check_engine
+from hf_distill.schedules import Schedule, Value
+
+DIGITS = 6  # of a scheduled length: 63.9999999 tokens are 64
 
 
 @dataclass
@@ -86,6 +90,16 @@ class RolloutConfig:
         },
     )
 
+    prefix_tokens: Value = field(
+        default=None,
+        metadata={
+            "help": "The maximum number of tokens that are sampled of each completion in training, "
+            "from 1 to max_completion_length. It may follow a schedule, rounded down, so that the "
+            "prefix grows. None samples completions until they end. It cannot be combined with an "
+            "environment, which would judge the cut ones."
+        },
+    )
+
     only_failed: bool = field(
         default=False,
         metadata={
@@ -105,4 +119,29 @@ class RolloutConfig:
             raise ValueError(f"importance_clip must be positive, got {self.importance_clip}")
         if self.temperature < 0:
             raise ValueError(f"rollout temperature must not be negative, got {self.temperature}")
+        self._check_prefix()
         check_engine(self.engine, self.engine_kwargs, self.generation_kwargs, self.batch_size)
+
+    def _check_prefix(self) -> None:
+        if self.prefix_tokens is None:
+            return
+        try:
+            low, _ = Schedule.parse(self.prefix_tokens).bounds
+        except ValueError as error:
+            raise ValueError(f"rollout.prefix_tokens: {error}") from error
+        if low < 1:
+            raise ValueError(f"rollout.prefix_tokens must be at least 1, got {low:g}")
+
+    @property
+    def prefix_bounds(self) -> tuple[int, int] | None:
+        """Return the shortest and the longest prefix, in tokens; None if whole ones are sampled."""
+        if self.prefix_tokens is None:
+            return None
+        low, high = Schedule.parse(self.prefix_tokens).bounds
+        return math.floor(low), math.floor(high)
+
+    def prefix_at(self, step: int) -> int | None:
+        """Return how many tokens are sampled after `step` optimizer steps; None is no prefix."""
+        if self.prefix_tokens is None:
+            return None
+        return math.floor(round(Schedule.parse(self.prefix_tokens).at(step), DIGITS))

@@ -110,12 +110,16 @@ class ContinuousEngine:
         self.sampling, self.engine_kwargs = sampling, dict(engine_kwargs)
 
     def _config(
-        self, prompts: Sequence[Sequence[int]], flash: bool, seed: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        flash: bool,
+        seed: int,
+        max_new_tokens: int | None = None,
     ) -> ContinuousBatchingConfig:
         # left open, the cache would take most of the device's free memory
         flash = flash or self.engine_kwargs.get("auto_switch_to_flash", False)
         page = self.engine_kwargs.get("page_size", PAGE_SIZE[flash])
-        longest = self.sampling.max_completion_length
+        longest = self.sampling.at_most(max_new_tokens).max_completion_length
         pages = sum(-(-(len(prompt) + longest) // page) for prompt in prompts)
         tokens = max(len(prompts), min(PREFILL_TOKENS, sum(map(len, prompts))))
         defaults = {
@@ -128,9 +132,13 @@ class ContinuousEngine:
 
     @torch.no_grad()
     def sample(
-        self, model: nn.Module, prompts: Sequence[Sequence[int]], seed: int
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        seed: int,
+        max_new_tokens: int | None = None,
     ) -> list[list[int]]:
-        """Return one list of ids per prompt.
+        """Return one list of ids per prompt, see `Engine.sample`.
 
         Raises:
             ValueError: continuous batching cannot sample from this model; the message says why.
@@ -141,10 +149,11 @@ class ContinuousEngine:
             raise ValueError(f"engine 'continuous' cannot sample from this model: {reason}")
         lm: Any = causal_lm(model)
         end_ids = end_token_ids(unwrap(model), self.sampling.eos_token_id)
+        sampling = self.sampling.at_most(max_new_tokens)
         # -1 is no token; without any, Transformers would set it and warn
-        config = generation_config(self.sampling, end_ids or [-1])
+        config = generation_config(sampling, end_ids or [-1])
         attention = lm.config._attn_implementation
-        batching = self._config(prompts, "flash" in (attention or ""), seed)
+        batching = self._config(prompts, "flash" in (attention or ""), seed, max_new_tokens)
         try:
             with (
                 kept_rng(lm.device),

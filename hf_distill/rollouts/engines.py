@@ -37,7 +37,11 @@ class Engine(Protocol):
     """Samples completions. One is made for a run."""
 
     def sample(
-        self, model: nn.Module, prompts: Sequence[Sequence[int]], seed: int
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        seed: int,
+        max_new_tokens: int | None = None,
     ) -> list[list[int]]:
         """Sample completions of the prompts.
 
@@ -46,6 +50,8 @@ class Engine(Protocol):
                 random state.
             prompts: lists of token ids.
             seed: of the samples.
+            max_new_tokens: of this call, if fewer than the run's max_completion_length; the same on
+                all processes.
 
         Returns:
             One list of ids per prompt, with its end token if it has ended, without padding.

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from hf_distill.data.episodes import Attempt, Episode
+from hf_distill.data.episodes import FAILED_SIBLINGS, Attempt, Episode
 from hf_distill.data.hints import Messages
 
 
@@ -103,17 +103,17 @@ def play(
 
 
 def share_siblings(episodes: Sequence[Episode]) -> None:
-    """Set the columns "sibling" and "failed_sibling".
+    """Set the columns "sibling", "failed_sibling" and "failed_siblings".
 
-    They are the texts of the group's best other attempt with a score above 0, and of its first
-    other attempt with a score that is not.
+    They are the texts of the group's best other attempt with a score above 0, of its first other
+    attempt with a score that is not, and a list of all of these.
     """
     for episode in episodes:
         others = [e for e in episodes if e.group == episode.group and e is not episode]
         judged = [e for e in others if e.columns.get("score") is not None]
         failed = [e.texts[-1] for e in judged if has_failed(e)]
         if failed:
-            episode.columns["failed_sibling"] = failed[0]
+            episode.columns |= {"failed_sibling": failed[0], FAILED_SIBLINGS: failed}
         scored = [e for e in others if (e.columns.get("score") or 0) > 0]
         if scored:
             best = max(scored, key=lambda e: e.columns["score"])

@@ -224,10 +224,15 @@ class GenerateEngine:
         self.sampling, self.batch_size = sampling, batch_size
 
     def sample(
-        self, model: nn.Module, prompts: Sequence[Sequence[int]], seed: int
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        seed: int,
+        max_new_tokens: int | None = None,
     ) -> list[list[int]]:
-        """Return one list of ids per prompt."""
-        settings = {x.name: getattr(self.sampling, x.name) for x in fields(self.sampling)}
+        """Return one list of ids per prompt, see `Engine.sample`."""
+        sampling = self.sampling.at_most(max_new_tokens)
+        settings = {x.name: getattr(sampling, x.name) for x in fields(sampling)}
         return generate(model, prompts, **settings, seed=seed, batch_size=self.batch_size)
 
     def weights_changed(self) -> None:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from hf_distill import rollouts
 from hf_distill.data import alignment, sides
 from hf_distill.data.batches import unpad
-from hf_distill.data.episodes import Episode
+from hf_distill.data.episodes import FAILED_SIBLINGS, Episode
 from hf_distill.data.hint_collator import HintCollator
 from hf_distill.data.hints import Row
 from hf_distill.data.token_weights import KEY
 from hf_distill.models.structure import causal_lm, is_sharded, unwrap
 from hf_distill.monitoring.completion_table import COLUMNS, CompletionTable
+from hf_distill.monitoring.faults import PREFIX_NAME
 from hf_distill.monitoring.metrics import CompletionMeter, HintOverlapMeter, ShareMeter
 from hf_distill.rollouts.config import RolloutConfig
 from hf_distill.rollouts.environments import Environment, has_failed, play, share_siblings
@@ -92,6 +93,7 @@ class Rollouts:
         self._sampled = ShareMeter("on_policy")
         self._failed = ShareMeter("failed")
         self._overlap = HintOverlapMeter()
+        self._prefix: int | None = None  # of the last completions that were cut, since the last log
 
     def first_step(self, step: int) -> int:
         """Return the step whose completions a step is taken on."""
@@ -177,8 +179,11 @@ class Rollouts:
         # large odd multipliers keep steps and processes of neighbouring seeds apart
         seed = (self.args.seed * 1_000_003 + step) * 65_537 + self.args.process_index
 
+        longest = self._prefix_at(step) if training else None
+        limit = {} if longest is None else {"max_new_tokens": longest}
+
         def sample(prompts: Sequence[Sequence[int]], turn: int) -> list[list[int]]:
-            completions = self.engine.sample(model, prompts, seed + (turn << 50))
+            completions = self.engine.sample(model, prompts, seed + (turn << 50), **limit)
             self._completions[training].add(completions, end_ids)
             return completions
 
@@ -197,6 +202,14 @@ class Rollouts:
             share_siblings(batch)
         return episodes
 
+    def _prefix_at(self, step: int) -> int | None:
+        """Return to how many tokens a step's completions are cut; None lets them end."""
+        found = self.config.prefix_at(self.first_step(step))
+        if found is None or found >= self.args.max_completion_length:
+            return None
+        self._prefix = found
+        return found
+
     def _any_process(self, goes_on: bool) -> bool:
         """Return whether some process goes on; all must ask it."""
         here = torch.tensor(int(goes_on), device=self.accelerator.device)
@@ -210,8 +223,8 @@ class Rollouts:
         alignment.assert_completions(batch, [episode.completions for episode in episodes])
         limit = getattr(getattr(causal_lm(model), "config", None), "max_position_embeddings", None)
         mask = batch.get("teacher_attention_mask", batch["attention_mask"])
-        other = batch.get(f"{sides.CONTRAST_PREFIX}attention_mask", mask)
-        lengths = torch.maximum(mask.sum(1), other.sum(1)).tolist()
+        others = [x["teacher_attention_mask"].sum(1) for x in sides.contrast_batches(batch)]
+        lengths = torch.stack([mask.sum(1), *others]).amax(0).tolist()
         for i, length in enumerate(lengths):
             if limit is not None and length > limit:
                 written = sum(map(len, episodes[i].completions))
@@ -283,6 +296,7 @@ class Rollouts:
         ids = [row for _, row in sorted(zip(order, made, strict=True))]
         starts = [len(episode.context) for episode in flat]
         names = list(dict.fromkeys(name for episode in flat for name in episode.columns))
+        names = [name for name in names if name != FAILED_SIBLINGS]  # each has a row of its own
         table.add(
             step,
             [row[:start] for row, start in zip(ids, starts, strict=True)],
@@ -303,6 +317,8 @@ class Rollouts:
             metrics |= self._overlap.read(self.accelerator)
         if training and self.config.only_failed:
             metrics |= self._failed.read(self.accelerator)
+        if training and self._prefix is not None:
+            metrics[PREFIX_NAME], self._prefix = self._prefix, None
         if training and self.config.on_policy_fraction < 1.0:
             metrics |= self._sampled.read(self.accelerator)
         return metrics

@@ -1,7 +1,7 @@
 """What every engine needs: the settings of sampling, and where completions end."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -26,6 +26,13 @@ class Sampling:
     max_completion_length: int
     temperature: float
     generation_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def at_most(self, max_new_tokens: int | None) -> "Sampling":
+        """Return the settings with completions of no more tokens; None changes nothing."""
+        longest = self.max_completion_length
+        if max_new_tokens is None or max_new_tokens >= longest:
+            return self
+        return replace(self, max_completion_length=max_new_tokens)
 
 
 def end_token_ids(model: nn.Module, eos_token_id: int | Sequence[int] | None) -> list[int]:

@@ -183,6 +183,7 @@ class VLLMEngine:
         if not is_vllm_available():
             raise ImportError("engine 'vllm' needs vLLM: pip install 'trl[vllm]'")
         self._accelerator, self._model = accelerator, _plain(model)
+        self._sampling = sampling
         self._end_ids = end_token_ids(self._model, sampling.eos_token_id)
         self._stale = True
         self._copies: dict[str, torch.Tensor] = {}
@@ -226,7 +227,11 @@ class VLLMEngine:
         return max(n for n, _ in pairs), pairs[first][1]
 
     def sample(
-        self, model: nn.Module, prompts: Sequence[Sequence[int]], seed: int
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        seed: int,
+        max_new_tokens: int | None = None,
     ) -> list[list[int]]:
         """Return one list of ids per prompt. Every process must call it.
 
@@ -235,6 +240,7 @@ class VLLMEngine:
             prompts: lists of token ids.
             seed: of torch while vLLM samples, which decides on the training devices ("colocate");
                 a server draws from a state of its own.
+            max_new_tokens: as in `Engine.sample`.
 
         Raises:
             ValueError: it is another model, or adapters on sharded parameters.
@@ -247,6 +253,9 @@ class VLLMEngine:
         number, seed = self._agreed(len(prompts), seed)
         rows = [list(prompt) for prompt in prompts]
         rows += [rows[0]] * (number - len(rows))
+        # TRL reads it anew in every call
+        longest = self._sampling.at_most(max_new_tokens).max_completion_length
+        self._vllm.max_completion_length = longest
         with kept_rng(self._accelerator.device):
             manual_seed(seed)
             _, completions, *_ = self._vllm.generate(rows, images=None, num_generations=1)

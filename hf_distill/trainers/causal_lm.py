@@ -82,9 +82,8 @@ class CausalLM:
         read = {key: value for key, value in inputs.items() if key not in self._unread}
         student = sides.student_side(read)
         teacher = sides.teacher_side(inputs, student)
-        wrong = sides.contrast_batch(inputs)
-        contrast = None if wrong is None else sides.teacher_side(wrong, student)
-        return Batch(inputs, student, teacher, num_items, num_averaged, contrast=contrast)
+        wrong = tuple(sides.teacher_side(x, student) for x in sides.contrast_batches(inputs))
+        return Batch(inputs, student, teacher, num_items, num_averaged, contrasts=wrong)
 
     def was_asked(self, inputs: Mapping[str, Any]) -> bool:
         """Return whether the teacher has seen the batch and its signal waits there."""

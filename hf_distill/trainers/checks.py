@@ -197,7 +197,7 @@ def _check_contrast(run: Run) -> None:
         ValueError: it cannot.
     """
     collator = hint_collator_behind(run.collator)
-    if collator is None or collator.contrast is None:
+    if collator is None or not collator.contrasts:
         return
     if not isinstance(run.args, OPSDConfig):
         raise ValueError(

@@ -333,7 +333,8 @@ class DistillTrainer(AccountingTrainer):
     def _signal(self, model: nn.Module, batch: Batch) -> Signal:
         """Return the teacher's signal, about the entries of the vocabulary that are used."""
         with self.accelerator.autocast():  # the student's forward has its own
-            signal = self._views.signal(model, batch, not self._evaluation.active)
+            vocab = self._vocabulary.size
+            signal = self._views.signal(model, batch, not self._evaluation.active, vocab)
         plain = self._has_plain_vocabulary(batch.inputs)
         return signal if plain else self._vocabulary.signal(signal, batch.inputs)
 

@@ -168,6 +168,7 @@ class OPSDConfig(DistillConfig):
             raise ValueError(
                 f"max_completion_length must be at least 1, got {self.max_completion_length}"
             )
+        self._check_prefix()
         if self.log_completions < 0:
             raise ValueError(f"log_completions must not be negative, got {self.log_completions}")
         self._check_forecast()
@@ -192,6 +193,14 @@ class OPSDConfig(DistillConfig):
             return super()._with_target(loss, values)
         more = {"factor": loss.factor, "measures_hard": loss.measures_hard, "config": config}
         return ContrastLoss(loss.spec, loss.alpha, share=values["contrast_weight"], **more)
+
+    def _check_prefix(self) -> None:
+        bounds = cast(RolloutConfig, self.rollout).prefix_bounds
+        if bounds is not None and bounds[1] > self.max_completion_length:
+            raise ValueError(
+                f"rollout.prefix_tokens must be at most max_completion_length, got {bounds[1]} and "
+                f"{self.max_completion_length}"
+            )
 
     def _check_forecast(self) -> None:
         if self.forecast_rows < 0:

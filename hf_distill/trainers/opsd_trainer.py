@@ -141,9 +141,15 @@ class OPSDTrainer(ForecastingTrainer):
             )
         if environment is not None and not args.on_policy:
             raise ValueError("an environment judges sampled completions, got on_policy=False")
-        only_failed = cast(RolloutConfig, args.rollout).only_failed
-        if args.on_policy and only_failed and environment is None:
+        rollout = cast(RolloutConfig, args.rollout)
+        if args.on_policy and rollout.only_failed and environment is None:
             raise ValueError("rollout.only_failed needs an environment that scores, got None")
+        if environment is not None and rollout.prefix_tokens is not None:
+            raise ValueError(
+                "an environment would take completions that rollout.prefix_tokens cuts for failed "
+                f"answers, got prefix_tokens {rollout.prefix_tokens!r}: set it to None, or train "
+                "without the environment"
+            )
         loader: Any = args.accelerator_config
         if args.on_policy and loader.dispatch_batches:
             raise ValueError(
@@ -151,7 +157,7 @@ class OPSDTrainer(ForecastingTrainer):
             )
         if args.on_policy:
             loader.dispatch_batches = False
-        copies = cast(RolloutConfig, args.rollout).num_completions
+        copies = rollout.num_completions
         if args.on_policy and args.per_device_train_batch_size % copies:
             raise ValueError(
                 f"num_completions must divide per_device_train_batch_size, got {copies} and "

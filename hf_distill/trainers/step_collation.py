@@ -19,7 +19,7 @@ from transformers.trainer_utils import has_length
 from hf_distill.data import row_columns
 from hf_distill.data.hint_schedule import collator_at_step, hint_schedule_of
 from hf_distill.data.hints import Row
-from hf_distill.data.rendering import DROPPED, TRUNCATED
+from hf_distill.data.rendering import DROPPED, MASKED, TRUNCATED
 from hf_distill.data.sides import UNCONTRASTED
 from hf_distill.data.token_batches import TokenBatchSampler
 from hf_distill.data.turn_ends import tell_end_tokens
@@ -97,8 +97,9 @@ class StepCollation:
 
     Logged: `hint_dropout` and `max_hint_length`, where they are not fixed, are the values of the
     last step; `hints_dropped` and `hints_truncated` are the shares of rows whose hints were left
-    out or cut, over all processes since the last log, and `uncontrasted` that of rows without a
-    wrong hint where a contrast was asked for.
+    out or cut, over all processes since the last log, `hints_masked` that of rows in whose hints a
+    part is hidden, and `uncontrasted` that of rows without a wrong hint where a contrast was asked
+    for.
 
     Args:
         seed: of the training; it and the step decide whose hints are dropped.
@@ -144,8 +145,9 @@ class StepCollation:
 
     def count(self, batch: Any, training: bool) -> None:
         """Count the rows of a batch whose collator says what became of their hints."""
-        if isinstance(batch, Mapping) and UNCONTRASTED in batch:  # else nobody waits for its sum
-            self._shares[training].setdefault(UNCONTRASTED, ShareMeter("uncontrasted"))
+        for name, metric in ((UNCONTRASTED, "uncontrasted"), (MASKED, "hints_masked")):
+            if isinstance(batch, Mapping) and name in batch:  # else nobody waits for its sum
+                self._shares[training].setdefault(name, ShareMeter(metric))
         for name, meter in self._shares[training].items():
             flags: Tensor | None = batch.get(name) if isinstance(batch, Mapping) else None
             if flags is not None:

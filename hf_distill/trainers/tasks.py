@@ -56,14 +56,13 @@ class Batch:
     count: Tensor | int = 0
     unscored: Tensor | bool = False
     shares: Tensor | None = None
-    contrast: Side | None = None
+    contrasts: tuple[Side, ...] = ()
 
     def read_as_logits(self) -> None:
         """Have both sides read by their logits."""
         self.student = self.student._replace(as_logits=True)
         self.teacher = self.teacher._replace(as_logits=True)
-        if self.contrast is not None:
-            self.contrast = self.contrast._replace(as_logits=True)
+        self.contrasts = tuple(x._replace(as_logits=True) for x in self.contrasts)
 
     @property
     def counted_tokens(self) -> Tensor | None:

@@ -115,7 +115,7 @@ def _of_contrast(run: Run) -> Iterator[str]:
     args, collator = run.args, hint_collator_behind(run.collator)
     config = cast(ContrastConfig, args.contrast)
     changed = _changed(config)
-    if collator is None or collator.contrast is None:
+    if collator is None or not collator.contrasts:
         names = [*(f"contrast.{x}" for x in changed), *_changed_of(args, ["contrast_weight"])]
         yield from (f"{name} needs a HintCollator with a contrast" for name in names)
         return

@@ -1,8 +1,9 @@
 """Asks a teacher about all the contexts that a batch has for it, in one forward where it can be."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,10 @@ from torch import Tensor, nn
 from hf_distill.data import sides
 from hf_distill.data.sides import Side
 from hf_distill.losses import ContrastConfig, ContrastWeights
-from hf_distill.models.signals import Signal
+from hf_distill.losses.chunks import at_least_float32
+from hf_distill.losses.log_mean import LogMean
+from hf_distill.models.layers import States
+from hf_distill.models.signals import Signal, without_padding
 from hf_distill.run import Run
 from hf_distill.trainers import config_schedules
 from hf_distill.trainers.tasks import Batch
@@ -30,7 +34,9 @@ class Views:
         self._joins = run.args.hidden_layers is None  # states are of one context
         self._has_said = False
 
-    def signal(self, model: nn.Module, batch: Batch, training: bool) -> Signal:
+    def signal(
+        self, model: nn.Module, batch: Batch, training: bool, vocab: int | None = None
+    ) -> Signal:
         """Return what the teacher says of the batch, with what it says behind other contexts.
 
         Args:
@@ -38,20 +44,45 @@ class Views:
             batch: read by the task.
             training: whether it is no evaluation. The model's own mode does not tell: a step's
                 batches may be asked about before it is set.
+            vocab: entries of the logits that are used; None is all. Logits behind several wrong
+                hints are cut to them before their mean is taken.
         """
-        contexts = [batch.teacher] if batch.contrast is None else [batch.teacher, batch.contrast]
+        contexts = [batch.teacher, *batch.contrasts[:1]]
         # the student's own context, which the base reads as well
         stays = self.base_kl_weight > 0 and training
         reads_own = stays and batch.teacher is not batch.student
         found = self._each(model, [*contexts, batch.student] if reads_own else contexts)
         first = found[0]
         base = (found[-1] if reads_own else first) if stays else None
-        if batch.contrast is None:
+        if not batch.contrasts:
             return first if base is None else replace(first, base=base)
-        contrast, same = found[1], batch.inputs.get(sides.UNCONTRASTED)
+        contrast, *more = self._contrasts(model, batch, first, found[1], vocab)
+        return replace(first, base=base, contrast=contrast, more_contrasts=tuple(more))
+
+    def _contrasts(
+        self, model: nn.Module, batch: Batch, first: Signal, second: Signal, vocab: int | None
+    ) -> list[Signal]:
+        """Return what is said behind the wrong hints, of which the first has been asked for."""
+        rows = sides.places(batch.teacher.predicts)[0]
+        same, absent, none = (
+            None if x is None else x[rows]
+            for x in map(
+                batch.inputs.get, (sides.CONTRAST_SAME, sides.CONTRAST_ABSENT, sides.UNCONTRASTED)
+            )
+        )
+        if len(batch.contrasts) == 1:
+            return [second if none is None else _with(second, first, none)]
+        others = batch.contrasts[1:]
+        if first.hidden is None:  # of logits the mean alone is kept
+            each = (self._asked(model, side) for side in others)
+            mean = _mean([second], absent, vocab, each)
+            return [mean if none is None else _with(mean, _cut(first, vocab), none)]
+        found = [second, *(replace(x, states=States()) for x in self._each(model, others))]
         if same is not None:
-            contrast = _with(contrast, first, same[sides.places(batch.teacher.predicts)[0]])
-        return replace(first, base=base, contrast=contrast)
+            found = [_with(x, first, same[:, k]) for k, x in enumerate(found)]
+        if absent is not None:
+            found = [replace(x, absent=absent[:, k]) for k, x in enumerate(found)]
+        return found
 
     def _asked(self, model: nn.Module, side: Side) -> Signal:
         signal = self._teacher.signal(model, side)
@@ -90,6 +121,21 @@ class Views:
     def base_kl_weight(self) -> float:
         """Return the weight of the divergence to the student before training."""
         return getattr(self._args, "base_kl_weight", 0.0)
+
+
+def _cut(signal: Signal, vocab: int | None) -> Signal:
+    return signal if vocab is None else without_padding(signal, vocab)
+
+
+def _mean(
+    signals: Iterable[Signal], absent: Tensor | None, vocab: int | None, more: Iterable[Signal]
+) -> Signal:
+    """Return the log of the mean probability of signals with logits, which come one by one."""
+    mean = LogMean()
+    for k, signal in enumerate(chain(signals, more)):
+        logits = at_least_float32(_cut(signal, vocab).dense())
+        mean.add(logits.log_softmax(-1), None if absent is None else absent[:, k])
+    return Signal(logits=mean.value())
 
 
 def _with(signal: Signal, other: Signal, at: Tensor) -> Signal:

@@ -8,9 +8,15 @@ import torch
 
 from hf_distill import Contrast, Hint, HintCollator
 from hf_distill.data.alignment import AlignmentError, assert_aligned
-from hf_distill.data.contrast import corrupted
+from hf_distill.data.contrast import as_contrasts, corrupted
 from hf_distill.data.episodes import Episode
-from hf_distill.data.sides import CONTRAST_PREFIX, UNCONTRASTED
+from hf_distill.data.sides import (
+    CONTRAST_ABSENT,
+    CONTRAST_PREFIX,
+    CONTRAST_SAME,
+    UNCONTRASTED,
+    contrast_prefix,
+)
 from hf_distill.rollouts.environments import share_siblings
 from tests.hf_distill.data.test_hint_collator import CHAT, PROMPT, SYSTEM_CHAT, row, words
 from tests.hf_distill.data.test_teacher_view import DIALOGUE
@@ -121,16 +127,87 @@ def test_dropped_hints_leave_no_contrast() -> None:
     ],
 )
 def test_a_corrupted_number_is_another_everywhere(texts: list[str], kept: str) -> None:
-    made = corrupted(texts)
+    (made,) = corrupted(texts)
     assert made != texts
-    assert made == corrupted(texts), "the same each time"
+    assert [made] == corrupted(texts), "the same each time"
     found = re.fullmatch(kept, made[0])
     assert found is not None
     assert made[1:] == texts[1:]
 
 
+@pytest.mark.parametrize(("text", "found"), [("it is 391", 26), ("10 or 5", 9), ("5", 9)])
+def test_corrupted_numbers_are_all_others(text: str, found: int) -> None:
+    """As many as there are with one other digit, the first of them first."""
+    made = [x[0] for x in corrupted([text], 100)]
+    assert len({*made}) == len(made) == found
+    assert [made[:1], made[:4]] == [[x[0] for x in corrupted([text], n)] for n in (1, 4)]
+    for each in made:
+        differ = [a != b for a, b in zip(text, each, strict=True)]
+        assert sum(differ) == 1
+        assert not re.search(r"\b0\d", each)
+
+
+def wrong_texts(contrast: Any, given: list[dict[str, Any]]) -> tuple[list[list[str]], Any]:
+    """What follows "Hint :" in each wrong context of each row, and the batch."""
+    batch = HintCollator(models.tokenizer(), "hint", contrast=contrast)(given)
+    found: list[list[str]] = [[] for _ in given]
+    for k in range(batch[CONTRAST_SAME].shape[1]):
+        ids, mask = (batch[f"{contrast_prefix(k)}{x}"] for x in ("input_ids", "attention_mask"))
+        for listed, own, kept, absent in zip(
+            found, ids, mask, batch[CONTRAST_ABSENT][:, k].tolist(), strict=True
+        ):
+            if not absent:
+                listed.append(re.findall(r"Hint : (\S+)", words(own[kept.bool()]))[0])
+    return found, batch
+
+
+def test_other_rows_are_as_many_as_differ() -> None:
+    given = [row(CHAT, "3") | {"hint": f"Hint : {x}"} for x in (3, 5, 3, 6, 5)]
+    found, batch = wrong_texts(Contrast("other_row", number=2), given)
+    assert found == [["5", "6"], ["3", "6"], ["6", "5"], ["5", "3"], ["3", "6"]]
+    assert not batch[CONTRAST_SAME].any()
+    found, batch = wrong_texts(Contrast("other_row", number=3), given[:3])
+    assert found == [["5"], ["3"], ["5"]]
+    alone = wrong_texts(Contrast("other_row", number=3), given[:1])[1]
+    assert alone.keys() == batch.keys()
+    assert alone[CONTRAST_ABSENT].tolist() == [[False, True, True]]
+    assert alone[CONTRAST_SAME][:, 0].tolist() == alone[UNCONTRASTED].tolist() == [True]
+
+
+def test_a_list_of_texts_is_a_wrong_hint_in_each_context() -> None:
+    given = [
+        row(CHAT, "3") | {"hint": "Hint : 3", "wrongs": x, "one": "4"}
+        for x in (["4", "5", "6"], ["4", "4"], [], None)
+    ]
+    found, batch = wrong_texts(Contrast(hint="Hint : {wrongs}", number=2), given)
+    assert found == [["4", "5"], ["4"], ["3"], ["3"]]  # the last two read their own context
+    assert batch[UNCONTRASTED].tolist() == [False, False, True, True]
+    # a column that is the same in each context is one wrong hint
+    assert wrong_texts(Contrast(hint="Hint : {one}", number=2), given)[0] == [["4"]] * 4
+
+
+def test_a_row_is_uncontrasted_where_all_its_contexts_are_the_right_one() -> None:
+    given = [
+        row(CHAT, "3") | {"hint": "Hint : 3", "wrongs": x}
+        for x in (["Hint : 3", "Hint : 4"], ["Hint : 3"], ["Hint : 4", "Hint : 3"])
+    ]
+    batch = wrong_texts(Contrast(hint="wrongs", number=2), given)[1]
+    assert batch[CONTRAST_SAME].tolist() == [[True, False], [True, True], [False, True]]
+    assert batch[UNCONTRASTED].tolist() == [False, True, False]
+
+
+def test_several_contrasts_are_as_many_contexts() -> None:
+    """Hints of a context of their own first, then those made of the right ones."""
+    given = [row(CHAT, "3") | {"hint": f"Hint : {x}", "wrong": "Hint : 9"} for x in (3, 5)]
+    several = [Contrast("other_row"), Contrast("corrupted_number"), Contrast(hint="wrong")]
+    found, _ = wrong_texts(several, given)
+    for (first, second, third), right in zip(found, ("3", "5"), strict=True):
+        assert (first, third) == ("9", "5" if right == "3" else "3")
+        assert second != right
+
+
 def test_texts_without_a_number_cannot_be_corrupted() -> None:
-    assert corrupted(["think first"]) is None
+    assert corrupted(["think first"], 3) == []
     given = [{**x, "hint": "think first"} for x in rows(CHAT)]
     assert read(Contrast("corrupted_number"), given)[2] == [True] * 3
 
@@ -145,6 +222,13 @@ def test_failed_siblings_are_a_column() -> None:
     ]  # fmt: skip
     share_siblings(made)
     assert [x.seen()["failed_sibling"] for x in made] == ["d", "a", "a", "a", None]
+    assert [x.seen()["failed_siblings"] for x in made] == [
+        ["d"],
+        ["a", "d"],
+        ["a", "d"],
+        ["a"],
+        None,
+    ]
     assert [x.seen()["sibling"] for x in made] == ["b", None, "b", "b", None]
 
 
@@ -154,6 +238,16 @@ def test_failed_siblings_are_a_column() -> None:
         (lambda: Contrast("sibling"), "source must be one of .*, got 'sibling'"),
         (lambda: Contrast("hint"), "a hint with the source 'hint' only, got 'hint' and None"),
         (lambda: Contrast("other_row", "hint"), "only, got 'other_row' and 'hint'"),
+        (lambda: Contrast("other_row", number=0), "number must be at least 1, got 0"),
+        (lambda: Contrast("reference", number=2), "is 1 for the source 'reference', got 2"),
+        (
+            lambda: as_contrasts([Contrast("reference"), "wrong"]),
+            "several contrasts must all be Contrast objects",
+        ),
+        (
+            lambda: as_contrasts([Contrast("other_row"), Contrast("other_row", number=2)]),
+            "'hint' may come twice, got 'other_row' 2 times: set its number",
+        ),
         (
             lambda: HintCollator(models.tokenizer(), [], contrast="wrong"),
             "a contrast needs hints that it is the contrast of, got 'wrong'",

@@ -205,6 +205,15 @@ def test_ids_come_back_unchanged_and_end_at_the_first_end_token() -> None:
     assert kwargs == {"images": None, "num_generations": 1}
 
 
+def test_a_call_may_sample_fewer_tokens_than_the_run() -> None:
+    """TRL reads the attribute in every call; see its `generate`."""
+    assert "self.max_completion_length" in inspect.getsource(REAL.generate)
+    made = engine(models.llama())
+    for asked, told in ((None, 9), (4, 4), (12, 9), (None, 9)):
+        made.sample(made._model, PROMPTS, 3, max_new_tokens=asked)
+        assert vars(StandIn.made[0])["max_completion_length"] == told
+
+
 def test_weights_are_sent_once_before_the_first_sample_after_they_changed() -> None:
     model = models.llama()
     made = engine(model)
