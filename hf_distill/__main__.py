@@ -1,4 +1,4 @@
-"""python -m hf_distill: teacher caches, plans, forecasts and a server on the command line.
+"""python -m hf_distill: teacher caches, plans, forecasts, heat maps and a server on the command line.
 
 python -m hf_distill cache write MODEL DATASET PATH
 accelerate launch -m hf_distill cache write MODEL DATASET PATH
@@ -7,6 +7,7 @@ python -m hf_distill cache import completions FILE --out PATH --top_k 20 --token
 python -m hf_distill cache export PATH --to FILE.parquet
 python -m hf_distill plan MODEL [TEACHER] --devices 8
 python -m hf_distill forecast MODEL DATASET --hint COLUMN
+python -m hf_distill heatmap FOLDER --out heat_map.html
 python -m hf_distill serve MODEL
 """
 
@@ -35,6 +36,7 @@ from hf_distill.cache.export_command import add_export
 from hf_distill.cache.inspect import describe, measure
 from hf_distill.cache.progress import VERIFY as VERIFY_WRITTEN
 from hf_distill.cache.reader import VERIFY as VERIFY_READ
+from hf_distill.monitoring.heat_map import add_heat_map
 from hf_distill.monitoring.plan_command import add_plan
 from hf_distill.serving import add_serve
 from hf_distill.teachers import ModelTeacher
@@ -145,6 +147,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_export(cache)
     add_plan(commands)
     add_forecast(commands)
+    add_heat_map(commands)
     add_serve(commands)
     return parser
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import logging
+import math
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -88,6 +89,34 @@ class CompletionTable:
         for values in zip(*columns.values(), strict=True):
             self._rows.append({"step": step, **dict(zip(columns, values, strict=True))})
 
+    def add_values(
+        self, step: int, ids: Sequence[Sequence[int]], values: Mapping[str, Sequence[Sequence[float]]]
+    ) -> None:
+        """Collect what was measured of the scored tokens of some rows, for the file alone.
+
+        Args:
+            step: optimizer steps taken before it.
+            ids: B lists of token ids.
+            values: by name, B lists with one number for each of these ids; what is not finite is
+                written as null.
+
+        Raises:
+            ValueError: the numbers of ids and values differ.
+        """
+        for name, rows in values.items():
+            if list(map(len, rows)) != list(map(len, ids)):
+                raise ValueError(
+                    f"{name} must have a value for each token, got {list(map(len, rows))} values "
+                    f"and {list(map(len, ids))} tokens"
+                )
+        for i, row in enumerate(ids):
+            told = {
+                name: [x if math.isfinite(x) else None for x in rows[i]]
+                for name, rows in values.items()
+            }
+            tokens = [self._text([x]) for x in row]
+            self._rows.append({"step": step, "tokens": tokens, "values": told})
+
     def _text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
@@ -117,7 +146,7 @@ class CompletionTable:
         os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        self._unseen += rows
+        self._unseen += [row for row in rows if "completion" in row]
 
     def write(self, step: int) -> None:
         """Flush, print a few rows and send all since the last call to the trackers.

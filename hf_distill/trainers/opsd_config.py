@@ -127,7 +127,14 @@ class OPSDConfig(DistillConfig):
             "rows are collected either."
         },
     )
-
+    log_token_values: int = field(
+        default=0,
+        metadata={
+            "help": "The number of rows of each batch of training whose scored tokens are written "
+            "to completions.jsonl, each with its loss, weight, entropies and contrast, at least 0. "
+            "It requires log_completions."
+        },
+    )
     forecast_rows: int = field(
         default=0,
         metadata={
@@ -171,6 +178,13 @@ class OPSDConfig(DistillConfig):
         self._check_prefix()
         if self.log_completions < 0:
             raise ValueError(f"log_completions must not be negative, got {self.log_completions}")
+        if self.log_token_values < 0:
+            raise ValueError(f"log_token_values must not be negative, got {self.log_token_values}")
+        if self.log_token_values and not self.log_completions:
+            raise ValueError(
+                f"log_token_values {self.log_token_values} > 0 needs log_completions of at least "
+                f"1, got {self.log_completions}: the values are written to the same file"
+            )
         self._check_forecast()
         if self.log_completions and not self.on_policy:
             raise ValueError(

@@ -13,7 +13,7 @@ from transformers.trainer_utils import has_length
 
 from hf_distill.data.hint_collator import HintCollator, find_hint_collator
 from hf_distill.data.turn_ends import tell_end_tokens
-from hf_distill.losses import ClipConfig, Loss, LossFunction, behaviour_log_probs
+from hf_distill.losses import ClipConfig, Loss, LossFunction, Terms, Tokens, behaviour_log_probs
 from hf_distill.monitoring.completion_table import WriteTable
 from hf_distill.monitoring.preflight import check_empty_hint, warn_of_lost_context
 from hf_distill.rollouts import Engine, TellEngine
@@ -29,6 +29,8 @@ from hf_distill.trainers.forecasting import ForecastCallback
 from hf_distill.trainers.forecasting_trainer import ForecastingTrainer
 from hf_distill.trainers.opsd_config import OPSDConfig
 from hf_distill.trainers.step_collation import shows_hints
+from hf_distill.trainers.tasks import Batch
+from hf_distill.trainers.token_values import write_values
 from hf_distill.trainers.unread_settings import unread_opsd_settings, warn_of_unread
 
 logger = logging.getLogger(__name__)
@@ -281,6 +283,12 @@ class OPSDTrainer(ForecastingTrainer):
         """
         self._vocabulary.check(batch)
         return behaviour_log_probs(self._reader, cast(nn.Module, self.model_wrapped), batch)
+
+    def _note(self, terms: Terms, batch: Batch, tokens: Tokens, training: bool) -> None:
+        super()._note(terms, batch, tokens, training)
+        table = None if self.rollouts is None else self.rollouts.table
+        if training and table is not None and self.args.log_token_values:
+            write_values(table, self._step(), terms, batch, tokens, self.args.log_token_values)
 
     def _read_metrics(self, training: bool) -> dict[str, float]:
         metrics = super()._read_metrics(training)

@@ -117,3 +117,44 @@ def test_by_default_nothing_is_collected(tmp_path: Path, printed: list) -> None:
 def test_errors(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OPSDConfig(output_dir="out", report_to="none", **settings)
+
+
+def test_values_of_tokens_are_those_that_are_logged(tmp_path: Path, printed: list) -> None:
+    """The mean of the file's values is the mean in the log; rows are those that were sampled."""
+    weights = {"number": 3.0, "entropy": -1.0}
+    trainer = train(
+        tmp_path, max_steps=1, logging_steps=1, log_token_values=8, token_weights=weights
+    )
+    rows = read(tmp_path)
+    sampled = [row for row in rows if "completion" in row]
+    told = [row for row in rows if "tokens" in row]
+    assert len(told) == len(sampled) == 4
+    for row, of_tokens in zip(sampled, told, strict=True):
+        assert "".join(row["completion"].split()) == "".join("".join(of_tokens["tokens"]).split())
+    (logs,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+
+    def every(name: str) -> list[float]:
+        return [x for row in told for x in row["values"][name]]
+
+    losses, shares = every("loss"), every("weight")
+    for name, values in (("soft", losses), ("student_entropy", every("student_entropy"))):
+        assert sum(values) / len(values) == pytest.approx(logs[name], rel=1e-5)
+    # the training loss is the mean by the weights, which are not all one
+    mean = sum(x * y for x, y in zip(losses, shares, strict=True)) / sum(shares)
+    assert mean == pytest.approx(logs["loss"], rel=1e-5)
+    assert min(shares) < 1 - 1e-3
+    assert len(printed[0][0]) == 2  # the screen shows completions only
+
+
+def test_values_are_written_of_so_many_rows_of_a_batch(tmp_path: Path, printed: list) -> None:
+    train(tmp_path, max_steps=2, log_token_values=1)
+    told = [row for row in read(tmp_path) if "tokens" in row]
+    batch = models.options(tmp_path)["per_device_train_batch_size"]
+    assert [row["step"] for row in told] == sorted([0, 1] * (4 // batch))
+
+
+def test_values_of_tokens_need_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="log_token_values 2 > 0 needs log_completions"):
+        OPSDConfig(**models.options(tmp_path, log_token_values=2))
+    with pytest.raises(ValueError, match="log_token_values must not be negative, got -1"):
+        OPSDConfig(**models.options(tmp_path, log_token_values=-1))
