@@ -1,4 +1,4 @@
-"""python -m hf_distill: teacher caches, plans, forecasts, heat maps and a server on the command line.
+"""python -m hf_distill: caches, plans, forecasts, heat maps and a server on the command line.
 
 python -m hf_distill cache write MODEL DATASET PATH
 accelerate launch -m hf_distill cache write MODEL DATASET PATH

@@ -5,9 +5,9 @@ training on the references and no training at all. No network; one CPU core:
 
     python recipes/opsd_arms.py --config recipes/opsd_arms.yaml --output_dir out/opsd_arms
 
-`--tasks rule --arms none plain contrast --seeds 0` runs a part of it; what is finished in the output
-folder is kept, so several commands with other tasks may share one. The folder gets results.json,
-table.md and opsd_arms.png.
+`--tasks rule --arms none plain contrast --seeds 0` runs a part of it; what is finished in the
+output folder is kept, so several commands with other tasks may share one. The folder gets
+results.json, table.md and opsd_arms.png.
 """
 
 import copy
@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from gsm8k_opsd import supervised
 from torch import nn
@@ -47,10 +47,11 @@ NONE, SFT, PLAIN = "none", "sft", "plain"
 FORECAST_ROWS = 64
 
 
-class Arm(NamedTuple):
+@dataclass(frozen=True)
+class Arm:
     """Says what an arm changes: fields of the config, a wrong hint, and a verifier."""
 
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = field(default_factory=dict)
     contrast: bool = False
     judged: bool = False
 

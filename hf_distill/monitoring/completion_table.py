@@ -90,7 +90,10 @@ class CompletionTable:
             self._rows.append({"step": step, **dict(zip(columns, values, strict=True))})
 
     def add_values(
-        self, step: int, ids: Sequence[Sequence[int]], values: Mapping[str, Sequence[Sequence[float]]]
+        self,
+        step: int,
+        ids: Sequence[Sequence[int]],
+        values: Mapping[str, Sequence[Sequence[float]]],
     ) -> None:
         """Collect what was measured of the scored tokens of some rows, for the file alone.
 

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from hf_distill.__main__ import main
 from hf_distill.monitoring.heat_map import TokenRow, read_token_rows, render_heat_map
@@ -112,9 +113,9 @@ def test_a_browser_shows_the_first_colouring_only(tmp_path: Path):
         check=True,
     )
     assert len(re.findall("<span ", shown.stdout)) == 8
-    subprocess.run([browser, *flags, f"--screenshot={picture}", page.as_uri()], timeout=60, check=True)
-    from PIL import Image
-
+    subprocess.run(
+        [browser, *flags, f"--screenshot={picture}", page.as_uri()], timeout=60, check=True
+    )
     colours = {colour for _, colour in Image.open(picture).convert("RGB").getcolors(10**6)}
     assert (255, 80, 80) in colours  # of the greatest loss
     assert (221, 221, 221) not in colours  # of no weight, in the colouring that is not shown
