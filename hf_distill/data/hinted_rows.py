@@ -49,7 +49,7 @@ TeacherSide = Callable[[TeacherView, Sequence[PlacedHint]], TokenRow]
 
 
 def _text(message: dict[str, Any]) -> str:
-    """Return a reply's text; other messages of a completion are not the student's, and have none."""
+    """Return a reply's text; messages that are not the student's have none."""
     content = message.get("content") if message["role"] == "assistant" else ""
     if isinstance(content, str):
         return content

@@ -30,6 +30,7 @@ def write_values(
         num_rows: how many rows of the batch, >= 1.
     """
     counts = (batch.inputs["labels"][:, 1:] != sides.IGNORE_INDEX).sum(1).tolist()
+    assert batch.num_items is not None  # known once the tokens were counted
     share = tokens.weights * batch.num_items / batch.num_averaged
     found = {_NAMES.get(name, name): value for name, value in terms.metrics.items()}
     found |= dict(batch.logged or {}) | {WEIGHT: share}
