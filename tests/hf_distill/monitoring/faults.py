@@ -84,7 +84,7 @@ def the_same_teacher(folder: Path) -> DistillTrainer:
 class Forgetful(HintCollator):
     """Its teacher gets no hint."""
 
-    def _all_hints(self, row: Any, place: Any) -> AllHints:
+    def _all_hints(self, row: Any, completion: Any, place: Any) -> AllHints:
         return AllHints([], [])
 
 

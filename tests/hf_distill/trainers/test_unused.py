@@ -275,6 +275,7 @@ def test_every_field_has_a_reader_that_is_known() -> None:
     always = {"alpha", "on_policy", "token_weights"}  # token_weights without a teacher: an error
     # without on_policy; without FSDP 2 or a teacher; without forecast_rows; without teacher "base"
     errors = {"anchor_weight", "log_completions", "forecast_rows", "shard_loss", "forecast_steps"}
+    errors.add("log_token_values")
     errors |= {"base_kl_weight", "max_tokens_per_batch"}  # the latter with on_policy
     of_opsd = {"teacher", "self_teacher", "rollout", "max_completion_length"}
     of_opsd |= {"contrast", "contrast_weight"}
