@@ -215,7 +215,8 @@ def run(recipe: RecipeArguments, config: OPSDConfig) -> arm_results.Results:
                     own: OPSDConfig = own,
                     made: list[Start] = made,
                 ) -> dict[str, Any]:
-                    made or made.append(Start(task, recipe, seed))
+                    if not made:
+                        made.append(Start(task, recipe, seed))
                     return train(made[0], name, own)
 
                 found = arms.kept(folder, arms.settings_of(recipe, own, IGNORED), make)

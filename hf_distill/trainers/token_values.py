@@ -1,5 +1,7 @@
 """What a step has measured of its scored tokens, row by row, for a table of completions."""
 
+from typing import Any, cast
+
 from torch import Tensor
 
 from hf_distill.data import sides
@@ -30,7 +32,7 @@ def write_values(
         num_rows: how many rows of the batch, >= 1.
     """
     counts = (batch.inputs["labels"][:, 1:] != sides.IGNORE_INDEX).sum(1).tolist()
-    share = tokens.weights * batch.num_items / batch.num_averaged
+    share = tokens.weights * cast(Any, batch.num_items) / batch.num_averaged
     found = {_NAMES.get(name, name): value for name, value in terms.metrics.items()}
     found |= dict(batch.logged or {}) | {WEIGHT: share}
 
