@@ -89,11 +89,16 @@ def _map(rows: Sequence[TokenRow], name: str) -> str:
         values = row.values.get(name, [None] * len(row.tokens))
         spans = [
             f'<span style="background:{_colour(value, low, high)}" title="{_title(row, i)}">'
-            f"{html.escape(row.tokens[i])}</span>"
+            f"{_shown(row.tokens[i])}</span>"
             for i, value in enumerate(values)
         ]
         made.append(f'<div class="row"><b>step {row.step}</b>{" ".join(spans)}</div>')
     return "\n".join(made)
+
+
+def _shown(token: str) -> str:
+    """Return a token's text with a mark for each line's end, which has no area to colour."""
+    return html.escape(token).replace("\n", "↵\n")
 
 
 def _colour(value: float | None, low: float, high: float) -> str:

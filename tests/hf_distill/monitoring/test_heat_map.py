@@ -49,7 +49,7 @@ def test_tokens_are_escaped_and_coloured_by_each_name():
     page = Page()
     page.feed(render_heat_map(ROWS))
     by_loss, by_weight = page.tokens[:4], page.tokens[4:]
-    assert [text for text, _, _ in by_loss] == ["<b>", "&", "'\"", "\n"]
+    assert [text for text, _, _ in by_loss] == ["<b>", "&", "'\"", "↵\n"]
     colours = ["rgb(255,255,255)", "rgb(255,168,168)", "rgb(255,211,211)", "rgb(255,80,80)"]
     assert [colour for _, colour, _ in by_loss] == colours
     # all known weights are equal: white; no value is grey
