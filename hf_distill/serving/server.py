@@ -10,11 +10,13 @@ import json
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import urlsplit
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -28,7 +30,8 @@ from hf_distill.teachers.hidden_protocol import About, Limits, ProtocolError
 
 logger = logging.getLogger(__name__)
 
-IDLE = 60.0  # seconds that a connection may be silent
+IDLE = 60.0  # seconds that a connection may be silent, and that the headers of a request may take
+SLOWEST = 2**16  # bytes of a body that must come in a second
 CONNECTIONS = 64  # at a time
 SENT_BYTES = 2**20  # at a time
 ANSWER_BYTES = 2**28  # of hidden states in an answer, at most
@@ -119,6 +122,7 @@ class HiddenStateServer(ThreadingHTTPServer):
         self.answers = ModelQueue(hidden, max_waiting)
         self._slots = threading.BoundedSemaphore(CONNECTIONS)
         self._open: set[socket.socket] = set()
+        self._ends: dict[socket.socket, float] = {}  # when what is awaited must have come
         if ":" in host:
             self.address_family = socket.AF_INET6
         super().__init__((host, port), Handler)
@@ -131,6 +135,36 @@ class HiddenStateServer(ThreadingHTTPServer):
             return True
         wanted = b"Bearer " + self._token
         return hmac.compare_digest((header or "").encode("latin-1", "replace"), wanted)
+
+    def knows(self, header: str | None) -> bool:
+        """Return whether a request's Host may be this server's.
+
+        Without a token a page in this machine's browser could ask under a name of its own, which
+        the browser says.
+        """
+        if self._token is not None or header is None:
+            return True
+        try:
+            return is_loopback(urlsplit(f"//{header}").hostname or "")
+        except ValueError:
+            return False
+
+    def expect(self, connection: socket.socket, seconds: float | None) -> None:
+        """Give a connection so much time until it is told otherwise; None is no limit."""
+        if seconds is None:
+            self._ends.pop(connection, None)
+        else:
+            self._ends[connection] = time.monotonic() + seconds
+
+    def service_actions(self) -> None:
+        """End the connections that send too slowly, which would keep others out."""
+        now = time.monotonic()
+        for connection, end in list(self._ends.items()):
+            if end < now:
+                logger.info("a connection ends: a request was sent too slowly")
+                self.expect(connection, None)
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Do as the class does, for so many connections at a time."""
@@ -210,6 +244,14 @@ class Handler(BaseHTTPRequestHandler):
     timeout = IDLE
     server: HiddenStateServer  # pyright: ignore[reportIncompatibleVariableOverride]
 
+    def handle_one_request(self) -> None:
+        """Do as the class does, in so much time until the headers are there."""
+        self.server.expect(self.connection, IDLE)
+        try:
+            super().handle_one_request()
+        finally:
+            self.server.expect(self.connection, None)
+
     def do_GET(self) -> None:
         """Say what the server is, or send the head."""
         self._respond(self._get)
@@ -264,14 +306,21 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(413, f"Content-Length must be a number up to {most}")
         if int(length) > most:
             raise Refused(413, f"a body must have at most {most} bytes, got {length}")
+        self.server.expect(self.connection, IDLE + int(length) / SLOWEST)
         body = self.rfile.read(int(length))
+        self.server.expect(self.connection, None)
         if len(body) != int(length):
             raise ConnectionError("the body ended before its length")
         return body
 
     def _respond(self, make: Callable[[], tuple[bytes, str]]) -> None:
         """Send what is made, or why it is not."""
+        self.server.expect(self.connection, None)
         try:
+            if not self.server.knows(self.headers.get("Host")):
+                raise Refused(
+                    403, "the Host must be this machine's own name, or the server have a token"
+                )
             if not self.server.allows(self.headers.get("Authorization")):
                 raise Refused(401, "the token must be the server's", WWW_Authenticate="Bearer")
             body, kind = make()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
 from hf_distill.data.cross_tokenizer_collator import find_cross_tokenizer_collator
-from hf_distill.data.sides import Side, student_side, teacher_side, unpacked
+from hf_distill.data.sides import Side, student_side, teacher_side
 from hf_distill.losses import CrossTokenizerLoss
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import vocab_size
@@ -25,12 +25,12 @@ from hf_distill.run import Run
 from hf_distill.teachers.base import Teacher
 from hf_distill.teachers.hidden_client import HiddenClient
 from hf_distill.teachers.hidden_protocol import About, Row, encode_rows
+from hf_distill.teachers.sent_rows import predicting_rows
 from hf_distill.teachers.server_requests import RemoteTeacherError
 from metal_ops import Head
 
 logger = logging.getLogger(__name__)
 
-SENT = ("input_ids", "attention_mask")  # of a side's inputs; the server numbers positions itself
 AHEAD = 64  # batches that are asked for before their step, at most: all of an optimizer step
 PROBE_TOKENS = 8
 
@@ -281,22 +281,4 @@ def rows_of(side: Side) -> list[Row]:
     Raises:
         ValueError: the side has other inputs, or scores the first token of a row.
     """
-    side = unpacked(side)
-    unsent = sorted(side.inputs.keys() - set(SENT))
-    if unsent:
-        raise ValueError(
-            f"a remote teacher takes {' and '.join(SENT)} only, the batch has {unsent[0]!r} too"
-        )
-    ids: Tensor = side.inputs["input_ids"]
-    mask = side.inputs.get("attention_mask", torch.ones_like(ids)).bool()
-    if bool((side.predicts & ~mask).any()):
-        row = int((side.predicts & ~mask).nonzero()[0, 0])
-        raise ValueError(
-            f"row {row}: a remote teacher cannot score a row's first token, which nothing predicts"
-        )
-    rows = []
-    for row, keep, predicts in zip(ids.cpu(), mask.cpu(), side.predicts.cpu(), strict=True):
-        outputs = predicts[keep].nonzero()[:, 0].tolist()
-        if outputs:
-            rows.append(Row(row[keep][: outputs[-1] + 1].tolist(), outputs))
-    return rows
+    return [Row(ids[: at[-1] + 1], at) for ids, at in predicting_rows(side)]

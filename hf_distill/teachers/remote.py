@@ -12,13 +12,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from hf_distill.data.sides import Side, unpacked
+from hf_distill.data.sides import Side
 from hf_distill.losses import DivergenceLoss
 from hf_distill.models import structure
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import causal_lm
 from hf_distill.run import Run
 from hf_distill.teachers.base import Teacher
+from hf_distill.teachers.sent_rows import predicting_rows
 from hf_distill.teachers.server_checks import ask_num_ids, compare_tokens
 from hf_distill.teachers.server_identity import (
     FINGERPRINT_TOKENS,
@@ -37,7 +38,6 @@ from metal_ops import SparseTeacher
 
 logger = logging.getLogger(__name__)
 
-SENT = ("input_ids", "attention_mask")  # of a side's inputs; the server numbers positions itself
 # Largest difference of a log-probability between two equal requests, in nats. Logits in bfloat16
 # that are summed in another order differ by 0.06 to 0.13; another model by some nats.
 REPEATED = 0.25
@@ -72,8 +72,8 @@ class RemoteTeacher(Teacher):
         api_key_env: the environment variable that contains the server's key. None means that there
             is no key.
         vocab_size: the number of logits per token of the server's model, padding included. None
-            means as many as the student has. A vLLM server is asked which ids it knows, and the
-            number must be theirs.
+            means as many as the student has. A vLLM server is asked how many ids it knows, which
+            must be as many or more.
 
     Attributes:
         temperature: 1, at which the server's log-probabilities are taken; the loss's must be the
@@ -353,22 +353,5 @@ def log_rest(log_probs: Tensor, vocab: int) -> Tensor:
 
 def _scored_rows(side: Side) -> list[tuple[list[int], list[int]]]:
     """Return (ids, places of the scored tokens in them) of each row that has any."""
-    side = unpacked(side)
-    unsent = sorted(side.inputs.keys() - set(SENT))
-    if unsent:
-        raise ValueError(
-            f"a remote teacher takes {' and '.join(SENT)} only, the batch has {unsent[0]!r} too"
-        )
-    ids: Tensor = side.inputs["input_ids"]
-    mask = side.inputs.get("attention_mask", torch.ones_like(ids)).bool()
-    if bool((side.predicts & ~mask).any()):
-        row = int((side.predicts & ~mask).nonzero()[0, 0])
-        raise ValueError(
-            f"row {row}: a remote teacher cannot score a row's first token, which nothing predicts"
-        )
-    rows = []
-    for row, keep, predicts in zip(ids.cpu(), mask.cpu(), side.predicts.cpu(), strict=True):
-        scored = (predicts[keep].nonzero()[:, 0] + 1).tolist()
-        if scored:
-            rows.append((row[keep][: scored[-1] + 1].tolist(), scored))
-    return rows
+    rows = ((ids, [x + 1 for x in at]) for ids, at in predicting_rows(side))
+    return [(ids[: scored[-1] + 1], scored) for ids, scored in rows]
