@@ -54,7 +54,8 @@ def logits_of(model: nn.Module, row: ProbeRow, inputs: Mapping[str, Any], whose:
         raise ValueError(
             f"the {whose} must give logits of the next token, a {_name(model)} returns a "
             f"{type(outputs).__name__} without: load a model with its head "
-            "(AutoModelForCausalLM, not AutoModel), and leave return_dict at True"
+            "(AutoModelForCausalLM, not AutoModel), and leave return_dict at True; models of "
+            "sentence embeddings are trained by sentence-transformers' SentenceTransformerTrainer"
         )
     if logits.ndim < 3 or logits.shape[1] < ids.shape[1]:
         raise ValueError(
