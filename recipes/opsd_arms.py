@@ -13,7 +13,6 @@ results.json, table.md and opsd_arms.png.
 import copy
 import dataclasses
 import logging
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -176,23 +175,10 @@ def train(start: Start, name: str, config: OPSDConfig) -> dict[str, Any]:
 
 
 def _timed(trainer: Any, steps: int) -> dict[str, Any]:
-    """Train; return processor seconds of a step and the most memory beyond that before, in MiB."""
-    before, began = _memory("VmRSS"), time.process_time()
+    """Train; return processor seconds of a step."""
+    began = time.process_time()
     trainer.train()
-    seconds, most = time.process_time() - began, _memory("VmHWM")
-    memory = None if before is None or most is None else most - before
-    return {"step_seconds": seconds / steps, "step_mib": memory}
-
-
-def _memory(name: str) -> float | None:
-    """Return MiB of this process from Linux, or None elsewhere; VmRSS starts a new maximum."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return None
-    if name == "VmRSS":
-        Path("/proc/self/clear_refs").write_text("5")
-    found = re.search(rf"{name}:\s+(\d+) kB", status.read_text())
-    return None if found is None else int(found[1]) / 1024
+    return {"step_seconds": (time.process_time() - began) / steps}
 
 
 def run(recipe: RecipeArguments, config: OPSDConfig) -> arm_results.Results:

@@ -259,17 +259,18 @@ def _sentence(found: Forecast) -> str:
             f"Expect little: {shown}, which may be nothing; change the hint first, or measure more "
             "rows."
         )
+    before, after = found.lengths
+    if before > 0 and after < SHORTER_LIMIT * before:
+        return (
+            f"Do not count on a gain: {shown}, but completions with it have {after / before:.0%} "
+            "of the length, and the student may need what they leave out; change the hint first, "
+            "so that it does not shorten them, or set base_kl_weight."
+        )
     return f"Expect a gain: {shown}{_advice(found)}"
 
 
 def _advice(found: Forecast) -> str:
     """Return the end of a sentence that expects a gain: the first thing that endangers it."""
-    before, after = found.lengths
-    if before > 0 and after < SHORTER_LIMIT * before:
-        return (
-            f". But completions with it have {after / before:.0%} of the length, and the student "
-            "may need what they leave out; change the hint first, so that it does not shorten them."
-        )
     if found.content_share is not None and found.content_share < CONTENT_LIMIT:
         return (
             f". But {1 - found.content_share:.0%} of its effect is that of any hint, a wrong one "

@@ -102,9 +102,9 @@ def _shown(token: str) -> str:
 
 
 def _colour(value: float | None, low: float, high: float) -> str:
-    """Return white to red; grey for no value."""
+    """Return white to red; a pale blue for no value."""
     if value is None:
-        return "#ddd"
+        return "#dde"
     share = (value - low) / (high - low) if high > low else 0.0
     return f"rgb(255,{round(255 - 175 * share)},{round(255 - 175 * share)})"
 

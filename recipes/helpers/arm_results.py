@@ -75,7 +75,7 @@ def show(results: Results, start: str, plain: str) -> str:
     """
     header = (
         *("arm", "unaided %", "hinted %", "length", "points on start", "points on plain"),
-        *("seconds of a step, ratio", "memory, ratio"),
+        "seconds of a step, ratio",
     )
     made = []
     for task, of_arms in results.items():
@@ -92,7 +92,6 @@ def show(results: Results, start: str, plain: str) -> str:
                     _cell(None if name == start else paired(of_seeds, before)),
                     _cell(None if name == plain else paired(of_seeds, base)),
                     _cell(ratio(of_seeds, base, "step_seconds"), ".2f"),
-                    _cell(ratio(of_seeds, base, "step_mib"), ".2f"),
                 )
             )
         seeds = sorted({seed for of_seeds in of_arms.values() for seed in of_seeds})

@@ -106,7 +106,11 @@ GAIN = Estimate(0.3, 0.1, 0.5)
             {"gap": None, "reference_gap": GAIN},
             "with the hint the log-probability of the data's completions is +0.3",
         ),
-        ({"lengths": (10.0, 6.0)}, "completions with it have 60% of the length"),
+        (
+            {"lengths": (10.0, 6.0)},
+            "Do not count on a gain: with the hint score is +0.3 (+0.1 to +0.5), but completions "
+            "with it have 60% of the length",
+        ),
         ({"content_share": 0.2}, "But 80% of its effect is that of any hint"),
         ({"style_share": 0.7}, "But 70% of the signal lies on style tokens; change token_weights"),
     ],

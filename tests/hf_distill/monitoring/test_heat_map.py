@@ -52,8 +52,8 @@ def test_tokens_are_escaped_and_coloured_by_each_name():
     assert [text for text, _, _ in by_loss] == ["<b>", "&", "'\"", "↵\n"]
     colours = ["rgb(255,255,255)", "rgb(255,168,168)", "rgb(255,211,211)", "rgb(255,80,80)"]
     assert [colour for _, colour, _ in by_loss] == colours
-    # all known weights are equal: white; no value is grey
-    assert [colour for _, colour, _ in by_weight] == ["rgb(255,255,255)"] * 2 + ["#ddd"] * 2
+    # all known weights are equal: white; no value is a pale blue
+    assert [colour for _, colour, _ in by_weight] == ["rgb(255,255,255)"] * 2 + ["#dde"] * 2
     assert by_loss[1][2] == "loss 1\nweight 1"
     assert not {"script", "link", "img", "b"} - {"b"} & set(page.tags)
     assert page.tags.count("b") == 4  # those of the steps: a token has made none
@@ -118,4 +118,4 @@ def test_a_browser_shows_the_first_colouring_only(tmp_path: Path):
     )
     colours = {colour for _, colour in Image.open(picture).convert("RGB").getcolors(10**6)}
     assert (255, 80, 80) in colours  # of the greatest loss
-    assert (221, 221, 221) not in colours  # of no weight, in the colouring that is not shown
+    assert (221, 221, 238) not in colours  # of no weight, in the colouring that is not shown
