@@ -153,7 +153,8 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
         trainer.train()
     one, two = (models.weights(trainer.model) for trainer in runs)
     moved = models.difference(one, models.weights(student()))
-    assert models.difference(one, two) < 1e-4 * moved
+    ulp = torch.finfo(torch.float32).eps  # of weights near 1, on some processors
+    assert models.difference(one, two) < max(1e-4 * moved, 1.5 * ulp) < 1e-3 * moved
 
 
 def wide() -> nn.Module:
