@@ -11,7 +11,7 @@ from hf_distill.losses import chunks
 from hf_distill.losses.base import Loss, Terms, Tokens
 from hf_distill.losses.chunks import at_least_float32
 from hf_distill.losses.divergence import DivergenceLoss
-from hf_distill.losses.log_mean import LogMean
+from hf_distill.losses.log_mean import LogMean, mean_log_probs
 from hf_distill.models.signals import Signal
 
 CONTRAST_NAME = "contrast_factor"
@@ -160,13 +160,12 @@ def contrast_target(
 @torch.no_grad()
 def _both(teacher: Signal) -> tuple[Tensor, Tensor]:
     """Return what the teacher says behind the right hint and behind the wrong ones, [n, V] each."""
-    first, *others = teacher.contrasts
-    if not others:
-        return teacher.dense(), first.dense()
-    mean = LogMean()
-    for each in (first, *others):  # one after the other: their logits are not there at once
-        mean.add(at_least_float32(each.dense()).log_softmax(-1), each.absent)
-    return at_least_float32(teacher.dense()).log_softmax(-1), mean.value()
+    contrasts = teacher.contrasts
+    if len(contrasts) == 1:
+        return teacher.dense(), contrasts[0].dense()
+    # one after the other: their logits are not there at once
+    wrong = mean_log_probs((x.dense(), x.absent) for x in contrasts)
+    return at_least_float32(teacher.dense()).log_softmax(-1), wrong
 
 
 @dataclass(frozen=True)

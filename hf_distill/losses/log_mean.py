@@ -1,7 +1,11 @@
 """The logarithm of a mean of probabilities, of values that come one after another."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+from hf_distill.losses.chunks import at_least_float32
 
 
 class LogMean:
@@ -44,6 +48,21 @@ class LogMean:
         if self._largest is None:
             raise ValueError("a mean needs values, got none")
         return self._largest + (self._sum / self._count).log_()
+
+
+def mean_log_probs(contexts: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """Return the log of the mean probability of contexts, which come one by one.
+
+    Args:
+        contexts: logits [N, V] of each, and `absent` [N] or None as in `LogMean.add`.
+
+    Returns:
+        [N, V] float32 (float64 for float64 logits).
+    """
+    mean = LogMean()
+    for logits, absent in contexts:
+        mean.add(at_least_float32(logits).log_softmax(-1), absent)
+    return mean.value()
 
 
 def _ratio(values: Tensor, largest: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from hf_distill.data import sides
 from hf_distill.data.sides import Side
 from hf_distill.losses import ContrastConfig, ContrastWeights
-from hf_distill.losses.chunks import at_least_float32
-from hf_distill.losses.log_mean import LogMean
+from hf_distill.losses.log_mean import mean_log_probs
 from hf_distill.models.layers import States
 from hf_distill.models.signals import Signal, without_padding
 from hf_distill.run import Run
@@ -75,7 +74,7 @@ class Views:
         others = batch.contrasts[1:]
         if first.hidden is None:  # of logits the mean alone is kept
             each = (self._asked(model, side) for side in others)
-            mean = _mean([second], absent, vocab, each)
+            mean = _mean(chain([second], each), absent, vocab)
             return [mean if none is None else _with(mean, _cut(first, vocab), none)]
         found = [second, *(replace(x, states=States()) for x in self._each(model, others))]
         if same is not None:
@@ -127,15 +126,11 @@ def _cut(signal: Signal, vocab: int | None) -> Signal:
     return signal if vocab is None else without_padding(signal, vocab)
 
 
-def _mean(
-    signals: Iterable[Signal], absent: Tensor | None, vocab: int | None, more: Iterable[Signal]
-) -> Signal:
+def _mean(signals: Iterable[Signal], absent: Tensor | None, vocab: int | None) -> Signal:
     """Return the log of the mean probability of signals with logits, which come one by one."""
-    mean = LogMean()
-    for k, signal in enumerate(chain(signals, more)):
-        logits = at_least_float32(_cut(signal, vocab).dense())
-        mean.add(logits.log_softmax(-1), None if absent is None else absent[:, k])
-    return Signal(logits=mean.value())
+    columns = repeat(None) if absent is None else absent.unbind(1)
+    contexts = ((_cut(x, vocab).dense(), at) for x, at in zip(signals, columns, strict=False))
+    return Signal(logits=mean_log_probs(contexts))
 
 
 def _with(signal: Signal, other: Signal, at: Tensor) -> Signal:

@@ -28,13 +28,16 @@ class HardTerm(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Says what sums over some columns of rows are taken for."""
+    """Says what sums over some columns of rows are taken for.
 
-    stats: bool  # entropies and agreement too; else they may be zeros
-    gradient: (
-        bool  # the teacher's logits may be overwritten by what `backward` takes in their place
-    )
-    exact: bool = False  # by `terms`, where otherwise a short path may do
+    stats: entropies and agreement are wanted too; else they may be zeros. gradient: the teacher's
+    logits may be overwritten by what `backward` takes in their place. exact: by `terms`, where
+    otherwise a short path may do.
+    """
+
+    stats: bool
+    gradient: bool
+    exact: bool = False
 
 
 class RowGradients(Protocol):

@@ -2,8 +2,8 @@
 
 Every process has the same tokens and V / P rows of both heads. Of a chunk of n tokens processes
 exchange what an online softmax needs, [5, n] numbers each, and then seven sums over the vocabulary,
-[7, n]; at the end the gradient of the hidden states [N, H]. Heads, their gradients and logits stay
-where they are.
+[7, n], these again for rows whose two sides nearly agree; at the end the gradient of the hidden
+states [N, H]. Heads, their gradients and logits stay where they are.
 """
 
 from functools import partial

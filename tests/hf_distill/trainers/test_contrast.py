@@ -23,7 +23,7 @@ from hf_distill import (
     cache_teacher,
 )
 from hf_distill.data.alignment import AlignmentError
-from hf_distill.data.sides import CONTRAST_PREFIX, UNCONTRASTED
+from hf_distill.data.sides import CONTRAST_ABSENT, CONTRAST_PREFIX, UNCONTRASTED, contrast_prefix
 from tests.hf_distill.trainers import models
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
@@ -72,12 +72,17 @@ def scored_log_probs(trainer: OPSDTrainer, batch: dict[str, Tensor], prefix: str
     return found
 
 
-def by_hand(trainer: OPSDTrainer, batch: dict[str, Tensor], kind: str, share: float) -> float:
-    """The mean over tokens of the JSD, weighed or to the target."""
-    sides = [scored_log_probs(trainer, batch, x) for x in ("", "teacher_", CONTRAST_PREFIX)]
+def by_hand(
+    trainer: OPSDTrainer, batch: dict[str, Tensor], kind: str, share: float, number: int = 1
+) -> float:
+    """The mean over tokens of the JSD, weighed or to the target, with the mean of K contexts."""
+    prefixes = ["", "teacher_", *(contrast_prefix(k) for k in range(number))]
+    sides = [scored_log_probs(trainer, batch, x) for x in prefixes]
+    missing = batch.get(CONTRAST_ABSENT, torch.zeros(len(sides[0]), number, dtype=torch.bool))
     total, count = 0.0, 0
-    for labels, q, p, w in zip(batch["labels"], *sides, strict=True):
-        tokens, d = labels[labels != -100], p - w
+    for labels, absent, q, p, *w in zip(batch["labels"], missing, *sides, strict=True):
+        there = [x.exp() for x, away in zip(w, absent, strict=True) if not away]
+        tokens, d = labels[labels != -100], p - (sum(there) / len(there)).log()
         factor = torch.ones(len(tokens), dtype=torch.float64)
         if kind == "target":
             d = d - d.mean(-1, keepdim=True)

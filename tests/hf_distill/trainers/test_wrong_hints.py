@@ -6,19 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from hf_distill import Attempt, Contrast, Feedback, Hint, HintCollator, OPSDConfig, OPSDTrainer
-from hf_distill.data.sides import CONTRAST_ABSENT, CONTRAST_SAME, UNCONTRASTED, contrast_prefix
+from hf_distill.data.sides import CONTRAST_ABSENT, CONTRAST_SAME, UNCONTRASTED
 from hf_distill.models.signals import Signal
 from hf_distill.trainers.views import _mean
 from tests.hf_distill.trainers import models
 from tests.hf_distill.trainers.test_contrast import (
     SUM_ERROR,
+    by_hand,
     forwards,
     loss_of,
     make,
-    scored_log_probs,
 )
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
@@ -36,29 +35,6 @@ def problems(count: int = 4) -> list[dict[str, Any]]:
     return made
 
 
-def by_hand(trainer: OPSDTrainer, batch: dict[str, Tensor], kind: str, share: float) -> float:
-    """The mean over tokens of the JSD, weighed or to the target, with the mean of K contexts."""
-    prefixes = ["", "teacher_", *(contrast_prefix(k) for k in range(3))]
-    sides = [scored_log_probs(trainer, batch, x) for x in prefixes]
-    total, count = 0.0, 0
-    for labels, absent, q, p, *w in zip(
-        batch["labels"], batch[CONTRAST_ABSENT], *sides, strict=True
-    ):
-        there = [x.exp() for x, missing in zip(w, absent, strict=True) if not missing]
-        tokens, d = labels[labels != -100], p - (sum(there) / len(there)).log()
-        factor = torch.ones(len(tokens), dtype=torch.float64)
-        if kind == "target":
-            d = d - d.mean(-1, keepdim=True)
-            p = (share * (q + 10 * torch.tanh(d / 10)) + (1 - share) * p).log_softmax(-1)
-        else:
-            g = torch.tanh(d.gather(1, tokens[:, None])[:, 0].abs() / 1.3)
-            factor = 1 - share + share * torch.where(g > 0.02, g, 0.0)
-        m = ((p.exp() + q.exp()) / 2).log()
-        jsd = (p.exp() * (p - m) + q.exp() * (q - m)).sum(-1) / 2
-        total, count = total + float((factor * jsd).sum()), count + len(tokens)
-    return total / count
-
-
 @pytest.mark.parametrize(
     ("kind", "changes"), [("weight", {}), ("target", {}), ("weight", LOGITS), ("target", LOGITS)]
 )
@@ -69,7 +45,7 @@ def test_the_loss_is_that_of_the_formula(tmp_path: Path, kind: str, changes: Any
         batch[CONTRAST_ABSENT].tolist() == [[False] * 3, [False, False, True]] + [[False] * 3] * 2
     )
     assert batch[UNCONTRASTED].tolist() == [False] * 4
-    want = by_hand(trainer, batch, kind, 0.7)
+    want = by_hand(trainer, batch, kind, 0.7, number=3)
     assert loss_of(trainer, problems()).item() == pytest.approx(want, rel=SUM_ERROR)
     one = loss_of(make(tmp_path, THREE[0], kind, contrast_weight=0.7), problems()).item()
     assert abs(one - want) > 1000 * SUM_ERROR * want
@@ -152,7 +128,7 @@ def test_logits_of_all_contexts_are_not_there_at_once(tmp_path: Path, changes: A
 def test_logits_are_cut_to_the_vocabulary_before_their_mean() -> None:
     """The mean of distributions over the entries that are used, each renormalised."""
     drawn = [torch.randn(3, 9, generator=torch.Generator().manual_seed(x)) * 3 for x in (0, 1, 2)]
-    found = _mean([Signal(logits=drawn[0])], None, 6, (Signal(logits=x) for x in drawn[1:])).logits
+    found = _mean((Signal(logits=x) for x in drawn), None, 6).logits
     want = torch.stack([x[:, :6].double().softmax(-1) for x in drawn]).mean(0).log()
     torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-6)
 
