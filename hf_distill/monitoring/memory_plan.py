@@ -245,11 +245,16 @@ class _EnginePlan:
         shards = self.engine == "fsdp2" and self.settings.shard_loss
         return self.parts > 1 and (shards or self.engine == "tp")
 
+    @property
+    def _loss_tokens(self) -> int:
+        """Return the tokens whose loss a device takes part in: under `shard_loss`, all devices'."""
+        shards = self._splits_head and self.engine == "fsdp2"
+        return self.settings.tokens * (self.parts if shards else 1)
+
     def _loss(self) -> Row:
-        tokens, vocab, hidden = self.settings.tokens, self.student.vocab, self.student.hidden
+        tokens, vocab, hidden = self._loss_tokens, self.student.vocab, self.student.hidden
         if self._splits_head:
             vocab = -(-vocab // self.parts)
-            tokens *= self.parts if self.engine == "fsdp2" else 1  # hidden states of all
         gradient = vocab * hidden * WIDE if self.student.trains_head else 0
         if self.by_logits:
             logits = tokens * vocab * WIDE
@@ -281,8 +286,9 @@ class _EnginePlan:
         if sizes is not None:
             kind = torch.bfloat16 if rounded else sizes.dtype
             teacher = Head(one(kind).expand(sizes.vocab, sizes.hidden))
-        found = linear_scratch_bytes(self.settings.tokens, student, teacher)
-        return -(-found // self.parts) if self._splits_head else found  # as many tokens, fewer rows
+        if not self._splits_head:
+            return linear_scratch_bytes(self.settings.tokens, student, teacher)
+        return linear_scratch_bytes(self._loss_tokens, student, teacher, self.parts)
 
     def _buffers(self) -> Row:
         """Return DeepSpeed's buffer for gradients on their way."""

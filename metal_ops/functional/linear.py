@@ -277,7 +277,9 @@ def linear_divergence(
     return _of_own_tokens(tokens, heads, settings, group)
 
 
-def linear_scratch_bytes(num_tokens: int, student_head: Head, teacher_head: Head) -> int:
+def linear_scratch_bytes(
+    num_tokens: int, student_head: Head, teacher_head: Head, processes: int = 1
+) -> int:
     """Return the bytes that `linear_divergence` takes while it runs on blocks in PyTorch.
 
     They are the logits of a chunk of tokens and the buffers of a block of rows. Inputs and
@@ -288,15 +290,25 @@ def linear_scratch_bytes(num_tokens: int, student_head: Head, teacher_head: Head
         student_head: of [vocab, hidden]; only its shape, dtype and device are read, and the meta
             device stands for any accelerator.
         teacher_head: the same of the teacher; the student's own if both sides share it.
+        processes: of a `group=`, each with as many rows of both heads, which are given whole here.
+
+    Returns:
+        Those of one process.
 
     Raises:
-        ValueError: num_tokens is negative.
+        ValueError: num_tokens is negative, or processes is below 1.
     """
     if num_tokens < 0:
         raise ValueError(f"num_tokens must be at least 0, got {num_tokens}")
+    if processes < 1:
+        raise ValueError(f"processes must be at least 1, got {processes}")
     weight = student_head.weight
     vocab, hidden = weight.shape
     tokens = min(num_tokens, sizes.tokens_per_chunk(weight[:1, :hidden], weight))
     logits = sum(sizes.product_dtype(x.weight).itemsize for x in (student_head, teacher_head))
-    rows = min(tokens, sizes.rows_per_block(weight, vocab))
-    return vocab * (tokens * logits + NUM_BUFFERS * rows * accumulator(weight).itemsize)
+    columns, wide = -(-vocab // processes), accumulator(weight).itemsize
+    rows = min(tokens, sizes.rows_per_block(weight, columns))
+    if processes > 1:  # a chunk is one block: what heads do behind the product is held beside it
+        scaled = [x.logit_scale != 1 or x.softcap is not None for x in (student_head, teacher_head)]
+        logits += wide * (2 * scaled[0] + scaled[1])
+    return columns * (tokens * logits + NUM_BUFFERS * rows * wide)

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_distill import DistillConfig, DistillTrainer
 from hf_distill.models import forward
+from tests.benchmarks.timing import allocations
 from tests.hf_distill.engines import cpu
 from tests.hf_distill.engines.exchanged import Exchanged
 from tests.hf_distill.engines.launching import started
@@ -42,14 +43,6 @@ from tests.hf_distill.trainers import models
 ROW = 257  # tokens, of which all but the first are scored
 WAYS = {"hidden states": 0.0, "logits": 1e9}  # copies of a head that are said to be needed
 BUCKETS = ("reduce_bucket_size", "stage3_prefetch_bucket_size")
-
-
-def highest_mb(prof: profile) -> float:
-    """Return what tensors held at the highest, in MB beyond the start of a profile."""
-    events: list[Any] = cast(Any, prof.profiler).kineto_results.events()
-    found = [x for x in events if x.name() == "[memory]"]
-    changes = [x.nbytes() for x in sorted(found, key=lambda x: x.start_ns())]
-    return max(accumulate(changes)) / 2**20
 
 
 class Measured(DistillTrainer):
@@ -74,7 +67,7 @@ class Measured(DistillTrainer):
         if turn == last:
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
                 loss = step()
-            found["MB"] = highest_mb(prof)
+            found["MB"] = max(accumulate(allocations(prof))) / 2**20
             return loss
         if turn == last - 1:
             with Exchanged() as exchanged:

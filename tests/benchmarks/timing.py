@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.profiler import profile
 
 # One forward and backward over the first so many rows (None: all): loss, and gradient if it has one
 Variant = Callable[[int | None], tuple[float, Tensor | None]]
@@ -23,6 +25,13 @@ def resident_peak_mb() -> float:
     """Peak resident memory of this process since the last reset (Linux)."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
+
+
+def allocations(prof: profile) -> list[int]:
+    """The bytes of each tensor made, and less those of each freed, in order of time."""
+    events: list[Any] = cast(Any, prof.profiler).kineto_results.events()
+    found = [x for x in events if x.name() == "[memory]"]
+    return [x.nbytes() for x in sorted(found, key=lambda x: x.start_ns())]
 
 
 def arguments(description: str | None, shapes: list[str], **more: list[str]) -> argparse.Namespace:

@@ -36,7 +36,7 @@ from metal_ops.backends.blocks.rows import (
     accumulator,
     clip_tokens,
 )
-from metal_ops.backends.blocks.sizes import tokens_per_chunk
+from metal_ops.backends.blocks.sizes import rows_per_block, tokens_per_chunk
 from metal_ops.spec import DivergenceSpec
 
 SUMMED = (LOSS, H_SUM, Q_ENTROPY, P_ENTROPY, AGREEMENT, CLIPPED)  # over columns
@@ -146,6 +146,17 @@ def _whole_rows(
     return normalisers, every[:, 4:].logsumexp(0)[0] if wants_hard else own[0]
 
 
+def _add_up(values: Tensor, group: dist.ProcessGroup, more: Tensor | None) -> Tensor | None:
+    """Make values of whole rows of those of their parts, in place, and sum `more` [n] with them."""
+    sums = values[list(SUMMED)]
+    if more is not None:
+        sums = torch.cat([sums, more[None]])
+    dist.all_reduce(sums, group=group)
+    values[list(SUMMED)] = sums[: len(SUMMED)]
+    values[AGREEMENT : CLIPPED + 1].clamp_(max=1)
+    return None if more is None else sums[-1]
+
+
 def _sums(
     kernels: SplitKernels,
     pair: tuple[Tensor, Tensor],
@@ -156,23 +167,25 @@ def _sums(
     at_labels: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return values of whole rows, and `at_labels` [n] summed over processes, in one exchange."""
-    if pair[0].shape[-1]:
-        values = kernels.sums(*pair, normalisers, spec, wanted)
-    else:
-        values = normalisers.new_zeros(NUM_VALUES, normalisers.shape[1])
-    sums = values[list(SUMMED)]
-    if at_labels is not None:
-        sums = torch.cat([sums, at_labels[None]])
-    dist.all_reduce(sums, group=group)
-    values[list(SUMMED)] = sums[: len(SUMMED)]
-    values[AGREEMENT : CLIPPED + 1].clamp_(max=1)
-    again = None if wanted.exact else kernels.again(values, normalisers, spec)
+    student, width = pair[0], pair[0].shape[-1]
+
+    def own(sides: tuple[Tensor, Tensor], given: Tensor, wanted: Wanted) -> Tensor:
+        if width:
+            return kernels.sums(*sides, given, spec, wanted)
+        return normalisers.new_zeros(NUM_VALUES, given.shape[1])
+
+    values = own(pair, normalisers, wanted)
+    at_labels = _add_up(values, group, at_labels)
+    again = kernels.again(values, normalisers, spec)
     if again is not None:
-        few, given = (pair[0][again], pair[1][again]), normalisers[:, again]
         exactly = Wanted(wanted.stats, False, exact=True)
-        redone, _ = _sums(kernels, few, given, spec, exactly, group, None)
+        # a block at a time, so that there is no second copy of a chunk
+        blocks = again.split(rows_per_block(student, max(1, width)))
+        parts = [own((pair[0][at], pair[1][at]), normalisers[:, at], exactly) for at in blocks]
+        redone = torch.cat(parts, 1)
+        _add_up(redone, group, None)
         values[:, again] = redone
-    return values, None if at_labels is None else sums[-1]
+    return values, at_labels
 
 
 def _at_labels(logits: Tensor, labels: Tensor, like: Tensor) -> Tensor:
@@ -185,6 +198,13 @@ def _at_labels(logits: Tensor, labels: Tensor, like: Tensor) -> Tensor:
     return torch.where(mine, found, 0.0)
 
 
+def _as_computed(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both sides as they are, or in float64 if one is; others are accumulated alike."""
+    if accumulator(student) == accumulator(teacher):
+        return student, teacher
+    return student.double(), teacher.double()
+
+
 def _make_block_loss(
     kernels: SplitKernels, place: Place, settings: LossSettings, tokens: int
 ) -> tuple[int, BlockLoss]:
@@ -192,9 +212,8 @@ def _make_block_loss(
     heads, spec, want_grad, want_stats = settings
 
     def block_loss(logits: tuple[Tensor, Tensor], weight: Tensor, hard: HardLabels) -> Tensor:
-        student, teacher = (head.finish(x) for head, x in zip(heads, logits, strict=True))
-        dtype = torch.promote_types(student.dtype, teacher.dtype)
-        pair = student.to(dtype), teacher.to(dtype)
+        pair = _as_computed(*(head.finish(x) for head, x in zip(heads, logits, strict=True)))
+        student, _ = pair
         normalisers, log_sum = _whole_rows(
             kernels, pair, spec, hard.labels is not None, place.group
         )

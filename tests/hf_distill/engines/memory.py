@@ -1,4 +1,4 @@
-"""What a training step holds on each engine, by kind, and the peaks of its parts.
+"""What tensors hold in a training step on each engine, by kind and at the highest of its parts.
 
 python -m tests.hf_distill.engines.memory [--engines ddp fsdp2] compares them with the plan.
 """
@@ -10,13 +10,16 @@ import os
 import tempfile
 from collections.abc import Iterable
 from contextlib import ExitStack
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, TrainerCallback
 
 from hf_distill import DistillConfig, DistillTrainer
@@ -24,7 +27,7 @@ from hf_distill.models import pieces
 from hf_distill.monitoring.memory_plan import Planner
 from hf_distill.monitoring.plan_settings import Plan, PlanSettings
 from hf_distill.teachers import SelfTeacher
-from tests.benchmarks.timing import resident_peak_mb
+from tests.benchmarks.timing import allocations
 from tests.hf_distill.engines import cpu
 from tests.hf_distill.engines.launching import started
 from tests.hf_distill.engines.setups import ENGINES, Place
@@ -90,30 +93,46 @@ def states(optimizer: Any) -> int:
 FLAT = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
 
 
-def resident_mb() -> float:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) / 1024
-
-
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+def held() -> int:
+    """Of all tensors that Python holds, in bytes; DDP's buckets and pieces of work are not seen."""
+    gc.collect()
+    found = (x for x in gc.get_objects() if isinstance(x, Tensor))
+    local = (x.to_local() if isinstance(x, DTensor) else x for x in found)
+    stored = (x.untyped_storage() for x in local if type(x) is not FakeTensor and not x.is_meta)
+    return sum({x.data_ptr(): x.nbytes() for x in stored}.values())
 
 
 class Watched:
-    """Measures its steps; the last one stays."""
+    """Measures what tensors hold in its last step, as the allocator counts it."""
 
-    base: float
     found: dict[str, Any]
+    turn = 0
+    held = 0
+    profile: Any = None
 
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        gc.collect()
-        reset_peak()
-        self.found = {"start MB": resident_mb() - self.base}
+        self.turn += 1
+        if self.turn < STEPS:
+            return super().compute_loss(model, *args, **kwargs)  # pyright: ignore
+        self.held = held()
+        self.found = {"start": self.held}
+        self.begin()
         loss = super().compute_loss(model, *args, **kwargs)  # pyright: ignore
-        self.found["loss MB"] = resident_peak_mb() - self.base
-        self.found["after MB"] = resident_mb() - self.base
-        reset_peak()
+        self.end("loss")
+        self.begin()
         return loss
+
+    def begin(self) -> None:
+        self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self.profile.__enter__()
+
+    def end(self, name: str) -> None:
+        """Note the highest of a part of the step."""
+        self.profile.__exit__(None, None, None)
+        changes = allocations(self.profile)
+        self.profile = None
+        self.found[name] = self.held + max(accumulate(changes), default=0)
+        self.held += sum(changes)
 
     def hook(self) -> None:
         zero = _zero(self.optimizer)
@@ -123,16 +142,22 @@ class Watched:
         inside.register_step_post_hook(self.after_step)
 
     def before_step(self, *_: Any) -> None:
-        if "backward MB" in self.found:
+        if self.turn < STEPS or "backward" in self.found:
             return
-        self.found["backward MB"] = resident_peak_mb() - self.base
+        self.end("backward")
         self.found["gradients"] = gradients(self.model_wrapped, self.optimizer)
         self.found["parameters"] = parameters(self.model_wrapped)
-        reset_peak()
+        self.begin()
 
     def after_step(self, *_: Any) -> None:
-        self.found["step MB"] = resident_peak_mb() - self.base
+        """DeepSpeed steps several groups: the parts of all of them are one."""
+        if self.turn < STEPS:
+            return
+        before = self.found.get("step", 0)
+        self.end("step")
+        self.found["step"] = max(before, self.found["step"])
         self.found["states"] = states(self.optimizer)
+        self.begin()
 
 
 class Distilled(Watched, DistillTrainer):
@@ -147,6 +172,16 @@ class Hooks(TrainerCallback):
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.trainer.hook()
+
+
+@torch.no_grad()
+def alone(model: Any) -> Any:
+    """Give each piece a storage of its own, as on a device: Transformers' pieces are views."""
+    for p in model.parameters():
+        x = p._local_tensor if isinstance(p, DTensor) else p.data  # to_local() is another tensor
+        if x.untyped_storage().nbytes() > x.nbytes:
+            x.set_(x.clone())
+    return model
 
 
 BUCKETS = dict.fromkeys(("reduce_bucket_size", "stage3_prefetch_bucket_size"), "auto")
@@ -172,7 +207,7 @@ def made(place: Place, changes: dict[str, Any], count: int) -> Any:
     dtype = changes.pop("dtype", torch.float32)
     logits = changes.pop("by_logits", False)
     student = models.llama(0, **SIZES, tie_word_embeddings=tied).to(dtype)
-    student = place.loaded(student, "student")
+    student = alone(place.loaded(student, "student"))
     if lora:
         config = LoraConfig(r=lora, target_modules="all-linear", task_type="CAUSAL_LM")
         student = get_peft_model(student, config)
@@ -186,7 +221,9 @@ def made(place: Place, changes: dict[str, Any], count: int) -> Any:
     given |= {"optim": "adamw_torch_fused", "watchdog": {"action": "off"}, "max_grad_norm": 1.0}
     args = DistillConfig(**place.options(**given | changes))
     if kind == "model":
-        teacher = place.loaded(models.llama(1, **SIZES | TEACHER).to(torch.bfloat16), "teacher")
+        teacher = alone(
+            place.loaded(models.llama(1, **SIZES | TEACHER).to(torch.bfloat16), "teacher")
+        )
     else:
         teacher = SelfTeacher(kind)
     hooks = Hooks()
@@ -208,28 +245,18 @@ def measure(engine: str, changes: dict[str, Any], folder: Path) -> None:
     place = Place(folder, engine, world)
     if engine.startswith("zero"):  # DeepSpeed's own are for larger models
         ENGINES[engine]["deepspeed"]["zero_optimization"] |= BUCKETS
-    warm_up(place)
-    Distilled.base = resident_mb()
     trainer = made(place, dict(changes), 1 if engine == "tp" else world)
     trainer.train()
+    trainer.profile.__exit__(None, None, None)  # behind the last step of the optimizer
     if rank == 0:
         print("FOUND" + json.dumps(trainer.found), flush=True)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def warm_up(place: Place) -> None:
-    """What a first training imports and keeps is no part of a second one's."""
-    args = DistillConfig(**place.options(max_steps=1, gradient_accumulation_steps=1))
-    student = place.loaded(models.llama(0), "warm")
-    DistillTrainer(student, args, models.Pad(), models.rows(16), teacher=models.llama(1)).train()
-    gc.collect()
-
-
 def run(engine: str, changes: dict[str, Any], processes: int = 2) -> dict[str, Any]:
     """Measure in processes of their own."""
     words = ["--process", engine, "--changes", json.dumps(changes)]
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed leaves the process
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         words += ["--out", folder]
@@ -268,25 +295,17 @@ def planned(engine: str, changes: dict[str, Any], processes: int = 2) -> Plan:
 
 
 def compared(found: dict[str, Any], plan: Plan) -> dict[str, tuple[float, float]]:
-    """What was held and what was planned, in MiB: tensors, and what a step adds to its start."""
-    rows = {row.kind: row for row in plan.rows}
-    mib, noted = 2**20, found["start MB"]
-    start = sum(rows[x].loss for x in rows if x not in PASSING)
+    """What was held and what was planned, in MiB: tensors, and the highest of parts of a step."""
+    rows, mib = {row.kind: row for row in plan.rows}, 2**20
+    buckets = _buckets(plan)
     pairs = {
         "parameters": (found["parameters"], rows["student parameters"].step),
-        "gradients": (found["gradients"], rows["gradients"].step - _buckets(plan)),
+        "gradients": (found["gradients"], rows["gradients"].step - buckets),
         "optimizer states": (found["states"], rows["optimizer states"].step),
+        "start": (found["start"], sum(rows[x].loss for x in rows if x not in PASSING) - buckets),
     }
-    made = {x: (held / mib, formula / mib) for x, (held, formula) in pairs.items()}
-    made["held at the start"] = noted, start / mib
-    for moment in ("loss", "backward"):
-        made[f"{moment}, above"] = (
-            found[f"{moment} MB"] - noted,
-            (plan.moments[moment] - start) / mib,
-        )
-        made[moment] = found[f"{moment} MB"], plan.moments[moment] / mib
-    made["step"] = found["step MB"], plan.moments["step"] / mib
-    return made
+    pairs |= {x: (found[x], plan.moments[x] - buckets) for x in MOMENTS}
+    return {x: (held / mib, formula / mib) for x, (held, formula) in pairs.items()}
 
 
 def _buckets(plan: Plan) -> int:
@@ -295,6 +314,7 @@ def _buckets(plan: Plan) -> int:
     return row.loss if plan.engine == "ddp" else 0
 
 
+MOMENTS = ("loss", "backward", "step")
 PASSING = ("joined by the engine", "loss", "activations")
 
 

@@ -136,11 +136,11 @@ def test_adapters_have_no_gradients_of_what_is_joined() -> None:
     assert made("ddp", lora_rank=2)["joined by the engine"][1:4] == (0, 0, 0)
 
 
-def scratch(tokens: int, dtype: torch.dtype, width: int | None = None) -> int:
+def scratch(tokens: int, dtype: torch.dtype, width: int | None = None, processes: int = 1) -> int:
     """What the op takes; `width` is that of another model as teacher, in bfloat16."""
     student = Head(torch.empty(VOCAB, HIDDEN, dtype=dtype, device="meta"))
     if width is None:
-        return linear_scratch_bytes(tokens, student, student)
+        return linear_scratch_bytes(tokens, student, student, processes)
     other = torch.empty(VOCAB, width, dtype=torch.bfloat16, device="meta")
     return linear_scratch_bytes(tokens, student, Head(other))
 
@@ -183,14 +183,14 @@ def test_the_loss_over_heads_in_pieces() -> None:
     """Of few tokens too: half of the head, its gradient and the logits of a chunk."""
     gradient = 4 * HEAD // 2
     for tokens in (20, 62):
-        chunk = scratch(tokens, torch.float32) // 2
+        chunk, of_both = (scratch(x, torch.float32, None, 2) for x in (tokens, 2 * tokens))
         given = {"batch_size": 2, "scored_tokens": tokens}
         states = 4 * tokens * HIDDEN
         row = made("tp", **given)["loss"]
         assert row[1:4] == (gradient + chunk + 3 * states, gradient + states, 0)
         row = made("fsdp2", shard_loss=True, **given)  # hidden states of both devices
         loss = row["loss"]
-        assert loss[1:4] == (gradient + chunk + 3 * 2 * states, gradient + 2 * states, 0)
+        assert loss[1:4] == (gradient + of_both + 3 * 2 * states, gradient + 2 * states, 0)
         assert row["joined by the engine"].loss == 0
 
 
