@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from hf_distill.losses import Loss
-from hf_distill.models.structure import causal_lm, is_classifier
+from hf_distill.models.structure import Kind, causal_lm, kind_of
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Run:
         return causal_lm(self.student)
 
     @property
-    def is_classifier(self) -> bool:
-        """Return whether the student classifies sequences."""
-        return is_classifier(self.language_model)
+    def kind(self) -> Kind:
+        """Return of what the student gives logits."""
+        return kind_of(self.language_model)
 
     @property
     def in_16_bit(self) -> bool:

@@ -45,9 +45,10 @@ from hf_distill.models.probe_rows import ProbeRow, probe_row
 from hf_distill.models.routers import RouterWatcher, asks_routers
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import (
+    Kind,
     causal_lm,
-    is_classifier,
     is_sharded,
+    kind_of,
     unwrap,
 )
 from metal_ops import Head
@@ -87,7 +88,7 @@ class Reader:
         self._lm: Callable[[], nn.Module | None] = lambda: None
         self._positions: Positions | None = None  # None where they need not be looked at
         self._names: frozenset[str] = frozenset()  # of its forward's inputs
-        self._is_classifier = self._has_routers = self._is_bare = False
+        self._is_causal, self._has_routers, self._is_bare = True, False, False
 
     def reads_hidden(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
         """Return whether `model` is read by hidden states: decided and logged at the first call."""
@@ -112,15 +113,19 @@ class Reader:
     def _look(self, model: nn.Module, inputs: Mapping[str, Any], scored: Tensor | None) -> None:
         if self._is_known:
             return
-        row = None if is_classifier(causal_lm(model)) else probe_row(inputs)
+        kind = kind_of(causal_lm(model))
+        row = None if kind == Kind.ROWS else probe_row(inputs)
         if row is None:
             self._is_known = True
             self._refusal = self._refusal or "the batch has no input_ids"
             return
         self.is_in_pieces = is_sharded(model)
         bare, row = self._probed(model, row)
-        found = find_front(bare, row, self.name, scored, self.is_in_pieces)
-        self._front, self._is_known = found
+        if kind == Kind.CAUSAL:
+            found = find_front(bare, row, self.name, scored, self.is_in_pieces)
+            self._front, self._is_known = found
+        else:  # outputs are at their own positions, and may read later tokens
+            self._is_known = True
         if not self._has_said:
             self._has_said = True
             self._adds = adds_to_loss(bare, row.inputs)
@@ -161,16 +166,17 @@ class Reader:
     def forward_inputs(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
         """Return the inputs, with the cache off, and positions where `models.positions` adds them.
 
-        A classifier gets those inputs that its forward names, as they are: encoders count their
-        positions in ways of their own.
+        Models that are no causal LMs get those inputs that their forward names, as they are:
+        encoders count their positions in ways of their own.
 
         Raises:
             ValueError: see `Positions.arguments`.
         """
         self._meet(model)
-        if self._is_classifier:
+        if not self._is_causal:
             named = {name: value for name, value in inputs.items() if name in self._names}
-            return named or dict(inputs)  # a forward of *args and **kwargs names none
+            named = named or dict(inputs)  # a forward of *args and **kwargs names none
+            return {"use_cache": False} | named if "use_cache" in self._names else named
         result: dict[str, Any] = dict(inputs)
         if "use_cache" in self._names:
             result.setdefault("use_cache", False)
@@ -212,7 +218,7 @@ class Reader:
             return known
         lm = causal_lm(model)
         self._model, self._lm = weakref.ref(model), weakref.ref(lm)
-        self._is_classifier, self._is_bare = is_classifier(lm), unwrap(model) is lm
+        self._is_causal, self._is_bare = kind_of(lm) == Kind.CAUSAL, unwrap(model) is lm
         self._names = frozenset(inspect.signature(lm.forward).parameters)
         self._positions, self._has_routers = positions_of(model), asks_routers(lm)
         return lm
@@ -295,7 +301,8 @@ class Reader:
     def _keeps(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
         """Return whether the model can be told of which positions logits are wanted."""
         if self._takes_mask is None:
-            row = None if is_classifier(causal_lm(model)) else probe_row(inputs)
+            is_causal = kind_of(causal_lm(model)) == Kind.CAUSAL
+            row = probe_row(inputs) if is_causal else None
             if row is None or KEEP not in inspect.signature(causal_lm(model).forward).parameters:
                 self._takes_mask = False
             elif self.is_in_pieces:  # an error would leave the pieces in any state

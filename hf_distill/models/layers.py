@@ -132,6 +132,7 @@ class LayerStates:
 
     Args:
         layers: by number.
+        order: the numbers in the order of the states; one may come several times.
         attention: whether maps are taken.
         name: "student" or "teacher", for errors.
         predicts: [B, T] bool, the scored positions.
@@ -142,6 +143,7 @@ class LayerStates:
     def __init__(
         self,
         layers: Mapping[int, Layer],
+        order: Sequence[int],
         attention: bool,
         name: str,
         predicts: Tensor,
@@ -150,7 +152,8 @@ class LayerStates:
     ) -> None:
         self._checkpoints, self._project = checkpoints, project
         self._found: States | None = None
-        self.layers, self.with_attention, self.name = layers, attention, name
+        self.layers, self.order = layers, order
+        self.with_attention, self.name = attention, name
         self._predicts, self._with_grad = predicts, torch.is_grad_enabled()
         self._hidden: dict[int, Tensor] = {}
         self._attention: dict[int, Tensor] = {}
@@ -178,12 +181,12 @@ class LayerStates:
         blind = [layer for layer in self.layers if layer not in self._attention]
         if self.with_attention and blind:
             raise ValueError(NO_MAP.format(layer=blind[0], name=self.name))
-        hidden = [self._hidden[layer] for layer in self.layers]
+        hidden = [self._hidden[layer] for layer in self.order]
         if self._project is not None:
             hidden = [self._project(i, x) for i, x in enumerate(hidden)]
         return States(
             tuple(hidden),
-            tuple(self._attention[layer] for layer in self.layers if self.with_attention),
+            tuple(self._attention[layer] for layer in self.order if self.with_attention),
         )
 
     def turn(self, module: nn.Module) -> int:
@@ -288,7 +291,7 @@ class LayerWatcher:
         chosen = {number: every[number - 1] for number in self.layers}
         checkpoints = bool(self.layers) and lm.training and _checkpoints(lm)
         given = self.attention, self.name, predicts, checkpoints, self.project
-        seen = LayerStates(chosen, *given)
+        seen = LayerStates(chosen, self.layers, *given)
         with ExitStack() as stack:
             for block in {layer.block for layer in chosen.values()}:
                 turns = {x.turn: n for n, x in chosen.items() if x.block is block}

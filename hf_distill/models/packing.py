@@ -21,7 +21,7 @@ from hf_distill.models import packed_attention  # noqa: F401 - registers "packed
 from hf_distill.models.causality import logits_of
 from hf_distill.models.position_trials import LENIENT, Said, Spy, synthetic_row
 from hf_distill.models.probe_rows import ProbeRow
-from hf_distill.models.structure import causal_lm, is_classifier
+from hf_distill.models.structure import Kind, causal_lm, kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class PackingCheck:
         ids = side.inputs.get("input_ids")
         if not may_be_packed(side.inputs) or not isinstance(ids, Tensor) or ids.ndim != 2:
             return
-        if not self._is_known and not is_classifier(causal_lm(model)):
+        if not self._is_known and kind_of(causal_lm(model)) == Kind.CAUSAL:
             run = model
             if not in_pieces:
                 run = extract_model_from_parallel(model, keep_torch_compile=False)

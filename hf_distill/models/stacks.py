@@ -11,14 +11,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from hf_distill.data.sides import scored
 from hf_distill.models.modes import evaluating, kept_rng
-from hf_distill.models.structure import input_embeddings, is_sharded
+from hf_distill.models.structure import Kind, input_embeddings, is_sharded, kind_of
 
 TOKENS = 7  # of the row; no stream, head or width has this size
 NEEDS_STACK = "hidden_layers need a model with one stack of blocks, each of which gives the states"
@@ -158,19 +158,31 @@ def _plain_ids(lm: Any) -> Tensor:
 
 @torch.no_grad()
 def _recorded(lm: nn.Module) -> list[_Run]:
-    """Return the runs of all lists' members, for one row of TOKENS."""
+    """Return the runs of all lists' members, for one row of TOKENS; of a seq2seq's its decoder's.
+
+    Raises:
+        ValueError: the model reads no ids.
+    """
     recorder = _Recorder()
-    ids = _plain_ids(lm)
+    reads = getattr(lm, "main_input_name", "input_ids")
+    if reads != "input_ids":
+        raise ValueError(
+            f"{NEEDS_STACK} of its tokens, and are found with a row of ids; a {type(lm).__name__} "
+            f"reads {reads}: set hidden_layers=None"
+        )
+    ids, decodes = _plain_ids(lm), kind_of(lm) == Kind.SEQ2SEQ
+    root: nn.Module = cast(Any, lm).get_decoder() if decodes else lm
+    given = {"input_ids": ids} | ({"decoder_input_ids": ids} if decodes else {})
     with ExitStack() as stack, evaluating(lm), kept_rng(ids.device):
-        for module in lm.modules():
+        for module in root.modules():
             hook = module.register_forward_hook(lambda m, _, output: recorder.look(m, output))
             stack.callback(hook.remove)
-        for module in lm.modules():
+        for module in root.modules():
             if isinstance(module, nn.ModuleList):
                 for member in module:
                     _watch_member(stack, recorder, module, member)
         caches = "use_cache" in inspect.signature(lm.forward).parameters
-        lm(input_ids=ids, **({"use_cache": False} if caches else {}))
+        lm(**given, **({"use_cache": False} if caches else {}))
     return recorder.runs
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import weakref
+from enum import StrEnum
 from typing import Any, cast
 
 import torch
@@ -72,7 +73,7 @@ def input_embeddings(lm: nn.Module) -> nn.Module | None:
 
 def vocab_size(lm: nn.Module) -> int | None:
     """Return the number of logits per position, or per row; None if the model does not say."""
-    if is_classifier(lm):
+    if has_classes(lm):
         return cast(Any, lm.config).num_labels
     head = output_head(lm)
     if isinstance(head, nn.Linear):
@@ -89,16 +90,56 @@ def generation_end_ids(lm: nn.Module) -> list[int]:
     return list(ids) if isinstance(ids, list | tuple) else [ids]
 
 
-CLASSIFIER = "ForSequenceClassification"  # how Transformers ends the names of their classes
+class Kind(StrEnum):
+    """Says of what a model gives logits."""
+
+    CAUSAL = "causal LM"  # of the next token, at each position
+    ROWS = "sequence classifier"  # of the classes of a row
+    MASKED = "masked LM"  # of the token at each position
+    PLACES = "token classifier"  # of the classes of each position
+    SEQ2SEQ = "sequence to sequence model"  # of the decoder's next token
+
+
+NAMES = {  # how Transformers ends the names of their classes
+    "ForSequenceClassification": Kind.ROWS,
+    "ForMaskedLM": Kind.MASKED,
+    "ForTokenClassification": Kind.PLACES,
+}
+
+
+def kind_of(model: nn.Module) -> Kind:
+    """Return the kind of a Transformers model, unwrapped; what is not known is a causal LM."""
+    for cls in type(model).__mro__:
+        for name, kind in NAMES.items():
+            if cls.__name__.endswith(name):
+                return kind
+    config = getattr(model, "config", None)
+    named = any(name in type(model).__name__ for name in _OTHERS)
+    if getattr(config, "is_encoder_decoder", False) and not named:
+        return Kind.SEQ2SEQ if output_head(model) is not None else Kind.CAUSAL
+    return Kind.CAUSAL
 
 
 def is_classifier(model: nn.Module) -> bool:
     """Return whether a Transformers model, unwrapped, gives one row of class logits per text."""
-    return any(kind.__name__.endswith(CLASSIFIER) for kind in type(model).__mro__)
+    return kind_of(model) == Kind.ROWS
 
 
-def check_decoder(model: nn.Module, whose: str) -> None:
-    """Check that a model is a causal LM or a classifier, as far as its class and config tell.
+def has_classes(model: nn.Module) -> bool:
+    """Return whether a Transformers model, unwrapped, gives logits of classes and not of tokens."""
+    return kind_of(model) in (Kind.ROWS, Kind.PLACES)
+
+
+# how names of classes begin or end whose loss is not that of the next token
+_OTHERS = [
+    name
+    for name, loss in LOSS_MAPPING.items()
+    if loss is not ForCausalLMLoss and name.startswith("For") and name not in NAMES
+]
+
+
+def check_kind(model: nn.Module, whose: str) -> None:
+    """Check that a model is of a kind that can be distilled, as far as its class and config tell.
 
     Models of unknown kind pass: their class may have any name. What they compute is looked at with
     the first batch, see `models.causality`.
@@ -108,40 +149,47 @@ def check_decoder(model: nn.Module, whose: str) -> None:
         whose: "student" or "teacher", for errors.
 
     Raises:
-        ValueError: its class is one of Transformers for another task, or it has an encoder.
+        ValueError: its class is one of Transformers for another task, or it is an encoder-decoder
+            without a head.
     """
-    if is_classifier(model):
+    if kind_of(model) != Kind.CAUSAL:
         return
-    others = [name for name, loss in LOSS_MAPPING.items() if loss is not ForCausalLMLoss]
     name = type(model).__name__
-    if any(other.startswith("For") and other in name for other in others):
-        raise ValueError(
-            f"the {whose} must be a causal LM or a sequence classifier, got a {name}: its "
-            f"{'labels' if whose == 'student' else 'logits'} are neither of the next tokens nor of "
-            "a class per row"
-        )
+    if any(other in name for other in _OTHERS):
+        *most, last = Kind
+        raise ValueError(f"the {whose} must be a {', a '.join(most)} or a {last}, got a {name}")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
-            f"the {whose} must be a decoder-only causal LM, got an encoder-decoder ({name})"
+            f"the {whose} must give logits, got an encoder-decoder without a head ({name})"
+        )
+
+
+def check_same_kind(student: nn.Module, teacher: nn.Module) -> None:
+    """Check that student and teacher, unwrapped, are of one kind, and that it can be distilled.
+
+    Raises:
+        ValueError: they are not, or as `check_kind`.
+    """
+    check_kind(teacher, "teacher")
+    kinds = [f"a {kind_of(x)} ({type(x).__name__})" for x in (student, teacher)]
+    if kind_of(student) != kind_of(teacher):
+        raise ValueError(
+            f"student and teacher must be of one kind, got {kinds[0]} as student and {kinds[1]} as "
+            "teacher"
         )
 
 
 def check_classes(student: nn.Module, teacher: nn.Module) -> None:
     """Check that student and teacher, unwrapped, are both classifiers of the same classes.
 
-    Names are compared where both configs have some (not LABEL_0, LABEL_1, ...), in any case of
-    letters. Other names only give a warning: they may be synonyms.
+    They are of rows, or of positions. Names are compared where both configs have some (not LABEL_0,
+    LABEL_1, ...), in any case of letters. Other names only give a warning: they may be synonyms.
 
     Raises:
-        ValueError: one of them is no sequence classifier, their numbers of classes differ, or a
-            class that both name has another number; the message names both sides.
+        ValueError: their numbers of classes differ, or a class that both name has another number;
+            the message names both sides.
     """
     kinds = type(student).__name__, type(teacher).__name__
-    if is_classifier(student) != is_classifier(teacher):
-        raise ValueError(
-            "student and teacher must both be causal LMs or both be sequence classifiers, got "
-            f"{kinds[0]} and {kinds[1]}"
-        )
     mine, theirs = cast(Any, student.config), cast(Any, teacher.config)
     if mine.num_labels != theirs.num_labels:
         raise ValueError(

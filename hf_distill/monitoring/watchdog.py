@@ -11,7 +11,7 @@ from typing import Any, cast
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from hf_distill.models.structure import causal_lm, vocab_size
+from hf_distill.models.structure import Kind, causal_lm, vocab_size
 from hf_distill.monitoring.faults import (
     AGAINST_START,
     BOUNDS,
@@ -313,8 +313,9 @@ def make_watchdog(run: Run, vocab: int | None) -> tuple[Watchdog | None, Probe |
     config = cast(WatchdogConfig, run.args.watchdog)
     if config.action == "off":
         return None, None
-    watchdog = (without_text_limits(config) if run.is_classifier else config).make()
+    of_classes = run.kind in (Kind.ROWS, Kind.PLACES)
+    watchdog = (without_text_limits(config) if of_classes else config).make()
     watchdog.vocab = vocab
-    if run.is_classifier:
+    if run.kind != Kind.CAUSAL:
         return watchdog, None
     return watchdog, make_probe(run.teacher, run.accelerator, run.sharded)

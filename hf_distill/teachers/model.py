@@ -3,7 +3,7 @@
 import inspect
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,7 +13,10 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedTokenizerBase,
@@ -29,11 +32,12 @@ from hf_distill.models.modes import evaluating_each
 from hf_distill.models.precision import follows_autocast, stored
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import (
-    CLASSIFIER,
+    NAMES,
+    Kind,
     causal_lm,
     check_classes,
-    check_decoder,
-    is_classifier,
+    check_same_kind,
+    has_classes,
     vocab_size,
 )
 from hf_distill.run import Run
@@ -70,25 +74,36 @@ def _quantization_config(quantization: str, dtype: torch.dtype | None) -> BitsAn
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype or torch.bfloat16)
 
 
-def _names_classifier(name: str, kwargs: dict[str, Any]) -> bool:
-    """Return whether what `from_pretrained` takes says that it is a sequence classifier."""
+LOADERS: Mapping[Kind, Any] = {
+    Kind.CAUSAL: AutoModelForCausalLM,
+    Kind.ROWS: AutoModelForSequenceClassification,
+    Kind.MASKED: AutoModelForMaskedLM,
+    Kind.PLACES: AutoModelForTokenClassification,
+    Kind.SEQ2SEQ: AutoModelForSeq2SeqLM,
+}
+
+
+def _named_kind(name: str, kwargs: dict[str, Any]) -> Kind:
+    """Return the kind of model that what `from_pretrained` takes says."""
     config = kwargs.get("config")
     if config is None:
         where = ("cache_dir", "force_download", "token", "revision", "local_files_only")
         where = {key: kwargs[key] for key in where if key in kwargs}
         if find_adapter_config_file(name, subfolder=kwargs.get("subfolder", ""), **where):
-            return False  # the folder holds adapters, and no config of the model
+            return Kind.CAUSAL  # the folder holds adapters, and no config of the model
         try:
             config, _ = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **kwargs)
         except OSError:
-            return False  # loading the model will say what is missing
-    return any(x.endswith(CLASSIFIER) for x in getattr(config, "architectures", None) or ())
+            return Kind.CAUSAL  # loading the model will say what is missing
+    for architecture in getattr(config, "architectures", None) or ():
+        for ending, kind in NAMES.items():
+            if architecture.endswith(ending):
+                return kind
+    return Kind.SEQ2SEQ if getattr(config, "is_encoder_decoder", False) else Kind.CAUSAL
 
 
-def _loaded_classifier(name: str, arguments: dict[str, Any]) -> nn.Module:
-    model, report = AutoModelForSequenceClassification.from_pretrained(
-        name, output_loading_info=True, **arguments
-    )
+def _loaded_classifier(loader: Any, name: str, arguments: dict[str, Any]) -> nn.Module:
+    model, report = loader.from_pretrained(name, output_loading_info=True, **arguments)
     missing = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
     if missing:
         raise ValueError(
@@ -106,9 +121,10 @@ def _loaded(
         arguments["dtype"] = dtype = _dtype(dtype)
     if quantization is not None:
         arguments["quantization_config"] = _quantization_config(quantization, dtype)
-    if _names_classifier(name, kwargs):
-        return _loaded_classifier(name, arguments)
-    return AutoModelForCausalLM.from_pretrained(name, **arguments)
+    kind = _named_kind(name, kwargs)
+    if kind in (Kind.ROWS, Kind.PLACES):
+        return _loaded_classifier(LOADERS[kind], name, arguments)
+    return LOADERS[kind].from_pretrained(name, **arguments)
 
 
 def place_model(model: nn.Module, device: torch.device) -> None:
@@ -195,15 +211,15 @@ class ModelTeacher(Teacher):
         return vocab_size(causal_lm(self.model))
 
     def check(self, run: Run) -> None:
-        """Check that both are causal LMs, or classifiers of the same classes.
+        """Check that both are of one kind; of classifiers, that they have the same classes.
 
         Raises:
-            ValueError: as `check_classes` and `check_decoder`.
+            ValueError: as `check_classes` and `check_same_kind`.
         """
-        if run.is_classifier or is_classifier(causal_lm(self.model)):
-            check_classes(run.language_model, causal_lm(self.model))
-        else:
-            check_decoder(causal_lm(self.model), "teacher")
+        lm = causal_lm(self.model)
+        check_same_kind(run.language_model, lm)
+        if has_classes(lm):
+            check_classes(run.language_model, lm)
 
     def inputs(self) -> Sequence[str]:
         """Return the names of its forward's inputs."""

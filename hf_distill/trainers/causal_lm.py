@@ -185,7 +185,7 @@ class CausalLM:
         if not (return_outputs or own or batch.wants_outputs):
             terms = self.student.run(model, batch.student, terms_of, at_head)
             return self._with_added(terms, batch), None
-        labels, side = batch.counted_labels(batch.inputs["labels"]), batch.student
+        labels, side = batch.counted_labels(self.own_labels(batch)), batch.student
         asked = self.hard_loss.arguments(labels, batch.num_items)
         kwargs = self.student.forward_inputs(model, side.inputs)
         with self.student.watching(model, side) as states:
@@ -198,6 +198,10 @@ class CausalLM:
             logits = sides.scored(outputs.logits, side.predicts)
             signal = Signal(logits=logits, states=states(), own_loss=own_loss)
             return self._with_added(terms_of(signal), batch), outputs
+
+    def own_labels(self, batch: Batch) -> Tensor:
+        """Return the labels [B, T] as the model itself takes them."""
+        return batch.inputs["labels"]
 
     def _with_added(self, terms: Terms, batch: Batch) -> Terms:
         """Add what adapters add to the loss of their outputs, once an optimizer step."""

@@ -22,7 +22,7 @@ from hf_distill.losses import (
 )
 from hf_distill.models.heads_apart import shard_heads
 from hf_distill.models.pieces import cut_heads, unevenly_held_twice
-from hf_distill.models.structure import check_decoder
+from hf_distill.models.structure import Kind, check_kind
 from hf_distill.run import Run
 from hf_distill.teachers import SelfTeacher, Teacher, has_adapters
 from hf_distill.trainers import config_schedules
@@ -98,8 +98,8 @@ def check_setup(run: Run) -> None:
         teacher.check(run)
     _check_contrast(run)
     _check_base_kl(run)
-    if not run.is_classifier:
-        check_decoder(run.language_model, "student")
+    if run.kind == Kind.CAUSAL:
+        check_kind(run.language_model, "student")
         check_hints(find_hint_collator(run.collator), run.teacher)
     _check_whole_rows(run)
 
@@ -183,7 +183,7 @@ def _check_base_kl(run: Run) -> None:
     if weight == 0:
         return
     kind = teacher.kind if isinstance(teacher, SelfTeacher) else type(teacher).__name__
-    if kind != "base" or run.is_classifier:
+    if kind != "base" or run.kind != Kind.CAUSAL:
         raise ValueError(
             "base_kl_weight needs the teacher 'base', which is the student before training, and a "
             f"causal LM; got {weight} with the teacher {kind!r}"
@@ -246,7 +246,7 @@ def check_unweighted(weights: Sequence[Tensor | None]) -> None:
 
 def hidden_states_refusal(run: Run, own_hard_loss: bool) -> str | None:
     """Return why a run must read logits and not hidden states, or None."""
-    if run.is_classifier:
+    if run.kind in (Kind.ROWS, Kind.PLACES):
         return "a classifier has few logits"
     if run.args.torch_compile:
         return "torch_compile"

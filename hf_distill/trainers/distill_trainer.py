@@ -19,7 +19,7 @@ from hf_distill.losses.taid import TaidCallback
 from hf_distill.models.forward import Reader
 from hf_distill.models.pieces import will_lie_in_pieces
 from hf_distill.models.signals import Signal
-from hf_distill.models.structure import vocab_size
+from hf_distill.models.structure import Kind, vocab_size
 from hf_distill.monitoring.metrics import TokenMeter
 from hf_distill.monitoring.watchdog import make_watchdog
 from hf_distill.rollouts import end_token_ids
@@ -39,6 +39,7 @@ from hf_distill.trainers.checks import (
 )
 from hf_distill.trainers.classification import check_classifier, make_classification
 from hf_distill.trainers.distill_config import DistillConfig, loss_settings_of
+from hf_distill.trainers.placed_labels import PlacedLabels, check_placed
 from hf_distill.trainers.restarts import continued
 from hf_distill.trainers.step_collation import given_collator
 from hf_distill.trainers.tasks import LABELS, Batch, Task, make_hard_loss
@@ -142,8 +143,10 @@ class DistillTrainer(AccountingTrainer):
 
     def _set_up(self, run: Run, keeps_teacher: bool = False) -> None:
         """Make what a step needs: the task, the teacher, what is measured."""
-        if run.is_classifier:
+        if run.kind == Kind.ROWS:
             check_classifier(run)
+        elif run.kind != Kind.CAUSAL:
+            check_placed(run)
         users = lambda: (self.compute_loss_func, self.label_smoother)
         hard_loss = make_hard_loss(run, users, self._accepts_count)
         warn_of_unread(unread_settings(run))
@@ -166,10 +169,11 @@ class DistillTrainer(AccountingTrainer):
         self._note_set_up(run)
 
     def _make_task(self, run: Run, hard_loss: HardLoss) -> Task:
-        if run.is_classifier:
+        if run.kind == Kind.ROWS:
             return make_classification(run, self._reader, hard_loss, lambda: self.loss)
         size, settings = self._vocabulary.size, self.args.loss_settings()
-        return CausalLM(run, settings, self._reader, hard_loss, size, self._num_ranks())
+        task = CausalLM if run.kind == Kind.CAUSAL else PlacedLabels
+        return task(run, settings, self._reader, hard_loss, size, self._num_ranks())
 
     def _collator_for(self, teacher: Teacher) -> Callable[[Any], Any]:
         return teacher.collator  # wraps the run's data collator in what the teacher needs
@@ -188,7 +192,8 @@ class DistillTrainer(AccountingTrainer):
 
     def _make_monitors(self, run: Run) -> None:
         """Make meters, and callbacks that follow the training."""
-        size = None if run.is_classifier else vocab_size(run.language_model)
+        of_classes = run.kind in (Kind.ROWS, Kind.PLACES)
+        size = None if of_classes else vocab_size(run.language_model)
         known, classes = run.tokenizer, None
         if known is not None and size is not None:
             classes = token_classes(known, size)

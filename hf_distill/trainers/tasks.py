@@ -16,6 +16,7 @@ from hf_distill.data.sides import IGNORE_INDEX, Side, places
 from hf_distill.losses import Terms, Tokens
 from hf_distill.losses.hard_loss import HardLoss
 from hf_distill.models.signals import Signal
+from hf_distill.models.structure import Kind
 from hf_distill.run import Run
 from hf_distill.trainers.evaluation import Part
 
@@ -127,10 +128,10 @@ def make_hard_loss(run: Run, users: Callable[[], tuple[Any, Any]], accepts_count
     """
     return HardLoss(
         run.language_model,
-        wanted=run.args.measures_hard and not run.is_classifier,
+        wanted=run.args.measures_hard and run.kind == Kind.CAUSAL,
         sharded=run.sharded,
         users=users,
-        shifts_labels=not run.is_classifier,
+        shifts_labels=run.kind == Kind.CAUSAL,
         accepts_count=accepts_count,
     )
 

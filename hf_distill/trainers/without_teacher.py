@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from hf_distill.data import packed_rows, token_weights
 from hf_distill.data.sides import IGNORE_INDEX, at_least_one_item
 from hf_distill.losses.hard_loss import ignores_count, probe_labels
-from hf_distill.models.structure import causal_lm, check_decoder, is_classifier, output_head
+from hf_distill.models.structure import (
+    Kind,
+    causal_lm,
+    check_kind,
+    is_classifier,
+    kind_of,
+    output_head,
+)
 from hf_distill.trainers.classification import compares_classes
 from hf_distill.trainers.evaluation import Evaluation
 from hf_distill.trainers.tasks import ignore_rows_from
@@ -119,10 +126,10 @@ def find_counted_labels(lm: nn.Module, names: Sequence[str]) -> str | None:
         return None
     if is_classifier(lm):
         return names[0] if compares_classes(cast(Any, lm).config) else None
-    if output_head(lm) is None:
+    if output_head(lm) is None or kind_of(lm) != Kind.CAUSAL:
         return None
     try:
-        check_decoder(lm, "student")
+        check_kind(lm, "student")
     except ValueError:
         return None  # of another task: its loss is what the Trainer makes of it
     return names[0]

@@ -7,6 +7,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
@@ -53,18 +54,22 @@ def causal_lm(seed: int, num_layers: int) -> LlamaForCausalLM:
 def save_all(folder: Path) -> None:
     """Write every model that a page names; `from_pretrained` takes a folder before the hub."""
     texts, others = tokenizer("</s>"), tokenizer("<end>", backwards=True)
+    masks = tokenizer("</s>")
+    masks.mask_token = "<unk>"
     sizes = {"vocab_size": len(texts), "num_labels": 3, "pad_token_id": 0}
     student: Any = DistilBertConfig(dim=16, hidden_dim=32, n_heads=2, n_layers=1, **sizes)
     made = {
         "Qwen/Qwen2.5-0.5B-Instruct": (causal_lm(0, 1), texts),
         "Qwen/Qwen2.5-1.5B-Instruct": (causal_lm(1, 2), texts),
         "HuggingFaceTB/SmolLM2-1.7B-Instruct": (causal_lm(2, 1), others),
-        "distilbert-base-uncased": (DistilBertForSequenceClassification(student), texts),
+        "distilbert-base-uncased": (DistilBertForSequenceClassification(student), masks),
         "textattack/bert-base-uncased-MNLI": (
             BertForSequenceClassification(BertConfig(**BERT, num_hidden_layers=1, **sizes)),
             texts,
         ),
     }
+    masked = BertForMaskedLM(BertConfig(**BERT, num_hidden_layers=2, **sizes))
+    made["google-bert/bert-base-uncased"] = masked, masks
     for name, (model, words) in made.items():
         model.save_pretrained(folder / name)
         words.save_pretrained(folder / name)

@@ -9,7 +9,7 @@ import transformers
 from packaging.version import Version
 from transformers import logging
 
-from hf_distill.models.structure import check_decoder
+from hf_distill.models.structure import check_kind
 from tests.sweeps import adapter_trials, architecture_trials, cells, page, running, sweep
 from tests.sweeps.cells import CLEAR, NONE, RIGHT, WRONG, Cell
 from tests.sweeps.difficult import CHANGES, WINDOWS
@@ -89,11 +89,11 @@ def test_a_wrong_step_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_errors_of_the_project_that_name_their_subject_are_clear() -> None:
-    class BertForMaskedLM(torch.nn.Module):
+    class BertForQuestionAnswering(torch.nn.Module):
         pass
 
     def own() -> Cell:
-        check_decoder(BertForMaskedLM(), "student")
+        check_kind(BertForQuestionAnswering(), "student")
         raise AssertionError
 
     def foreign() -> Cell:

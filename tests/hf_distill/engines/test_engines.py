@@ -14,6 +14,7 @@ from torch import nn
 
 from hf_distill import DistillConfig, DistillTrainer, ModelTeacher
 from hf_distill.models.heads_apart import heads_apart
+from hf_distill.models.structure import Kind
 from hf_distill.trainers.checkpoints import check_are_parameters
 from hf_distill.trainers.checks import check_setup, shard_loss
 from tests.hf_distill.engines import cpu
@@ -91,7 +92,7 @@ def test_a_model_in_pieces_is_read_without_its_logits(engine: tuple[str, Path]) 
 def run_of(**changes: Any) -> Any:
     """Enough of a run for the checks that come first."""
     args = {"n_gpu": 1, "use_cpu": False, "fsdp": None, "deepspeed": None}
-    own = {"num_copies": 1, "num_parts": 1, "teachers": [], "is_classifier": True}
+    own = {"num_copies": 1, "num_parts": 1, "teachers": [], "kind": Kind.ROWS}
     own |= {"student": nn.Identity(), "teacher": None, "collator": None}
     given = {name: changes.pop(name) for name in tuple(changes) if name in args}
     kind = changes.pop("kind", DistributedType.MULTI_CPU)

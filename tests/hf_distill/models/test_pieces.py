@@ -21,6 +21,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hf_distill.models import pieces
+from hf_distill.models.structure import Kind
 from hf_distill.trainers import checks
 
 
@@ -119,7 +120,7 @@ def run_of(student: nn.Module, teacher: nn.Module | None = None) -> Any:
         teachers=[] if teacher is None else [SimpleNamespace(model=teacher)],
         num_copies=3,
         num_parts=1,
-        is_classifier=True,
+        kind=Kind.ROWS,
     )
 
 

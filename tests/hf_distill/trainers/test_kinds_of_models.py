@@ -8,11 +8,14 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertForQuestionAnswering,
     BertLMHeadModel,
     LlamaForTokenClassification,
     LlamaModel,
     T5Config,
     T5ForConditionalGeneration,
+    T5ForQuestionAnswering,
+    T5Model,
 )
 
 from hf_distill import DistillConfig, DistillTrainer, OPSDConfig, OPSDTrainer, RoutedTeacher
@@ -32,11 +35,17 @@ def encoder_decoder() -> nn.Module:
 
 
 NO_CAUSAL_LMS: dict[str, tuple[Any, str]] = {
-    "an encoder-decoder": (encoder_decoder, "must be a decoder-only causal LM, got an encoder-"),
-    "a masked LM": (lambda: of_bert(BertForMaskedLM), "must be a causal LM or .* BertForMaskedLM"),
-    "a token classifier": (
-        lambda: LlamaForTokenClassification(models.llama().config),
-        "must be a causal LM or .* got a LlamaForTokenClassification",
+    "of questions": (
+        lambda: of_bert(BertForQuestionAnswering),
+        "must be a causal LM, a sequence classifier, .* got a BertForQuestionAnswering",
+    ),
+    "an encoder-decoder of questions": (
+        lambda: T5ForQuestionAnswering(encoder_decoder().config),
+        "must be a causal LM, .* got a T5ForQuestionAnswering",
+    ),
+    "an encoder-decoder without a head": (
+        lambda: T5Model(encoder_decoder().config),
+        r"must give logits, got an encoder-decoder without a head \(T5Model\)",
     ),
     "no head": (
         lambda: LlamaModel(models.llama().config),
@@ -59,6 +68,29 @@ def test_models_that_are_no_causal_lms(tmp_path: Path, case: str, whose: str) ->
     args = DistillConfig(**models.options(tmp_path, remove_unused_columns=False))
     with pytest.raises(ValueError, match=f"the {name} {message}"):
         DistillTrainer(student, args, models.Pad(), rows, teacher=teacher).train()
+
+
+OTHERS = {
+    "seq2seq": (encoder_decoder, "a sequence to sequence model"),
+    "masked": (lambda: of_bert(BertForMaskedLM), "a masked LM"),
+    "places": (lambda: LlamaForTokenClassification(models.llama().config), "a token classifier"),
+}
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher", "routed"])
+@pytest.mark.parametrize("case", OTHERS)
+def test_both_are_of_one_kind(tmp_path: Path, case: str, whose: str) -> None:
+    make, kind = OTHERS[case]
+    student = make() if whose == "student" else models.llama()
+    teacher: Any = models.llama(1) if whose == "student" else make()
+    if whose == "routed":
+        teacher = RoutedTeacher({"good": models.llama(1), "bad": teacher}, "which")
+    plain = "a causal LM"
+    both = (kind, plain) if whose == "student" else (plain, kind)
+    args = DistillConfig(**models.options(tmp_path))
+    message = f"must be of one kind, got {both[0]} .* as student and {both[1]} .* as teacher"
+    with pytest.raises(ValueError, match=message):
+        DistillTrainer(student, args, models.Pad(), models.rows(), teacher=teacher)
 
 
 @pytest.mark.parametrize("on_policy", [False, True])
