@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_distill.data.cross_tokenizer_collator import find_cross_tokenizer_collator
 from hf_distill.data.hint_collator import HintCollator, find_hint_collator, hint_collator_behind
 from hf_distill.data.hint_schedule import hint_schedule_of
+from hf_distill.data.span_collator import find_span_collator
 from hf_distill.data.token_weights import TokenWeightsConfig
 from hf_distill.losses import (
     Loss,
@@ -94,6 +95,7 @@ def check_setup(run: Run) -> None:
         _check_heads("teacher", getattr(teacher, "model", None))
         _check_dense(run, teacher)
         _check_drift(run, teacher)
+        _check_spans(run, teacher)
         _check_temperature(run, teacher)
         teacher.check(run)
     _check_contrast(run)
@@ -164,12 +166,30 @@ def _check_dense(run: Run, teacher: Teacher) -> None:
 def _check_drift(run: Run, teacher: Teacher) -> None:
     """Check that the teacher has a probability for each of the student's tokens."""
     drift = cast(TokenWeightsConfig, run.args.token_weights).drift
-    other_tokens = find_cross_tokenizer_collator(run.collator) is not None
+    finds = find_cross_tokenizer_collator, find_span_collator
+    other_tokens = any(find(run.collator) is not None for find in finds)
     if drift > 0 and (other_tokens or not teacher.dense):
         why = "another tokenizer" if other_tokens else "some entries of the vocabulary"
         raise ValueError(
             "token_weights.drift needs the teacher's probability of each token of the student, got "
             f"{drift} and a {type(teacher).__name__} of {why}"
+        )
+
+
+def _check_spans(run: Run, teacher: Teacher) -> None:
+    """Check that the teacher can be asked about its own tokens, and that no weight is theirs."""
+    if find_span_collator(run.collator) is None:
+        return
+    entropy = cast(TokenWeightsConfig, run.args.token_weights).entropy
+    if entropy != 0:
+        raise ValueError(
+            "token_weights.entropy is the teacher's at each token of the student, which a teacher "
+            f"of another tokenizer has not, got {entropy} with a SpanCollator"
+        )
+    if not teacher.reads_batches:
+        raise ValueError(
+            "a SpanCollator makes rows in the teacher's own tokens, which a "
+            f"{type(teacher).__name__} does not read: take a model, or a server of hidden states"
         )
 
 

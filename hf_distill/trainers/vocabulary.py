@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_distill.data import sides
@@ -12,9 +14,11 @@ from hf_distill.data.cross_tokenizer_collator import (
     CrossTokenizerCollator,
     find_cross_tokenizer_collator,
 )
-from hf_distill.losses import UNIVERSAL, CrossTokenizerLoss
+from hf_distill.data.span_collator import SpanCollator, find_span_collator
+from hf_distill.losses import SPANS, UNIVERSAL, CrossTokenizerLoss, SpanLoss
 from hf_distill.models import signals, structure, tokenizers
 from hf_distill.models.signals import Signal
+from hf_distill.models.spans import CommonIds, Spans
 from hf_distill.run import Run
 from hf_distill.teachers import Teacher
 from hf_distill.trainers import config_schedules
@@ -22,7 +26,10 @@ from hf_distill.trainers import config_schedules
 logger = logging.getLogger(__name__)
 
 LABELS = ("labels", "anchor_labels")
-OWN = f"divergence {UNIVERSAL!r} with a CrossTokenizerCollator takes different ones"
+OWN = (
+    f"divergence {UNIVERSAL!r} with a CrossTokenizerCollator, or {SPANS!r} with a SpanCollator, "
+    "takes different ones"
+)
 
 
 class Vocabulary:
@@ -49,6 +56,8 @@ class Vocabulary:
         collator = find_cross_tokenizer_collator(run.collator)
         self._tokenizer = run.tokenizer
         self._crosses = isinstance(run.losses[0], CrossTokenizerLoss)
+        self._spans = find_span_collator(run.collator)
+        self._common: CommonIds | None = None  # with the spans' collator
         self._different: str | None = None
         self._unequal: str | None = None  # where tokenizers are not known
         self._needs_one: str | None = None
@@ -59,11 +68,15 @@ class Vocabulary:
             return
         teachers = run.teachers
         student = structure.vocab_size(run.language_model)
+        used = "a loss of your own" if run.own_loss else f"divergence {run.args.divergence!r}"
+        self._student_size = student
+        if self._find_spans(run, used):
+            self._different = self._check_crossing(self._spans, teachers, student)
+            return
         if self._crosses:
             self._different = self._check_crossing(collator, teachers, student)
             _warn_of_temperature(run, student)
             return
-        used = "a loss of your own" if run.own_loss else f"divergence {run.args.divergence!r}"
         if collator is not None:
             one, other = (collator.student_tokenizer, collator.teacher_tokenizer)
             raise ValueError(
@@ -82,6 +95,21 @@ class Vocabulary:
         run.teacher.keep_vocab(self.size)
         self.is_plain = self.size is None
 
+    def _find_spans(self, run: Run, used: str) -> bool:
+        """Return whether spans are compared.
+
+        Raises:
+            ValueError: the loss or the collator is one of spans, and the other is not.
+        """
+        is_loss = isinstance(run.losses[0], SpanLoss)
+        if is_loss == (self._spans is not None):
+            return is_loss
+        name = type(getattr(run.collator, "__self__", run.collator)).__name__
+        used = used.removeprefix("divergence ")
+        raise ValueError(
+            f"divergence {SPANS!r} and a SpanCollator need each other, got {used} with a {name}"
+        )
+
     def _known(self, teachers: Sequence[Teacher]) -> list[PreTrainedTokenizerBase]:
         """Return the teachers' tokenizers, as far as they and the student's are known."""
         if self._tokenizer is None:
@@ -91,7 +119,7 @@ class Vocabulary:
 
     def _check_crossing(
         self,
-        collator: CrossTokenizerCollator | None,
+        collator: CrossTokenizerCollator | SpanCollator | None,
         teachers: Sequence[Teacher],
         student: int | None,
     ) -> str | None:
@@ -113,11 +141,12 @@ class Vocabulary:
             _check_ids(other, teacher.vocab_size, "teacher")
         _check_ids(one, student, "student")
         if tokenizers.first_difference(one, other) is None:
-            logger.warning(
-                "student and teacher have one tokenizer: divergence %r compares sorted "
-                "probabilities only, 'forward_kl' would compare those of each token",
-                UNIVERSAL,
-            )
+            if self._crosses:
+                logger.warning(
+                    "student and teacher have one tokenizer: divergence %r compares sorted "
+                    "probabilities only, 'forward_kl' would compare those of each token",
+                    UNIVERSAL,
+                )
             self._is_one = True
             return None
         return _both(one, other)
@@ -178,7 +207,12 @@ class Vocabulary:
                 cannot compare, or lacks them; or a labelled id is beyond what is used.
         """
         own = sides.has_own_tokens(batch)
-        if own and not self._crosses:
+        if (batch.get(sides.SPANS) is not None) != (self._spans is not None):
+            raise ValueError(
+                f"a batch with {sides.SPANS} and divergence {SPANS!r} with a SpanCollator need "
+                f"each other, got a batch {'without' if self._spans else 'with'} them"
+            )
+        if own and not (self._crosses or self._spans):
             raise ValueError(
                 f"a batch with {sides.TEACHER_OWN_TOKENS} needs divergence {UNIVERSAL!r}"
             )
@@ -207,9 +241,31 @@ class Vocabulary:
         """Return the teacher's signal about what is used, and about which of the scored tokens."""
         if self.size is not None:
             return signals.without_padding(signal, self.size)
+        if self._spans is not None:
+            spans = self._spans_of(batch, signal)
+            return replace(signal, spans=spans, paired=spans.student >= 0)
         if sides.has_own_tokens(batch):
             return replace(signal, paired=sides.paired_tokens(batch))
         return signal
+
+    def _spans_of(self, batch: Mapping[str, Any], signal: Signal) -> Spans:
+        """Return the spans of a batch, numbered over all its rows."""
+        assert self._spans is not None
+        index, their_index = batch["completion_index"], batch["teacher_completion_index"]
+        width = max(index.shape[1], 1)
+        rows = torch.arange(len(index), device=index.device)[:, None] * width
+
+        def flat(spans: Tensor, at: Tensor) -> Tensor:
+            return torch.where(spans < 0, spans, spans + rows)[at >= 0]
+
+        ids = batch["teacher_input_ids"].gather(1, their_index.clamp_min(0))[their_index >= 0]
+        if self._common is None:
+            size = cast(int, self._student_size)
+            self._common = CommonIds.of(self._spans.common_ids, size, cast(int, signal.vocab))
+        self._common = self._common.to(index.device)
+        mine = flat(batch[sides.SPANS_OF_STUDENT], index)
+        theirs = flat(batch[sides.SPANS], their_index)
+        return Spans.of(mine, theirs, ids, len(index) * width, self._common)
 
     def outputs(self, outputs: Any) -> Any:
         """Return a model's outputs with logits [..., size] only."""
