@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_distill.data import alignment, batches, rendering, sides
 from hf_distill.data.batches import TokenRow
-from hf_distill.data.chat import join_dialogue
+from hf_distill.data.chat import begins_reply, join_dialogue
 from hf_distill.data.contrast import Hints
 from hf_distill.data.cross_tokenizer_collator import consecutive_runs
 from hf_distill.data.episodes import Episode
@@ -196,8 +196,11 @@ class SpanCollator(HintCollator):
         theirs = self._theirs._without_hints() if is_dropped else self._theirs
         context = self._theirs.context_ids(episode.prompt)
         end = theirs._end_of(episode.prompt, context)
+        goes_on = isinstance(episode.prompt, str) or begins_reply(episode.prompt)
+        told = self.ends.ids, end, self.common_ids
         replies = [
-            self.aligner.reply(x, self.ends.ids, end, self.common_ids) for x in episode.completions
+            self.aligner.reply(x, *told, at_start=i > 0 or not goes_on)
+            for i, x in enumerate(episode.completions)
         ]
         made = theirs._episode(replace(episode, completions=[x.ids for x in replies]))
         return made._replace(dropped=is_dropped and bool(self.hints)), replies

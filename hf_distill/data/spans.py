@@ -14,12 +14,12 @@ Source:
     Tokenizer Barrier", arXiv:2606.09456.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import NamedTuple, cast
 
-from hf_distill.data.token_bytes import TokenBytes, common_ids
+from hf_distill.data.token_bytes import TokenBytes, common_ids, without_first_space
 from hf_distill.data.turn_ends import TurnEnds
 
 
@@ -65,10 +65,10 @@ def cut_text(known: TokenBytes, text: str) -> tuple[list[int], list[Cut]]:
     ids, raw = cast(list[int], encoded["input_ids"]), text.encode()
     pieces = known.of(ids)
     written = b"".join(x or b"" for x in pieces)
-    if written == b" " + raw and pieces[0] is not None and pieces[0][:1] == b" ":
-        pieces[0], written = pieces[0][1:], raw  # the tokenizer's own space in front of a text
     if written == raw:
         return ids, cuts_of(pieces)
+    if written == b" " + raw and pieces[0]:  # the tokenizer's own space in front of a text
+        return ids, cuts_of(without_first_space(pieces))
     return ids, _cuts_by_offsets(pieces, encoded["offset_mapping"], text)
 
 
@@ -81,10 +81,13 @@ def _cuts_by_offsets(
         places.append(places[-1] + len(character.encode()))
     found, before = list[Cut](), 0
     for piece, (start, stop) in zip(pieces, offsets, strict=True):
-        left_out = text[before:start]
-        says = piece is not None and piece.strip() == text[start:stop].strip().encode()
+        left_out, own = (x.encode().strip() for x in (text[before:start], text[start:stop]))
+        if piece is not None and own and not piece.strip():
+            stop, says = before, True  # the tokenizer's own space in front of a word
+        else:
+            says = piece is not None and piece.strip() == own and not left_out and start >= before
         stop = max(stop, before)
-        found.append(Cut(places[before], places[stop], says and not left_out.strip()))
+        found.append(Cut(places[before], places[stop], says))
         before = stop
     return found
 
@@ -94,17 +97,31 @@ def common_spans(student: Sequence[Cut], teacher: Sequence[Cut]) -> list[Span]:
 
     Tokens that are in none are left out: see the module.
     """
-    sides = [[i for i, cut in enumerate(x) if cut.end > cut.start] for x in (student, teacher)]
-    mine, theirs = sides
+    mine, theirs = _units(student), _units(teacher)
     found, i, j, start, other = list[Span](), 0, 0, 0, 0
     while i < len(mine) and j < len(theirs):
-        end, their_end = student[mine[i]].end, teacher[theirs[j]].end
+        end, their_end = student[mine[i][-1]].end, teacher[theirs[j][-1]].end
         i, j = i + (end <= their_end), j + (their_end <= end)
         if end == their_end:
-            span = Span(mine[start:i], theirs[other:j])
+            span = Span([*chain(*mine[start:i])], [*chain(*theirs[other:j])])
             if _is_whole(span.student, student) and _is_whole(span.teacher, teacher):
                 found.append(span)
             start, other = i, j
+    return found
+
+
+def _units(cuts: Sequence[Cut]) -> list[list[int]]:
+    """Return the places of tokens that write something, each behind those that only lead to it.
+
+    Such a one is the space that a tokenizer puts in front of a text, where it is a token.
+    """
+    found, before = list[list[int]](), list[int]()
+    for i, cut in enumerate(cuts):
+        if cut.end == cut.start:
+            before = [*before, i] if cut.says else []
+            continue
+        found.append([*before, i])
+        before = []
     return found
 
 
@@ -135,12 +152,12 @@ class SpanAligner:
         pairs = [(ends.turn, teacher_ends.turn), (ends.of_text, teacher_ends.of_text)]
         return common_ids(self.student, self.teacher, pairs)
 
-    def text(self, ids: Sequence[int]) -> tuple[str, list[Cut]]:
-        """Return the text that ids of the student write, and their cuts.
+    def text(self, ids: Sequence[int], at_start: bool) -> tuple[str, list[Cut]]:
+        """Return the text that ids of the student write, and their cuts; see `TokenBytes.of`.
 
         It ends in front of the first byte that begins no whole character.
         """
-        pieces = self.student.of(ids)
+        pieces = self.student.of(ids, at_start)
         raw = b"".join(x or b"" for x in pieces)
         try:
             text = raw.decode()
@@ -149,7 +166,12 @@ class SpanAligner:
         return text, cuts_of(pieces)
 
     def reply(
-        self, ids: Sequence[int], end_ids: Sequence[int], end: int | None, common: dict[int, int]
+        self,
+        ids: Sequence[int],
+        end_ids: Sequence[int],
+        end: int | None,
+        common: Mapping[int, int],
+        at_start: bool = True,
     ) -> TeacherReply:
         """Return a reply as the teacher reads it.
 
@@ -161,11 +183,12 @@ class SpanAligner:
             end_ids: the student's ids that end a reply.
             end: the teacher's, or None.
             common: see `common`.
+            at_start: whether its text begins with it; else it goes on with one of the prompt.
         """
         if self.is_one:
             return TeacherReply(list(ids), [Span([i], [i]) for i in range(len(ids))])
         ended = bool(ids) and ids[-1] in end_ids
-        text, cuts = self.text(ids[:-1] if ended else ids)
+        text, cuts = self.text(ids[:-1] if ended else ids, at_start)
         theirs, their_cuts = cut_text(self.teacher, text)
         spans = common_spans(cuts, their_cuts)
         is_whole = not cuts or cuts[-1].end == len(text.encode())

@@ -108,11 +108,13 @@ class TokenBytes:
             token = token.replace(old, new)
         return (f" {token}" if self._joins_words else token).encode()
 
-    def of(self, ids: Sequence[int]) -> list[bytes | None]:
+    def of(self, ids: Sequence[int], at_start: bool = False) -> list[bytes | None]:
         """Return what each token of a text writes into it.
 
         Args:
-            ids: of a whole text: its first token may have a space in front that is none.
+            ids: of the text.
+            at_start: whether it begins there, where the space that many tokenizers put in front of
+                a first word is none of the text's; else it goes on with another one.
 
         Returns:
             Bytes; None for special and unknown tokens, which stand for no text.
@@ -122,8 +124,8 @@ class TokenBytes:
             if token_id not in self._known:
                 self._known[token_id] = self._bytes(token_id)
             found.append(self._known[token_id])
-        if found and found[0] is not None and self._strips_first and found[0][:1] == b" ":
-            found[0] = found[0][1:]
+        if at_start and self._strips_first:
+            found = without_first_space(found)
         return found
 
     @property
@@ -139,6 +141,12 @@ class TokenBytes:
         """Return whether a token is a single byte that other tokens may write as well."""
         token = self.tokenizer.convert_ids_to_tokens(token_id)
         return "ByteFallback" in self._kinds and _is_byte(token)
+
+
+def without_first_space(pieces: Sequence[bytes | None]) -> list[bytes | None]:
+    """Return what tokens write, less a space in front of all."""
+    first, *others = pieces or [None]
+    return [first.removeprefix(b" ") if first else first, *others][: len(pieces)]
 
 
 def _is_byte(token: str) -> bool:
