@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from hf_distill.losses import chunks
-from hf_distill.losses.base import Loss, Terms, Tokens
+from hf_distill.losses.base import Loss, Terms, Tokens, without_odd_gradients
 from hf_distill.models.signals import Signal
 from hf_distill.models.spans import CommonIds, Spans
 from metal_ops import DivergenceSpec
@@ -145,11 +145,14 @@ class SpanLoss(Loss):
         """Compute the loss of n tokens of measured spans."""
         spans = teacher.spans
         assert spans is not None
+        weights = tokens.soft_weights
+        if logits.requires_grad:
+            logits = without_odd_gradients(logits, (weights == 0) & (spans.pulls == 0))
         log_q = _log_softmax(logits, self.temperature)
         with torch.no_grad():
             known = teacher.dense()
             log_p = _log_softmax(known, self.temperature).to(log_q.dtype) if len(known) else None
-        weights = tokens.soft_weights.to(log_q.dtype)
+        weights = weights.to(log_q.dtype)
         counts = spans.single & (weights != 0)
         own = log_q.gather(-1, tokens.targets[:, None]).squeeze(-1)
         several = spans.values.to(log_q.dtype)
