@@ -1,5 +1,6 @@
 """Tokenizers of every family, trained here on a few sentences."""
 
+import json
 from functools import cache
 
 from tokenizers import (
@@ -69,8 +70,6 @@ def sentence_piece(size: int = 380) -> PreTrainedTokenizerFast:
 
 def _without_byte_tokens(state: str) -> str:
     """Bytes are tokens of the vocabulary, not added ones that would be found in texts."""
-    import json  # noqa: PLC0415
-
     made = json.loads(state)
     made["added_tokens"] = [x for x in made["added_tokens"] if not x["content"].startswith("<0x")]
     return json.dumps(made)

@@ -196,7 +196,7 @@ def test_ends_are_common_by_their_part_and_others_by_bytes() -> None:
 def test_tokenizers_that_are_not_known() -> None:
     made = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     made.decoder = decoders.BPEDecoder()
-    with pytest.raises(ValueError, match="known for decoders of .* with BPEDecoder"):
+    with pytest.raises(ValueError, match=r"known for decoders of .* with BPEDecoder"):
         TokenBytes(PreTrainedTokenizerFast(tokenizer_object=made))
 
     class Slow:

@@ -9,11 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_distill.data.spans import common_spans, cut_text
+from hf_distill.data.token_bytes import TokenBytes, common_ids
 from hf_distill.losses import DivergenceLoss, SpanLoss, Terms, Tokens, chunks, not_finite
 from hf_distill.models.signals import Head, Signal
 from hf_distill.models.spans import CommonIds, Spans
 from metal_ops import DivergenceSpec, SparseTeacher, reference
+from tests.hf_distill.data.families import TEXTS, byte_level
 
+GOLD = pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
 N, M, V, W, H = 8, 9, 7, 9, 5
 COMMON = {0: 3, 1: 1, 2: 8, 5: 0}
 # of the student's tokens: two, one (single), none, one (not common), two, one (other id)
@@ -276,8 +280,35 @@ def test_teachers_that_say_too_little() -> None:
         SpanLoss(temperature=0.0)
 
 
-@pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
-def test_trl_gold() -> None:
+def gold_pairs() -> tuple[list[Any], dict[int, int], list[tuple[Any, Any]]]:
+    """Two byte-level tokenizers, their common ids, and texts as (ids, spans)."""
+    made = [byte_level(340), byte_level(270)]
+    known = [TokenBytes(x) for x in made]
+    found = []
+    for text in TEXTS[:5]:
+        ids, cuts = zip(*(cut_text(x, text) for x in known), strict=True)
+        found.append((text, ids, common_spans(*cuts)))
+    return made, common_ids(*known, []), found
+
+
+@GOLD
+def test_trl_gold_cuts_the_same_groups() -> None:
+    """And has the same tokens in common: those of one name."""
+    from trl.experimental.gold.gold_trainer import ULDLoss  # noqa: PLC0415
+    from trl.experimental.utils import encode_with_byte_offsets  # noqa: PLC0415
+
+    made, common, texts = gold_pairs()
+    names = [x.get_vocab() for x in made]
+    assert common == {i: names[1][x] for x, i in names[0].items() if x in names[1]}
+    for text, ids, spans in texts:
+        theirs = [encode_with_byte_offsets(x.backend_tokenizer, [text])[0] for x in made]
+        assert [x[0] for x in theirs] == list(ids)
+        groups = ULDLoss._align_by_byte_offsets(*(x[1] for x in theirs))
+        assert [list(map(list, x)) for x in zip(*spans, strict=True)] == list(groups)
+
+
+@GOLD
+def test_trl_gold_has_the_same_likelihoods() -> None:
     """Value by value where TRL's GOLD has a rule, with its "bayesian" merging.
 
     The same: the groups of tokens; for a group of several tokens the entry of the observed tokens,
@@ -289,25 +320,10 @@ def test_trl_gold() -> None:
     by tokens; end tokens are left out unless asked for; and it reads byte-level tokenizers only.
     """
     from trl.experimental.gold.gold_trainer import ULDLoss  # noqa: PLC0415
-    from trl.experimental.utils import encode_with_byte_offsets  # noqa: PLC0415
 
-    from hf_distill.data.spans import common_spans, cut_text  # noqa: PLC0415
-    from hf_distill.data.token_bytes import TokenBytes, common_ids  # noqa: PLC0415
-    from tests.hf_distill.data.families import TEXTS, byte_level  # noqa: PLC0415
-
-    made = [byte_level(340), byte_level(270)]
-    known = [TokenBytes(x) for x in made]
-    common = common_ids(*known, [])
-    names = [x.get_vocab() for x in made]
-    assert common == {i: names[1][x] for x, i in names[0].items() if x in names[1]}
-    for text in TEXTS[:5]:
-        ids, cuts = zip(*(cut_text(x, text) for x in known), strict=True)
-        spans = common_spans(*cuts)
-        theirs = [encode_with_byte_offsets(x.backend_tokenizer, [text])[0] for x in made]
-        assert [x[0] for x in theirs] == list(ids)
-        groups = ULDLoss._align_by_byte_offsets(*(x[1] for x in theirs))
-        assert [list(map(list, x)) for x in zip(*spans, strict=True)] == list(groups)
-
+    made, common, texts = gold_pairs()
+    _, ids, spans = texts[-1]
+    groups = [[list(span[side]) for span in spans] for side in (0, 1)]
     sizes = [len(x) for x in made]
     torch.manual_seed(0)
     logits = [torch.randn(len(x), n).double() for x, n in zip(ids, sizes, strict=True)]
