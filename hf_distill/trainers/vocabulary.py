@@ -72,6 +72,8 @@ class Vocabulary:
         self._student_size = student
         if self._find_spans(run, used):
             self._different = self._check_crossing(self._spans, teachers, student)
+            if self._is_one:
+                self._cut(run, student)
             return
         if self._crosses:
             self._different = self._check_crossing(collator, teachers, student)
@@ -91,9 +93,13 @@ class Vocabulary:
                 theirs,
                 f"student and teacher must have one tokenizer for {used} ({OWN})",
             )
-        self.size = self._shared(student, teachers)
-        run.teacher.keep_vocab(self.size)
+        self._cut(run, student)
         self.is_plain = self.size is None
+
+    def _cut(self, run: Run, student: int | None) -> None:
+        """Leave padding out on both sides, see the class."""
+        self.size = self._shared(student, run.teachers)
+        run.teacher.keep_vocab(self.size)
 
     def _find_spans(self, run: Run, used: str) -> bool:
         """Return whether spans are compared.
@@ -240,11 +246,11 @@ class Vocabulary:
     def signal(self, signal: Signal, batch: Mapping[str, Any]) -> Signal:
         """Return the teacher's signal about what is used, and about which of the scored tokens."""
         if self.size is not None:
-            return signals.without_padding(signal, self.size)
+            signal = signals.without_padding(signal, self.size)
         if self._spans is not None:
             spans = self._spans_of(batch, signal)
             return replace(signal, spans=spans, paired=spans.student >= 0)
-        if sides.has_own_tokens(batch):
+        if self.size is None and sides.has_own_tokens(batch):
             return replace(signal, paired=sides.paired_tokens(batch))
         return signal
 
@@ -260,8 +266,10 @@ class Vocabulary:
 
         ids = batch["teacher_input_ids"].gather(1, their_index.clamp_min(0))[their_index >= 0]
         if self._common is None:
-            size = cast(int, self._student_size)
-            self._common = CommonIds.of(self._spans.common_ids, size, cast(int, signal.vocab))
+            mine, theirs = self.size or cast(int, self._student_size), cast(int, signal.vocab)
+            is_one = self._is_one and mine == theirs  # entries behind the ids are compared too
+            pairs = {i: i for i in range(mine)} if is_one else self._spans.common_ids
+            self._common = CommonIds.of(pairs, mine, theirs)
         self._common = self._common.to(index.device)
         mine = flat(batch[sides.SPANS_OF_STUDENT], index)
         theirs = flat(batch[sides.SPANS], their_index)
