@@ -95,7 +95,6 @@ def check_setup(run: Run) -> None:
         _check_heads("teacher", getattr(teacher, "model", None))
         _check_dense(run, teacher)
         _check_drift(run, teacher)
-        _check_spans(run, teacher)
         _check_temperature(run, teacher)
         teacher.check(run)
     _check_contrast(run)
@@ -173,23 +172,6 @@ def _check_drift(run: Run, teacher: Teacher) -> None:
         raise ValueError(
             "token_weights.drift needs the teacher's probability of each token of the student, got "
             f"{drift} and a {type(teacher).__name__} of {why}"
-        )
-
-
-def _check_spans(run: Run, teacher: Teacher) -> None:
-    """Check that the teacher can be asked about its own tokens, and that no weight is theirs."""
-    if find_span_collator(run.collator) is None:
-        return
-    entropy = cast(TokenWeightsConfig, run.args.token_weights).entropy
-    if entropy != 0:
-        raise ValueError(
-            "token_weights.entropy is the teacher's at each token of the student, which a teacher "
-            f"of another tokenizer has not, got {entropy} with a SpanCollator"
-        )
-    if not teacher.reads_batches:
-        raise ValueError(
-            "a SpanCollator makes rows in the teacher's own tokens, which a "
-            f"{type(teacher).__name__} does not read: take a model, or a server of hidden states"
         )
 
 

@@ -103,7 +103,8 @@ class DistillConfig(TrainingArguments):
         metadata={
             "help": "Chooses the soft loss: forward_kl, which is KL(teacher||student), reverse_kl, "
             "jsd (with beta) or another kind of metal_ops.DivergenceSpec. policy_gradient and k3 "
-            "read the scored tokens alone, and uld compares with a teacher of another tokenizer."
+            "read the scored tokens alone, and uld and spans compare with a teacher of another "
+            "tokenizer."
         },
     )
     beta: Value = field(

@@ -15,6 +15,7 @@ from hf_distill.data.cross_tokenizer_collator import (
     find_cross_tokenizer_collator,
 )
 from hf_distill.data.span_collator import SpanCollator, find_span_collator
+from hf_distill.data.token_weights import TokenWeightsConfig
 from hf_distill.losses import SPANS, UNIVERSAL, CrossTokenizerLoss, SpanLoss
 from hf_distill.models import signals, structure, tokenizers
 from hf_distill.models.signals import Signal
@@ -109,6 +110,8 @@ class Vocabulary:
         """
         is_loss = isinstance(run.losses[0], SpanLoss)
         if is_loss == (self._spans is not None):
+            if is_loss:
+                _check_spans(run)
             return is_loss
         name = type(getattr(run.collator, "__self__", run.collator)).__name__
         used = used.removeprefix("divergence ")
@@ -296,6 +299,22 @@ class Vocabulary:
             raise ValueError(
                 f"{what} needs student and teacher to have one tokenizer, whose tokens stand at "
                 f"the same places, got {self._different}"
+            )
+
+
+def _check_spans(run: Run) -> None:
+    """Check that teachers can be asked about their own tokens, and that no weight is theirs."""
+    entropy = cast(TokenWeightsConfig, run.args.token_weights).entropy
+    if entropy != 0:
+        raise ValueError(
+            "token_weights.entropy is the teacher's at each token of the student, which a teacher "
+            f"of another tokenizer has not, got {entropy} with a SpanCollator"
+        )
+    for teacher in run.teachers:
+        if not teacher.knows_new_rows:
+            raise ValueError(
+                "a SpanCollator makes rows in the teacher's own tokens, which a "
+                f"{type(teacher).__name__} has not read: take a model, or a server of hidden states"
             )
 
 

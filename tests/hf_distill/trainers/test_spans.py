@@ -71,10 +71,11 @@ def dense_loss(student: nn.Module, rows: list[dict]) -> tuple[float, int]:
         log_probs = []
         reply = WORDS(row["completion"])["input_ids"]
         context = f"{row['prompt']}\n\n{row['hint']}"
+        theirs = [*LETTERS(" " + row["completion"])["input_ids"], 0]
         sides = (
             (student, WORDS(row["prompt"])["input_ids"], [*reply, 2]),
-            (teacher, LETTERS(context)["input_ids"], [*LETTERS(" " + row["completion"])["input_ids"], 0]),
-        )  # fmt: skip
+            (teacher, LETTERS(context)["input_ids"], theirs),
+        )
         for model, prompt, ids in sides:
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0]
@@ -222,9 +223,7 @@ def test_the_loss_and_the_collator_need_each_other(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=words.format("'spans'", "function")):
         distil(tmp_path, collator=own, remove_unused_columns=False)
     other = distil(tmp_path, collator=own, remove_unused_columns=False, divergence="uld")
-    with pytest.raises(
-        ValueError, match="teacher_spans and divergence 'spans' .* got a batch with "
-    ):
+    with pytest.raises(ValueError, match=r"divergence 'spans' .* each other, got a batch with t"):
         other.train()
 
 
@@ -248,15 +247,13 @@ def test_settings_that_are_not_of_spans(tmp_path: Path) -> None:
 
 def test_teachers_that_cannot_be_asked(tmp_path: Path) -> None:
     remote = RemoteTeacher("http://localhost:1/v1", "tiny", 5)
-    with pytest.raises(
-        ValueError, match="'spans' reads the .* of which a RemoteTeacher knows some"
-    ):
+    with pytest.raises(ValueError, match=r"'spans' reads the .* of which a RemoteTeacher knows"):
         opsd(tmp_path, remote)
     remote.close()
     made = HintCollator(WORDS, ())
     cache_teacher(models.llama(1), models.problems(), tmp_path / "c", data_collator=made,
                   codec="full")  # fmt: skip
-    with pytest.raises(ValueError, match="own tokens, which a CachedTeacher does not read"):
+    with pytest.raises(ValueError, match="own tokens, which a CachedTeacher has not read"):
         distil(tmp_path, CachedTeacher(tmp_path / "c"))
 
 
