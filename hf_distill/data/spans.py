@@ -61,7 +61,8 @@ def cut_text(known: TokenBytes, text: str) -> tuple[list[int], list[Cut]]:
     Where the tokens' bytes are the text's, the cuts are exact, also inside of a character. Where
     they are not, the cuts are those that the tokenizer says.
     """
-    encoded = known.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    options = {"add_special_tokens": False, "split_special_tokens": True}  # their names are text
+    encoded = known.tokenizer(text, return_offsets_mapping=True, **options)
     ids, raw = cast(list[int], encoded["input_ids"]), text.encode()
     pieces = known.of(ids)
     written = b"".join(x or b"" for x in pieces)

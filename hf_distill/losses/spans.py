@@ -118,9 +118,7 @@ class SpanLoss(Loss):
         spans = teacher.spans
         assert spans is not None
         log_q = chunks.log_probs(student, tokens.targets, self.temperature)
-        log_p = log_q.new_zeros(0)
-        if len(spans.targets):
-            log_p = chunks.log_probs(teacher, spans.targets, self.temperature).to(log_q.dtype)
+        log_p = chunks.log_probs(teacher, spans.targets, self.temperature).to(log_q.dtype)
         inside = spans.student >= 0
         number = torch.where(inside, spans.student, spans.size)  # the last sum is of no span
         weights = tokens.soft_weights.to(log_q.dtype)

@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_distill.data import sides
@@ -15,14 +13,13 @@ from hf_distill.data.cross_tokenizer_collator import (
     find_cross_tokenizer_collator,
 )
 from hf_distill.data.span_collator import SpanCollator, find_span_collator
-from hf_distill.data.token_weights import TokenWeightsConfig
 from hf_distill.losses import SPANS, UNIVERSAL, CrossTokenizerLoss, SpanLoss
 from hf_distill.models import signals, structure, tokenizers
 from hf_distill.models.signals import Signal
-from hf_distill.models.spans import CommonIds, Spans
 from hf_distill.run import Run
 from hf_distill.teachers import Teacher
 from hf_distill.trainers import config_schedules
+from hf_distill.trainers.span_reader import SpanReader, check_spans
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +54,8 @@ class Vocabulary:
         collator = find_cross_tokenizer_collator(run.collator)
         self._tokenizer = run.tokenizer
         self._crosses = isinstance(run.losses[0], CrossTokenizerLoss)
-        self._spans = find_span_collator(run.collator)
-        self._common: CommonIds | None = None  # with the spans' collator
+        spanning = find_span_collator(run.collator)
+        self._spans: SpanReader | None = None
         self._different: str | None = None
         self._unequal: str | None = None  # where tokenizers are not known
         self._needs_one: str | None = None
@@ -70,11 +67,12 @@ class Vocabulary:
         teachers = run.teachers
         student = structure.vocab_size(run.language_model)
         used = "a loss of your own" if run.own_loss else f"divergence {run.args.divergence!r}"
-        self._student_size = student
-        if self._find_spans(run, used):
-            self._different = self._check_crossing(self._spans, teachers, student)
+        if spanning is not None or isinstance(run.losses[0], SpanLoss):
+            spanning = check_spans(run, spanning, used)
+            self._different = self._check_crossing(spanning, teachers, student)
             if self._is_one:
                 self._cut(run, student)
+            self._spans = SpanReader(spanning, self.size or student, self._is_one)
             return
         if self._crosses:
             self._different = self._check_crossing(collator, teachers, student)
@@ -101,23 +99,6 @@ class Vocabulary:
         """Leave padding out on both sides, see the class."""
         self.size = self._shared(student, run.teachers)
         run.teacher.keep_vocab(self.size)
-
-    def _find_spans(self, run: Run, used: str) -> bool:
-        """Return whether spans are compared.
-
-        Raises:
-            ValueError: the loss or the collator is one of spans, and the other is not.
-        """
-        is_loss = isinstance(run.losses[0], SpanLoss)
-        if is_loss == (self._spans is not None):
-            if is_loss:
-                _check_spans(run)
-            return is_loss
-        name = type(getattr(run.collator, "__self__", run.collator)).__name__
-        used = used.removeprefix("divergence ")
-        raise ValueError(
-            f"divergence {SPANS!r} and a SpanCollator need each other, got {used} with a {name}"
-        )
 
     def _known(self, teachers: Sequence[Teacher]) -> list[PreTrainedTokenizerBase]:
         """Return the teachers' tokenizers, as far as they and the student's are known."""
@@ -251,32 +232,10 @@ class Vocabulary:
         if self.size is not None:
             signal = signals.without_padding(signal, self.size)
         if self._spans is not None:
-            spans = self._spans_of(batch, signal)
-            return replace(signal, spans=spans, paired=spans.student >= 0)
+            return self._spans.signal(signal, batch)
         if self.size is None and sides.has_own_tokens(batch):
             return replace(signal, paired=sides.paired_tokens(batch))
         return signal
-
-    def _spans_of(self, batch: Mapping[str, Any], signal: Signal) -> Spans:
-        """Return the spans of a batch, numbered over all its rows."""
-        assert self._spans is not None
-        index, their_index = batch["completion_index"], batch["teacher_completion_index"]
-        width = max(index.shape[1], 1)
-        rows = torch.arange(len(index), device=index.device)[:, None] * width
-
-        def flat(spans: Tensor, at: Tensor) -> Tensor:
-            return torch.where(spans < 0, spans, spans + rows)[at >= 0]
-
-        ids = batch["teacher_input_ids"].gather(1, their_index.clamp_min(0))[their_index >= 0]
-        if self._common is None:
-            mine, theirs = self.size or cast(int, self._student_size), cast(int, signal.vocab)
-            is_one = self._is_one and mine == theirs  # entries behind the ids are compared too
-            pairs = {i: i for i in range(mine)} if is_one else self._spans.common_ids
-            self._common = CommonIds.of(pairs, mine, theirs)
-        self._common = self._common.to(index.device)
-        mine = flat(batch[sides.SPANS_OF_STUDENT], index)
-        theirs = flat(batch[sides.SPANS], their_index)
-        return Spans.of(mine, theirs, ids, len(index) * width, self._common)
 
     def outputs(self, outputs: Any) -> Any:
         """Return a model's outputs with logits [..., size] only."""
@@ -299,22 +258,6 @@ class Vocabulary:
             raise ValueError(
                 f"{what} needs student and teacher to have one tokenizer, whose tokens stand at "
                 f"the same places, got {self._different}"
-            )
-
-
-def _check_spans(run: Run) -> None:
-    """Check that teachers can be asked about their own tokens, and that no weight is theirs."""
-    entropy = cast(TokenWeightsConfig, run.args.token_weights).entropy
-    if entropy != 0:
-        raise ValueError(
-            "token_weights.entropy is the teacher's at each token of the student, which a teacher "
-            f"of another tokenizer has not, got {entropy} with a SpanCollator"
-        )
-    for teacher in run.teachers:
-        if not teacher.knows_new_rows:
-            raise ValueError(
-                "a SpanCollator makes rows in the teacher's own tokens, which a "
-                f"{type(teacher).__name__} has not read: take a model, or a server of hidden states"
             )
 
 

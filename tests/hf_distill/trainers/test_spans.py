@@ -18,6 +18,7 @@ from hf_distill import (
     OPSDTrainer,
     RemoteTeacher,
     RoutedTeacher,
+    SelfTeacher,
     SpanCollator,
 )
 from hf_distill.cache import CachedTeacher, cache_teacher
@@ -263,3 +264,14 @@ def test_tokenizers_are_those_of_the_models(tmp_path: Path) -> None:
         opsd(tmp_path, teacher)
     with pytest.raises(ValueError, match="teacher's tokenizer must have at most its model's 48"):
         opsd(tmp_path, reader(vocab_size=48))
+
+
+def test_what_needs_one_tokenizer(tmp_path: Path) -> None:
+    words = r"the student itself and needs its tokenizer, got .* 43 ids\) and .* 49 ids"
+    with pytest.raises(ValueError, match=words):
+        opsd(tmp_path, SelfTeacher("base"))
+    with pytest.raises(ValueError, match=r"a forecast compares .* got a SpanCollator"):
+        opsd(tmp_path).forecast()
+    own = opsd(tmp_path, SelfTeacher("base"), collator=collator(WORDS), max_steps=1)
+    own.train()
+    assert models.steps(own)[0]["one_to_one"] == 1.0
