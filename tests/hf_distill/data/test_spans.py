@@ -89,6 +89,16 @@ def test_bytes_of_characters_are_cut_where_the_bytes_are() -> None:
     assert ends == [[1, 2, 3], [1, 2, 3]]
 
 
+@pytest.mark.parametrize("name", ["byte_level", "sentence_piece"])
+def test_names_of_special_tokens_in_a_text_are_text(name: str) -> None:
+    """The teacher's row does not end where the student writes of its end token."""
+    tokenizer = FAMILIES[name]()
+    ids, cuts = cut_text(KNOWN[name], "the <end> of")
+    assert tokenizer.eos_token_id not in ids
+    assert all(cut.says for cut in cuts)
+    assert tokenizer.eos_token_id in tokenizer("the <end> of")["input_ids"]  # as before
+
+
 def test_what_a_normaliser_changes_is_left_out() -> None:
     word_piece = KNOWN["word_piece"]
     text = "the Answer is  42"

@@ -282,7 +282,7 @@ def test_teachers_that_say_too_little() -> None:
 
 def gold_pairs() -> tuple[list[Any], dict[int, int], list[tuple[Any, Any]]]:
     """Two byte-level tokenizers, their common ids, and texts as (ids, spans)."""
-    made = [byte_level(340), byte_level(270)]
+    made = [byte_level(), byte_level(10)]
     known = [TokenBytes(x) for x in made]
     found = []
     for text in TEXTS[:5]:
