@@ -70,10 +70,10 @@ def cut_text(known: TokenBytes, text: str) -> tuple[list[int], list[Cut]]:
         return ids, cuts_of(pieces)
     if written == b" " + raw and pieces[0]:  # the tokenizer's own space in front of a text
         return ids, cuts_of(without_first_space(pieces))
-    return ids, _cuts_by_offsets(pieces, encoded["offset_mapping"], text)
+    return ids, cuts_by_offsets(pieces, encoded["offset_mapping"], text)
 
 
-def _cuts_by_offsets(
+def cuts_by_offsets(
     pieces: Sequence[bytes | None], offsets: Sequence[tuple[int, int]], text: str
 ) -> list[Cut]:
     """Return cuts at the characters' ends; a token begins where the one before it ends."""

@@ -218,6 +218,11 @@ def test_end_tokens_of_the_student_and_warnings() -> None:
     batch, _ = told.from_episodes([reply])
     assert spans_of(batch, 0)[-1] == (ONE.decode([7]), "<end>")
     assert told.end_warnings() == []
+    bare = FAMILIES["byte_level_small"].__wrapped__()
+    bare.eos_token, bare.chat_template = None, None
+    collator = SpanCollator(bare, OTHER, [])
+    assert 9 not in collator.common_ids or collator.common_ids[9] != 1
+    assert collator.with_end_tokens([9]).common_ids[9] == 1
     silent = FAMILIES["byte_level_small"].__wrapped__()
     silent.eos_token, silent.chat_template = None, None
     found = SpanCollator(ONE, silent, []).end_warnings()
@@ -240,6 +245,7 @@ def test_it_is_found_behind_its_methods() -> None:
         ("teacher_spans_of_student", lambda x: x.where(x != 0, -1)),
         ("teacher_spans_of_student", lambda x: x + (x >= 0)),  # not from 0
         ("teacher_spans_of_student", lambda x: x[:, 1:]),
+        ("teacher_spans_of_student", lambda x: torch.where((x == 0) | (x == 1), 1 - x, x)),
     ],
 )
 def test_the_rule_of_spans(name: str, value: Any) -> None:
@@ -250,6 +256,19 @@ def test_the_rule_of_spans(name: str, value: Any) -> None:
     batch[name] = value(batch[name])
     with pytest.raises(AlignmentError, match=r"spans must be numbered from 0 .* row 0 has"):
         alignment.assert_aligned(batch)
+
+
+def test_the_rule_of_spans_on_both_sides() -> None:
+    batch = made(ROWS)
+    names = ("teacher_spans", "teacher_spans_of_student")
+    later = batch | {name: batch[name] + (batch[name] >= 1) for name in names}  # without a 1
+    index = batch["teacher_spans"][1].tolist()
+    part = next(i for i, x in enumerate(index) if x >= 0 and index.count(x) > 1)
+    asked = batch["teacher_spans"].clone()
+    asked[1, part] = -1  # one of several tokens is in no span
+    for wrong in (later, batch | {"teacher_spans": asked}):
+        with pytest.raises(AlignmentError, match="spans must be numbered from 0"):
+            alignment.assert_aligned(wrong)
 
 
 def test_teachers_of_letters() -> None:

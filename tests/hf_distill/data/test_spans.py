@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from hf_distill.data.spans import Cut, Span, SpanAligner, common_spans, cut_text
+from hf_distill.data.spans import (
+    Cut,
+    Span,
+    SpanAligner,
+    common_spans,
+    cut_text,
+    cuts_by_offsets,
+)
 from hf_distill.data.token_bytes import TokenBytes, common_ids
 from tests.hf_distill.data.families import FAMILIES, TEXTS, WHOLE
 from tests.hf_distill.trainers.letters import letters
@@ -87,6 +94,18 @@ def test_bytes_of_characters_are_cut_where_the_bytes_are() -> None:
     cuts = [cut_text(x, "\u4e86")[1] for x in (one, other)]
     ends = [[c.end for c in x if c.end > c.start] for x in cuts]  # ▁ may be a token of no bytes
     assert ends == [[1, 2, 3], [1, 2, 3]]
+
+
+def test_cuts_that_the_tokenizer_says() -> None:
+    own_space = cuts_by_offsets([b" ", b"T", b"he"], [(0, 1), (0, 1), (1, 3)], "The")
+    assert own_space == [Cut(0, 0), Cut(0, 1), Cut(1, 3)]  # which leads to the next token
+    assert common_spans([Cut(0, 3)], own_space) == [Span([0], [0, 1, 2])]
+    overlap = cuts_by_offsets([b"Th", b"he"], [(0, 2), (1, 3)], "The")
+    assert [cut.says for cut in overlap] == [True, False]
+    dropped = cuts_by_offsets([b"a", b" b"], [(0, 1), (3, 4)], "a\u200b b")
+    assert [cut.says for cut in dropped] == [True, False]
+    spaces = cuts_by_offsets([b"a", b" b"], [(0, 1), (4, 5)], "a \n b")
+    assert spaces == [Cut(0, 1), Cut(1, 5)]
 
 
 @pytest.mark.parametrize("name", ["byte_level", "sentence_piece"])
@@ -175,10 +194,11 @@ def test_half_a_character_ends_what_the_teacher_reads() -> None:
 
 def test_one_tokenizer_reads_the_students_ids() -> None:
     known = KNOWN["byte_level"]
-    ids = [40, 41, 42, 1]  # such as no text is tokenised
+    ids = [*known.tokenizer.convert_tokens_to_ids(["Ġ", "a", "n"]), 1]  # as no text is tokenised
     reply = SpanAligner(known, known, is_one=True).reply(ids, [1], 1, {})
     assert reply.ids == ids
     assert reply.spans == [Span([i], [i]) for i in range(4)]
+    assert known.tokenizer(" an")["input_ids"] != ids[:-1]
 
 
 @pytest.mark.parametrize(("one", "other"), PAIRS)

@@ -20,10 +20,10 @@ from tests.hf_distill.data.families import TEXTS, byte_level
 GOLD = pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
 N, M, V, W, H = 8, 9, 7, 9, 5
 COMMON = {0: 3, 1: 1, 2: 8, 5: 0}
-# of the student's tokens: two, one (single), none, one (not common), two, one (other id)
+# of the student's tokens: two, one (single), none, one (the teacher's one is another), two, one
 MINE = torch.tensor([0, 0, 1, -1, 2, 3, 3, 4])
 TARGETS = torch.tensor([3, 4, 1, 2, 6, 0, 2, 5])
-THEIRS = torch.tensor([0, 0, 0, 1, 2, 2, 3, 4, 4])
+THEIRS = torch.tensor([0, 0, 0, 1, 2, 3, 3, 4, 4])
 THEIR_TARGETS = torch.tensor([4, 5, 6, 1, 7, 2, 4, 0, 5])
 SINGLE = torch.tensor([0, 0, 1, 0, 0, 0, 0, 0]).bool()
 # roundings of 2.2e-16 in sums of some ten terms of order 1 to 30
