@@ -219,6 +219,8 @@ def test_ends_are_common_by_their_part_and_others_by_bytes() -> None:
     assert 2 not in found  # <role>, which is taken
     token = FAMILIES["byte_level"]().convert_tokens_to_ids("Ġthe")
     assert theirs.tokenizer.convert_ids_to_tokens(found[token]) == "▁the"
+    letter = FAMILIES["byte_level"]().convert_tokens_to_ids("T")
+    assert theirs.tokenizer.convert_ids_to_tokens(found[letter]) == "T"  # <0x54> writes it too
     newline = FAMILIES["byte_level"]().convert_tokens_to_ids("Ċ")
     assert theirs.vocab[found[newline]] == b"\n"
 
@@ -234,6 +236,15 @@ def test_tokenizers_that_are_not_known() -> None:
 
     with pytest.raises(ValueError, match="need a fast tokenizer, got a Slow"):
         TokenBytes(Slow())  # pyright: ignore[reportArgumentType]
+
+
+def test_an_unknown_token_says_nothing_whether_or_not_it_is_special() -> None:
+    for model in (
+        models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"),
+        models.Unigram([("<unk>", -1.0), ("a", -1.0)], 0),
+    ):
+        known = TokenBytes(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model)))
+        assert known.of([1, 0], at_start=True) == [b"a", None]
 
 
 def test_a_tokenizer_without_a_decoder_writes_words() -> None:
