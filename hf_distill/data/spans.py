@@ -10,8 +10,9 @@ holds them one that is left out, as do special tokens inside of a span.
 
 Source:
     The rule for a cut is that of TRL's GOLD trainer, which walks both lists of byte ends and closes
-    a group where they meet (it reads byte-level tokenizers only), and that of "Breaking the
-    Tokenizer Barrier", arXiv:2606.09456.
+    a group where they meet (it reads byte-level tokenizers only). "Breaking the Tokenizer Barrier",
+    arXiv:2606.09456, has the same idea; its release grows a chunk on both sides until the decoded
+    texts are equal in Unicode's normal form C, so that its chunks end at whole characters.
 """
 
 from collections.abc import Mapping, Sequence
