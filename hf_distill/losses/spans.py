@@ -24,8 +24,8 @@ Source:
     Y. Niu et al., "Breaking the Tokenizer Barrier: On-Policy Distillation across Model Families",
     arXiv:2606.09456. There a token i of a chunk gets the target log q_i L_p / L_q, so that its own
     advantage is log q_i (L_p / L_q - 1) with the sum A over the chunk, inside a clipped ratio of
-    PPO; the release leaves out chunks of more than six tokens. Here each token gets A itself, the one that
-    makes the gradient that of the span's divergence; for a span of one token both are one.
+    PPO; the release leaves out chunks of more than six tokens. Here each token gets A itself, the
+    one that makes the gradient that of the span's divergence; for a span of one token both are one.
     The comparison over the common tokens takes the place of the hybrid loss of TRL's GOLD trainer.
     It is a generalised JSD over the probabilities of the tokens with one name, not renormalised,
     plus the L1 distance of the other ones by rank, weighed by the share of the vocabulary that is
