@@ -8,6 +8,7 @@ from hf_distill.data.hint_collator import HintCollator
 from hf_distill.data.hint_masking import HintMasking
 from hf_distill.data.hints import Hint
 from hf_distill.data.sides import Side, student_side, teacher_side
+from hf_distill.data.span_collator import SpanCollator
 from hf_distill.data.token_weights import TokenWeightsConfig
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "HintCollator",
     "HintMasking",
     "Side",
+    "SpanCollator",
     "TokenWeightsConfig",
     "build_batch",
     "pad",

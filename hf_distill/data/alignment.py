@@ -85,6 +85,8 @@ RULES = {
     "tokens": "student and teacher must score the same tokens",
     "pairs": "with tokens of its own for the teacher, both index maps must have one shape, ascend, "
     "and pair each row with a scored token at least once",
+    "spans": "spans must be numbered from 0 in the order of the text beside both index maps, and "
+    "each must have tokens on both sides",
     "end": "the end token behind the last scored token must be scored",
 }
 
@@ -105,6 +107,34 @@ def _unpaired(index: Tensor, teacher_index: Tensor) -> Tensor:
     real, beside = index >= 0, teacher_index >= 0
     alone = real & ~beside.any(1, keepdim=True)
     return _descends(index) | _descends(teacher_index) | (beside & ~real) | alone
+
+
+def _numbers(index: Tensor, spans: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return [B, C] numbers of spans, and where `RULES["spans"]` is broken on this side alone."""
+    if spans is None or spans.shape != index.shape:
+        return torch.full_like(index, NO_TOKEN), torch.ones_like(index, dtype=torch.bool)
+    outside = (index < 0) & (spans >= 0) | (spans < NO_TOKEN) | (spans >= max(index.shape[1], 1))
+    before = torch.full_like(spans, -1)
+    before[:, 1:] = spans.cummax(1).values[:, :-1]
+    return spans, outside | _descends(index) | ((spans >= 0) & (spans < before))
+
+
+def _broken_spans(batch: Mapping[str, Any]) -> Tensor:
+    """Return [B, C] bool, True where `RULES["spans"]` is broken, without synchronisation."""
+    names = (sides.SPANS_OF_STUDENT, sides.SPANS)
+    found = [_numbers(batch[x], batch.get(y)) for x, y in zip(INDEX_MAPS, names, strict=True)]
+    width = max(spans.shape[1] for spans, _ in found) + 1
+    tables = []
+    for spans, _ in found:  # which numbers there are, [B, width]
+        there = torch.zeros(len(spans), width + 1, dtype=torch.bool, device=spans.device)
+        at = torch.where((spans < 0) | (spans >= width), width, spans)
+        tables.append(there.scatter_(1, at, True)[:, :width])
+    one, other = tables
+    gap = torch.zeros_like(one)
+    gap[:, 1:] = one[:, 1:] & ~one[:, :-1]
+    alone = found[1][0].eq(NO_TOKEN) & batch[INDEX_MAPS[1]].ge(0)  # the teacher is asked in vain
+    wrong = [(one != other) | gap, found[0][1], found[1][1], alone]
+    return torch.cat(wrong, dim=1)
 
 
 def _sides(batch: Mapping[str, Any]) -> tuple[_Rows, _Rows]:
@@ -148,7 +178,9 @@ def _broken(batch: Mapping[str, Any], end_ids: Sequence[int]) -> dict[str, Tenso
     if index is not None:
         broken["index"] = _outside(index, ids.shape[1])
         broken["map"] = _shifted(predicts_from_index(index, ids.shape[1])) != student.scored
-    if sides.has_own_tokens(batch):
+    if batch.get(sides.SPANS) is not None:
+        broken["spans"] = _broken_spans(batch)
+    elif sides.has_own_tokens(batch):
         broken["pairs"] = _unpaired(batch["completion_index"], batch["teacher_completion_index"])
     else:
         broken["tokens"] = student.tokens(width) != teacher.tokens(width)
@@ -170,6 +202,9 @@ def _detail(batch: Mapping[str, Any], rule: str, row: int, column: int) -> str:
         at = int(batch[name][row, column])
         return f"row {row} names position {at} of {ids.shape[1]}"
     found = f"row {row}, position {column}"
+    if rule == "spans":
+        spans = [batch[x][row].tolist() for x in (sides.SPANS_OF_STUDENT, sides.SPANS)]
+        return f"row {row} has {spans[0]} for the student and {spans[1]} for the teacher"
     if rule in ("labels", "end"):
         label, token = (int(batch[x][row, column]) for x in ("labels", "input_ids"))
         return f"{found} has label {label}, and id {token}"

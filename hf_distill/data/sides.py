@@ -225,6 +225,11 @@ TEACHER_OWN_TOKENS = "teacher_own_tokens"
 counts."""
 
 
+SPANS, SPANS_OF_STUDENT = "teacher_spans", "teacher_spans_of_student"
+"""[B, C'] and [B, C] int64, beside the index maps of the teacher and the student: the number of
+each token's span in its row, see `data.spans`; -1 for none and for padding."""
+
+
 def has_own_tokens(batch: Mapping[str, Any]) -> bool:
     """Return whether the batch's teacher rows are of another tokenizer."""
     return batch.get(TEACHER_OWN_TOKENS) is not None

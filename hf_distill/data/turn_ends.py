@@ -114,7 +114,7 @@ def find_turn_ends(
         return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
 
     always = ids(common)
-    special = _special_ids(tokenizer)
+    special = special_ids(tokenizer)
     for found, opens_next in (
         ([x for x in always if x in known][:1], False),
         ([x for x in always if x in special][-1:], False),
@@ -185,6 +185,7 @@ def _common_start(one: str, other: str) -> str:
     return "".join(character for character, _ in same)
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the ids of all special tokens."""
     added = cast(Mapping[int, Any], getattr(tokenizer, "added_tokens_decoder", {}))
     return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}

@@ -26,6 +26,7 @@ from hf_distill.losses.hidden_states import (
     hidden_loss,
 )
 from hf_distill.losses.sampled_tokens import SAMPLED_KINDS, SampledTokenLoss
+from hf_distill.losses.spans import SPANS, SpanLoss
 from hf_distill.losses.step import step_terms
 from hf_distill.losses.taid import TaidConfig, TaidLoss, taid_target
 
@@ -34,6 +35,7 @@ __all__ = [
     "HIDDEN_LOSSES",
     "IMPORTANCE_NAMES",
     "SAMPLED_KINDS",
+    "SPANS",
     "UNIVERSAL",
     "Anchor",
     "ClipConfig",
@@ -50,6 +52,7 @@ __all__ = [
     "LossFunction",
     "LossSettings",
     "SampledTokenLoss",
+    "SpanLoss",
     "TaidConfig",
     "TaidLoss",
     "Terms",

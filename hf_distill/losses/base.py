@@ -197,7 +197,7 @@ class Loss:
             said = teacher.dense()
         weights = tokens.soft_weights
         if logits.requires_grad:
-            logits = _without_odd_gradients(logits, weights == 0)
+            logits = without_odd_gradients(logits, weights == 0)
         found = self.per_token(logits, said, tokens.targets)
         value, metrics = found if isinstance(found, tuple) else (found, {})
         self._check_returned(value, metrics, len(tokens.targets))
@@ -282,7 +282,7 @@ class Loss:
         return chunks.width_of_copies(width, device) if self.copies_logits else width
 
 
-def _without_odd_gradients(logits: Tensor, unweighted: Tensor) -> Tensor:
+def without_odd_gradients(logits: Tensor, unweighted: Tensor) -> Tensor:
     """Return logits [n, V] with gradient 0 at tokens without weight, where a loss may be infinite.
 
     0 times the gradient of an infinite loss is NaN.

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from hf_distill.models.layers import States
 from hf_distill.models.routers import Experts
+from hf_distill.models.spans import Spans
 from metal_ops import Head, PowerSums, SparseTeacher, TailSamples, reference
 from metal_ops.functional import is_dtensor
 
@@ -43,7 +44,8 @@ class Signal:
     the tokens, where its config asks for them.
 
     `paired` [N] bool: the scored tokens that the signal is about, its rows in their order; None is
-    all of them. Teachers with another tokenizer have not a token for each of the student's.
+    all of them. Teachers with another tokenizer have not a token for each of the student's. `spans`
+    says which tokens of such a teacher, whose rows these are, belong to which of the student's.
 
     `contrast` and `base` are what the same teacher, or the student before training, says of the
     tokens behind another context: behind a wrong hint, and behind the student's own.
@@ -58,6 +60,7 @@ class Signal:
     tail: TailRule = field(default_factory=TailRule)
     states: States = field(default_factory=States)
     paired: Tensor | None = None
+    spans: Spans | None = None
     own_loss: Tensor | None = None
     own_tokens: bool = False
     experts: Experts | None = None
@@ -124,7 +127,7 @@ class Signal:
         """Return the signal about some of the scored tokens, one row for each of them.
 
         Of a signal that is `paired`, tokens that it says nothing of get any of its rows, and
-        `paired` tells which these are.
+        `paired` tells which these are. With `spans` each gets the row that they name.
         """
         return self.each(lambda x: x._rows(at))
 
@@ -135,8 +138,11 @@ class Signal:
         if self.paired is not None:
             # a gather needs no waiting for the device to know how many tokens are spoken of
             index = (self.paired.cumsum(0) - 1).clamp_min(0)[at]
+        if self.spans is not None:
+            index = self.spans.rows[at] if len(self) else slice(0, 0)
         return replace(
             self,
+            spans=None if self.spans is None else self.spans.at(at),
             logits=None if self.logits is None else self.logits[index],
             hidden=None if self.hidden is None else self.hidden[index],
             paired=None if self.paired is None else self.paired[at],

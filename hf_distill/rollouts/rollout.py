@@ -223,6 +223,8 @@ class Rollouts:
         alignment.assert_completions(batch, [episode.completions for episode in episodes])
         limit = getattr(getattr(causal_lm(model), "config", None), "max_position_embeddings", None)
         mask = batch.get("teacher_attention_mask", batch["attention_mask"])
+        if sides.has_own_tokens(batch):  # its tokens are counted by another model
+            mask = batch["attention_mask"]
         others = [x["teacher_attention_mask"].sum(1) for x in sides.contrast_batches(batch)]
         lengths = torch.stack([mask.sum(1), *others]).amax(0).tolist()
         for i, length in enumerate(lengths):

@@ -17,6 +17,7 @@ from torch.utils.data import get_worker_info
 
 from hf_distill.data.cross_tokenizer_collator import find_cross_tokenizer_collator
 from hf_distill.data.sides import Side, student_side, teacher_side
+from hf_distill.data.span_collator import find_span_collator
 from hf_distill.losses import CrossTokenizerLoss
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import vocab_size
@@ -129,7 +130,7 @@ class HiddenStateTeacher(Teacher):
                 have different sizes.
             RemoteTeacherError: see `about`.
         """
-        crossing = find_cross_tokenizer_collator(run.collator)
+        crossing = find_cross_tokenizer_collator(run.collator) or find_span_collator(run.collator)
         own = run.tokenizer if crossing is None else crossing.teacher_tokenizer
         self.check_tokenizer(own)
         sorts = any(isinstance(loss, CrossTokenizerLoss) for loss in run.losses)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_distill.data.cross_tokenizer_collator import find_cross_tokenizer_collator
 from hf_distill.data.hint_collator import HintCollator, find_hint_collator, hint_collator_behind
 from hf_distill.data.hint_schedule import hint_schedule_of
+from hf_distill.data.span_collator import find_span_collator
 from hf_distill.data.token_weights import TokenWeightsConfig
 from hf_distill.losses import (
     Loss,
@@ -164,7 +165,8 @@ def _check_dense(run: Run, teacher: Teacher) -> None:
 def _check_drift(run: Run, teacher: Teacher) -> None:
     """Check that the teacher has a probability for each of the student's tokens."""
     drift = cast(TokenWeightsConfig, run.args.token_weights).drift
-    other_tokens = find_cross_tokenizer_collator(run.collator) is not None
+    finds = find_cross_tokenizer_collator, find_span_collator
+    other_tokens = any(find(run.collator) is not None for find in finds)
     if drift > 0 and (other_tokens or not teacher.dense):
         why = "another tokenizer" if other_tokens else "some entries of the vocabulary"
         raise ValueError(

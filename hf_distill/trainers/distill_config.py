@@ -12,12 +12,14 @@ from transformers import TrainingArguments
 from hf_distill.data.token_weights import TokenWeightsConfig
 from hf_distill.losses import (
     SAMPLED_KINDS,
+    SPANS,
     UNIVERSAL,
     CrossTokenizerLoss,
     DivergenceLoss,
     Loss,
     LossSettings,
     SampledTokenLoss,
+    SpanLoss,
     TaidLoss,
     normalised_jsd,
 )
@@ -35,7 +37,7 @@ from metal_ops.spec import KINDS
 
 logger = logging.getLogger(__name__)
 
-DIVERGENCES = (*KINDS, *SAMPLED_KINDS, UNIVERSAL)
+DIVERGENCES = (*KINDS, *SAMPLED_KINDS, UNIVERSAL, SPANS)
 
 
 def check_divergence(name: str) -> None:
@@ -101,7 +103,8 @@ class DistillConfig(TrainingArguments):
         metadata={
             "help": "Chooses the soft loss: forward_kl, which is KL(teacher||student), reverse_kl, "
             "jsd (with beta) or another kind of metal_ops.DivergenceSpec. policy_gradient and k3 "
-            "read the scored tokens alone, and uld compares with a teacher of another tokenizer."
+            "read the scored tokens alone, and uld and spans compare with a teacher of another "
+            "tokenizer."
         },
     )
     beta: Value = field(
@@ -279,6 +282,9 @@ class DistillConfig(TrainingArguments):
         if self.divergence == UNIVERSAL:
             self._check_unread("beta", "clip", "support", "top_k", "missing")
             return CrossTokenizerLoss(alpha, *scale, measures_hard=hard)
+        if self.divergence == SPANS:
+            self._check_unread("beta", "support", "top_k", "missing")
+            return SpanLoss(alpha, *scale, self._token_bound(), measures_hard=hard)
         if self.divergence in SAMPLED_KINDS:
             self._check_unread("support", "top_k", "missing")
             return SampledTokenLoss(

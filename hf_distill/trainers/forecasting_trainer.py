@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_distill.data import sides
 from hf_distill.data.hint_collator import HintCollator
+from hf_distill.data.span_collator import find_span_collator
 from hf_distill.losses import Tokens
 from hf_distill.losses.chunks import log_probs
 from hf_distill.models.modes import evaluating
@@ -47,7 +48,8 @@ class ForecastingTrainer(DistillTrainer):
                 an environment the data's completions are scored by their likelihood.
 
         Raises:
-            ValueError: completions are not sampled, parameters lie in pieces, or there are no rows.
+            ValueError: completions are not sampled, parameters lie in pieces, there are no rows, or
+                the teacher has another tokenizer.
         """
         if self.rollouts is None:
             raise ValueError("a forecast samples completions and needs on_policy=True, got False")
@@ -55,6 +57,11 @@ class ForecastingTrainer(DistillTrainer):
             raise ValueError(
                 "a forecast reads the model whole, and its parameters lie in pieces: measure it on "
                 "one device (python -m hf_distill forecast)"
+            )
+        if find_span_collator(self.hint_collator) is not None:
+            raise ValueError(
+                "a forecast compares both sides token by token and needs one tokenizer, got a "
+                "SpanCollator"
             )
         given = rows if rows is not None else self.eval_dataset or self.train_dataset
         given = next(iter(given.values()), None) if isinstance(given, dict) else given

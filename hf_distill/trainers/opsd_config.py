@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from hf_distill.losses import (
     SAMPLED_KINDS,
+    SPANS,
     UNIVERSAL,
     ContrastConfig,
     ContrastLoss,
@@ -193,7 +194,7 @@ class OPSDConfig(DistillConfig):
 
     def _check_contrast_target(self) -> None:
         """Check that nothing else makes a target of its own, and that there is a vocabulary."""
-        of_tokens = self.divergence in SAMPLED_KINDS or self.divergence == UNIVERSAL
+        of_tokens = self.divergence in (*SAMPLED_KINDS, UNIVERSAL, SPANS)
         if self.taid is not None or of_tokens or self.support != "full":
             raise ValueError(
                 "contrast.kind 'target' needs a divergence over the whole vocabulary and no taid, "

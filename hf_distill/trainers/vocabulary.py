@@ -12,17 +12,22 @@ from hf_distill.data.cross_tokenizer_collator import (
     CrossTokenizerCollator,
     find_cross_tokenizer_collator,
 )
-from hf_distill.losses import UNIVERSAL, CrossTokenizerLoss
+from hf_distill.data.span_collator import SpanCollator, find_span_collator
+from hf_distill.losses import SPANS, UNIVERSAL, CrossTokenizerLoss, SpanLoss
 from hf_distill.models import signals, structure, tokenizers
 from hf_distill.models.signals import Signal
 from hf_distill.run import Run
 from hf_distill.teachers import Teacher
 from hf_distill.trainers import config_schedules
+from hf_distill.trainers.span_reader import SpanReader, check_spans
 
 logger = logging.getLogger(__name__)
 
 LABELS = ("labels", "anchor_labels")
-OWN = f"divergence {UNIVERSAL!r} with a CrossTokenizerCollator takes different ones"
+OWN = (
+    f"divergence {UNIVERSAL!r} with a CrossTokenizerCollator, or {SPANS!r} with a SpanCollator, "
+    "takes different ones"
+)
 
 
 class Vocabulary:
@@ -49,6 +54,8 @@ class Vocabulary:
         collator = find_cross_tokenizer_collator(run.collator)
         self._tokenizer = run.tokenizer
         self._crosses = isinstance(run.losses[0], CrossTokenizerLoss)
+        spanning = find_span_collator(run.collator)
+        self._spans: SpanReader | None = None
         self._different: str | None = None
         self._unequal: str | None = None  # where tokenizers are not known
         self._needs_one: str | None = None
@@ -59,11 +66,18 @@ class Vocabulary:
             return
         teachers = run.teachers
         student = structure.vocab_size(run.language_model)
+        used = "a loss of your own" if run.own_loss else f"divergence {run.args.divergence!r}"
+        if spanning is not None or isinstance(run.losses[0], SpanLoss):
+            spanning = check_spans(run, spanning, used)
+            self._different = self._check_crossing(spanning, teachers, student)
+            if self._is_one:
+                self._cut(run, student)
+            self._spans = SpanReader(spanning, self.size or student, self._is_one)
+            return
         if self._crosses:
             self._different = self._check_crossing(collator, teachers, student)
             _warn_of_temperature(run, student)
             return
-        used = "a loss of your own" if run.own_loss else f"divergence {run.args.divergence!r}"
         if collator is not None:
             one, other = (collator.student_tokenizer, collator.teacher_tokenizer)
             raise ValueError(
@@ -78,9 +92,13 @@ class Vocabulary:
                 theirs,
                 f"student and teacher must have one tokenizer for {used} ({OWN})",
             )
-        self.size = self._shared(student, teachers)
-        run.teacher.keep_vocab(self.size)
+        self._cut(run, student)
         self.is_plain = self.size is None
+
+    def _cut(self, run: Run, student: int | None) -> None:
+        """Leave padding out on both sides, see the class."""
+        self.size = self._shared(student, run.teachers)
+        run.teacher.keep_vocab(self.size)
 
     def _known(self, teachers: Sequence[Teacher]) -> list[PreTrainedTokenizerBase]:
         """Return the teachers' tokenizers, as far as they and the student's are known."""
@@ -91,7 +109,7 @@ class Vocabulary:
 
     def _check_crossing(
         self,
-        collator: CrossTokenizerCollator | None,
+        collator: CrossTokenizerCollator | SpanCollator | None,
         teachers: Sequence[Teacher],
         student: int | None,
     ) -> str | None:
@@ -113,11 +131,12 @@ class Vocabulary:
             _check_ids(other, teacher.vocab_size, "teacher")
         _check_ids(one, student, "student")
         if tokenizers.first_difference(one, other) is None:
-            logger.warning(
-                "student and teacher have one tokenizer: divergence %r compares sorted "
-                "probabilities only, 'forward_kl' would compare those of each token",
-                UNIVERSAL,
-            )
+            if self._crosses:
+                logger.warning(
+                    "student and teacher have one tokenizer: divergence %r compares sorted "
+                    "probabilities only, 'forward_kl' would compare those of each token",
+                    UNIVERSAL,
+                )
             self._is_one = True
             return None
         return _both(one, other)
@@ -178,7 +197,12 @@ class Vocabulary:
                 cannot compare, or lacks them; or a labelled id is beyond what is used.
         """
         own = sides.has_own_tokens(batch)
-        if own and not self._crosses:
+        if (batch.get(sides.SPANS) is not None) != (self._spans is not None):
+            raise ValueError(
+                f"a batch with {sides.SPANS} and divergence {SPANS!r} with a SpanCollator need "
+                f"each other, got a batch {'without' if self._spans else 'with'} them"
+            )
+        if own and not (self._crosses or self._spans):
             raise ValueError(
                 f"a batch with {sides.TEACHER_OWN_TOKENS} needs divergence {UNIVERSAL!r}"
             )
@@ -206,8 +230,10 @@ class Vocabulary:
     def signal(self, signal: Signal, batch: Mapping[str, Any]) -> Signal:
         """Return the teacher's signal about what is used, and about which of the scored tokens."""
         if self.size is not None:
-            return signals.without_padding(signal, self.size)
-        if sides.has_own_tokens(batch):
+            signal = signals.without_padding(signal, self.size)
+        if self._spans is not None:
+            return self._spans.signal(signal, batch)
+        if self.size is None and sides.has_own_tokens(batch):
             return replace(signal, paired=sides.paired_tokens(batch))
         return signal
 

@@ -11,8 +11,9 @@ import metal_ops
 from tests.docs import fields
 from tests.docs.fields import CONFIGS, PAGES, ROOT
 
-PUBLIC = [hf_distill.HintCollator, hf_distill.CrossTokenizerCollator, hf_distill.Hint]
-PUBLIC += [hf_distill.ModelTeacher, hf_distill.SelfTeacher, hf_distill.RoutedTeacher]
+PUBLIC = [hf_distill.HintCollator, hf_distill.CrossTokenizerCollator, hf_distill.SpanCollator]
+PUBLIC += [hf_distill.Hint, hf_distill.ModelTeacher, hf_distill.SelfTeacher]
+PUBLIC += [hf_distill.RoutedTeacher]
 PUBLIC += [hf_distill.RemoteTeacher, hf_distill.CachedTeacher, hf_distill.cache_teacher]
 
 

@@ -10,7 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_distill import DistillConfig, DistillTrainer, ModelTeacher, RemoteTeacherError
+from hf_distill import (
+    DistillConfig,
+    DistillTrainer,
+    ModelTeacher,
+    RemoteTeacherError,
+    SpanCollator,
+)
 from hf_distill.cache import HeadSamples, HiddenStates, cache_teacher
 from hf_distill.data.packed_rows import row_numbers
 from hf_distill.data.sides import Side, predicts_from_labels, teacher_side
@@ -27,7 +33,7 @@ from tests.hf_distill.serving.conftest import Ask, serving
 from tests.hf_distill.teachers.asking import prepared
 from tests.hf_distill.trainers import models
 from tests.hf_distill.trainers.letters import reader
-from tests.hf_distill.trainers.test_cross_tokenizer import LETTERS, distil
+from tests.hf_distill.trainers.test_cross_tokenizer import LETTERS, WORDS, distil
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
 
@@ -219,6 +225,9 @@ def test_a_teacher_of_another_tokenizer(tmp_path: Path, asking: Ask) -> None:
     with serving(reader(), tokenizer=LETTERS) as server:
         found = losses(distil(tmp_path, taught_by=asking(server)))
         assert found == pytest.approx(losses(distil(tmp_path)), rel=1e-5)
+        spans = {"divergence": "spans", "collator": SpanCollator(WORDS, LETTERS, [])}
+        found = losses(distil(tmp_path, taught_by=asking(server), **spans))
+        assert found == pytest.approx(losses(distil(tmp_path, **spans)), rel=1e-5)
         with pytest.raises(ValueError, match="the tokenizer must have the ids of the server's"):
             distil(tmp_path, taught_by=asking(server), collator=models.Pad())
     with (

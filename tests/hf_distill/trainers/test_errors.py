@@ -112,11 +112,11 @@ def test_an_unknown_place() -> None:
         ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
         (
             {"divergence": "kl"},
-            r"divergence must be one of \('forward_kl', .*'policy_gradient', 'k3', 'uld'\), got "
+            r"divergence must be one of \('forward_kl', .*'k3', 'uld', 'spans'\), got "
             "'kl'; do you mean 'forward_kl' or 'reverse_kl' or",
         ),
         ({"divergence": "forward-kl"}, "got 'forward-kl'; do you mean 'forward_kl'"),
-        ({"divergence": "zzz"}, r"'uld'\), got 'zzz'$"),
+        ({"divergence": "zzz"}, r"'spans'\), got 'zzz'$"),
         ({"temperature_scaling": "t"}, r"temperature_scaling must be one of \('none', 't2'\), got"),
     ],
 )

@@ -138,13 +138,11 @@ HARD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("hard", HARD)
 @pytest.mark.parametrize("case", ONE_OF_A_KIND)
 def test_alpha_zero_is_trainer(tmp_path: Path, case: str, hard: str) -> None:
-    """Without accumulation, in which Trainer weighs each micro-batch of these models alike."""
+    """Without accumulation, in which Trainer adds up the means of these models' micro-batches."""
     (make, data), (settings, extra) = CASES[case], HARD[hard]
     args = TrainingArguments(**models.options(tmp_path, **settings))
     lm = make()
     plain = Trainer(lm, args, Decoding(lm) if case == "t5" else placed.Pad(), data, **extra)
-    plain.model_accepts_loss_kwargs = hard == "function"
-    plain._loss_shifts_labels = False
     plain.train()
     trained = placed.trainer(tmp_path, make(), make(1), data, alpha=0.0, **settings, **extra)
     trained.train()
