@@ -193,7 +193,7 @@ class DistillTrainer(AccountingTrainer):
         if known is not None and size is not None:
             classes = token_classes(known, size)
         self._meters = {training: TokenMeter(classes, run.num_copies) for training in (True, False)}
-        eos_token_id = getattr(self.processing_class, "eos_token_id", None)
+        eos_token_id = getattr(known or self.processing_class, "eos_token_id", None)
         self._alignment = AlignmentMeter(end_token_ids(run.language_model, eos_token_id))
         self._looked = False
         taid = cast("TaidConfig | None", self.args.taid) if self._own_loss is None else None

@@ -1,0 +1,92 @@
+"""Self-distillation of image-text models: rows with images on both sides, off and on policy."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_distill import HintCollator, OPSDConfig, OPSDTrainer
+from tests.hf_distill.data import image_processors
+from tests.hf_distill.trainers import image_models, models
+from tests.hf_distill.trainers.test_image_text import ROUNDING, SETTINGS, Keep
+
+KINDS = ["qwen2_vl", "qwen3_vl", "llava", "gemma3", "idefics3", "internvl"]
+GREEDY = {"temperature": 0.0}
+OPTIONS = SETTINGS | {"max_completion_length": 6, "alpha": 1.0, "teacher": "live"}
+
+
+def trainer(folder: Path, kind: str, hint: Any = None, **changes: Any) -> Any:
+    processor, lm = image_processors.processor(kind), image_models.model(kind)
+    args = OPSDConfig(**models.options(folder, **OPTIONS | changes))
+    rows, collator = image_processors.rows(), HintCollator(processor, hint)
+    return OPSDTrainer(lm, args, collator, rows, processing_class=processor, callbacks=[Keep()])
+
+
+def scored(lm: Any, kind: str, messages: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, V] float64 logits and [N] ids of a last reply, by the processor's own call."""
+    apply = image_processors.processor(kind).apply_chat_template
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    context = apply(messages[:-1], add_generation_prompt=True, **options)["input_ids"].shape[1]
+    inputs = apply(messages, **options)
+    return lm(**inputs).logits[0, context - 1 : -1].double(), inputs["input_ids"][0, context:]
+
+
+def reference(lm: Any, kind: str) -> tuple[float, dict[str, torch.Tensor]]:
+    """The mean KL of the hinted model from the model, a row at a time, and its gradients."""
+    each = []
+    for row in image_processors.rows():
+        content = row["prompt"][0]["content"]
+        hint = f"\n\n{row['hint']}"
+        told = content + hint if isinstance(content, str) else [*content, text(hint)]
+        own, ids = scored(lm, kind, [*row["prompt"], *row["completion"]])
+        with torch.no_grad():
+            hinted = [{"role": "user", "content": told}, *row["completion"]]
+            other, same = scored(lm, kind, hinted)
+        assert ids.tolist() == same.tolist()
+        log_q, log_p = own.log_softmax(-1), other.log_softmax(-1)
+        each.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    loss = torch.cat(each).mean()
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in lm.named_parameters() if p.grad is not None}
+    lm.zero_grad(set_to_none=True)
+    return loss.item(), found
+
+
+def text(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_is_that_of_each_row_alone(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = trainer(tmp_path, kind, on_policy=False)
+    wanted, gradients = reference(made.model, kind)
+    with caplog.at_level(logging.INFO, logger="hf_distill"):
+        made.train()
+    assert "without a hint student and teacher are 0.0e+00 nats apart" in caplog.text
+    assert models.steps(made)[0]["loss"] == pytest.approx(wanted, rel=1e-5)
+    found = next(x.gradients for x in made.callback_handler.callbacks if isinstance(x, Keep))
+    largest = max(float(x.abs().max()) for x in gradients.values())
+    assert models.difference(found, gradients) < 3 * ROUNDING * largest
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sampled_completions_are_those_of_each_row_alone(tmp_path: Path, kind: str) -> None:
+    made = trainer(tmp_path, kind, temperature=1.0, rollout=GREEDY, eval_strategy="no")
+    start = models.copied(made.model).eval()
+    made.train()
+    window = made._window
+    episodes = [x for batch in window.episodes for x in batch]
+    apply = image_processors.processor(kind).apply_chat_template
+    never = made.hint_collator.processor.placeholder_ids
+    for episode in episodes:
+        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        inputs = apply(episode.prompt, add_generation_prompt=True, **options)
+        assert inputs["input_ids"][0].tolist() == episode.context
+        greedy = start.generate(
+            **inputs, max_new_tokens=6, do_sample=False, suppress_tokens=never, eos_token_id=2
+        )
+        assert greedy[0, len(episode.context) :].tolist() == episode.completions[0]
