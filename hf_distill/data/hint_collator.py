@@ -228,17 +228,20 @@ class HintCollator(HintedRows):
             return {}
         return join_images(images) | self.processor.token_types(ids)
 
-    def inputs_of_prompts(
-        self, prompts: Sequence[Prompt]
-    ) -> Callable[[Sequence[int], Tensor], dict[str, Tensor]]:
-        """Return what makes the inputs of some of the prompts, from their numbers and ids."""
+    def sampling_inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """Return what `GenerateEngine.sample` is given besides the ids of prompts.
+
+        It makes the inputs of some of the prompts from their numbers and ids.
+        """
+        if self.processor is None:
+            return {}
 
         def inputs(numbers: Sequence[int], ids: Tensor) -> dict[str, Tensor]:
             given = [prompts[i] for i in numbers]
             images = [self.images([] if isinstance(x, str) else x) for x in given]
             return self.image_inputs(ids, images)
 
-        return inputs
+        return {"more_inputs": inputs}
 
     def _with_images(
         self, batch: dict[str, Tensor], dialogues: Sequence[Messages]
@@ -303,6 +306,8 @@ class HintCollator(HintedRows):
             prompt_ids, prompt_mask [B, T]; teacher_prompt_ids, teacher_prompt_mask [B, T of the
             teacher]; int64.
         """
+        if self.processor is not None:
+            raise ValueError("contexts are token ids alone: with a processor use `prompts`")
         made = self._all(self._contexts, rows)
         sides = ([x.student.ids for x in made], [x.teacher.ids for x in made])
         batch = {}

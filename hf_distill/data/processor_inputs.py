@@ -127,7 +127,7 @@ class ProcessorInputs:
 
     def _apply(self, messages: Messages, **options: Any) -> Any:
         num_images(messages)
-        options |= {"tokenize": True, "return_dict": True}
+        options |= {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
         made = self.processor.apply_chat_template(_without_gaps(messages), **options)
         if getattr(self.processor, "return_mm_token_type_ids", False):
             self._types = next((name for name in TOKEN_TYPES if name in made), None)
@@ -140,8 +140,7 @@ class ProcessorInputs:
             messages: a dialogue, or its beginning.
             **options: of the chat template.
         """
-        found = self._apply(messages, **options)["input_ids"][0]
-        return found.tolist() if isinstance(found, Tensor) else list(found)
+        return self._apply(messages, **options)["input_ids"][0].tolist()
 
     def images(self, messages: Messages, **options: Any) -> dict[str, Tensor]:
         """Return the inputs that the images of one row make; none if it has no image.
@@ -155,7 +154,7 @@ class ProcessorInputs:
         """
         if not num_images(messages):
             return {}
-        made = dict(self._apply(messages, return_tensors="pt", **options))
+        made = dict(self._apply(messages, **options))
         for name in ("input_ids", "attention_mask", *TOKEN_TYPES):
             made.pop(name, None)
         unknown = sorted(made.keys() - set(IMAGE_INPUTS))
@@ -217,7 +216,8 @@ def check_placeholders(processor: ProcessorInputs, ids: Tensor, teacher_ids: Ten
         teacher_ids: [B, T of the teacher].
 
     Raises:
-        AlignmentError: a row has others: a hint has the text of such a token, say.
+        AlignmentError: a row has others: an image stood in the system message that the teacher's
+            own has replaced, say.
     """
     own, other = (processor.num_placeholders(x).tolist() for x in (ids, teacher_ids))
     for row, (one, two) in enumerate(zip(own, other, strict=True)):

@@ -184,9 +184,7 @@ class Rollouts:
         limit: dict[str, Any] = {} if longest is None else {"max_new_tokens": longest}
         size = None if training else 1
         episodes = self._episodes(batches, size)
-        if self.collator.processor is not None:  # all are sampled in one call
-            prompts = [episode.prompt for batch in episodes for episode in batch]
-            limit["more_inputs"] = self.collator.inputs_of_prompts(prompts)
+        limit |= self.collator.sampling_inputs([x.prompt for each in episodes for x in each])
 
         def sample(prompts: Sequence[Sequence[int]], turn: int) -> list[list[int]]:
             completions = self.engine.sample(model, prompts, seed + (turn << 50), **limit)

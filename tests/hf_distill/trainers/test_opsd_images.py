@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_distill import HintCollator, OPSDConfig, OPSDTrainer
+from hf_distill import Feedback, HintCollator, OPSDConfig, OPSDTrainer
 from tests.hf_distill.data import image_processors
 from tests.hf_distill.trainers import image_models, models
 from tests.hf_distill.trainers.test_image_text import ROUNDING, SETTINGS, Keep
@@ -17,11 +17,11 @@ GREEDY = {"temperature": 0.0}
 OPTIONS = SETTINGS | {"max_completion_length": 6, "alpha": 1.0, "teacher": "live"}
 
 
-def trainer(folder: Path, kind: str, hint: Any = None, **changes: Any) -> Any:
+def trainer(folder: Path, kind: str, environment: Any = None, **changes: Any) -> Any:
     processor, lm = image_processors.processor(kind), image_models.model(kind)
     args = OPSDConfig(**models.options(folder, **OPTIONS | changes))
-    rows, collator = image_processors.rows(), HintCollator(processor, hint)
-    return OPSDTrainer(lm, args, collator, rows, processing_class=processor, callbacks=[Keep()])
+    given = {"processing_class": processor, "callbacks": [Keep()], "environment": environment}
+    return OPSDTrainer(lm, args, HintCollator(processor), image_processors.rows(), **given)
 
 
 def scored(lm: Any, kind: str, messages: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,3 +90,44 @@ def test_sampled_completions_are_those_of_each_row_alone(tmp_path: Path, kind: s
             **inputs, max_new_tokens=6, do_sample=False, suppress_tokens=never, eos_token_id=2
         )
         assert greedy[0, len(episode.context) :].tolist() == episode.completions[0]
+
+
+def test_what_stands_for_an_image_is_never_sampled(tmp_path: Path) -> None:
+    """Of two opposite rows of the head one is above all others, at each token."""
+    made = trainer(tmp_path, "qwen2_vl", rollout=GREEDY)
+    image, video = made.hint_collator.processor.placeholder_ids
+    with torch.no_grad():
+        weight = made.model.lm_head.weight
+        direction = weight[0].clone()
+        weight.zero_()
+        weight[image], weight[video] = direction, -direction
+    made.train()
+    episodes = [x for batch in made._window.episodes for x in batch]
+    assert not {image, video} & {token for x in episodes for y in x.completions for token in y}
+
+
+def judge(attempts: Any) -> list[Any]:
+    return [Feedback() for _ in attempts]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout": {"engine": "continuous"}}, "'generate' only, got 'continuous'"),
+        ({"rollout": {"engine": "vllm"}}, "'generate' only, got 'vllm'"),
+        ({"rollout": {"max_turns": 2}}, "set rollout.max_turns=1, got 2"),
+    ],
+)
+def test_other_rollouts_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, "llava", environment=judge, **changes)
+
+
+def test_a_forecast_and_an_evaluation_read_the_images(tmp_path: Path) -> None:
+    made = trainer(tmp_path, "qwen2_vl", rollout=GREEDY, temperature=1.0)
+    found = made.forecast(num_rows=2)
+    made.train()
+    (episodes,) = made._window.episodes
+    assert [list(x.ids) for x in found.rollouts] == [x.completions[0] for x in episodes[:2]]
+    loss = made.evaluate(image_processors.rows())["eval_loss"]
+    assert loss == pytest.approx(models.steps(made)[0]["loss"], rel=1e-5)
