@@ -72,7 +72,7 @@ def test_a_collator_can_be_sent_to_a_worker() -> None:
 def test_parts_filled_up_by_a_dataset_are_the_same() -> None:
     row = rows()[1]
     (message,) = row["prompt"]
-    filled = [{"type": x["type"], "image": None, "text": None} | x for x in message["content"]]
+    filled = [{"image": None, "url": None, "text": None} | x for x in message["content"]]
     collator = HintCollator(processor("gemma3"))
     wanted = collator([row])
     found = collator([row | {"prompt": [message | {"content": filled}]}])
