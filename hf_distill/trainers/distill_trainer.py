@@ -18,6 +18,7 @@ from hf_distill.losses.router_loss import add_router_loss
 from hf_distill.losses.taid import TaidCallback
 from hf_distill.models.forward import Reader
 from hf_distill.models.pieces import will_lie_in_pieces
+from hf_distill.models.shared_images import SharedImages
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import vocab_size
 from hf_distill.monitoring.metrics import TokenMeter
@@ -162,6 +163,8 @@ class DistillTrainer(AccountingTrainer):
             run.teacher.prepare(self.accelerator, run.student, refusal)
         self._wrap_collator(self._collator_for(run.teacher))
         self._layers, self._views = self._make_layers(run), Views(run)
+        whole = not (run.sharded or self.args.torch_compile)
+        self._images = SharedImages(run.language_model) if whole else None
         self._make_monitors(run)
         self._note_set_up(run)
 

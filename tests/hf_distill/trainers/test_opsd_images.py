@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from hf_distill import Feedback, HintCollator, OPSDConfig, OPSDTrainer
 from tests.hf_distill.data import image_processors
@@ -13,12 +14,16 @@ from tests.hf_distill.trainers import image_models, models
 from tests.hf_distill.trainers.test_image_text import ROUNDING, SETTINGS, Keep
 
 KINDS = ["qwen2_vl", "qwen3_vl", "llava", "gemma3", "idefics3", "internvl"]
+pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
+
 GREEDY = {"temperature": 0.0}
 OPTIONS = SETTINGS | {"max_completion_length": 6, "alpha": 1.0, "teacher": "live"}
 
 
-def trainer(folder: Path, kind: str, environment: Any = None, **changes: Any) -> Any:
-    processor, lm = image_processors.processor(kind), image_models.model(kind)
+def trainer(
+    folder: Path, kind: str, environment: Any = None, model: Any = None, **changes: Any
+) -> Any:
+    processor, lm = image_processors.processor(kind), model or image_models.model(kind)
     args = OPSDConfig(**models.options(folder, **OPTIONS | changes))
     given = {"processing_class": processor, "callbacks": [Keep()], "environment": environment}
     return OPSDTrainer(lm, args, HintCollator(processor), image_processors.rows(), **given)
@@ -131,3 +136,48 @@ def test_a_forecast_and_an_evaluation_read_the_images(tmp_path: Path) -> None:
     assert [list(x.ids) for x in found.rollouts] == [x.completions[0] for x in episodes[:2]]
     loss = made.evaluate(image_processors.rows())["eval_loss"]
     assert loss == pytest.approx(models.steps(made)[0]["loss"], rel=1e-5)
+
+
+def frozen(kind: str, part: str = "language_model", **changes: Any) -> Any:
+    """The model with only a part of it trained, which has adapters."""
+    lm = image_models.model(kind)
+    config = LoraConfig(r=2, target_modules=rf".*{part}.*\.(q_proj|v_proj|qkv)", **changes)
+    return get_peft_model(lm, config)
+
+
+@pytest.mark.parametrize(
+    "kind", ["qwen2_vl", "qwen3_vl", "llava", "gemma3", "idefics3", "internvl"]
+)
+def test_a_frozen_tower_runs_once_for_both_sides(tmp_path: Path, kind: str) -> None:
+    part = "text_model" if kind == "idefics3" else "language_model"
+    weights, losses = [], []
+    for shares in (True, False):
+        torch.manual_seed(0)
+        student = frozen(kind, part)
+        made = trainer(
+            tmp_path, kind, on_policy=False, model=student, max_steps=2, learning_rate=1e-2
+        )
+        made._images = made._images if shares else None
+        shared = made._images
+        made.train()
+        assert shared is None or shared.num_shared >= 2
+        weights.append(models.weights(student))
+        losses.append([x["loss"] for x in models.steps(made)])
+    assert losses[0] == losses[1]
+    assert losses[0][0] != losses[0][1]
+    assert models.difference(*weights) == 0.0
+
+
+@pytest.mark.parametrize("case", ["adapters in the tower", "a trained tower", "dropout"])
+def test_a_tower_that_may_differ_runs_for_each_side(tmp_path: Path, case: str) -> None:
+    student = (
+        frozen("llava", "vision_tower") if case == "adapters in the tower" else frozen("llava")
+    )
+    if case == "a trained tower":
+        student.base_model.model.model.multi_modal_projector.requires_grad_(True)
+    if case == "dropout":
+        student.base_model.model.config.vision_config.attention_dropout = 0.1
+    made = trainer(tmp_path, "llava", on_policy=False, model=student)
+    assert not made._images.can_be_shared
+    made.train()
+    assert made._images.num_shared == 0
