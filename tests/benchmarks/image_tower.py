@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, Idefics3Config
 from hf_distill import DistillConfig, DistillTrainer, SelfTeacher
 
 SIDE, NUM_TOKENS, NUM_TEXT, IMAGE, VOCAB = 512, 64, 64, 5, 49280
-ROWS, STEPS = 2, 7
+ROWS, STEPS = 2, 4
 TEXT = {
     "model_type": "llama",
     "vocab_size": VOCAB,

@@ -1,7 +1,7 @@
 """Tiny models in folders that have the names of the models that the pages use."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -67,7 +67,7 @@ def save_llava(folder: Path, seed: int) -> None:
     words.chat_template = IMAGE_TEMPLATE
     size = {"height": 8, "width": 8}
     images = LlavaImageProcessorPil(size=size, crop_size=size)
-    given = {"patch_size": 4, "vision_feature_select_strategy": "full"}
+    given: dict[str, Any] = {"patch_size": 4, "vision_feature_select_strategy": "full"}
     made = LlavaProcessor(images, words, chat_template=IMAGE_TEMPLATE, **given)
     text = CAUSAL | {"model_type": "llama", "num_hidden_layers": 1, "vocab_size": len(words)}
     tower = CAUSAL | {"model_type": "siglip_vision_model", "num_hidden_layers": 1}
@@ -75,8 +75,8 @@ def save_llava(folder: Path, seed: int) -> None:
     chosen = {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
     image_token_id = words.convert_tokens_to_ids("<image>")
     torch.manual_seed(seed)
-    parts = {"vision_config": tower, "text_config": text}
-    config = LlavaConfig(**parts, image_token_index=image_token_id, **chosen)
+    given = {"vision_config": tower, "text_config": text, "image_token_index": image_token_id}
+    config = LlavaConfig(**cast(Any, given | chosen))
     LlavaForConditionalGeneration(config).save_pretrained(folder)
     made.save_pretrained(folder)
 

@@ -4,9 +4,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import (
+    AddedToken,
     Gemma3Processor,
     Idefics3Processor,
     InternVLProcessor,

@@ -1,7 +1,7 @@
 """Messages with images: what a processor makes of both sides of a batch, and what is refused."""
 
 import pickle
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -89,7 +89,7 @@ def test_images_of_other_sizes_are_padded_with_zeros() -> None:
 
 
 def of_paligemma() -> HintCollator:
-    tokenizer, images = processor("llava").tokenizer, SiglipImageProcessorPil()
+    tokenizer, images = processor("llava").tokenizer, cast(Any, SiglipImageProcessorPil())
     images.image_seq_length = 4
     return HintCollator(PaliGemmaProcessor(images, tokenizer, chat_template="{{ messages }}"))
 

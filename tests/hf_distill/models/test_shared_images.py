@@ -1,9 +1,13 @@
 """Image features that are kept for a step: when they are used again, and when not."""
 
+import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from hf_distill.models.shared_images import FEATURES, SharedImages
 from tests.hf_distill.trainers import image_models, models
+
+pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
 
 
 def test_the_same_images_only_are_used_again() -> None:
@@ -33,6 +37,12 @@ def test_the_same_images_only_are_used_again() -> None:
     assert FEATURES not in vars(lm.model)
     lm.model.multi_modal_projector.linear_1.weight.requires_grad_(True)
     assert not shared.can_be_shared
+
+
+def test_adapters_of_the_tower_may_be_off_for_one_side() -> None:
+    lm = image_models.model("llava")
+    get_peft_model(lm, LoraConfig(target_modules=r".*vision.*q_proj")).requires_grad_(False)
+    assert not SharedImages(lm).can_be_shared
 
 
 def test_a_text_model_has_none() -> None:

@@ -81,7 +81,7 @@ def test_a_step_is_that_of_each_row_alone(
 @pytest.mark.parametrize("kind", KINDS)
 def test_sampled_completions_are_those_of_each_row_alone(tmp_path: Path, kind: str) -> None:
     made = trainer(tmp_path, kind, temperature=1.0, rollout=GREEDY, eval_strategy="no")
-    start = models.copied(made.model).eval()
+    start: Any = models.copied(made.model).eval()
     made.train()
     window = made._window
     episodes = [x for batch in window.episodes for x in batch]
