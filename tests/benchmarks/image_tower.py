@@ -1,4 +1,4 @@
-"""Seconds of a step of self-distillation with a frozen vision tower, run once or for each side.
+"""CPU seconds of a step of self-distillation with a frozen vision tower, run once or for each side.
 
 The model has the sizes of SmolVLM-256M, and random weights. Run
 `python -m tests.benchmarks.image_tower`.
@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, Idefics3Config
 from hf_distill import DistillConfig, DistillTrainer, SelfTeacher
 
 SIDE, NUM_TOKENS, NUM_TEXT, IMAGE, VOCAB = 512, 64, 64, 5, 49280
-ROWS, STEPS = 2, 4
+ROWS, STEPS = 1, 6
 TEXT = {
     "model_type": "llama",
     "vocab_size": VOCAB,
@@ -53,12 +53,12 @@ def trainer(folder: str) -> Any:
     )
     lm = AutoModelForImageTextToText.from_config(config)
     adapted = get_peft_model(lm, LoraConfig(r=8, target_modules=r".*text_model.*_proj"))
-    args = DistillConfig(folder, report_to="none", use_cpu=not torch.cuda.is_available())
+    args = DistillConfig(folder, report_to="none", use_cpu=True)
     return DistillTrainer(adapted, args, lambda _: batch(), [{}], teacher=SelfTeacher("base"))
 
 
 def main() -> None:
-    """Print the seconds of a step, and their ratio."""
+    """Print the CPU seconds of a step, and their ratio."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         made, seconds = trainer(folder), {True: [], False: []}
@@ -66,9 +66,9 @@ def main() -> None:
         for _ in range(STEPS):
             for shares in (True, False):
                 made._images = images if shares else None
-                start = time.perf_counter()
+                start = time.process_time()
                 made.training_step(made.model, dict(given))
-                seconds[shares].append(time.perf_counter() - start)
+                seconds[shares].append(time.process_time() - start)
     once, twice = (median(seconds[x][1:]) for x in (True, False))
     print(f"run once {once:.3f} s, for each side {twice:.3f} s: {once / twice:.2f} of the time")
 
