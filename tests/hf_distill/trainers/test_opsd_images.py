@@ -181,3 +181,16 @@ def test_a_tower_that_may_differ_runs_for_each_side(tmp_path: Path, case: str) -
     assert not made._images.can_be_shared
     made.train()
     assert made._images.num_shared == 0
+
+
+def test_a_resumed_run_is_the_whole_one(tmp_path: Path) -> None:
+    """The names of LLaVA's weights are others in its checkpoints."""
+    changes = {"learning_rate": 1e-3, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    changes |= {"per_device_train_batch_size": 1, "rollout": {"temperature": 1.0}}
+    whole, again = (trainer(tmp_path, "llava", **changes) for _ in range(2))
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    made = models.weights(whole.model)
+    assert models.difference(made, models.weights(again.model)) == 0.0
+    loaded = type(whole.model).from_pretrained(tmp_path / "checkpoint-2")
+    assert models.difference(made, models.weights(loaded)) == 0.0
