@@ -145,9 +145,11 @@ def frozen(kind: str, part: str = "language_model", **changes: Any) -> Any:
     return get_peft_model(lm, config)
 
 
-@pytest.mark.parametrize(
-    "kind", ["qwen2_vl", "qwen3_vl", "llava", "gemma3", "idefics3", "internvl"]
-)
+FIRST = ("qwen2_vl", "idefics3")
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in FIRST]
+
+
+@pytest.mark.parametrize("kind", [*FIRST, *SLOW])
 def test_a_frozen_tower_runs_once_for_both_sides(tmp_path: Path, kind: str) -> None:
     part = "text_model" if kind == "idefics3" else "language_model"
     weights, losses = [], []
