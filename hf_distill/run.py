@@ -6,7 +6,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from hf_distill.losses import Loss
 from hf_distill.models.structure import Kind, causal_lm, kind_of
@@ -62,8 +62,9 @@ class Run:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """Return the processing class where it is a tokenizer, else None."""
+        """Return the processing class where it is a tokenizer, or a processor's; else None."""
         given = self.processing_class
+        given = getattr(given, "tokenizer", None) if isinstance(given, ProcessorMixin) else given
         return given if isinstance(given, PreTrainedTokenizerBase) else None
 
     @property

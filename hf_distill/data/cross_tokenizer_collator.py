@@ -74,6 +74,8 @@ class CrossTokenizerCollator:
         self._student = side(student_tokenizer, chat_template_kwargs)
         self._teacher = side(teacher_tokenizer, teacher_chat_template_kwargs)
         self._teacher._told_columns = self._student._told_columns
+        if self._student.processor is not None or self._teacher.processor is not None:
+            raise ValueError("rows of two tokenizers have no images, got a processor")
 
     def with_end_tokens(self, ids: int | Sequence[int]) -> "CrossTokenizerCollator":
         """Return the collator for a student that ends its replies with these tokens too."""

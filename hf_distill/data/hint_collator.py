@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from hf_distill.data import batches, rendering
 from hf_distill.data.batches import TokenRow
@@ -24,8 +24,10 @@ from hf_distill.data.episodes import Episode
 from hf_distill.data.hint_masking import HintMasking
 from hf_distill.data.hint_schedule import HintSchedule, Value
 from hf_distill.data.hinted_rows import DEFAULT_HINT, PROMPT, HintedRows
-from hf_distill.data.hints import Row
+from hf_distill.data.hints import Messages, Prompt, Row
+from hf_distill.data.processor_inputs import check_placeholders, join_images
 from hf_distill.data.rendering import DROPPED, MASKED, TRUNCATED, RenderedSides
+from hf_distill.data.sides import TEACHER_PREFIX
 from hf_distill.data.teacher_view import TeacherView
 
 SHOWN_TOKENS = 8
@@ -43,7 +45,9 @@ class HintCollator(HintedRows):
     the chat template for messages; nothing is decoded and tokenised again.
 
     Args:
-        tokenizer: the student's tokenizer. It needs a chat template if prompts are messages.
+        tokenizer: the student's tokenizer. It needs a chat template if prompts are messages. For an
+            image-text model it is its processor, and messages may have images, which both sides
+            read.
         hint: a `Hint`, or its text (a column, a template or a function of the row), or several; []
             means no hints. None means the column hint; rows without it have no hint, which is an
             error if the teacher is the student itself.
@@ -89,7 +93,7 @@ class HintCollator(HintedRows):
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
         hint: Hints | None = None,
         *,
         prompt_column: str = PROMPT,
@@ -128,6 +132,7 @@ class HintCollator(HintedRows):
             raise ValueError("packed batches have one context of the teacher: no contrast, got one")
         if hint_masking is not None and not self.hints:
             raise ValueError(f"hint_masking needs hints to mask, got none and {hint_masking!r}")
+        self._check_processor(packing, teacher_sees)
         self.hint_masking = hint_masking
         self._was_given_hints = bool(self.hints)
         self.scored, self.truncation, self.packing = scored, truncation, packing
@@ -147,9 +152,23 @@ class HintCollator(HintedRows):
         self.max_completion_length = max_completion_length
         self._told_columns: set[str] = set()  # of which copies know too
 
+    def _check_processor(self, packing: bool, teacher_sees: str) -> None:
+        if self.processor is None:
+            return
+        for name, value, plain in (
+            ("packing", packing, False),
+            ("teacher_sees", teacher_sees, "prompt"),
+            ("contrast", [x.source for x in self.contrasts], []),
+        ):
+            if value != plain:
+                raise ValueError(
+                    "with a processor both sides read the same images, each row in its own "
+                    f"sequence: {name} must be {plain!r}, got {value!r}"
+                )
+
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Make a training batch from rows with completions: see `batches.build_batch`."""
-        return self._batch(self._all(self._row, rows))
+        return self._batch(self._all(self._row, rows), [self.messages(row) for row in rows])
 
     def at(self, step: int, seed: int | None = None) -> "HintCollator":
         """Return the collator of an optimizer step. Trainers call it; fixed settings need no step.
@@ -184,7 +203,61 @@ class HintCollator(HintedRows):
                 made = with_other_rows(made, contrast.number)
         return made
 
-    def _batch(self, made: Sequence[RenderedSides]) -> dict[str, Tensor]:
+    def messages(self, row: Row, completed: bool = True) -> Messages:
+        """Return the messages of a row, with its completion if `completed`; none of a text."""
+        names = (self.prompt_column, *([self.completion_column] if completed else []))
+        parts = [row.get(name) for name in names]
+        return [x for part in parts if isinstance(part, list | tuple) for x in part]
+
+    def images(self, messages: Messages) -> dict[str, Tensor]:
+        """Return the inputs that the images of a row's messages make; none without a processor."""
+        if self.processor is None:
+            return {}
+        return self.processor.images(messages, **self.chat_template_kwargs)
+
+    def image_inputs(
+        self, ids: Tensor, images: Sequence[Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Return what an image-text model reads of rows besides ids [B, T] and mask.
+
+        Args:
+            ids: of the rows.
+            images: of each row, see `images`.
+        """
+        if self.processor is None:
+            return {}
+        return join_images(images) | self.processor.token_types(ids)
+
+    def sampling_inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """Return what `GenerateEngine.sample` is given besides the ids of prompts.
+
+        It makes the inputs of some of the prompts from their numbers and ids.
+        """
+        if self.processor is None:
+            return {}
+
+        def inputs(numbers: Sequence[int], ids: Tensor) -> dict[str, Tensor]:
+            given = [prompts[i] for i in numbers]
+            images = [self.images([] if isinstance(x, str) else x) for x in given]
+            return self.image_inputs(ids, images)
+
+        return {"more_inputs": inputs}
+
+    def _with_images(
+        self, batch: dict[str, Tensor], dialogues: Sequence[Messages]
+    ) -> dict[str, Tensor]:
+        if self.processor is None:
+            return batch
+        ids, teacher_ids = batch["input_ids"], batch.get("teacher_input_ids")
+        batch |= self.image_inputs(ids, [self.images(x) for x in dialogues])
+        if teacher_ids is not None:
+            batch |= self.processor.token_types(teacher_ids, TEACHER_PREFIX)
+            check_placeholders(self.processor, ids, teacher_ids)
+        return batch
+
+    def _batch(
+        self, made: Sequence[RenderedSides], dialogues: Sequence[Messages]
+    ) -> dict[str, Tensor]:
         students, teachers = [x.student for x in made], [x.teacher for x in made]
         hinted = self.needs_hints or any(x.hints or x.dropped for x in made)
         if not self.has_own_view and not (self.hints and hinted) and not self.contrasts:
@@ -195,7 +268,7 @@ class HintCollator(HintedRows):
         if self.contrasts and teachers is not None:
             number = sum(x.number for x in self.contrasts)
             batch |= contrast_columns(batch, made, number, self.pad_token_id)
-        return self._with_count(batch, made)
+        return self._with_count(self._with_images(batch, dialogues), made)
 
     def prompts(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Return the rows as they are, and student contexts, for completions yet to be generated.
@@ -217,7 +290,7 @@ class HintCollator(HintedRows):
         An episode may have nothing to score.
         """
         made = self._all(self._episode, episodes)
-        return self._batch(made), [x.hints for x in made]
+        return self._batch(made, [x.messages for x in episodes]), [x.hints for x in made]
 
     def next_context(self, episode: Episode) -> list[int]:
         """Return the student's ids up to its next reply, behind what an environment has said."""
@@ -233,6 +306,8 @@ class HintCollator(HintedRows):
             prompt_ids, prompt_mask [B, T]; teacher_prompt_ids, teacher_prompt_mask [B, T of the
             teacher]; int64.
         """
+        if self.processor is not None:
+            raise ValueError("contexts are token ids alone: with a processor use `prompts`")
         made = self._all(self._contexts, rows)
         sides = ([x.student.ids for x in made], [x.teacher.ids for x in made])
         batch = {}
@@ -270,7 +345,9 @@ class HintCollator(HintedRows):
     def _with_tail(self, row: Row) -> RenderedSides:
         ids, prompt = self._prompt(row, sampled=True), self._column(row, "prompt_column")
         end = self._end_of(prompt, ids)
-        tail = [*ids[-SHOWN_TOKENS:], *([] if end is None else [end])]
+        images = () if self.processor is None else self.processor.placeholder_ids
+        words = [token for token in ids if token not in images]
+        tail = [*words[-SHOWN_TOKENS:], *([] if end is None else [end])]
         return self._episode(Episode(row, prompt, completions=[tail], texts=[self.text(tail)]))
 
     def _with_count(

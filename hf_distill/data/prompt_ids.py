@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Self, cast
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from hf_distill.data import texts
 from hf_distill.data.chat import ChatIds, begins_reply
 from hf_distill.data.hints import Messages, Prompt
+from hf_distill.data.processor_inputs import split_processor
 from hf_distill.data.turn_ends import TurnEnds, checked_ids, find_turn_ends, warnings_of
 
 
@@ -29,7 +30,7 @@ class PromptIds:
     """Makes token ids of prompts that are to be completed, and of what completes them.
 
     Args:
-        tokenizer: with a chat template if prompts are messages.
+        tokenizer: with a chat template if prompts are messages; or a processor of images and text.
         chat_template_kwargs: arguments of the template.
 
     Raises:
@@ -37,10 +38,13 @@ class PromptIds:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any]
+        self,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+        chat_template_kwargs: Mapping[str, Any],
     ) -> None:
-        _check_tokenizer(tokenizer)
-        self.tokenizer = tokenizer
+        known, self.processor = split_processor(tokenizer)
+        _check_tokenizer(known)
+        self.tokenizer: PreTrainedTokenizerBase = known
         self.chat_template_kwargs = dict(chat_template_kwargs)
         self._told: tuple[int, ...] = ()
         self._ends: TurnEnds | None = None
@@ -104,6 +108,9 @@ class PromptIds:
     def _template(
         self, messages: Messages, add_generation_prompt: bool, **options: Any
     ) -> list[int]:
+        if self.processor is not None:
+            options |= {"add_generation_prompt": add_generation_prompt, **self.chat_template_kwargs}
+            return self.processor.ids(messages, **options)
         encoded: Any = self.tokenizer.apply_chat_template(
             messages,
             add_generation_prompt=add_generation_prompt,

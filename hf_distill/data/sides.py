@@ -37,7 +37,12 @@ ANCHOR_PREFIX = "anchor_"
 
 INDEX_MAPS = ("completion_index", "teacher_completion_index")
 
-TEACHER_INPUTS = ("input_ids", "attention_mask", "position_ids", *packed_rows.BOUNDS)
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # [B, T]: which tokens stand for images
+
+TEACHER_INPUTS = ("input_ids", "attention_mask", "position_ids", *TOKEN_TYPES, *packed_rows.BOUNDS)
+
+IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes")
+"""What both sides read of a batch's images, by rows, images or patches."""
 
 TOKEN_VALUES = ("token_weights", "behaviour_log_probs")  # [B, T] float, aligned with the labels
 
@@ -171,13 +176,18 @@ def unpacked(side: Side) -> Side:
 
 
 def teacher_side(batch: Mapping[str, Any], student: Side) -> Side:
-    """Return the teacher's part: its own rows if the batch has them, else the student's."""
+    """Return the teacher's part: its own rows if the batch has them, else the student's.
+
+    Images are the student's in any case, unless the teacher's rows are of another tokenizer.
+    """
     ids, route = batch.get("teacher_input_ids"), batch.get(TEACHER_ROUTE)
     stored = batch.get(TEACHER_STORED)
     if ids is None:
         own = route is None and stored is None
         return student if own else student._replace(route=route, stored=stored)
     named = {name: batch.get(f"{TEACHER_PREFIX}{name}") for name in TEACHER_INPUTS}
+    if not has_own_tokens(batch):  # the images are the student's
+        named |= {name: student.inputs.get(name) for name in IMAGE_INPUTS}
     inputs = {name: value for name, value in named.items() if value is not None}
     predicts = predicts_from_index(batch["teacher_completion_index"], ids.shape[1])
     rows = packed_rows.row_numbers(inputs)

@@ -32,8 +32,21 @@ class EmptyHintError(SelfTeacherError):
     """Without a hint the teacher does not say what the student says."""
 
 
-def _side(rows: Sequence[TokenRow], fill: int, device: torch.device) -> Side:
-    """Return the rows, padded on the right."""
+Images = Mapping[str, Tensor]
+"""The inputs that the images of a row make."""
+
+MoreInputs = Callable[[Tensor, Sequence[Images]], Mapping[str, Tensor]]
+"""Makes what an image-text model reads besides rows of ids [B, T], from the images of each row."""
+
+
+def _side(
+    rows: Sequence[TokenRow],
+    fill: int,
+    device: torch.device,
+    images: Sequence[Images],
+    more_inputs: MoreInputs,
+) -> Side:
+    """Return the rows, padded on the right, and their images."""
     width = max(len(row.ids) for row in rows)
     predicts = torch.zeros(len(rows), width, dtype=torch.bool)
     for i, row in enumerate(rows):
@@ -42,6 +55,8 @@ def _side(rows: Sequence[TokenRow], fill: int, device: torch.device) -> Side:
         "input_ids": pad([row.ids for row in rows], fill).to(device),
         "attention_mask": pad([[1] * len(row.ids) for row in rows], 0).to(device),
     }
+    more = more_inputs(pad([row.ids for row in rows], fill), images)
+    inputs |= {name: value.to(device) for name, value in more.items()}
     return Side(inputs, predicts.to(device))
 
 
@@ -59,9 +74,12 @@ def _few(row: TokenRow) -> TokenRow:
     return TokenRow(row.ids, sorted({*scored[:FEW], *scored[-FEW:]}))
 
 
-def _reversed(row: TokenRow) -> TokenRow:
-    """Return another row of the same length, of which nothing is scored."""
-    return TokenRow(list(reversed(row.ids)), [])
+def _other(row: TokenRow, images: Images) -> TokenRow:
+    """Return another row of the same length, of which nothing is scored.
+
+    One with images is the same, for what stands for them has its order.
+    """
+    return TokenRow(list(row.ids if images else reversed(row.ids)), [])
 
 
 def _check_contexts(student: Sequence[TokenRow], teacher: Sequence[TokenRow]) -> None:
@@ -86,17 +104,29 @@ class _Checked(Compared):
         rows: with few scored tokens.
         pad_token_id: for padding.
         in_16_bit: whether the model computes in 16 bits though its logits may be float32.
+        images: of each row.
+        more_inputs: makes the inputs of the images.
     """
 
     error = EmptyHintError
     rows = "without a hint"
 
     def __init__(
-        self, model: nn.Module, rows: Sequence[TokenRow], pad_token_id: int, in_16_bit: bool
+        self,
+        model: nn.Module,
+        rows: Sequence[TokenRow],
+        pad_token_id: int,
+        in_16_bit: bool,
+        images: Sequence[Images],
+        more_inputs: MoreInputs,
     ) -> None:
         self.token_rows, self.pad_token_id = rows, pad_token_id
-        device = next(unwrap(model).parameters()).device
-        super().__init__(model, _side(rows, pad_token_id, device), in_16_bit)
+        self.images, self.more_inputs = images, more_inputs
+        self.place = next(unwrap(model).parameters()).device
+        super().__init__(model, self._side(rows, images, pad_token_id), in_16_bit)
+
+    def _side(self, rows: Sequence[TokenRow], images: Sequence[Images], fill: int) -> Side:
+        return _side(rows, fill, self.place, images, self.more_inputs)
 
     def check_padding(self) -> None:
         """Check that rows padded on the right give the logits of rows alone; none is padded left.
@@ -104,7 +134,7 @@ class _Checked(Compared):
         Raises:
             EmptyHintError: they do not, because the padding is read.
         """
-        alone = self.rows_alone(lambda row: [row])
+        alone = self.rows_alone(lambda row, _: [row])
         found = apart(self.calm, alone)
         if found <= self.tolerance:
             return
@@ -112,7 +142,7 @@ class _Checked(Compared):
             f"rows padded on the right must give the logits of rows alone, they are {found:.2g} "
             f"nats apart (limit {self.tolerance:g})"
         )
-        beside = apart(self.rows_alone(lambda row: [row, _reversed(row)]), alone)
+        beside = apart(self.rows_alone(lambda row, x: [row, _other(row, x)]), alone)
         if beside > max(self.tolerance, found / 4):
             logger.warning(
                 "batches: %s; without any padding a row beside another is %.2g nats from the row "
@@ -123,7 +153,7 @@ class _Checked(Compared):
             )
             return
         other = next(i for i in range(2) if i != self.pad_token_id)
-        filled = _side(self.token_rows, other, self.device)
+        filled = self._side(self.token_rows, self.images, other)
         if apart(self.calm, self.logits(filled)) > self.tolerance:
             raise EmptyHintError(
                 f"padding: {shown}; other ids in it change them: does the model use "
@@ -135,10 +165,14 @@ class _Checked(Compared):
             shown,
         )
 
-    def rows_alone(self, around: Callable[[TokenRow], list[TokenRow]]) -> Tensor:
+    def rows_alone(self, around: Callable[[TokenRow, Images], list[TokenRow]]) -> Tensor:
         """Return [N, V] logits of each row in its own batch, with what `around` puts below it."""
-        sides = (_side(around(row), self.pad_token_id, self.device) for row in self.token_rows)
-        return torch.cat([self.logits(side) for side in sides])
+        found = []
+        for row, images in zip(self.token_rows, self.images, strict=True):
+            rows = around(row, images)
+            side = self._side(rows, [images] * len(rows), self.pad_token_id)
+            found.append(self.logits(side))
+        return torch.cat(found)
 
     def warn_of_dropout(self) -> None:
         was_training = self.model.training
@@ -176,6 +210,8 @@ def check_empty_hint(
     teacher_rows: Sequence[TokenRow],
     pad_token_id: int,
     in_16_bit: bool = False,
+    images: Sequence[Images] | None = None,
+    more_inputs: MoreInputs = lambda _, __: {},
 ) -> float:
     """Return a token's largest JSD of student and teacher, in nats, on rows without a hint.
 
@@ -186,6 +222,8 @@ def check_empty_hint(
         teacher_rows: the same rows as the teacher's side is built.
         pad_token_id: for padding.
         in_16_bit: whether the model computes in 16 bits though its logits may be float32.
+        images: of each row; None means that there are none.
+        more_inputs: makes the inputs of the images.
 
     Raises:
         EmptyHintError: it is not zero, or depends on the padding that stands behind a row; the
@@ -195,7 +233,8 @@ def check_empty_hint(
     rows = [_few(row) for row in student_rows]
     if not any(row.scored for row in rows):
         return 0.0  # empty rows
-    checked = _Checked(model, rows, pad_token_id, in_16_bit)
+    images = [{}] * len(rows) if images is None else images
+    checked = _Checked(model, rows, pad_token_id, in_16_bit, images, more_inputs)
     checked.check_numbers("student", checked.calm)
     checked.check_padding()
     found = checked.check(teacher)

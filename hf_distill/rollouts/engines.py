@@ -131,6 +131,27 @@ def check_engine(
         _check_known("sampling by engine 'continuous'", generation_kwargs, ("top_k", "top_p"))
 
 
+def check_images(engine: str, rounds: int) -> None:
+    """Check what a student that reads images samples with.
+
+    Args:
+        engine: of the rollouts.
+        rounds: replies of an episode, at most.
+
+    Raises:
+        ValueError: it is another engine than "generate", or more than one reply.
+    """
+    if engine != "generate":
+        raise ValueError(
+            f"a processor's images are given to rollout engine 'generate' only, got {engine!r}"
+        )
+    if rounds > 1:
+        raise ValueError(
+            "with a processor's images an environment judges one reply: set rollout.max_turns=1, "
+            f"got {rounds}"
+        )
+
+
 def make_engine(
     engine: str,
     sampling: Sampling,

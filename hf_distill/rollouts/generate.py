@@ -2,9 +2,10 @@
 
 import copy
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from itertools import groupby
 from typing import Any, cast
 
@@ -79,6 +80,10 @@ def manual_seed(seed: int) -> None:
     torch.manual_seed(seed % 2**64)
 
 
+MoreInputs = Callable[[Sequence[int], torch.Tensor], Mapping[str, torch.Tensor]]
+"""Makes what a model reads besides some of the prompts, from their numbers and ids [b, T]."""
+
+
 def _batches(
     prompts: Sequence[Sequence[int]], batch_size: int | None, share: str
 ) -> list[list[int]]:
@@ -112,6 +117,7 @@ def generate(
     seed: int,
     generation_kwargs: Mapping[str, Any] | None = None,
     batch_size: int | None = None,
+    more_inputs: MoreInputs | None = None,
 ) -> list[list[int]]:
     """Generate completions of the prompts, by `generate` with the key-value cache.
 
@@ -134,6 +140,8 @@ def generate(
         batch_size: prompts of one call of the model's `generate`, short ones together, each batch
             with a seed of its own; None is all at once, as they come, or all of one length where
             nothing may be padded.
+        more_inputs: makes further inputs of a call, of images say. Rows then stay in their call
+            until all have ended.
 
     Returns:
         One list of ids per prompt, with its end token if it has ended, without padding.
@@ -156,6 +164,7 @@ def generate(
         _whole_root(model),
     ):
         padding = left_padding(lm, prompts, pad_token_id, device)
+        padding = padding if more_inputs is None else padding.with_images()
         share = padding.sharing(max(map(len, prompts), default=0), max_completion_length)
         batches = _batches(prompts, batch_size, share)
         one = batch_size is None and len(batches) == 1
@@ -169,7 +178,8 @@ def generate(
         for number, rows in enumerate(batches):
             manual_seed(seed if one else _seed_of(seed, number))
             given = [prompts[i] for i in rows] or [[pad_token_id]]  # of which nothing is kept
-            completions = _call(lm, given, config, padding, options)
+            further = {} if more_inputs is None else {"more": partial(more_inputs, rows)}
+            completions = _call(lm, given, config, padding, options, **further)
             found |= {
                 i: cut_at_end_token(row, end_ids) for i, row in zip(rows, completions, strict=False)
             }
@@ -196,14 +206,16 @@ def _call(
     config: GenerationConfig,
     padding: LeftPadding,
     options: dict[str, Any],
+    more: Callable[[torch.Tensor], Mapping[str, torch.Tensor]] = lambda _: {},
 ) -> list[list[int]]:
     """Return what one call of the model's `generate` writes behind prompts."""
     device, fill = next(lm.parameters()).device, cast(int, config.pad_token_id)
     ids = pad(prompts, fill, side="left").to(device)
     mask = pad([[1] * len(prompt) for prompt in prompts], 0, side="left").to(device)
+    more_inputs = {name: x.to(device) for name, x in more(ids).items()}
     config = copy.copy(config)
     config.max_new_tokens = padding.new_tokens(cast(int, config.max_new_tokens), ids.shape[1])
-    options = options | padding.arguments(mask)
+    options = options | padding.arguments(mask) | more_inputs
     output = lm.generate(input_ids=ids, attention_mask=mask, generation_config=config, **options)
     return output[:, ids.shape[1] :].tolist()
 
@@ -229,11 +241,13 @@ class GenerateEngine:
         prompts: Sequence[Sequence[int]],
         seed: int,
         max_new_tokens: int | None = None,
+        more_inputs: MoreInputs | None = None,
     ) -> list[list[int]]:
-        """Return one list of ids per prompt, see `Engine.sample`."""
+        """Return one list of ids per prompt, see `Engine.sample` and, of inputs, `generate`."""
         sampling = self.sampling.at_most(max_new_tokens)
         settings = {x.name: getattr(sampling, x.name) for x in fields(sampling)}
-        return generate(model, prompts, **settings, seed=seed, batch_size=self.batch_size)
+        others = {"batch_size": self.batch_size, "more_inputs": more_inputs}
+        return generate(model, prompts, **settings, seed=seed, **others)
 
     def weights_changed(self) -> None:
         """Do nothing: it samples from the model itself."""

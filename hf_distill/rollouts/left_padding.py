@@ -52,6 +52,10 @@ class LeftPadding(NamedTuple):
     limit: int | None = None
     stays: str | None = None
 
+    def with_images(self) -> "LeftPadding":
+        """Return what holds beside images, of which a model may keep more than its cache."""
+        return self._replace(stays="the model may keep more of images than its cache")
+
     def arguments(self, mask: Tensor) -> dict[str, Tensor]:
         """Return what `generate` is given besides ids and mask [B, T]."""
         if self.first == 0:

@@ -22,6 +22,7 @@ from hf_distill.monitoring.completion_table import COLUMNS, CompletionTable
 from hf_distill.monitoring.faults import PREFIX_NAME
 from hf_distill.monitoring.metrics import CompletionMeter, HintOverlapMeter, ShareMeter
 from hf_distill.rollouts.config import RolloutConfig
+from hf_distill.rollouts.engines import check_images
 from hf_distill.rollouts.environments import Environment, has_failed, play, share_siblings
 from hf_distill.run import Run
 
@@ -180,15 +181,16 @@ class Rollouts:
         seed = (self.args.seed * 1_000_003 + step) * 65_537 + self.args.process_index
 
         longest = self._prefix_at(step) if training else None
-        limit = {} if longest is None else {"max_new_tokens": longest}
+        limit: dict[str, Any] = {} if longest is None else {"max_new_tokens": longest}
+        size = None if training else 1
+        episodes = self._episodes(batches, size)
+        limit |= self.collator.sampling_inputs([x.prompt for each in episodes for x in each])
 
         def sample(prompts: Sequence[Sequence[int]], turn: int) -> list[list[int]]:
             completions = self.engine.sample(model, prompts, seed + (turn << 50), **limit)
             self._completions[training].add(completions, end_ids)
             return completions
 
-        size = None if training else 1
-        episodes = self._episodes(batches, size)
         play(
             [episode for batch in episodes for episode in batch],
             sample,
@@ -343,7 +345,8 @@ def make_engine(
 
     Raises:
         ValueError: processes would have to sample together with vLLM, but an environment lets each
-            play another number of rounds.
+            play another number of rounds; or a processor's images, with another engine than
+            "generate" or several rounds.
         ImportError: the engine's library is not installed.
     """
     config = cast(RolloutConfig, run.args.rollout)
@@ -353,12 +356,17 @@ def make_engine(
             "engine 'vllm' needs the same rounds on all "
             f"{run.accelerator.num_processes} processes: set rollout.max_turns=1, got {rounds}"
         )
+    generation_kwargs = dict(config.generation_kwargs)
+    if collator.processor is not None:
+        check_images(config.engine, rounds)
+        # a sampled placeholder would stand for an image that is not there
+        generation_kwargs.setdefault("suppress_tokens", collator.processor.placeholder_ids)
     sampling = rollouts.Sampling(
         collator.pad_token_id,
         collator.ends.ids,
         run.args.max_completion_length,
         config.temperature,
-        config.generation_kwargs,
+        generation_kwargs,
     )
     return rollouts.make_engine(
         config.engine,

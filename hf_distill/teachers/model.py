@@ -162,9 +162,9 @@ class ModelTeacher(Teacher):
     is stored in float32, or as the student is; one in 16 bits or quantized computes as it is.
 
     Args:
-        model: a model, or what `AutoModelForCausalLM.from_pretrained` takes. If the config of a
-            name says that it is a classifier, `AutoModelForSequenceClassification.from_pretrained`
-            loads it.
+        model: a model, or what `AutoModelForCausalLM.from_pretrained` takes. A name is loaded by
+            the class of the kind that its config says: `AutoModelForSequenceClassification`,
+            `AutoModelForMaskedLM`, `AutoModelForTokenClassification` or `AutoModelForSeq2SeqLM`.
         dtype: the dtype in which a name is loaded, such as "bfloat16". None leaves it to
             `from_pretrained`.
         quantization: "8bit" or "4bit" quantizes a name's weights with bitsandbytes. None does not

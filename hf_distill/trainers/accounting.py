@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from hf_distill.data import token_weights
 from hf_distill.data.hint_collator import hint_collator_behind
 from hf_distill.losses import Loss, behaviour_log_probs
 from hf_distill.models.forward import Reader
+from hf_distill.models.shared_images import SharedImages
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import causal_lm
 from hf_distill.monitoring.forgetting import Forgetting
@@ -42,6 +44,7 @@ class AccountingTrainer(StepCollatingTrainer):
     _own_loss: Loss | None = None
     _forgetting: Forgetting | None = None
     _reader: Reader  # of the student
+    _images: SharedImages | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._evaluation = Evaluation()
@@ -50,6 +53,13 @@ class AccountingTrainer(StepCollatingTrainer):
         copies = self._num_copies
         self._unscored = {training: UnscoredMeter(copies) for training in (True, False)}
         self._num_parts = self.get_cp_size() * self.get_sp_size()  # that a row is split over
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        """Do as `Trainer` does; the features of images are made once for all who read them."""
+        stack = super().compute_loss_context_manager()
+        if self._images is not None:
+            stack.enter_context(self._images.kept())
+        return stack
 
     def _count_without_teacher(self) -> None:
         """Without a teacher the loss is the same mean, of what the model computes."""

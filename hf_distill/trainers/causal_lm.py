@@ -68,7 +68,8 @@ class CausalLM:
         read = inspect.signature(lm.forward).parameters
         self._unread = {self.label_name, *(x for x in given or () if x not in read)} - {LABELS}
         config = cast(TokenWeightsConfig, run.args.token_weights)
-        around = config.by_class(), run.processing_class, config.reasoning
+        words = run.tokenizer or run.processing_class
+        around = config.by_class(), words, config.reasoning
         weigh = TokenWeights(*around, config.around_reasoning(), config.by_position())
         size = vocab or vocab_size(run.language_model)
         self.weighing = TokenWeighing(weigh, config.entropy, size, config.entropy_floor)

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -26,7 +26,29 @@ from hf_distill.teachers.base_fingerprint import BaseFingerprint, base_fingerpri
 
 logger = logging.getLogger(__name__)
 
+LOADING_FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")  # how files of weights end
+
+
+def load_renamed(model: PreTrainedModel, folder: str) -> None:
+    """Load weights that `save_pretrained` has written under other names than the model has.
+
+    It does so for image-text models whose repositories have old names. `Trainer` looks for the
+    model's own names, and would go on with the weights that the model has.
+
+    Args:
+        model: without wrappers.
+        folder: of the checkpoint.
+
+    Raises:
+        ValueError: a weight is missing, or the checkpoint has one of another model.
+    """
+    read: Any = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    made, found = read
+    wrong = {name: sorted(map(str, found[name])) for name in LOADING_FAULTS if found.get(name)}
+    if wrong:
+        raise ValueError(f"{folder} must have the weights of a {type(model).__name__}: {wrong}")
+    model.load_state_dict(made.state_dict())
 
 
 def remove_mark(folder: str) -> None:
@@ -245,6 +267,7 @@ class StatefulTrainer(ResumableTrainer):
     teacher: Teacher | None = None
     _layers: HiddenAlignment | None = None
     _taid: TaidCallback | None = None
+    _has_other_names: bool = False  # the weights of the checkpoint that was read
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._attached = ExitStack()
@@ -305,13 +328,27 @@ class StatefulTrainer(ResumableTrainer):
         with self._bare(), nullcontext() if layers is None else layers.detached():
             yield
 
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with self._as_checkpoints_have_it():
-            super()._load_from_checkpoint(*args, **kwargs)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self._load_renamed(resume_from_checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Do as `Trainer` does, but for weights that have other names in a checkpoint."""
+        others = bool(load_result.missing_keys and load_result.unexpected_keys)
+        self._has_other_names = others and isinstance(self.model, PreTrainedModel)
+        if not self._has_other_names:
+            super()._issue_warnings_after_load(load_result)
+
+    def _load_renamed(self, folder: str) -> None:
+        if self._has_other_names:
+            self._has_other_names = False
+            load_renamed(cast(PreTrainedModel, self.model), folder)
 
     def _load_best_model(self) -> None:
         with self._as_checkpoints_have_it():
             super()._load_best_model()
+            self._load_renamed(cast(str, self.state.best_model_checkpoint))
         folder = cast(str, self.state.best_model_checkpoint)
         if self._layers is not None and self._layers.is_in(folder):
             self._layers.load(folder, cast(nn.Module, self.model_wrapped))

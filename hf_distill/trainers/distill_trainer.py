@@ -18,6 +18,7 @@ from hf_distill.losses.router_loss import add_router_loss
 from hf_distill.losses.taid import TaidCallback
 from hf_distill.models.forward import Reader
 from hf_distill.models.pieces import will_lie_in_pieces
+from hf_distill.models.shared_images import SharedImages
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import Kind, vocab_size
 from hf_distill.monitoring.metrics import TokenMeter
@@ -165,6 +166,8 @@ class DistillTrainer(AccountingTrainer):
             run.teacher.prepare(self.accelerator, run.student, refusal)
         self._wrap_collator(self._collator_for(run.teacher))
         self._layers, self._views = self._make_layers(run), Views(run)
+        whole = not (run.sharded or self.args.torch_compile)
+        self._images = SharedImages(run.language_model) if whole else None
         self._make_monitors(run)
         self._note_set_up(run)
 
@@ -198,7 +201,7 @@ class DistillTrainer(AccountingTrainer):
         if known is not None and size is not None:
             classes = token_classes(known, size)
         self._meters = {training: TokenMeter(classes, run.num_copies) for training in (True, False)}
-        eos_token_id = getattr(self.processing_class, "eos_token_id", None)
+        eos_token_id = getattr(known or self.processing_class, "eos_token_id", None)
         self._alignment = AlignmentMeter(end_token_ids(run.language_model, eos_token_id))
         self._looked = False
         taid = cast("TaidConfig | None", self.args.taid) if self._own_loss is None else None

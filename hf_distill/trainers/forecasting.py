@@ -131,8 +131,10 @@ class Forecaster:
         ]
         seed = SEED + 1_000 * self.run.args.seed + start
 
+        more = self.collator.sampling_inputs([episode.prompt for episode in episodes])
+
         def sample(prompts: Sequence[Sequence[int]], _: int) -> list[list[int]]:
-            return self.engine.sample(model, prompts, seed)
+            return self.engine.sample(model, prompts, seed, **more)
 
         end_ids = rollouts.end_token_ids(unwrap(model), self.collator.ends.ids)
         judge = self.environment if self.score is None else None

@@ -228,11 +228,15 @@ class OPSDTrainer(ForecastingTrainer):
         dataset: Any = self.train_dataset
         rows = [dataset[i] for i in range(min(NUM_CHECKED, len(dataset)))]
         model, collator = cast(nn.Module, self.model), self.hint_collator
-        student, teacher = collator.without_hints(rows, completed=not self.args.on_policy)
+        completed = not self.args.on_policy
+        student, teacher = collator.without_hints(rows, completed)
+        images = [collator.images(collator.messages(row, completed)) for row in rows]
         # before training the model has no autocast of its own; as in training, products are 16-bit
         with self.accelerator.autocast():
             found = check_empty_hint(
-                model, own, student, teacher, collator.pad_token_id, self._run.in_16_bit
+                *(model, own, student, teacher, collator.pad_token_id, self._run.in_16_bit),
+                images=images,
+                more_inputs=collator.image_inputs,
             )
         logger.info("without a hint student and teacher are %.1e nats apart", found)
         self._start_check.skip()
