@@ -10,10 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_distill import DistillConfig, DistillTrainer, HintCollator, OPSDConfig, OPSDTrainer
+from hf_distill import (
+    DistillConfig,
+    DistillTrainer,
+    HintCollator,
+    OPSDConfig,
+    OPSDTrainer,
+    SpanCollator,
+)
 from hf_distill.cache import CachedTeacher, HeadSamples, cache_teacher
 from hf_distill.data.batches import unpad
-from tests.hf_distill.trainers import classifying, experts, models, own_losses
+from tests.hf_distill.data import image_processors
+from tests.hf_distill.trainers import (
+    classifying,
+    experts,
+    image_models,
+    letters,
+    models,
+    own_losses,
+    placed,
+)
 
 ROWS_PER_STEP = 4
 SAVED_AT = 3
@@ -171,6 +187,47 @@ def classify(folder: Path, num_processes: int) -> DistillTrainer:
     return classifying.trainer(folder, data=rows, **options)
 
 
+def _placed(folder: Path, num_processes: int, make: Any, data: Any) -> DistillTrainer:
+    """The processes' rows have different numbers of labels."""
+    changes = {"gradient_accumulation_steps": 2, "max_steps": 2, "alpha": 0.3}
+    options = _options(folder, num_processes, **changes)
+    options.pop("output_dir")
+    return placed.trainer(folder, make(), make(1), data, **options)
+
+
+def masked(folder: Path, num_processes: int) -> DistillTrainer:
+    return _placed(folder, num_processes, placed.MASKED["bert"], placed.masked_rows())
+
+
+def token_classes(folder: Path, num_processes: int) -> DistillTrainer:
+    rows = placed.masked_rows(classes=placed.CLASSES)
+    return _placed(folder, num_processes, placed.PLACES["bert"], rows)
+
+
+def seq2seq(folder: Path, num_processes: int) -> DistillTrainer:
+    return _placed(folder, num_processes, placed.SEQ2SEQ["bart"], placed.pairs())
+
+
+def opsd_spans(folder: Path, num_processes: int) -> OPSDTrainer:
+    """A teacher of letters reads what a student of words has sampled."""
+    words, others = models.tokenizer(), letters.letters()
+    settings = {"max_completion_length": 8, "rollout": {"temperature": 0.0}, "divergence": "spans"}
+    args = OPSDConfig(**_options(folder, num_processes, **settings, alpha=1.0, temperature=1.0))
+    given = {"teacher": letters.reader(), "processing_class": words}
+    collator = SpanCollator(words, others, "{hint}")
+    return OPSDTrainer(models.llama(), args, collator, models.problems(), **given)
+
+
+def opsd_images(folder: Path, num_processes: int) -> OPSDTrainer:
+    """Rows with images on both sides."""
+    processor, rows = image_processors.processor("llava"), image_processors.rows()
+    settings = {"max_completion_length": 6, "rollout": {"temperature": 0.0}, "teacher": "base"}
+    args = OPSDConfig(**_options(folder, num_processes, **settings, max_steps=2))
+    given = {"processing_class": processor}
+    model, collator = image_models.model("llava"), HintCollator(processor)
+    return OPSDTrainer(model, args, collator, rows * 4, **given)
+
+
 def distill_taid(folder: Path, num_processes: int) -> DistillTrainer:
     """Its t follows the loss of both processes, ahead of the linear target."""
     taid = {"t_start": 0.5, "t_end": 0.95, "step_size": 0.8, "momentum": 0.9}
@@ -221,6 +278,11 @@ def opsd_anchored(folder: Path, num_processes: int) -> OPSDTrainer:
 
 SETUPS = (
     classify,
+    masked,
+    token_classes,
+    seq2seq,
+    opsd_spans,
+    opsd_images,
     distill_cached,
     distill,
     distill_entropy,

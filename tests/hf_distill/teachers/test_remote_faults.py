@@ -29,8 +29,9 @@ def test_failures_that_pass_are_tried_again(
     server.faults = list(faults)
     got = teacher.signal(models.llama(), SIDE)
     assert torch.equal(got.sparse.log_probs, want.sparse.log_probs)
-    # a server that was away is asked for its fingerprint
-    assert len(server.requests) == 2 + len(faults) + bool({503, 502, DROP} & set(faults))
+    # a server that was away is asked for its fingerprint: once, or for each row that found it so
+    away = [x for x in faults if x in (502, 503, DROP)]
+    assert bool(away) <= len(server.requests) - 2 - len(faults) <= len(away)
     assert f"status {faults[-1]}, body " in caplog.text
     assert "; trying again in 0.0 s, for 20 s at most" in caplog.text
     assert ("disconnected without sending a response" in caplog.text) == (DROP in faults)

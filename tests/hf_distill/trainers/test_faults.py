@@ -32,8 +32,8 @@ class Changed(HintCollator):
     def change(self, batch: Batch) -> None:
         raise NotImplementedError
 
-    def _batch(self, made: Sequence[RenderedSides]) -> Batch:
-        batch = super()._batch(made)
+    def _batch(self, made: Sequence[RenderedSides], dialogues: Any) -> Batch:
+        batch = super()._batch(made, dialogues)
         self.change(batch)
         return batch
 
@@ -104,7 +104,7 @@ class Swapped(Changed):
 class SwappedContexts(HintCollator):
     """The teacher reads another example's context before this one's completion."""
 
-    def _batch(self, made: Sequence[RenderedSides]) -> Batch:
+    def _batch(self, made: Sequence[RenderedSides], dialogues: Any) -> Batch:
         sides = []
         for i, this in enumerate(made):
             other, start = made[i - 1].teacher, made[i - 1].teacher.scored[0]
@@ -131,7 +131,7 @@ def again(tokenizer: Any, ids: Sequence[int]) -> list[int]:
 class TeacherTokenisedAgain(HintCollator):
     """The sampled completion as text, to the teacher."""
 
-    def _batch(self, made: Sequence[RenderedSides]) -> Batch:
+    def _batch(self, made: Sequence[RenderedSides], dialogues: Any) -> Batch:
         sides = []
         for row in (x.teacher for x in made):
             start = row.scored[0]
@@ -141,7 +141,7 @@ class TeacherTokenisedAgain(HintCollator):
 
 
 class BothTokenisedAgain(HintCollator):
-    def _batch(self, made: Sequence[RenderedSides]) -> Batch:
+    def _batch(self, made: Sequence[RenderedSides], dialogues: Any) -> Batch:
         sides: list[list[TokenRow]] = [[], []]
         for x in made:
             for rows, row in zip(sides, x[:2], strict=True):
