@@ -37,11 +37,12 @@ test-slow: $(VENV)/.installed-test
 test-metal: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto -m 'slow or not slow' tests/metal_ops/metal tests/metal_ops/mslsim
 
-# every causal-LM type of Transformers and every adapter of PEFT, tiny; writes docs/pages/tried.md
+# every type of Transformers that is distilled and every adapter of PEFT, tiny; writes docs/pages/tried.md
 test-models: $(VENV)/.installed-test
 	$(BIN)/python -m tests.sweeps.architectures --jobs $(JOBS) --write docs/pages/tried.md
 	$(BIN)/python -m tests.sweeps.architectures --windows --jobs $(JOBS) --write docs/pages/tried.md
 	$(BIN)/python -m tests.sweeps.adapters --jobs $(JOBS) --write docs/pages/tried.md
+	$(BIN)/python -m tests.sweeps.kinds --jobs $(JOBS) --write docs/pages/tried.md
 
 # real engines in venvs below out/engines, laid over .venv; one that does not install is skipped, with
 # its reason in the summary. llama.cpp is compiled. One vLLM server at a time, on loopback

@@ -20,6 +20,7 @@ from hf_distill.data.sides import scored
 from hf_distill.models.modes import evaluating, kept_rng
 from hf_distill.models.structure import Kind, input_embeddings, is_sharded, kind_of
 
+CHARACTERS = 256  # ids of a model that names no vocabulary
 TOKENS = 7  # of the row; no stream, head or width has this size
 NEEDS_STACK = "hidden_layers need a model with one stack of blocks, each of which gives the states"
 
@@ -148,9 +149,8 @@ def _plain_ids(lm: Any) -> Tensor:
     words = ("token_id", "token_index")
     named = [v for x in parts for k, v in x.to_dict().items() if any(word in k for word in words)]
     taken = {x for v in named for x in (v if isinstance(v, list) else [v])}
-    count = (
-        getattr(input_embeddings(lm), "num_embeddings", None) or config.get_text_config().vocab_size
-    )
+    count = getattr(input_embeddings(lm), "num_embeddings", None)
+    count = count or getattr(config.get_text_config(), "vocab_size", None) or CHARACTERS
     free = [i for i in range(min(count, 4 * TOKENS + len(taken))) if i not in taken]
     ids = [free[i % len(free)] for i in range(TOKENS)]
     return torch.tensor([ids], device=next(lm.parameters()).device)

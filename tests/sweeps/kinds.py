@@ -1,9 +1,11 @@
 """Tries every masked-LM, token-classifier and seq2seq type: python -m tests.sweeps.kinds.
 
-For each type that the installed Transformers has, a tiny random model in float32 on the CPU:
+For each type that the installed Transformers has, a tiny random model in float64 on the CPU (in
+float32 where it does not run in that):
 
 - step: loss and gradients of a DistillTrainer's first step (rows padded on the right, alpha 0.6,
-  temperature 2, forward KL) are those of rows alone from `model(**inputs, labels=labels).logits`.
+  temperature 2, forward KL) are those of rows alone from `model(**inputs, labels=labels).logits`;
+  of a model whose logits depend on padding, those of the padded batch.
 - layers: `hidden_layers="uniform"` runs.
 
 A cell is right, or a clear error (a ValueError of the project that names what it is about), or
@@ -34,6 +36,7 @@ from tests.sweeps import page, reference, running, sweep, tiny_configs
 from tests.sweeps.cells import (
     GRADIENT,
     LOSS,
+    NONE,
     RIGHT,
     Cell,
     as_json,
@@ -54,7 +57,7 @@ KINDS: Mapping[str, tuple[Any, Any]] = {
     ),
     "seq2seq": (AutoModelForSeq2SeqLM, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
 }
-COLUMNS = ("step", "layers")
+SETTINGS = {"temperature": reference.TEMPERATURE, "alpha": reference.ALPHA}
 
 
 def names() -> list[str]:
@@ -62,7 +65,7 @@ def names() -> list[str]:
     return [f"{type_} on {kind}" for kind, (_, found) in KINDS.items() for type_ in sorted(found)]
 
 
-def model(name: str, seed: int) -> Any:
+def model(name: str, seed: int, dtype: torch.dtype = torch.float64) -> Any:
     """A tiny model of a type, as the kind has it."""
     type_, _, kind = name.partition(" on ")
     made = CONFIG_MAPPING[type_]
@@ -75,7 +78,12 @@ def model(name: str, seed: int) -> Any:
         changes["num_labels"] = 5
     torch.manual_seed(seed)
     config = tiny_configs._config(made, changes)
-    return tiny_configs.spread(KINDS[kind][0].from_config(config).float())
+    for chance in (
+        "classifier_dropout",
+        "hidden_dropout",
+    ):  # read also where no config has it
+        setattr(config, chance, 0.0)
+    return tiny_configs.spread(KINDS[kind][0].from_config(config).to(dtype))
 
 
 def rows(kind: str) -> list[dict[str, list[int]]]:
@@ -91,19 +99,41 @@ def rows(kind: str) -> list[dict[str, list[int]]]:
     return found
 
 
-def logits(lm: nn.Module, row: Mapping[str, Any]) -> Tensor:
-    """[N, V] float64 logits of a row's labelled positions, of the row alone."""
-    inputs = reference.inputs_of(lm, row["input_ids"])
-    labels = torch.tensor([row["labels"]])
-    return lm(**inputs, labels=labels).logits[0][labels[0] != reference.IGNORE].double()
+def logits(lm: nn.Module, kind: str, together: bool) -> Tensor:
+    """[N, V] float64 logits of the labelled positions, of each row alone or of the padded batch."""
+    found = []
+    batches = [rows(kind)] if together else [[row] for row in rows(kind)]
+    for batch in batches:
+        inputs = collator(lm, kind)(batch)
+        if reference.takes(lm, "use_cache"):
+            inputs["use_cache"] = False
+        said = lm(**inputs).logits
+        found.append(said[inputs["labels"] != reference.IGNORE].double())
+    return torch.cat(found)
+
+
+def collator(lm: nn.Module, kind: str) -> Any:
+    """Pads inputs and labels on the right."""
+    if kind != "seq2seq":
+        return reference.Pad(lm)
+    pad = DataCollatorForSeq2Seq(words())
+    return lambda batch: dict(pad([dict(row) for row in batch]))
+
+
+@torch.no_grad()
+def reads_padding(lm: nn.Module, kind: str) -> bool:
+    """Whether a model's logits depend on how far its rows are padded."""
+    one, other = (logits(lm.eval(), kind, together) for together in (False, True))
+    return float((one - other).abs().max()) > 1e-3 * float(one.abs().max())
 
 
 def expected(student: nn.Module, teacher: nn.Module, kind: str) -> tuple[float, dict[str, Tensor]]:
-    """The loss of the rows and its gradients, from each row alone."""
+    """The loss of the rows and its gradients."""
+    together = reads_padding(student, kind)
     student.train().zero_grad()
-    own = torch.cat([logits(student, row) for row in rows(kind)])
+    own = logits(student, kind, together)
     with torch.no_grad():
-        p = torch.cat([logits(teacher, row) for row in rows(kind)]) / reference.TEMPERATURE
+        p = logits(teacher, kind, together) / reference.TEMPERATURE
     labels = torch.tensor([x for row in rows(kind) for x in row["labels"] if x >= 0])
     log_q, log_p = (own / reference.TEMPERATURE).log_softmax(-1), p.log_softmax(-1)
     soft = reference.TEMPERATURE**2 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
@@ -114,13 +144,10 @@ def expected(student: nn.Module, teacher: nn.Module, kind: str) -> tuple[float, 
 
 def distill(student: Any, teacher: Any, kind: str, **changes: Any) -> running.First:
     """One step of a DistillTrainer on the rows."""
-    collator: Any = reference.Pad(student)
-    if kind == "seq2seq":
-        collator = DataCollatorForSeq2Seq(words())
-    settings = {"temperature": reference.TEMPERATURE, "alpha": reference.ALPHA} | changes
     with tempfile.TemporaryDirectory() as folder:
-        args = DistillConfig(**running.options(folder, **settings))
-        trainer = DistillTrainer(student, args, collator, rows(kind), teacher=teacher)
+        args = DistillConfig(**running.options(folder, **SETTINGS | changes))
+        pad = collator(student, kind)
+        trainer = DistillTrainer(student, args, pad, rows(kind), teacher=teacher)
         return running.train(trainer)
 
 
@@ -129,8 +156,12 @@ def step(name: str, student: Any, teacher: Any) -> Cell:
     kind = name.partition(" on ")[2]
     loss, gradients = expected(running.copied(student), teacher, kind)
     first = distill(running.copied(student), running.copied(teacher), kind)
+    gradients = {name: x for name, x in gradients.items() if x.numel()}
+    mine = {name: x for name, x in first.gradients.items() if x.numel()}
+    if not all(bool(x.isfinite().all()) for x in gradients.values()):
+        return Cell(NONE, "Transformers: the model's own loss has gradients that are not numbers")
     off = relative(float("nan") if first.loss is None else first.loss, loss)
-    far = furthest(first.gradients, gradients)
+    far = furthest(mine, gradients)
     text = f"{off:.0e} / {far:.0e}"
     return worst(measured(off, LOSS, text), measured(far, GRADIENT, text))
 
@@ -145,18 +176,27 @@ def layers(name: str, student: Any, teacher: Any) -> Cell:
 def trial(name: str) -> dict[str, Any]:
     """All cells of a type, see `architecture_trials.trial`."""
     kind = name.partition(" on ")[2]
-    try:
-        student, teacher = (model(name, seed) for seed in (0, 1))
-        expected(running.copied(student), teacher, kind)
-    except Exception as error:  # the library's own: there is nothing to try
-        return {"kind": name, "failed": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+    for dtype in (torch.float64, torch.float32):
+        try:
+            student, teacher = (model(name, seed, dtype) for seed in (0, 1))
+            (loss, _), (again, _) = (
+                expected(running.copied(student), teacher, kind) for _ in range(2)
+            )
+            break
+        except Exception as error:  # the library's own: there is nothing to try
+            text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    else:
+        return {"kind": name, "failed": text}
+    if loss != again:
+        return {"kind": name, "failed": "its forward draws numbers in training"}
     cells, path = {}, ""
     for column, tries in (("step", step), ("layers", layers)):
         with running.heard() as said:
             once = partial(tries, name, student, teacher)
             cells[column] = tried(once, (type(student).__name__,))
         path = path or running.path_of(said)
-    made = {"kind": name, "class": type(student).__name__, "path": path, "note": ""}
+    note = "reads padding" if reads_padding(student, kind) else ""
+    made = {"kind": name, "class": type(student).__name__, "path": path, "note": note}
     return made | {"cells": as_json(cells)}
 
 

@@ -10,7 +10,7 @@ from packaging.version import Version
 from transformers import logging
 
 from hf_distill.models.structure import check_kind
-from tests.sweeps import adapter_trials, architecture_trials, cells, page, running, sweep
+from tests.sweeps import adapter_trials, architecture_trials, cells, kinds, page, running, sweep
 from tests.sweeps.cells import CLEAR, NONE, RIGHT, WRONG, Cell
 from tests.sweeps.difficult import CHANGES, WINDOWS
 from tests.sweeps.tiny_configs import types
@@ -135,3 +135,15 @@ def test_equal_rows_are_one_row_of_the_page() -> None:
     assert "| left | 2 | 2 | 0 | 0 |" in made
     assert "- left (a, b): rows of aLM are 0.2 nats apart" in made
     assert "- z: ImportError: no \\<library\\>" in made
+
+
+# One whose logits depend on padding, one without a vocabulary's head, one with relative positions
+@pytest.mark.parametrize("name", ["fnet on masked", "albert on token classes", "t5 on seq2seq"])
+def test_other_kinds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert name in kinds.names()
+    result = kinds.trial(name)
+    assert [verdict for verdict, _ in result["cells"].values()] == [RIGHT, RIGHT]
+    assert result["note"] == ("reads padding" if name.startswith("fnet") else "")
+    monkeypatch.setattr(kinds.reference, "ALPHA", 0.59)  # of the reference, not of the trainer
+    monkeypatch.setattr(kinds, "SETTINGS", kinds.SETTINGS | {"alpha": 0.6})
+    assert kinds.trial(name)["cells"]["step"][0] == WRONG

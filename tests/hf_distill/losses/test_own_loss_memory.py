@@ -50,6 +50,7 @@ def step(
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's peak")
 def test_an_own_jsd_needs_little_more_memory_than_the_built_in() -> None:
     """What a step adds to the peak of a process, with the chunks of the default."""
