@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +11,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
+from transformers.models.whisper.modeling_whisper import shift_tokens_right
 
 from hf_distill import DistillConfig, DistillTrainer, HintCollator, OPSDConfig, OPSDTrainer
+from hf_distill.models import vocab_size
 from hf_distill.teachers import ModelTeacher
+from hf_distill.trainers.placed_labels import decoder_ids
 from tests.hf_distill.trainers import models, placed
 from tests.hf_distill.trainers.classifying import SUM_ERROR
 from tests.hf_distill.trainers.placed import MASKED, PLACES, SEQ2SEQ, by_hand
@@ -286,6 +290,25 @@ def test_given_decoder_inputs_are_read(tmp_path: Path) -> None:
     own, _ = by_hand(make(), make(1), data[:4], 2.0, 0.5)
     assert trainer.state.log_history[0]["hard"] != pytest.approx(own["hard"], rel=1e-3)
     assert first.isfinite().all()
+
+
+def test_decoder_inputs_are_those_that_a_model_makes_of_labels() -> None:
+    labels = torch.tensor([[5, 6, 7, 2], [8, 2, -100, -100]])
+    lm: Any = placed.whisper()
+    config = lm.config
+    want = shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
+    assert torch.equal(decoder_ids(lm, labels), want)
+    assert torch.equal(decoder_ids(SEQ2SEQ["t5"](), labels), SEQ2SEQ["t5"]()._shift_right(labels))
+    unsaid = SimpleNamespace(config=SimpleNamespace(decoder_start_token_id=None, pad_token_id=0))
+    with pytest.raises(ValueError, match=r"needs decoder_start_token_id and .* got None and 0"):
+        decoder_ids(unsaid, labels)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"), [("places bert", placed.CLASSES), ("bart", models.VOCAB)]
+)
+def test_numbers_of_logits(kind: str, size: int) -> None:
+    assert vocab_size(CASES[kind][0]()) == size
 
 
 def llama() -> nn.Module:
