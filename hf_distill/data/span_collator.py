@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from hf_distill.data import alignment, batches, rendering, sides
 from hf_distill.data.batches import TokenRow
@@ -67,6 +67,12 @@ class SpanCollator(HintCollator):
         teacher_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
+        for side in (tokenizer, teacher_tokenizer):
+            if isinstance(side, ProcessorMixin):
+                raise ValueError(
+                    "rows of two tokenizers have no images: give a processor's tokenizer, got a "
+                    f"{type(side).__name__}"
+                )
         for name in REFUSED:
             if options.get(name):
                 raise ValueError(f"a SpanCollator has no {name}, got {options[name]!r}")

@@ -43,8 +43,9 @@ class SharedImages:
             return False
         decoder = set(self._decoder.modules())
         tower = [x for x in self._inner.modules() if x is not self._inner and x not in decoder]
+        own = [*tower, self._inner]  # which may have a parameter behind rows of patches
         return not any(map(_is_random, tower)) and not any(
-            p.requires_grad for x in tower for p in x.parameters(recurse=False)
+            p.requires_grad for x in own for p in x.parameters(recurse=False)
         )
 
     @contextmanager

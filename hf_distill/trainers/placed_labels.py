@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_distill.data.hint_collator import hint_collator_behind
+from hf_distill.data.packed_rows import row_numbers
 from hf_distill.data.sides import IGNORE_INDEX, TEACHER_PREFIX, TEACHER_ROUTE, Side
 from hf_distill.models.structure import Kind
 from hf_distill.run import Run
@@ -36,7 +37,7 @@ class PlacedLabels(CausalLM):
 
     def __init__(self, run: Run, *args: Any) -> None:
         super().__init__(run, *args)
-        self._decodes = run.kind == Kind.SEQ2SEQ
+        self._kind, self._decodes = run.kind, run.kind == Kind.SEQ2SEQ
         self._lm: Any = run.language_model
         read = {name for teacher in run.teachers for name in teacher.inputs()}
         own = inspect.signature(self._lm.forward).parameters
@@ -75,6 +76,11 @@ class PlacedLabels(CausalLM):
             raise ValueError(
                 "labels must have the shape of the ids that their outputs belong to, got "
                 f"{list(labels.shape)} and {list(ids.shape)}"
+            )
+        if row_numbers(inputs) is not None:
+            raise ValueError(
+                f"each row of a {self._kind} must stand alone, which reads all of a sequence, got "
+                "packed rows (position_ids or cu_seq_lens that begin anew): take padded rows"
             )
         for name, value in inputs.items():
             others = name.startswith(TEACHER_PREFIX) and name != TEACHER_ROUTE

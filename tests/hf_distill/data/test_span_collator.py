@@ -10,6 +10,7 @@ from hf_distill.data import alignment
 from hf_distill.data.alignment import AlignmentError, AlignmentMeter
 from hf_distill.data.episodes import Episode
 from hf_distill.data.span_collator import find_span_collator
+from tests.hf_distill.data import image_processors
 from tests.hf_distill.data.families import FAMILIES
 from tests.hf_distill.trainers import models
 from tests.hf_distill.trainers.letters import letters
@@ -277,3 +278,11 @@ def test_teachers_of_letters() -> None:
     spans = spans_of(batch, 1, words, characters)
     assert [x for x, _ in spans] == ["The", "answer", "is", "6", ".", "<|im_end|>"]
     assert [x.replace(" ", "") for _, x in spans] == ["The", "answer", "is", "6", ".", "<end>"]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_processor_is_refused(place: int) -> None:
+    given = [models.tokenizer(), letters()]
+    given[place] = image_processors.processor("llava")
+    with pytest.raises(ValueError, match="give a processor's tokenizer, got a LlavaProcessor"):
+        SpanCollator(*given)

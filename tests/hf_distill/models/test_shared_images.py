@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from hf_distill.models.shared_images import FEATURES, SharedImages
 from tests.hf_distill.trainers import image_models, models
@@ -42,6 +43,17 @@ def test_the_same_images_only_are_used_again() -> None:
 def test_adapters_of_the_tower_may_be_off_for_one_side() -> None:
     lm = image_models.model("llava")
     get_peft_model(lm, LoraConfig(target_modules=r".*vision.*q_proj")).requires_grad_(False)
+    assert not SharedImages(lm).can_be_shared
+
+
+def test_a_parameter_of_the_model_itself_is_looked_at() -> None:
+    """LLaVA-NeXT's, which ends the rows of patches, has a gradient from the student's forward."""
+    sizes = image_models.model("llava").config.to_dict()
+    names = ("text_config", "vision_config", "image_token_index", "vision_feature_select_strategy")
+    lm = LlavaNextForConditionalGeneration(LlavaNextConfig(**{x: sizes[x] for x in names}))
+    lm.requires_grad_(False)
+    assert SharedImages(lm).can_be_shared
+    lm.model.image_newline.requires_grad_(True)
     assert not SharedImages(lm).can_be_shared
 
 

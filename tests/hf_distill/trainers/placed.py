@@ -179,3 +179,11 @@ def by_hand(
     grads = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
     found = {"soft": float(both[0].detach().mean()), "hard": float(both[1].detach().mean())}
     return found | {"tokens": float(len(both[0]))}, grads
+
+
+Case = tuple[Any, list[dict[str, Any]]]
+CASES: dict[str, Case] = {f"masked {x}": (make, masked_rows()) for x, make in MASKED.items()}
+CASES |= {f"places {x}": (make, masked_rows(classes=CLASSES)) for x, make in PLACES.items()}
+CASES |= {x: (make, pairs()) for x, make in SEQ2SEQ.items()}
+CASES |= {"whisper": (whisper, heard())}
+ONE_OF_A_KIND = ("masked bert", "places bert", "t5")

@@ -8,31 +8,23 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 from transformers.models.whisper.modeling_whisper import shift_tokens_right
 
-from hf_distill import DistillConfig, DistillTrainer, HintCollator, OPSDConfig, OPSDTrainer
+from hf_distill import DistillTrainer
 from hf_distill.models import vocab_size
 from hf_distill.teachers import ModelTeacher
 from hf_distill.trainers.placed_labels import decoder_ids
 from tests.hf_distill.trainers import models, placed
 from tests.hf_distill.trainers.classifying import SUM_ERROR
-from tests.hf_distill.trainers.placed import MASKED, PLACES, SEQ2SEQ, by_hand
+from tests.hf_distill.trainers.placed import CASES, ONE_OF_A_KIND, SEQ2SEQ, by_hand
 
 pytestmark = pytest.mark.filterwarnings(models.PEFT_WARNING)
 
 GRADIENT = 2e-5  # relative to the largest of a parameter; measured: at most 2e-6
 TOLERANCE, BUG_FACTOR = 2e-6, 50  # of weights after steps of 1e-3
-Case = tuple[Any, list[dict[str, Any]]]
-CASES: dict[str, Case] = {f"masked {x}": (make, placed.masked_rows()) for x, make in MASKED.items()}
-CASES |= {
-    f"places {x}": (make, placed.masked_rows(classes=placed.CLASSES)) for x, make in PLACES.items()
-}
-CASES |= {x: (make, placed.pairs()) for x, make in SEQ2SEQ.items()}
-CASES |= {"whisper": (placed.whisper, placed.heard())}
-ONE_OF_A_KIND = ("masked bert", "places bert", "t5")
 
 
 class Grads(DistillTrainer):
@@ -309,82 +301,6 @@ def test_decoder_inputs_are_those_that_a_model_makes_of_labels() -> None:
 )
 def test_numbers_of_logits(kind: str, size: int) -> None:
     assert vocab_size(CASES[kind][0]()) == size
-
-
-def llama() -> nn.Module:
-    return models.llama(1)
-
-
-WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
-    "another kind": (
-        "masked bert",
-        {"teacher": llama},
-        r"got a masked LM \(BertForMaskedLM\) as student",
-    ),
-    "other classes": (
-        "places bert",
-        {"teacher": lambda: PLACES["bert"](1, num_labels=4)},
-        "must have the same classes, got 3 for the student",
-    ),
-    "another vocabulary": (
-        "masked bert",
-        {"teacher": lambda: MASKED["bert"](1, vocab_size=70)},
-        "must have one vocabulary, got 61 entries for the student and 70",
-    ),
-    "another start": (
-        "t5",
-        {"teacher": lambda: SEQ2SEQ["t5"](1, decoder_start_token_id=5)},
-        "begin to decode with one token, got decoder_start_token_id 0 for the student and 5",
-    ),
-    "sampled tokens": ("t5", {"divergence": "k3"}, "is one of next tokens"),
-    "weights": (
-        "masked bert",
-        {"token_weights": {"entropy": 1.0}},
-        "token_weights are about next tokens",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_what_has_no_meaning_is_an_error(tmp_path: Path, case: str) -> None:
-    of, changes, message = WRONG[case]
-    make, data = CASES[of]
-    changes = dict(changes)
-    teacher = changes.pop("teacher", lambda: make(1))()
-    args = {"divergence": "forward_kl"} | changes
-    config = DistillConfig(**models.options(tmp_path, **args))
-    with pytest.raises(ValueError, match=message):
-        DistillTrainer(make(), config, placed.Pad(), data, teacher=teacher)
-
-
-@pytest.mark.parametrize("case", ONE_OF_A_KIND)
-def test_on_policy_needs_a_causal_lm(tmp_path: Path, case: str) -> None:
-    make, data = CASES[case]
-    args = OPSDConfig(**models.options(tmp_path, max_completion_length=4))
-    tokenizer = models.tokenizer()
-    with pytest.raises(ValueError, match="an OPSDTrainer samples completions and needs a causal"):
-        OPSDTrainer(make(), args, None, models.problems(), processing_class=tokenizer)
-    collator = HintCollator(tokenizer, ["think first"])
-    with pytest.raises(ValueError, match="a HintCollator makes rows of next tokens"):
-        placed.trainer(tmp_path, make(), make(1), data, data_collator=collator)
-
-
-BATCHES = {
-    "no labels": ({"labels": None}, "needs integer labels of shape .*got none"),
-    "a class a row": ({"labels": torch.ones(4).long()}, r"of shape \[4\]"),
-    "another shape": ({"labels": torch.ones(4, 3).long()}, "must have the shape of the ids"),
-    "teacher rows": ({"teacher_input_ids": torch.ones(4, 3).long()}, "the same rows"),
-}
-
-
-@pytest.mark.parametrize("case", BATCHES)
-def test_wrong_batches(tmp_path: Path, case: str) -> None:
-    changes, message = BATCHES[case]
-    make, data = CASES["masked bert"]
-    trainer = placed.trainer(tmp_path, make(), make(1), data)
-    batch = {x: y for x, y in (placed.Pad()(data[:4]) | changes).items() if y is not None}
-    with pytest.raises(ValueError, match=message):
-        trainer.compute_loss(trainer.model, batch)
 
 
 def test_it_learns_from_its_teacher(tmp_path: Path) -> None:
