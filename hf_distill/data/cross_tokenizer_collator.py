@@ -13,6 +13,7 @@ from hf_distill.data import alignment, batches, sides
 from hf_distill.data.batches import TokenRow
 from hf_distill.data.hint_collator import HintCollator
 from hf_distill.data.hints import Row
+from hf_distill.data.processor_inputs import check_tokenizers
 from hf_distill.data.sides import IGNORE_INDEX, NO_TOKEN
 
 
@@ -58,6 +59,8 @@ class CrossTokenizerCollator:
         self.student_tokenizer, self.teacher_tokenizer = student_tokenizer, teacher_tokenizer
         self.columns = (prompt_column, completion_column)
 
+        check_tokenizers(student_tokenizer, teacher_tokenizer)
+
         def side(
             tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] | None
         ) -> HintCollator:
@@ -74,8 +77,6 @@ class CrossTokenizerCollator:
         self._student = side(student_tokenizer, chat_template_kwargs)
         self._teacher = side(teacher_tokenizer, teacher_chat_template_kwargs)
         self._teacher._told_columns = self._student._told_columns
-        if self._student.processor is not None or self._teacher.processor is not None:
-            raise ValueError("rows of two tokenizers have no images, got a processor")
 
     def with_end_tokens(self, ids: int | Sequence[int]) -> "CrossTokenizerCollator":
         """Return the collator for a student that ends its replies with these tokens too."""

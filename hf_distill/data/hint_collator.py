@@ -1,7 +1,7 @@
 """HintCollator: one model's two views of a problem, with and without a hint."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -168,7 +168,7 @@ class HintCollator(HintedRows):
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Make a training batch from rows with completions: see `batches.build_batch`."""
-        return self._batch(self._all(self._row, rows), [self.messages(row) for row in rows])
+        return self._batch(self._all(self._row, rows), (self.messages(row) for row in rows))
 
     def at(self, step: int, seed: int | None = None) -> "HintCollator":
         """Return the collator of an optimizer step. Trainers call it; fixed settings need no step.
@@ -244,7 +244,7 @@ class HintCollator(HintedRows):
         return {"more_inputs": inputs}
 
     def _with_images(
-        self, batch: dict[str, Tensor], dialogues: Sequence[Messages]
+        self, batch: dict[str, Tensor], dialogues: Iterable[Messages]
     ) -> dict[str, Tensor]:
         if self.processor is None:
             return batch
@@ -256,7 +256,7 @@ class HintCollator(HintedRows):
         return batch
 
     def _batch(
-        self, made: Sequence[RenderedSides], dialogues: Sequence[Messages]
+        self, made: Sequence[RenderedSides], dialogues: Iterable[Messages]
     ) -> dict[str, Tensor]:
         students, teachers = [x.student for x in made], [x.teacher for x in made]
         hinted = self.needs_hints or any(x.hints or x.dropped for x in made)
@@ -290,7 +290,7 @@ class HintCollator(HintedRows):
         An episode may have nothing to score.
         """
         made = self._all(self._episode, episodes)
-        return self._batch(made, [x.messages for x in episodes]), [x.hints for x in made]
+        return self._batch(made, (x.messages for x in episodes)), [x.hints for x in made]
 
     def next_context(self, episode: Episode) -> list[int]:
         """Return the student's ids up to its next reply, behind what an environment has said."""

@@ -229,6 +229,20 @@ def check_placeholders(processor: ProcessorInputs, ids: Tensor, teacher_ids: Ten
             )
 
 
+def check_tokenizers(*given: Any) -> None:
+    """Check that two sides, which have tokenizers of their own, are given these and no processor.
+
+    Raises:
+        ValueError: one is a processor.
+    """
+    for side in given:
+        if isinstance(side, ProcessorMixin):
+            raise ValueError(
+                "rows of two tokenizers have no images, got a processor: give the tokenizer of the "
+                f"{type(side).__name__}"
+            )
+
+
 def split_processor(given: Any) -> tuple[Any, ProcessorInputs | None]:
     """Return the tokenizer, and what makes the images' inputs if a processor is given."""
     if not isinstance(given, ProcessorMixin):

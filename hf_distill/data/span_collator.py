@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedTokenizerBase
 
 from hf_distill.data import alignment, batches, rendering, sides
 from hf_distill.data.batches import TokenRow
@@ -18,6 +18,7 @@ from hf_distill.data.cross_tokenizer_collator import consecutive_runs
 from hf_distill.data.episodes import Episode
 from hf_distill.data.hint_collator import HintCollator, hint_collator_behind
 from hf_distill.data.hints import Messages, Row
+from hf_distill.data.processor_inputs import check_tokenizers
 from hf_distill.data.rendering import RenderedSides
 from hf_distill.data.sides import NO_TOKEN
 from hf_distill.data.spans import SpanAligner, TeacherReply
@@ -67,12 +68,7 @@ class SpanCollator(HintCollator):
         teacher_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        for side in (tokenizer, teacher_tokenizer):
-            if isinstance(side, ProcessorMixin):
-                raise ValueError(
-                    "rows of two tokenizers have no images: give a processor's tokenizer, got a "
-                    f"{type(side).__name__}"
-                )
+        check_tokenizers(tokenizer, teacher_tokenizer)
         for name in REFUSED:
             if options.get(name):
                 raise ValueError(f"a SpanCollator has no {name}, got {options[name]!r}")

@@ -36,6 +36,11 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """Return the log-probabilities of logits [..., V], in float32, or in float64 if they are."""
+    return torch.log_softmax(at_least_float32(logits) / temperature, dim=-1)
+
+
 def token_chunks(num_tokens: int, vocab: int) -> Iterator[slice]:
     """Yield the tokens, some at a time: their logits have about CHUNK_ENTRIES entries.
 
@@ -54,7 +59,7 @@ def width_of_copies(vocab: int, device: torch.device) -> int:
 
 def target_log_probs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """Return log-probabilities [n] of the targets under softmax(logits [n, V] / temperature)."""
-    log_probs = torch.log_softmax(at_least_float32(logits) / temperature, dim=-1)
+    log_probs = log_softmax(logits, temperature)
     return log_probs.gather(-1, targets[:, None]).squeeze(-1)
 
 

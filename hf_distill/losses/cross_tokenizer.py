@@ -38,21 +38,11 @@ from torch import Tensor
 
 from hf_distill.losses import chunks
 from hf_distill.losses.base import Loss, Terms, Tokens
+from hf_distill.losses.entropy import entropies
 from hf_distill.models.signals import Signal
 from metal_ops import DivergenceSpec
 
 UNIVERSAL = "uld"
-
-
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    return torch.log_softmax(chunks.at_least_float32(logits) / temperature, dim=-1)
-
-
-def _entropy(log_probs: Tensor) -> Tensor:
-    """Return the entropies [n] in nats; an entry of probability 0 adds nothing."""
-    log_probs = log_probs.detach()
-    probs = log_probs.exp()
-    return -(probs * torch.where(probs > 0, log_probs, probs)).sum(-1)
 
 
 def sorted_distance(q: Tensor, p: Tensor) -> Tensor:
@@ -126,11 +116,11 @@ class CrossTokenizerLoss(Loss):
 
     def soft(self, logits: Tensor, teacher: Signal, tokens: Tokens) -> Terms:
         """Compute the distance of n tokens' sorted probabilities."""
-        log_q = _log_softmax(logits, self.temperature)
+        log_q = chunks.log_softmax(logits, self.temperature)
         with torch.no_grad():
-            log_p = _log_softmax(teacher.dense(), self.temperature).to(log_q.dtype)
+            log_p = chunks.log_softmax(teacher.dense(), self.temperature).to(log_q.dtype)
         value = self._spec().scale * sorted_distance(log_q.exp(), log_p.exp())
-        teacher_entropy, paired = _entropy(log_p), torch.ones_like(value.detach())
+        teacher_entropy, paired = entropies(log_p), torch.ones_like(value.detach())
         evidence = {}
         if teacher.paired is not None:
             value = torch.where(teacher.paired, value, 0.0)
@@ -139,7 +129,7 @@ class CrossTokenizerLoss(Loss):
             paired = teacher.paired.to(value.dtype)
         metrics = {
             "soft": value.detach(),
-            "student_entropy": _entropy(log_q),
+            "student_entropy": entropies(log_q),
             "teacher_entropy": teacher_entropy,
             "paired": paired,
         }

@@ -23,6 +23,16 @@ def _logits(signal: Signal) -> Iterator[Tensor]:
         yield logits
 
 
+def entropies(log_probs: Tensor) -> Tensor:
+    """Return the entropies [n] in nats of log-probabilities [n, V], without gradient.
+
+    An entry of probability 0 adds nothing.
+    """
+    log_probs = log_probs.detach()
+    probs = log_probs.exp()
+    return -(probs * torch.where(probs > 0, log_probs, probs)).sum(-1)
+
+
 @torch.no_grad()
 def teacher_entropy(signal: Signal) -> Tensor:
     """Return the entropy of a teacher's distributions at temperature 1.

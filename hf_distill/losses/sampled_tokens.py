@@ -65,6 +65,15 @@ _SOFT: dict[str, Callable[[Tensor, Tensor, float | None], _Soft]] = {
 }
 
 
+def checked_spec(temperature: float, scaling: str, clip: float | None) -> DivergenceSpec:
+    """Make a spec with these settings of a loss of tokens: it has the checks, and the scale.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+    return DivergenceSpec("reverse_kl", 0.5, temperature, scaling, clip, "token")
+
+
 @dataclass(frozen=True)
 class SampledTokenLoss(Loss):
     """Computes alpha * soft + (1 - alpha) * hard: a loss of the sampled tokens, cross-entropy.
@@ -100,9 +109,7 @@ class SampledTokenLoss(Loss):
         self._spec()
 
     def _spec(self) -> DivergenceSpec:
-        """Make a spec with the same temperature, scaling and clip: it has the checks."""
-        scaling, clip = self.temperature_scaling, self.clip
-        return DivergenceSpec("reverse_kl", 0.5, self.temperature, scaling, clip, "token")
+        return checked_spec(self.temperature, self.temperature_scaling, self.clip)
 
     def soft(self, logits: Tensor, teacher: Signal, tokens: Tokens) -> Terms:
         """Compute the loss of n sampled tokens; `advantage` is a metric of its own."""

@@ -41,6 +41,8 @@ from torch import Tensor
 
 from hf_distill.losses import chunks
 from hf_distill.losses.base import Loss, Terms, Tokens, without_odd_gradients
+from hf_distill.losses.entropy import entropies
+from hf_distill.losses.sampled_tokens import checked_spec
 from hf_distill.models.signals import Signal
 from hf_distill.models.spans import CommonIds, Spans
 from metal_ops import DivergenceSpec
@@ -81,9 +83,7 @@ class SpanLoss(Loss):
         self._spec()
 
     def _spec(self) -> DivergenceSpec:
-        """Make a spec with the same temperature, scaling and clip: it has the checks."""
-        scaling, clip = self.temperature_scaling, self.clip
-        return DivergenceSpec("reverse_kl", 0.5, self.temperature, scaling, clip, "token")
+        return checked_spec(self.temperature, self.temperature_scaling, self.clip)
 
     def check_signal(self, teacher: Signal, num_tokens: int) -> None:
         """Check what the teacher says of N tokens.
@@ -146,10 +146,12 @@ class SpanLoss(Loss):
         weights = tokens.soft_weights
         if logits.requires_grad:
             logits = without_odd_gradients(logits, (weights == 0) & (spans.pulls == 0))
-        log_q = _log_softmax(logits, self.temperature)
+        log_q = chunks.log_softmax(logits, self.temperature)
         with torch.no_grad():
             known = teacher.dense()
-            log_p = _log_softmax(known, self.temperature).to(log_q.dtype) if len(known) else None
+            log_p = (
+                chunks.log_softmax(known, self.temperature).to(log_q.dtype) if len(known) else None
+            )
         weights = weights.to(log_q.dtype)
         counts = spans.single & (weights != 0)
         own = log_q.gather(-1, tokens.targets[:, None]).squeeze(-1)
@@ -171,12 +173,12 @@ class SpanLoss(Loss):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return metrics, and evidence of what is not finite."""
         inside, several = spans.student >= 0, (spans.student >= 0) & ~spans.single
-        entropy = torch.full_like(value, torch.nan) if log_p is None else _entropy(log_p)
+        entropy = torch.full_like(value, torch.nan) if log_p is None else entropies(log_p)
         said = torch.where(spans.single, entropy, spans.said.to(value.dtype))
         nan = torch.full_like(value, torch.nan)
         metrics = {
             "soft": value.detach(),
-            "student_entropy": _entropy(log_q),
+            "student_entropy": entropies(log_q),
             "teacher_entropy": torch.where(spans.single, entropy, nan),
             "paired": inside.to(value.dtype),
             "one_to_one": spans.single.to(value.dtype),
@@ -186,17 +188,6 @@ class SpanLoss(Loss):
             clipped = several & (spans.gaps > self.clip)
             metrics["clipped"] = clipped.to(value.dtype)
         return metrics, {"teacher": torch.where(said.isnan(), said, 0.0)}
-
-
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    return torch.log_softmax(chunks.at_least_float32(logits) / temperature, dim=-1)
-
-
-def _entropy(log_probs: Tensor) -> Tensor:
-    """Return the entropies [n] in nats; an entry of probability 0 adds nothing."""
-    log_probs = log_probs.detach()
-    probs = log_probs.exp()
-    return -(probs * torch.where(probs > 0, log_probs, probs)).sum(-1)
 
 
 def _single(

@@ -2,6 +2,7 @@
 
 import logging
 import weakref
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Any, cast
 
@@ -73,7 +74,7 @@ def input_embeddings(lm: nn.Module) -> nn.Module | None:
 
 def vocab_size(lm: nn.Module) -> int | None:
     """Return the number of logits per position, or per row; None if the model does not say."""
-    if has_classes(lm):
+    if kind_of(lm).has_classes:
         return cast(Any, lm.config).num_labels
     head = output_head(lm)
     if isinstance(head, nn.Linear):
@@ -99,6 +100,11 @@ class Kind(StrEnum):
     PLACES = "token classifier"  # of the classes of each position
     SEQ2SEQ = "sequence to sequence model"  # of the decoder's next token
 
+    @property
+    def has_classes(self) -> bool:
+        """Return whether logits are of classes and not of tokens."""
+        return self in (Kind.ROWS, Kind.PLACES)
+
 
 NAMES = {  # how Transformers ends the names of their classes
     "ForSequenceClassification": Kind.ROWS,
@@ -107,12 +113,17 @@ NAMES = {  # how Transformers ends the names of their classes
 }
 
 
+def named_kind(names: Iterable[str]) -> Kind | None:
+    """Return the kind that the first telling name of a model's classes says, or None."""
+    found = (kind for name in names for end, kind in NAMES.items() if name.endswith(end))
+    return next(found, None)
+
+
 def kind_of(model: nn.Module) -> Kind:
     """Return the kind of a Transformers model, unwrapped; what is not known is a causal LM."""
-    for cls in type(model).__mro__:
-        for name, kind in NAMES.items():
-            if cls.__name__.endswith(name):
-                return kind
+    said = named_kind(cls.__name__ for cls in type(model).__mro__)
+    if said is not None:
+        return said
     config = getattr(model, "config", None)
     named = any(name in type(model).__name__ for name in _OTHERS)
     if getattr(config, "is_encoder_decoder", False) and not named:
@@ -123,11 +134,6 @@ def kind_of(model: nn.Module) -> Kind:
 def is_classifier(model: nn.Module) -> bool:
     """Return whether a Transformers model, unwrapped, gives one row of class logits per text."""
     return kind_of(model) == Kind.ROWS
-
-
-def has_classes(model: nn.Module) -> bool:
-    """Return whether a Transformers model, unwrapped, gives logits of classes and not of tokens."""
-    return kind_of(model) in (Kind.ROWS, Kind.PLACES)
 
 
 # how names of classes begin or end whose loss is not that of the next token

@@ -313,8 +313,7 @@ def make_watchdog(run: Run, vocab: int | None) -> tuple[Watchdog | None, Probe |
     config = cast(WatchdogConfig, run.args.watchdog)
     if config.action == "off":
         return None, None
-    of_classes = run.kind in (Kind.ROWS, Kind.PLACES)
-    watchdog = (without_text_limits(config) if of_classes else config).make()
+    watchdog = (without_text_limits(config) if run.kind.has_classes else config).make()
     watchdog.vocab = vocab
     if run.kind != Kind.CAUSAL:
         return watchdog, None

@@ -32,12 +32,11 @@ from hf_distill.models.modes import evaluating_each
 from hf_distill.models.precision import follows_autocast, stored
 from hf_distill.models.signals import Signal
 from hf_distill.models.structure import (
-    NAMES,
     Kind,
     causal_lm,
     check_classes,
     check_same_kind,
-    has_classes,
+    named_kind,
     vocab_size,
 )
 from hf_distill.run import Run
@@ -95,10 +94,9 @@ def _named_kind(name: str, kwargs: dict[str, Any]) -> Kind:
             config, _ = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **kwargs)
         except OSError:
             return Kind.CAUSAL  # loading the model will say what is missing
-    for architecture in getattr(config, "architectures", None) or ():
-        for ending, kind in NAMES.items():
-            if architecture.endswith(ending):
-                return kind
+    said = named_kind(getattr(config, "architectures", None) or ())
+    if said is not None:
+        return said
     return Kind.SEQ2SEQ if getattr(config, "is_encoder_decoder", False) else Kind.CAUSAL
 
 
@@ -122,7 +120,7 @@ def _loaded(
     if quantization is not None:
         arguments["quantization_config"] = _quantization_config(quantization, dtype)
     kind = _named_kind(name, kwargs)
-    if kind in (Kind.ROWS, Kind.PLACES):
+    if kind.has_classes:
         return _loaded_classifier(LOADERS[kind], name, arguments)
     return LOADERS[kind].from_pretrained(name, **arguments)
 
@@ -218,7 +216,7 @@ class ModelTeacher(Teacher):
         """
         lm = causal_lm(self.model)
         check_same_kind(run.language_model, lm)
-        if has_classes(lm):
+        if run.kind.has_classes:
             check_classes(run.language_model, lm)
 
     def inputs(self) -> Sequence[str]:

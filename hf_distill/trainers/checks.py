@@ -248,7 +248,7 @@ def check_unweighted(weights: Sequence[Tensor | None]) -> None:
 
 def hidden_states_refusal(run: Run, own_hard_loss: bool) -> str | None:
     """Return why a run must read logits and not hidden states, or None."""
-    if run.kind in (Kind.ROWS, Kind.PLACES):
+    if run.kind.has_classes:
         return "a classifier has few logits"
     if run.args.torch_compile:
         return "torch_compile"

@@ -195,8 +195,7 @@ class DistillTrainer(AccountingTrainer):
 
     def _make_monitors(self, run: Run) -> None:
         """Make meters, and callbacks that follow the training."""
-        of_classes = run.kind in (Kind.ROWS, Kind.PLACES)
-        size = None if of_classes else vocab_size(run.language_model)
+        size = None if run.kind.has_classes else vocab_size(run.language_model)
         known, classes = run.tokenizer, None
         if known is not None and size is not None:
             classes = token_classes(known, size)

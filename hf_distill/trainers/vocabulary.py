@@ -62,7 +62,7 @@ class Vocabulary:
         self._is_one = False  # known to be the same
         self.size: int | None = None
         self.is_plain = False
-        if run.kind in (structure.Kind.ROWS, structure.Kind.PLACES):  # logits of classes
+        if run.kind.has_classes:
             return
         teachers = run.teachers
         student = structure.vocab_size(run.language_model)

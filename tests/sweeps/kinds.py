@@ -77,7 +77,7 @@ def model(name: str, seed: int, dtype: torch.dtype = torch.float64) -> Any:
     if kind == "token classes":
         changes["num_labels"] = 5
     torch.manual_seed(seed)
-    config = tiny_configs._config(made, changes)
+    config = tiny_configs.small_config(made, changes)
     for chance in (
         "classifier_dropout",
         "hidden_dropout",

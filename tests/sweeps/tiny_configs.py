@@ -77,13 +77,13 @@ def _small(default: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _config(made: type[Any], changes: Mapping[str, Any]) -> Any:
+def small_config(made: type[Any], changes: Mapping[str, Any]) -> Any:
     """A small config; `changes` of a part are a mapping under the part's name."""
     default, parts = made(), {}
     for name in made.sub_configs:
         part, inner = getattr(default, name, None), changes.get(name, {})
         if isinstance(part, PreTrainedConfig) and isinstance(inner, Mapping):
-            parts[name] = _config(type(part), inner)
+            parts[name] = small_config(type(part), inner)
     plain = {k: v for k, v in changes.items() if k not in parts}
     return made(**_small(default, plain) | parts | plain)
 
@@ -91,7 +91,7 @@ def _config(made: type[Any], changes: Mapping[str, Any]) -> Any:
 def config(kind: str, windows: bool = False) -> Any:
     """A tiny config of a type; with `windows`, those are shorter than the sweep's rows."""
     changes = CHANGES.get(kind, {}) | (WINDOWS.get(kind, {}) if windows else {})
-    return _config(CONFIG_MAPPING[kind], changes)
+    return small_config(CONFIG_MAPPING[kind], changes)
 
 
 @torch.no_grad()

@@ -284,5 +284,7 @@ def test_teachers_of_letters() -> None:
 def test_a_processor_is_refused(place: int) -> None:
     given = [models.tokenizer(), letters()]
     given[place] = image_processors.processor("llava")
-    with pytest.raises(ValueError, match="give a processor's tokenizer, got a LlavaProcessor"):
+    with pytest.raises(
+        ValueError, match="got a processor: give the tokenizer of the LlavaProcessor"
+    ):
         SpanCollator(*given)

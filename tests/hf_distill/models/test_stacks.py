@@ -5,6 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import CanineConfig, CanineForTokenClassification
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hf_distill.models.layers import LayerWatcher
@@ -129,3 +130,11 @@ def test_ids_with_a_meaning_are_not_asked_about() -> None:
     decoder_blocks(lm)
     assert asked
     assert not {0, 1, 2, 4, 6} & {*asked}
+
+
+def test_a_model_of_characters_names_no_vocabulary() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    lm = CanineForTokenClassification(CanineConfig(**sizes, num_hidden_layers=2))
+    assert not hasattr(lm.config, "vocab_size")
+    with pytest.raises(ValueError, match=r"a CanineLayer, gives \[1, 1, 32\] for one row of 7"):
+        decoder_blocks(lm)
